@@ -1,0 +1,201 @@
+"""Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from jaxtyping import Float
+from torch import Tensor
+
+from unbraid.errors import UsageError
+from unbraid.train import Sample, Shared
+
+Family = Literal["sdxl", "sd15"]
+Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline
+
+# Which attention groups hold what, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv 2412.04465): in the
+# blocks of a role that role's adapter uses every channel and the other one only its selected ones.
+# For SD1.5 the table is by analogy (same place in the decoder) and has not been measured.
+BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
+    "sdxl": {
+        "content": ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.2."),
+        "style": ("up_blocks.0.attentions.1.", "up_blocks.1.attentions."),
+    },
+    "sd15": {
+        "content": ("up_blocks.1.attentions.0.", "up_blocks.1.attentions.2."),
+        "style": ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.", "up_blocks.3.attentions."),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded text: `embeds [tokens, channels]`, and SDXL's pooled vector `[channels]`."""
+
+    embeds: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image: moments of its scaled latent `[c, h, w]`, and SDXL's six size numbers."""
+
+    mean: Tensor
+    std: Tensor
+    sizes: Tensor
+
+
+@dataclass
+class Base:
+    """A loaded base model. Sampling uses `pipe` as it is; training uses its parts."""
+
+    name: str
+    pipe: Pipeline
+    device: torch.device
+    noise: DDPMScheduler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.noise = DDPMScheduler.from_config(self.pipe.scheduler.config)  # type: ignore[assignment]
+        if self.noise.config["prediction_type"] not in ("epsilon", "v_prediction"):
+            what = f"prediction type {self.noise.config['prediction_type']!r} is not supported"
+            raise UsageError(what, self.name, "Use a base that predicts epsilon or v.")
+
+    @property
+    def family(self) -> Family:
+        return "sdxl" if isinstance(self.pipe, StableDiffusionXLPipeline) else "sd15"
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.pipe.unet  # type: ignore[return-value]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.pipe.vae
+
+    @property
+    def step(self) -> int:
+        """Pictures must be a multiple of this many pixels: the VAE's factor times the UNet's."""
+        unet_factor = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+        return self.pipe.vae_scale_factor * unet_factor
+
+    @property
+    def size(self) -> int:
+        """The side, in pixels, of the square pictures that the base was trained on."""
+        return self.unet.config["sample_size"] * self.pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def encode_prompt(self, text: str) -> Prompt:
+        """Encode as the pipeline does: last hidden state (SD1.5), penultimate ones and pooled vector (SDXL)."""
+        done = self.pipe.encode_prompt(text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        pooled = done[2][0] if self.family == "sdxl" else None
+        return Prompt(done[0][0], pooled)
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:
+        """Moments of the scaled latent of an image in -1..1. The VAE runs in full precision: fp16 ones overflow."""
+        vae = self.vae.to(torch.float32)
+        posterior = vae.encode(pixels[None].to(self.device)).latent_dist  # type: ignore[union-attr]
+        shift = vae.config.get("shift_factor") or 0.0
+        scale = vae.config["scaling_factor"]
+        mean, std = (posterior.mean[0] - shift) * scale, posterior.std[0] * scale
+        if not bool(torch.isfinite(mean).all()):
+            raise UsageError("the VAE gave NaN latents", self.name, "Use another VAE (for SDXL: an fp16-safe one).")
+        return Picture(mean, std, torch.tensor(sizes, dtype=torch.float32, device=self.device))
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor) -> Tensor:
+        """The UNet's raw prediction for a batch; `prompts` and `sizes [b, 6]` one per row."""
+        dtype = self.unet.dtype
+        added: dict[str, Tensor] | None = None
+        if self.family == "sdxl":
+            pooled = torch.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
+            added = {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}
+        embeds = torch.stack([prompt.embeds for prompt in prompts]).to(dtype)
+        return self.unet(noisy.to(dtype), t, embeds, added_cond_kwargs=added).sample
+
+    def free_encoders(self) -> None:
+        """Take the VAE and the text encoders off the device: all they had to say is cached."""
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            part = getattr(self.pipe, name, None)
+            if part is not None and self.device.type != "cpu":
+                part.to("cpu")
+
+
+class Studies:
+    """A base with the pictures and prompts of one run, by role: the trainer's `Denoiser`."""
+
+    def __init__(self, base: Base, pictures: Mapping[str, Sequence[Picture]], prompts: Mapping[str, Prompt]) -> None:
+        self.base, self.pictures, self.encoded = base, pictures, prompts
+        self.prompts: Mapping[str, Tensor] = {role: prompt.embeds for role, prompt in prompts.items()}
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+        """One noisy latent per branch: x_t, t and its target, drawn on the CPU so that a seed means the same everywhere."""
+        kept: dict[str, Tensor] = {}
+        return [self._draw_one(self.pictures[role], shared, kept, rng) for role in images]
+
+    def _draw_one(
+        self, pictures: Sequence[Picture], shared: frozenset[Shared], kept: dict[str, Tensor], rng: torch.Generator
+    ) -> Sample:
+        picture = pictures[int(torch.randint(len(pictures), (), generator=rng))]
+        shape, device = picture.mean.shape, self.base.device
+        latent = picture.mean + picture.std * torch.randn(shape, generator=rng).to(picture.std)
+        steps = self.base.noise.config["num_train_timesteps"]
+        if "timestep" not in shared or "timestep" not in kept:
+            kept["timestep"] = torch.randint(steps, (1,), generator=rng).to(device)
+        if "noise" not in shared or "noise" not in kept:
+            kept["noise"] = torch.randn(shape, generator=rng).to(picture.mean)
+        noise, t, latents = kept["noise"][None], kept["timestep"], latent[None]
+        noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
+        is_v = self.base.noise.config["prediction_type"] == "v_prediction"
+        target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
+        return Sample(noisy, t, target, picture.sizes[None])
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
+        noisy = torch.cat([sample.noisy for sample in samples])
+        t = torch.cat([sample.t for sample in samples])
+        sizes = torch.cat([sample.sizes for sample in samples])
+        return self.base.predict(noisy, t, [self.encoded[role] for role in prompts], sizes)
+
+
+def load(name: str = "icons", device: str | None = None) -> Base:
+    """Load a base: `icons` (embedded), a diffusers folder, or a hub id. fp32 on CPU and MPS, bf16 on CUDA."""
+    where = torch.device(device or pick_device())
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    path = str(files("unbraid.bases").joinpath("icons")) if name == "icons" else name
+    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        fix = "Give icons, a diffusers folder, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+        raise UsageError("there is no such base model", name, fix)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe: Any = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        fix = "Give icons, a complete diffusers folder, or a hub id (a first download needs a network)."
+        raise UsageError(f"the base cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
+    if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):
+        raise UsageError(f"{type(pipe).__name__} is not an SDXL or SD1.5 type of model", name, "Choose another base.")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(where)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    return Base(name, pipe, where)
+
+
+def pick_device() -> str:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

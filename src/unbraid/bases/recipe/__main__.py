@@ -1,0 +1,89 @@
+"""The recipe's command line: `python -m unbraid.bases.recipe make --work DIR`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import typer
+from transformers import CLIPTokenizer
+
+from unbraid.bases.recipe import art, captions, judge, latents, model, sheet, subjects, unet, vae
+from unbraid.bases.recipe.config import PRESETS
+from unbraid.bench import heldout, judge_validation
+from unbraid.bench.judge import load_judge
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+Work = Annotated[Path, typer.Option(help="Folder for everything that is not committed; reuse it to resume.")]
+Preset = Annotated[str, typer.Option(help="Sizes: cpu (64 px) or gpu (128 px).")]
+ICONS = Path(__file__).parent.parent / "icons"
+
+
+@app.command()
+def make(work: Work, preset: Preset = "cpu", workers: int = 2) -> None:
+    """Every stage in turn: art, tokenizer, VAE, latents, UNet with text encoders, diffusers folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    config = PRESETS[preset]
+    art.fetch(work)
+    pictures, names = art.rasterise(work, config.size)
+    captions.train_tokenizer(names, work / "tokenizer")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = vae.train(_pick(pictures, names, subjects.trained(names, None)), config, work, device)
+    chosen = subjects.trained(names, config.unet.subjects)
+    cached, _ = latents.encode(autoencoder.eval(), _pick(pictures, names, chosen), work)
+    _train(unet.Data(cached, chosen), preset, work, 1 if device.type == "cuda" else workers, device)
+    save(work, preset)
+
+
+@app.command()
+def save(work: Work, preset: Preset = "cpu", out: Path = ICONS) -> None:
+    """Write the diffusers folder from the latest checkpoints."""
+    model.save(sheet.load(work, preset), out)
+    print(f"saved {out}")
+
+
+@app.command(name="sheet")
+def sample_sheet(work: Work, preset: Preset = "cpu", out: Path = Path("sheet.png")) -> None:
+    """Draw samples from the latest checkpoint, and print the subject gain."""
+    sheet.draw(work, preset, out)
+
+
+@app.command(name="judge")
+def train_judge(work: Work) -> None:
+    """Train the judge on the trained subjects and sets, and write the held-out sheet and the weights to `bench/`."""
+    work.mkdir(parents=True, exist_ok=True)
+    art.fetch(work)
+    pictures, names = art.rasterise(work, judge.SIZE)
+    heldout.write_sheet(pictures, names)
+    torch.set_num_threads(1)  # two threads on busy cores are slower than one
+    judge.train(_pick(pictures, names, subjects.trained(names, None)), work)
+
+
+@app.command()
+def judge_figures(base: Annotated[Path, typer.Option(help="Diffusers folder whose VAE is tried too.")] = ICONS) -> None:
+    """Print every figure of docs/judge.md, from the committed judge and the committed held-out art."""
+    reconstruct = judge.reconstruction(base) if (base / "vae").is_dir() else None
+    figures = judge_validation.validate(load_judge(), *heldout.held_out_art(), reconstruct)
+    for key, value in figures.items():
+        print(f"{key:55}{value:.3f}")
+
+
+def _pick(pictures: np.ndarray, names: tuple[str, ...], chosen: tuple[str, ...]) -> np.ndarray:
+    index = {name: i for i, name in enumerate(names)}
+    return pictures[[index[name] for name in chosen], : len(subjects.TRAIN_SETS)]
+
+
+def _train(data: unet.Data, preset: str, work: Path, workers: int, device: torch.device) -> None:
+    config = PRESETS[preset]
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    state = unet.start_state(config, tokenizer, work, workers, device)
+    if workers == 1:
+        unet.train(0, mp.get_context("spawn").Barrier(1), state, data, config, work, tokenizer)
+        return
+    data.latents.share_memory_()
+    barrier = mp.get_context("spawn").Barrier(workers)
+    mp.spawn(unet.train, (barrier, state, data, config, work, tokenizer), nprocs=workers)  # type: ignore[attr-defined]
+
+
+app()

@@ -1,0 +1,64 @@
+"""Stage 2: captions, and the small CLIP tokenizer whose words they are."""
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from unbraid.bases.recipe.config import TOKENS
+from unbraid.bases.recipe.filters import HELD_OUT_FILTERS, TRAIN_FILTERS
+from unbraid.bases.recipe.subjects import STYLE_WORDS
+
+EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
+RARE_TOKENS = ("sks", "monadikos", "unb")  # in the vocabulary, never trained: names for new subjects
+PATTERNS = (  # what a caption says, and how often
+    ("a {subject} in {style} style", 8),
+    ("a {style} drawing of a {subject}", 2),
+    ("{subject}, {style} style", 2),
+    ("a {subject}", 2),
+    ("{style} style", 1),
+)
+EXTRA_WORDS = "a an the of in on with and photo picture icon drawing style table grass beach two red blue green".split()
+
+
+def caption(subject: str, style: str, rng: random.Random) -> str:
+    """One training caption; one in ten is empty."""
+    if rng.random() < EMPTY:
+        return ""
+    patterns, weights = zip(*PATTERNS, strict=True)
+    return rng.choices(patterns, weights)[0].format(subject=subject.replace("-", " "), style=style)
+
+
+def train_tokenizer(names: tuple[str, ...], out: Path) -> None:
+    """Byte-pair vocabulary over all names and style words, saved as a CLIP tokenizer folder."""
+    styles = [*STYLE_WORDS.values(), *TRAIN_FILTERS, *HELD_OUT_FILTERS]
+    lines = [name.replace("-", " ") for name in names] + [*EXTRA_WORDS, *RARE_TOKENS, *styles]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )  # large enough that every word becomes one token
+    bpe.train_from_iterator(lines * 4, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    vocab = list(trained["vocab"])
+    vocab += [f"{letter}</w>" for letter in alphabet if f"{letter}</w>" not in trained["vocab"]]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}, ensure_ascii=False))
+    merges = "\n".join(" ".join(pair) for pair in trained["merges"])
+    (out / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": TOKENS,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "do_lower_case": True,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

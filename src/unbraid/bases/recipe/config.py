@@ -1,0 +1,46 @@
+"""Every size and rate of the recipe, in one place: one preset for a CPU, one for a GPU."""
+
+from dataclasses import dataclass
+
+TOKENS = 24  # longest prompt, in tokens; captions need at most 14
+SIZE_IDS = 32  # sinusoidal width of each of SDXL's six size and crop numbers
+
+
+@dataclass(frozen=True)
+class Vae:
+    channels: tuple[int, ...] = (24, 48, 96)  # three levels: 4× downsampling, as 64 px pictures need
+    crop: int = 32  # trained on crops: the network is convolutional, and crops are 4× cheaper
+    batch: int = 64
+    steps: int = 1600
+    rate: float = 1.5e-3
+    kl: float = 1e-6
+
+
+@dataclass(frozen=True)
+class UNet:
+    channels: tuple[int, int, int] = (48, 96, 192)
+    depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention, SDXL has (0, 2, 10)
+    head: int = 32
+    text: int = 96  # width of each of the two text encoders
+    batch: int = 8
+    steps: int = 12_000
+    rate: float = 1e-3
+    warmup: int = 200
+    ema: float = 0.999
+    subjects: int | None = 110
+
+
+@dataclass(frozen=True)
+class Config:
+    size: int  # pixels
+    vae: Vae
+    unet: UNet
+
+
+CPU = Config(64, Vae(), UNet())
+GPU = Config(
+    128,
+    Vae((32, 64, 96, 128), crop=64, batch=256, steps=12_000),
+    UNet((64, 128, 256), (1, 1, 2), batch=512, steps=40_000, rate=1.5e-3, warmup=500, ema=0.9995, subjects=None),
+)
+PRESETS = {"cpu": CPU, "gpu": GPU}

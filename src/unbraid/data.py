@@ -1,0 +1,65 @@
+"""From the user's files to pixels: upright, on white, at a size that the base can take, with honest conditioning."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from unbraid.errors import UsageError
+
+SMALLEST_SIDE = 16  # pixels; less is not a picture
+WIDEST = 4.0  # longest side over shortest; the bases were trained on at most about this
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An image in -1..1 and SDXL's micro-conditioning: original (h, w), crop (top, left), target (h, w)."""
+
+    values: Float[Tensor, "3 h w"]
+    sizes: tuple[int, int, int, int, int, int]
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read one image: EXIF rotation applied, transparency laid on white, RGB."""
+    if not path.is_file():
+        raise UsageError("there is no such image", path, "Check the path.")
+    try:
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file)
+            rgba = upright.convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError("this is not an image that can be read", path, "Give a whole PNG, JPEG or WebP file.") from error
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def list_images(path: Path) -> list[Path]:
+    """A file, or all images of a folder in name order (other files are left alone)."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UsageError("there are no images in this folder", path, f"Accepted: {', '.join(sorted(SUFFIXES))}.")
+    return found
+
+
+def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
+    """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred."""
+    width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise UsageError(f"the image is only {width}×{height} pixels", where, f"Both sides must be {SMALLEST_SIDE} or more.")
+    if max(width, height) > WIDEST * min(width, height):
+        raise UsageError(f"the image is {width}×{height}, too long for its width", where, f"Crop it to {WIDEST:.0f}:1 or less.")
+    scale = (area / (width * height)) ** 0.5
+    target_w, target_h = (max(step, round(side * scale / step) * step) for side in (width, height))
+    scale = max(target_w / width, target_h / height)
+    resized = image.resize((max(target_w, round(width * scale)), max(target_h, round(height * scale))), Image.Resampling.LANCZOS)
+    left, top = (resized.width - target_w) // 2, (resized.height - target_h) // 2
+    array = np.asarray(resized.crop((left, top, left + target_w, top + target_h)), np.float32)
+    values = torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
+    return Pixels(values, (height, width, top, left, target_h, target_w))

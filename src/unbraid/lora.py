@@ -1,0 +1,260 @@
+"""The LoRA layer, and what a step is made of: adapters, who is active where, and branches.
+
+An adapted linear layer computes, for every row of the batch,
+
+    y = W0 x + Σ_a scale_a · g_a ⊙ B_a A_a (m_a ⊙ x_a)
+
+where A = down [r, k], B = up [d, r], m = columns [k] (ZipLoRA, arXiv 2311.13600) and g = channels [d]
+(UnZipLoRA, arXiv 2412.04465) are the mergers, and x_a is x, or the adapter's own prompt embedding in
+cross-attention keys and values. No d×k matrix is ever formed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unbraid.errors import UsageError
+
+Part = Literal["down", "up", "merger"]
+ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
+ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
+OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
+
+
+@dataclass(frozen=True)
+class Active:
+    """One adapter at work in a branch. `prompt` names the text that its cross-attention keys and values
+    read (none: the branch's own). Parts that are not in `trains` get no gradient, only their values count."""
+
+    adapter: str
+    scale: float = 1.0
+    merger: bool = True
+    trains: frozenset[Part] = ALL
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One prediction of a training step; `image` and `prompt` are role names, so a recipe does not depend on
+    the user's files. With a `teacher`, its prediction is the target; without, the noise or velocity is."""
+
+    image: str
+    prompt: str
+    active: tuple[Active, ...] = ()
+    teacher: "Branch | None" = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One module's low-rank change: alpha / r · up @ down (times a strength)."""
+
+    down: Float[Tensor, "r k"]
+    up: Float[Tensor, "d r"]
+    alpha: float
+
+
+class Factors(nn.Module):
+    """What one adapter adds to one layer. The mergers and the mask exist only when a method asks for them."""
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+        self.scale = scale  # alpha / r
+        self.columns: nn.Parameter | None = None  # m, [k]
+        self.channels: nn.Parameter | None = None  # g, [d]
+        self.register_buffer("mask", None)  # [d], 0 or 1, multiplies g
+
+    def parts(self) -> Iterator[tuple[Part, nn.Parameter]]:
+        yield "down", self.down
+        yield "up", self.up
+        for merger in (self.columns, self.channels):
+            if merger is not None:
+                yield "merger", merger
+
+    def gate(self, channels: Tensor | None) -> Tensor | None:
+        """g · mask, [d], or None where every channel is simply on."""
+        if self.mask is None or channels is None:
+            return channels if self.mask is None else self.mask
+        return channels * self.mask
+
+    def delta(self, x: Float[Tensor, "*n k"], active: Active) -> Float[Tensor, "*n d"]:
+        """scale · g ⊙ B A (m ⊙ x). What does not train is detached as a parameter: gradients still reach x."""
+        down, up = (p if part in active.trains else p.detach() for part, p in (("down", self.down), ("up", self.up)))
+        columns, channels = self.columns, self.channels
+        if "merger" not in active.trains:
+            columns, channels = (None if p is None else p.detach() for p in (columns, channels))
+        if active.merger and columns is not None:
+            x = x * columns.to(x.dtype)
+        out = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        gate = self.gate(channels) if active.merger else None
+        strength = active.scale * self.scale
+        return out * strength if gate is None else out * (strength * gate).to(x.dtype)
+
+    def folded(self) -> Lora:
+        """The same change as plain factors: mergers and mask multiplied in, alpha = r."""
+        with torch.no_grad():
+            gate = self.gate(self.channels)
+            down = self.down if self.columns is None else self.down * self.columns
+            up = self.up if gate is None else self.up * gate[:, None]
+            return Lora(down.detach().clone(), (up * self.scale).detach().clone(), float(len(self.down)))
+
+
+@dataclass
+class _Work:
+    """One distinct Active, the batch rows that it works on (None: all), and its prompt's embedding."""
+
+    active: Active
+    rows: Tensor | None
+    prompt: Tensor | None
+
+
+@dataclass
+class _Activity:
+    """What is active now; every layer of one `Adapters` looks at the same object."""
+
+    work: tuple[_Work, ...] = ()
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and the adapters on it."""
+
+    def __init__(self, base: nn.Linear, activity: _Activity, own_prompt: bool) -> None:
+        super().__init__()
+        self.base, self.activity, self.own_prompt = base, activity, own_prompt
+        self.adapters = nn.ModuleDict()
+
+    @property
+    def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
+        y = self.base(x)
+        for work in self.activity.work:
+            if work.active.adapter not in self.adapters:
+                continue
+            factors = self.adapters[work.active.adapter]
+            assert isinstance(factors, Factors)
+            seen = x if work.rows is None else x[work.rows]
+            if self.own_prompt and work.prompt is not None:
+                seen = work.prompt.to(x.dtype).expand(len(seen), -1, -1)
+            delta = factors.delta(seen, work.active)
+            y = y + delta if work.rows is None else y.index_add(0, work.rows, delta)
+        return y
+
+
+@dataclass
+class Adapters:
+    """The adapters on one model: attach, activate, detach."""
+
+    layers: dict[str, AdaptedLinear]
+    _model: nn.Module
+    _activity: _Activity
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def attach(cls, model: nn.Module, targets: str = ATTENTION) -> "Adapters":
+        """Put an empty adapted layer in the place of every linear layer whose name matches `targets`."""
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
+        if not names:
+            raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
+        return cls.attach_named(model, names)
+
+    @classmethod
+    def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
+        """The same for a list of names, all of them linear layers of `model`."""
+        linears = {name: model.get_submodule(name) for name in names}
+        activity = _Activity()
+        layers = {
+            name: AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
+            for name, linear in linears.items()
+            if isinstance(linear, nn.Linear)
+        }
+        for name, layer in layers.items():
+            _set(model, name, layer)
+        return cls(layers, model, activity)
+
+    def detach(self) -> None:
+        """Take every adapted layer out again; the model is what it was, bit for bit."""
+        for name, layer in self.layers.items():
+            _set(self._model, name, layer.base)
+
+    def add(self, adapter: str, factors: Mapping[str, Factors], where: object = None) -> None:
+        """Add an adapter: layer name → factors. Shapes must fit; `where` names its file in an error."""
+        for name, new in factors.items():
+            base = self.layers[name].base
+            if new.down.shape[1] != base.in_features or new.up.shape[0] != base.out_features:
+                shapes = f"{tuple(new.up.shape)}·{tuple(new.down.shape)} for a layer {tuple(base.weight.shape)}"
+                raise UsageError(f"{name}: wrong shapes {shapes}", where or adapter, "It was made for another base.")
+            self.layers[name].adapters[adapter] = new.to(base.weight.device)
+        self.names.append(adapter)
+
+    def new(self, adapter: str, rank: int, rng: torch.Generator, up_std: float = 0.0, down_std: float | None = None) -> None:
+        """Add a fresh adapter on every layer: down ~ N(0, 1/r) unless given, up = 0 (the base is unchanged)."""
+        made = {}
+        for name, layer in self.layers.items():
+            d, k = layer.base.weight.shape
+            if not 1 <= rank <= min(d, k):
+                fix = f"Choose 1 to {self.highest_rank()}."
+                raise UsageError(f"rank {rank} does not fit {name} ({d}×{k})", "rank", fix)
+            down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
+            up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
+            made[name] = Factors(down, up)
+        self.add(adapter, made)
+
+    def highest_rank(self) -> int:
+        return min(min(layer.base.weight.shape) for layer in self.layers.values())
+
+    def of(self, adapter: str) -> dict[str, Factors]:
+        """One adapter's factors by layer name."""
+        found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
+        return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
+
+    def folded(self, adapter: str) -> dict[str, Lora]:
+        """One adapter as plain low-rank changes, mergers folded in."""
+        return {name: factors.folded() for name, factors in self.of(adapter).items()}
+
+    @contextmanager
+    def activate(
+        self, rows: Sequence[tuple[Active, ...]], prompts: Mapping[str, Float[Tensor, "n c"]] | None = None
+    ) -> Iterator[None]:
+        """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
+        checkpointing the layers run again there."""
+        before = self._activity.work
+        device = next(iter(self.layers.values())).weight.device
+        wanted: dict[Active, list[int]] = {}
+        for i, row in enumerate(rows):
+            for active in row:
+                if active.adapter not in self.names:
+                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {', '.join(self.names)}.")
+                if active.scale:
+                    wanted.setdefault(active, []).append(i)
+        self._activity.work = tuple(
+            _Work(
+                active,
+                None if len(where) == len(rows) else torch.tensor(where, device=device),
+                (prompts or {})[active.prompt] if active.prompt is not None else None,
+            )
+            for active, where in wanted.items()
+        )
+        try:
+            yield
+        finally:
+            self._activity.work = before
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,207 @@
+"""UnZipLoRA: one image → a content LoRA and a style LoRA (arXiv 2412.04465).
+
+One forward pass per step: both adapters work at once, each reading its own prompt in cross-attention keys
+and values. Column separation gives each adapter its own output channels, a tenth of them per period; block
+separation exempts the adapter that a block is known to serve. Where an exempt adapter meets the other
+one's channels, a penalty drives the gate of one of the two to zero.
+
+What differs from the published code by default, and why, is in docs/unziplora.md; `compat="official"`
+(unziplora_official.py) is the published behaviour.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Adapters, Branch, Factors, Part
+from unbraid.optim import Rate
+from unbraid.train import Recipe
+
+ROLES = ("content", "style")
+Blocks = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Column separation: `times` periods, each opening with a scoring window and granting `ratio` of the channels."""
+
+    steps: int
+    times: int
+    ratio: float
+    window: int
+    blocks: Blocks
+
+    @property
+    def period(self) -> int:
+        return ceil(self.steps / self.times)
+
+    def scoring(self, step: int) -> bool:
+        return step % self.period < self.window
+
+    def granting(self, step: int) -> bool:
+        return step % self.period == self.window - 1
+
+    def exempt(self, layer: str) -> str | None:
+        """The adapter that uses every channel of this layer, if any."""
+        return next((role for role in ROLES if layer.startswith(self.blocks.get(role, ()))), None)
+
+
+def unziplora(
+    blocks: Blocks,
+    *,
+    rank: int = 64,
+    steps: int = 600,
+    content_lr: float = 5e-5,
+    style_lr: float = 5e-5,
+    merger_lr: float = 5e-3,
+    weight_decay: float = 1e-4,
+    sample_times: int = 3,
+    column_ratio: float = 0.1,
+    overlap: float = 0.5,
+    window: int = 16,
+    column_separation: bool = True,
+    block_separation: bool = True,
+    standalone: float = 0.0,
+    compat: Literal["none", "official"] = "none",
+) -> tuple[Recipe, ...]:
+    """Split one image.
+
+    rank: of each adapter. steps: optimiser steps. content_lr, style_lr, merger_lr: AdamW rates of the two
+    adapters and of their gates. weight_decay: of the adapters (official: of the gates too). sample_times:
+    periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
+    penalty. window: steps over which channels are scored. column_separation, block_separation: on or off.
+    standalone: weight of two more losses, each adapter alone under its own prompt (0: as published).
+    compat: `official` reproduces the published code, defects included.
+    """
+    if not 0 < column_ratio * sample_times <= 1:
+        fix = "Their product may be at most 1."
+        raise UsageError(f"column_ratio {column_ratio} × sample_times {sample_times}", "unziplora", fix)
+    columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
+    if column_separation and compat == "none" and not 1 <= window <= columns.period:
+        raise UsageError(f"window {window} does not fit a period of {columns.period} steps", "unziplora", "Shorten it.")
+    lrs: dict[str, float] = {"content": content_lr, "style": style_lr}
+    factors: tuple[Part, ...] = ("down", "up")
+    rates: dict[tuple[str, Part], Rate] = {(role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in factors}
+    if compat == "official":
+        from unbraid.methods.unziplora_official import recipe
+
+        rates |= {(role, "merger"): Rate(merger_lr, weight_decay) for role in ROLES}
+        return (recipe(columns, rates, rank, overlap, column_separation),)
+    if column_separation:
+        rates |= {(role, "merger"): Rate(merger_lr) for role in ROLES}
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        for role in ROLES:
+            adapters.new(role, rank, rng)
+        if column_separation:
+            _open_books(adapters, columns)
+
+    def branches(step: int) -> tuple[Branch, ...]:
+        both = Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES))
+        alone = tuple(Branch("image", role, (Active(role, prompt=role),), weight=standalone) for role in ROLES)
+        return (both, *alone) if standalone else (both,)
+
+    if not column_separation:
+        return (Recipe(prepare, branches, rates, steps),)
+    return (
+        Recipe(
+            prepare,
+            branches,
+            rates,
+            steps,
+            penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
+            after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+            after_step=lambda adapters, step: clamp_gates(adapters),
+        ),
+    )
+
+
+def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
+    """(content, style) factors by layer."""
+    content, style = (adapters.of(role) for role in ROLES)
+    return {name: (content[name], style[name]) for name in content}
+
+
+def _open_books(adapters: Adapters, columns: Columns) -> None:
+    """Give every layer its gates g = 1 and the buffers of the selection.
+
+    owned: channels granted so far. losing: contested channels that the other adapter won. No mask is needed:
+    `up` starts at zero and only owned rows of it ever change, so every other channel adds exactly nothing,
+    and still has a gradient by which it can be scored without disturbing the model.
+    """
+    for name, both in pairs(adapters).items():
+        for role, factors in zip(ROLES, both, strict=True):
+            all_on = columns.exempt(name) == role
+            like = factors.up.detach()[:, 0]
+            factors.channels = nn.Parameter(torch.ones_like(like))
+            factors.register_buffer("owned", torch.full_like(like, all_on, dtype=torch.bool))
+            factors.register_buffer("losing", torch.zeros_like(like, dtype=torch.bool))
+            factors.register_buffer("score", torch.zeros_like(like))
+
+
+def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
+    for name, both in pairs(adapters).items():
+        if columns.scoring(step):
+            for factors in both:
+                assert factors.up.grad is not None
+                factors.score += factors.up.grad.norm(dim=1)
+        for factors in both:
+            assert factors.up.grad is not None and factors.channels is not None
+            factors.up.grad[~factors.owned] = 0
+            if factors.channels.grad is not None:
+                factors.channels.grad[~factors.losing] = 0
+        if columns.granting(step):
+            _grant(both, columns, columns.exempt(name))
+
+
+def _grant(both: tuple[Factors, Factors], columns: Columns, exempt: str | None) -> None:
+    """Exactly ⌊ratio·d⌋ further channels for each adapter that is not exempt; content chooses first.
+
+    A channel's importance is the norm of its row of `up`'s gradient, summed over the window: the first-order
+    gain of switching it on, without a threshold or a scale. A contested channel goes to the adapter to which
+    it matters more, relative to that adapter's mean in the layer."""
+    content, style = both
+    n = int(columns.ratio * len(content.score))
+    if exempt is None:
+        top_unowned(content, n, content.owned | style.owned)
+        top_unowned(style, n, content.owned | style.owned)
+    else:
+        sparse, full = (content, style) if exempt == "style" else (style, content)
+        fresh = top_unowned(sparse, n, sparse.owned)
+        wins = sparse.score / sparse.score.mean() >= full.score / full.score.mean()
+        full.losing |= fresh & wins
+        sparse.losing |= fresh & ~wins
+    for factors in both:
+        factors.score.zero_()
+
+
+def top_unowned(factors: Factors, n: int, taken: Tensor) -> Tensor:
+    """Grant the n best-scored channels that are not taken; returns them as a mask. Ties go to the lower index."""
+    order = torch.argsort(factors.score.masked_fill(taken, -torch.inf), descending=True, stable=True)
+    fresh = torch.zeros_like(taken)
+    fresh[order[: min(n, int((~taken).sum()))]] = True
+    factors.owned |= fresh
+    return fresh
+
+
+def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
+    """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels."""
+    terms = []
+    for content, style in pairs(adapters).values():
+        assert content.channels is not None and style.channels is not None
+        terms.append((content.channels * style.channels.detach() * content.losing).abs().mean())
+        terms.append((style.channels * content.channels.detach() * style.losing).abs().mean())
+    return weight * 2 * torch.stack(terms).mean()
+
+
+def clamp_gates(adapters: Adapters) -> None:
+    with torch.no_grad():
+        for both in pairs(adapters).values():
+            for factors in both:
+                assert factors.channels is not None
+                factors.channels.clamp_(0, 1)

@@ -1,0 +1,117 @@
+"""UnZipLoRA as its authors' code behaves (commit 0dc1800), for comparison; written from its description.
+
+Both factors start as noise, so the base is disturbed from step 0. Channels are scored on one step per period
+by a thresholded count on gradients times fp16's loss scale (emulated here), and chosen strictly above the
+threshold, so at most n - 1 of n. At a period's first step the gates get an unfiltered update. The penalty is
+symmetric: it deletes contested channels from both adapters. Alone, an adapter is used without its gates.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.lora import Active, Adapters, Branch, Factors, Part
+from unbraid.methods.unziplora import ROLES, Columns, clamp_gates, pairs
+from unbraid.optim import Rate
+from unbraid.train import Recipe
+
+LOSS_SCALE = 65536.0
+THRESHOLD = 1e-5
+CHUNK = 64  # rows of the d×k score that are formed at once
+
+
+def recipe(
+    columns: Columns, rates: Mapping[tuple[str, Part], Rate], rank: int, overlap: float, column_separation: bool
+) -> Recipe:
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        for role in ROLES:
+            adapters.new(role, rank, rng, up_std=1 / rank, down_std=1 / rank)
+        for both in pairs(adapters).values():
+            for factors in both:
+                like = factors.up.detach()[:, 0]
+                factors.channels = nn.Parameter(torch.ones_like(like))
+                factors.register_buffer("mask", torch.ones_like(like))
+                factors.register_buffer("owned", torch.zeros_like(like, dtype=torch.bool))
+
+    def branches(step: int) -> tuple[Branch, ...]:
+        return (Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),)
+
+    if not column_separation:  # masks are never built, so block separation has no effect either
+        frozen_gates = {key: rate for key, rate in rates.items() if key[1] != "merger"}
+        return Recipe(prepare, branches, frozen_gates, columns.steps)
+    return Recipe(
+        prepare,
+        branches,
+        rates,
+        columns.steps,
+        penalty=lambda adapters, step: _penalty(adapters, overlap) if _gated(columns, step) else None,
+        after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+        after_step=lambda adapters, step: _after_step(adapters, columns, step),
+    )
+
+
+def _gated(columns: Columns, step: int) -> bool:
+    """Ungated are the very first step and the second step of each period."""
+    return step > 0 and step % columns.period != 1
+
+
+def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
+    phase = step % columns.period
+    for name, (content, style) in pairs(adapters).items():
+        if phase == 1:
+            _select(content, style, columns.ratio, columns.exempt(name))
+        for factors in (content, style):
+            assert factors.channels is not None and factors.channels.grad is not None
+            if phase == 1 or step == 0:
+                factors.channels.grad = None  # gates are switched off: no update, no decay
+            elif phase != 0:  # at phase 0 the filter is skipped: every gate moves
+                factors.channels.grad *= content.owned & style.owned
+
+
+def _after_step(adapters: Adapters, columns: Columns, step: int) -> None:
+    clamp_gates(adapters)
+    last = step + 1 == columns.steps  # gating is forced on before saving
+    gated = last or _gated(columns, step + 1)
+    for both in pairs(adapters).values():
+        for factors in both:
+            factors.mask.copy_(factors.owned if gated else torch.ones_like(factors.mask))
+
+
+def _select(content: Factors, style: Factors, ratio: float, exempt: str | None) -> None:
+    n = int(ratio * len(content.owned))
+    if exempt == "content":
+        content.owned.fill_(True)
+        style.owned |= _above(_count(style), n)
+    elif exempt == "style":
+        style.owned.fill_(True)
+        content.owned |= _above(_count(content), n)
+    else:
+        content.owned |= _above(_count(content), n)
+        style.owned |= _above(_count(style).masked_fill(content.owned, -torch.inf), n)
+
+
+def _above(score: Tensor, n: int) -> Tensor:
+    """Channels strictly above the n-th best score: n - 1 of them, fewer with ties."""
+    return score > score.topk(n).values.min()
+
+
+@torch.no_grad()
+def _count(factors: Factors) -> Tensor:
+    """Share of inputs i with |W_ji · M_ji| over the threshold, [d]; W = B A and M = g ⊙ (B ∂A + ∂B A)."""
+    assert factors.up.grad is not None and factors.down.grad is not None and factors.channels is not None
+    rows = []
+    for span in torch.arange(len(factors.up)).split(CHUNK):
+        up, up_grad = factors.up[span], factors.up.grad[span]
+        change = factors.channels[span, None] * (up @ factors.down.grad + up_grad @ factors.down)
+        rows.append(((up @ factors.down * change * LOSS_SCALE).abs() > THRESHOLD).float().mean(1))
+    return torch.cat(rows)
+
+
+def _penalty(adapters: Adapters, weight: float) -> Tensor:
+    """λ · mean over layers of mean_j |m_c k_c m_s k_s|."""
+    terms = []
+    for content, style in pairs(adapters).values():
+        assert content.channels is not None and style.channels is not None
+        terms.append((content.channels * content.owned * style.channels * style.owned).abs().mean())
+    return weight * torch.stack(terms).mean()

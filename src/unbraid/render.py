@@ -1,0 +1,94 @@
+"""LoRA files and a prompt → pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from unbraid.base import Base
+from unbraid.errors import UsageError
+from unbraid.files import LoraFile, read
+from unbraid.lora import Active, Adapters, Factors
+from unbraid.sample import NEGATIVE, classifier_free, generate
+
+OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
+
+
+@dataclass(frozen=True)
+class Use:
+    """One LoRA file at a strength. `prompt`: what it reads in cross-attention keys and values instead of the main
+    prompt (UnZipLoRA's joint inference); `own` is the prompt recorded in the file."""
+
+    file: Path
+    scale: float = 1.0
+    prompt: str | None = None
+
+
+def render(
+    base: Base,
+    prompt: str,
+    uses: Sequence[Use] = (),
+    *,
+    negative: str = "",
+    guidance: float = 4.0,
+    seeds: Sequence[int] = (0,),
+    steps: int = 25,
+    height: int | None = None,
+    width: int | None = None,
+) -> list[Image.Image]:
+    """One picture per seed with classifier-free guidance; the base is left as it was."""
+    opened = [read(use.file) for use in uses]
+    texts = {"main": prompt, NEGATIVE: negative}
+    active = []
+    for i, (use, file) in enumerate(zip(uses, opened, strict=True)):
+        role = None
+        if use.prompt is not None:
+            role = f"lora{i}"
+            texts[role] = _own_prompt(use, file) if use.prompt == OWN else use.prompt
+        active.append(Active(f"lora{i}", use.scale, prompt=role))
+    prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
+    terms = classifier_free(guidance, "main", tuple(active))
+    adapters = attach(base, {f"lora{i}": (use.file, file) for i, (use, file) in enumerate(zip(uses, opened, strict=True))})
+    try:
+        return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, height=height, width=width)
+    finally:
+        if adapters:
+            adapters.detach()
+
+
+def attach(base: Base, loras: dict[str, tuple[Path, LoraFile]]) -> Adapters | None:
+    """Put LoRA files on the base's UNet, each under its name; None if there are none."""
+    names: set[str] = set()
+    for path, file in loras.values():
+        outside = [name for name in file.modules if not name.startswith("unet.")]
+        if outside:
+            what = f"{len(outside)} of its modules are not in the UNet, such as {outside[0]}"
+            raise UsageError(what, path, "unbraid applies UNet LoRAs; drop the rest with `unbraid edit`.")
+        names |= {name.removeprefix("unet.") for name in file.modules}
+    if not names:
+        return None
+    linears = {name for name, module in base.unet.named_modules() if type(module).__name__ == "Linear"}
+    for path, file in loras.values():
+        missing = sorted({name.removeprefix("unet.") for name in file.modules} - linears)
+        if missing:
+            what = f"{len(missing)} of its {len(file.modules)} modules are no linear layers of this base, such as {missing[0]}"
+            raise UsageError(what, path, f"It was made for another base than {base.name}.")
+    adapters = Adapters.attach_named(base.unet, sorted(names))
+    try:
+        for name, (path, file) in loras.items():
+            made = {}
+            for module, lora in file.modules.items():
+                made[module.removeprefix("unet.")] = Factors(lora.down.float(), lora.up.float(), lora.alpha / len(lora.down))
+            adapters.add(name, made, where=path)
+    except UsageError:
+        adapters.detach()
+        raise
+    return adapters
+
+
+def _own_prompt(use: Use, file: LoraFile) -> str:
+    for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
+        if file.metadata.get(key):
+            return file.metadata[key]
+    raise UsageError("records no prompt of its own", use.file, "Give one with --lora-prompt.")

@@ -1,0 +1,100 @@
+"""Sampling: a guidance formula is a weighted sum of passes, on diffusers' own pipelines.
+
+`Guided` stands in for a pipeline's UNet, which is called at guidance 1, and returns Σ weight · prediction
+over its terms, with all passes in one batch. So every scheduler and every pipeline works with every formula.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unbraid.base import Base, Prompt
+from unbraid.lora import Active, Adapters
+
+NEGATIVE = "negative"  # the role of the negative prompt
+
+
+@dataclass(frozen=True)
+class Term:
+    """One pass of a guidance formula: its weight, prompt role and adapters, and when it counts. Times run from
+    1 (pure noise) to 0."""
+
+    weight: float
+    prompt: str
+    active: tuple[Active, ...] = ()
+    t_max: float = 1.0
+    t_min: float = 0.0
+
+
+def classifier_free(scale: float, prompt: str, active: tuple[Active, ...] = ()) -> tuple[Term, ...]:
+    """e_u + w (e_c - e_u) (arXiv 2207.12598); adapters with their own prompt read the negative one in e_u."""
+    blank = tuple(replace(one, prompt=NEGATIVE) if one.prompt else one for one in active)
+    if scale == 1:
+        return (Term(1.0, prompt, active),)
+    return (Term(1 - scale, NEGATIVE, blank), Term(scale, prompt, active))
+
+
+class Guided(nn.Module):
+    """A stand-in for `base.unet` that evaluates a guidance formula."""
+
+    def __init__(self, base: Base, terms: Sequence[Term], prompts: Mapping[str, Prompt], adapters: Adapters | None) -> None:
+        super().__init__()
+        self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
+        self.config, self.add_embedding = base.unet.config, getattr(base.unet, "add_embedding", None)
+        self.dtype, self.device = base.unet.dtype, base.device
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor]:
+        """sample [b, c, h, w] → ([b, c, h, w],). The pipeline's own prompt embeddings are not looked at."""
+        time = float(timestep) / self.base.noise.config["num_train_timesteps"]
+        terms = [term for term in self.terms if term.weight and term.t_min <= time <= term.t_max]
+        b, k = len(sample), len(terms)
+        rows = [term for term in terms for _ in range(b)]
+        sizes = (given.get("added_cond_kwargs") or {}).get("time_ids")
+        sizes = sample.new_zeros(k * b, 6) if sizes is None else sizes[:b].repeat(k, 1)
+        roles = {role: prompt.embeds for role, prompt in self.prompts.items()}
+        activity = self.adapters.activate([row.active for row in rows], roles) if self.adapters else nullcontext()
+        with activity:
+            prompts = [self.prompts[row.prompt] for row in rows]
+            t = torch.as_tensor(timestep, device=sample.device).expand(k * b)
+            out = self.base.predict(sample.repeat(k, 1, 1, 1), t, prompts, sizes)
+        weights = torch.tensor([term.weight for term in terms], dtype=out.dtype, device=out.device)
+        return (torch.einsum("k,kbchw->bchw", weights, out.unflatten(0, (k, b))),)
+
+
+@torch.no_grad()
+def generate(
+    base: Base,
+    terms: Sequence[Term],
+    prompts: Mapping[str, Prompt],
+    adapters: Adapters | None = None,
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int = 25,
+    height: int | None = None,
+    width: int | None = None,
+) -> list[Image.Image]:
+    """One image per seed. A seed gives the same image whatever it is batched with."""
+    pipe = copy.copy(base.pipe)
+    pipe.unet = Guided(base, terms, prompts, adapters)  # type: ignore[assignment]
+    first = prompts[terms[-1].prompt]
+    n = len(seeds)
+    given: dict[str, Any] = {"prompt_embeds": first.embeds.expand(n, -1, -1)}
+    if first.pooled is not None:
+        given["pooled_prompt_embeds"] = first.pooled.expand(n, -1)
+    done = pipe(
+        **given,
+        guidance_scale=1.0,
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        height=height or base.size,
+        width=width or base.size,
+    )
+    return done.images  # type: ignore[union-attr]

@@ -1,0 +1,178 @@
+"""The trainer: a recipe says what every step is; `train` yields the steps and does nothing else.
+
+It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unbraid.errors import UsageError
+from unbraid.lora import Adapters, Branch
+from unbraid.optim import Rates, adamw
+
+Shared = Literal["noise", "timestep", "crop"]
+Hook = Callable[[Adapters, int], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run as data. Hooks are called with the adapters and the index of the step."""
+
+    prepare: Callable[[Adapters, torch.Generator], None]  # adds the adapters
+    branches: Callable[[int], tuple[Branch, ...]]
+    rates: Rates
+    steps: int
+    shared: frozenset[Shared] = frozenset()  # what the branches of one step have in common
+    clip: float | None = 1.0  # largest norm of all gradients together
+    penalty: Callable[[Adapters, int], Tensor | None] | None = None
+    after_backward: Hook | None = None
+    after_step: Hook | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One noisy training example (b = 1)."""
+
+    noisy: Tensor  # [1, c, h, w]
+    t: Tensor  # [1], the scheduler's training timesteps
+    target: Tensor  # as noisy: noise or velocity
+    sizes: Tensor  # [1, 6]: original height and width, crop top and left, target height and width
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """What the trainer needs of a base model; `base.Studies` is the one for diffusers."""
+
+    prompts: Mapping[str, Tensor]  # role → [tokens, channels], for adapters that read their own prompt
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    index: int
+    loss: float  # weighted sum over branches, plus penalty
+    losses: tuple[float, ...]  # per branch, unweighted
+    norm: float  # of all gradients, before clipping
+
+
+@dataclass
+class State:
+    """Everything that a run needs to go on as if it had never stopped."""
+
+    adapters: Adapters
+    optimizer: torch.optim.Optimizer
+    rng: torch.Generator
+    step: int = 0
+
+    @classmethod
+    def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
+        recipe.prepare(adapters, rng)
+        return cls(adapters, adamw(adapters, recipe.rates), rng)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
+        out = {f"adapter/{key}": value for key, value in self._modules().state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            out |= {f"optimizer/{i}/{key}": value for key, value in moments.items()}
+        out["rng"], out["step"] = self.rng.get_state(), torch.tensor(self.step)
+        return {key: value.detach().cpu().clone().contiguous() for key, value in out.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Undo `tensors()`. Raises UsageError if the snapshot is of another recipe."""
+        adapters = {k.removeprefix("adapter/"): v for k, v in tensors.items() if k.startswith("adapter/")}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, i, what = key.split("/")
+                moments.setdefault(int(i), {})[what] = value
+        try:
+            self._modules().load_state_dict(adapters)
+        except RuntimeError as error:
+            fix = "Resume with the settings of run.toml, or start anew in another folder."
+            raise UsageError("the saved state does not fit these settings", "resume", fix) from error
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.rng.set_state(tensors["rng"])
+        self.step = int(tensors["step"])
+
+    def _modules(self) -> nn.ModuleDict:
+        layers = {name.replace(".", "/"): layer.adapters for name, layer in self.adapters.layers.items()}
+        return nn.ModuleDict(layers)
+
+
+def train(model: Denoiser, recipe: Recipe, state: State, at_once: int = 1) -> Iterator[Step]:
+    """Run `recipe` from `state.step` to its end, one optimiser step per item. `at_once` branches share a forward
+    pass (equal shapes only); the result is the same, memory and speed are not."""
+    while state.step < recipe.steps:
+        yield _step(model, recipe, state, at_once)
+
+
+def _step(model: Denoiser, recipe: Recipe, state: State, at_once: int) -> Step:
+    adapters, index = state.adapters, state.step
+    branches = recipe.branches(index)
+    samples = model.draw([branch.image for branch in branches], recipe.shared, state.rng)
+    losses: list[Tensor] = []
+    for chunk in _chunks(samples, at_once):
+        some = [branches[i] for i in chunk]
+        losses += _backward(model, adapters, some, [samples[i] for i in chunk])
+    total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
+    penalty = recipe.penalty(adapters, index) if recipe.penalty else None
+    if penalty is not None:
+        penalty.backward()
+        total = total + penalty.detach()
+    if recipe.after_backward:
+        recipe.after_backward(adapters, index)
+    norm = _clip(state.optimizer, recipe.clip)
+    value = float(total)
+    if not (torch.isfinite(torch.tensor(value)) and torch.isfinite(norm)):
+        fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
+        raise UsageError(f"the loss is {value}, its gradient's norm {norm.item()}", f"step {index}", fix)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    if recipe.after_step:
+        recipe.after_step(adapters, index)
+    return Step(index, value, tuple(float(loss) for loss in losses), float(norm))
+
+
+def _backward(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]) -> list[Tensor]:
+    """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
+    target = torch.cat([sample.target for sample in samples])
+    taught = [i for i, branch in enumerate(branches) if branch.teacher]
+    if taught:
+        teachers = [teacher for branch in branches if (teacher := branch.teacher)]
+        with torch.no_grad(), adapters.activate([teacher.active for teacher in teachers], model.prompts):
+            answers = model.predict([samples[i] for i in taught], [teacher.prompt for teacher in teachers])
+        target = target.index_copy(0, torch.tensor(taught, device=target.device), answers.to(target.dtype))
+    with adapters.activate([branch.active for branch in branches], model.prompts):
+        out = model.predict(samples, [branch.prompt for branch in branches])
+        losses = F.mse_loss(out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, target, reduction="none")
+        losses = losses.flatten(1).mean(1)
+        weights = torch.tensor([branch.weight for branch in branches], dtype=losses.dtype, device=losses.device)
+        (losses * weights).sum().backward()
+    return list(losses.detach())
+
+
+def _chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:
+    """Neighbours of equal shape, at most `at_once` together."""
+    chunks: list[list[int]] = []
+    for i, sample in enumerate(samples):
+        last = chunks[-1] if chunks else []
+        if last and len(last) < at_once and samples[last[0]].noisy.shape == sample.noisy.shape:
+            last.append(i)
+        else:
+            chunks.append([i])
+    return chunks
+
+
+def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
