@@ -27,7 +27,9 @@ def split_job(image: str | Path, *, subject: str, style: str, method: str = "unz
     return job([image], {"subject": subject, "style": style}, method=method, **options)
 
 
-def learn_job(images: str | Path | Sequence[str | Path], *, prompt: str, method: str = "dreambooth", **options: Any) -> Job:
+def learn_job(
+    images: str | Path | Sequence[str | Path], *, prompt: str, method: str = "dreambooth", **options: Any
+) -> Job:
     return job([images] if isinstance(images, str | Path) else images, {"prompt": prompt}, method=method, **options)
 
 
@@ -49,7 +51,9 @@ def job(
     return Job(method, {"image": files}, words, where, resolve(method, base, config, settings), base, seed, previews)
 
 
-def generate(prompt: str, loras: Sequence[Use | str | Path] = (), *, base: str = "icons", **options: Any) -> list[Image.Image]:
+def generate(
+    prompt: str, loras: Sequence[Use | str | Path] = (), *, base: str = "icons", **options: Any
+) -> list[Image.Image]:
     """Pictures of a prompt with LoRA files; options as in `render.render`."""
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
     return render(load(base), prompt, uses, **options)

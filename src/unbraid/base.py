@@ -1,6 +1,5 @@
 """Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from unbraid.errors import UsageError
 from unbraid.train import Sample, Shared
@@ -97,7 +98,9 @@ class Base:
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
         """Encode as the pipeline does: last hidden state (SD1.5), penultimate ones and pooled vector (SDXL)."""
-        done = self.pipe.encode_prompt(text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        done = self.pipe.encode_prompt(
+            text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         pooled = done[2][0] if self.family == "sdxl" else None
         return Prompt(done[0][0], pooled)
 
@@ -175,8 +178,9 @@ def load(name: str = "icons", device: str | None = None) -> Base:
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         fix = "Give icons, a diffusers folder, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
         raise UsageError("there is no such base model", name, fix)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unbraid.cli_files import app as file_commands
 from unbraid.errors import UsageError
 from unbraid.settings import parse_set
 
@@ -21,14 +22,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.registered_commands += file_commands.registered_commands
 console = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
 BaseName = Annotated[str, typer.Option("--base", help="icons (embedded), a diffusers folder, or a hub id.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
@@ -53,7 +55,14 @@ def split(
     from unbraid.api import split_job
 
     settings = parse_set(set_ or [])
-    options: dict[str, Any] = {"out": out, "base": base, "seed": seed, "previews": previews, "config": config, **settings}
+    options: dict[str, Any] = {
+        "out": out,
+        "base": base,
+        "seed": seed,
+        "previews": previews,
+        "config": config,
+        **settings,
+    }
     job = split_job(image, subject=subject, style=style, method=method, **options)
     _run(job, resume, quiet)
 
@@ -76,7 +85,14 @@ def learn(
     from unbraid.api import learn_job
 
     settings = parse_set(set_ or [])
-    options: dict[str, Any] = {"out": out, "base": base, "seed": seed, "previews": previews, "config": config, **settings}
+    options: dict[str, Any] = {
+        "out": out,
+        "base": base,
+        "seed": seed,
+        "previews": previews,
+        "config": config,
+        **settings,
+    }
     _run(learn_job(list(images), prompt=prompt, method=method, **options), resume, quiet)
 
 
@@ -84,10 +100,14 @@ def learn(
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     out: Annotated[Path, typer.Option(help="A .png for one picture, else a folder.")],
-    lora: Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA at a strength; repeatable.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA at a strength; repeatable.")
+    ] = None,
     lora_prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What the LoRA of the same position reads in cross-attention; `own` is what it was trained with."),
+        typer.Option(
+            help="What the LoRA of the same position reads in cross-attention; `own` is what it was trained with."
+        ),
     ] = None,
     negative: str = "",
     n: Annotated[int, typer.Option("--n", help="How many pictures, at seeds SEED, SEED+1, …")] = 1,
@@ -106,7 +126,13 @@ def generate(
     uses = _uses(lora or [], lora_prompt or [])
     if n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
-    options: dict[str, Any] = {"negative": negative, "guidance": guidance, "steps": steps, "height": height, "width": width}
+    options: dict[str, Any] = {
+        "negative": negative,
+        "guidance": guidance,
+        "steps": steps,
+        "height": height,
+        "width": width,
+    }
     with console.status("drawing"):
         images = render(load(base), prompt, uses, seeds=range(seed, seed + n), **options)
     for i, image in enumerate(images):
@@ -130,7 +156,9 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
         _run(show.job(out), resume=(out / "run.toml").exists(), quiet=False)
     with console.status("drawing the contact sheet"):
         sheet = show.sheet(out)
-    print(f"\nThe contact sheet: {sheet}\nThe LoRAs:         {out / 'content.safetensors'}, {out / 'style.safetensors'}")
+    print(
+        f"\nThe contact sheet: {sheet}\nThe LoRAs:         {out / 'content.safetensors'}, {out / 'style.safetensors'}"
+    )
     print(f"Next:              {show.NEXT.format(out=out)}")
 
 
@@ -138,7 +166,9 @@ def _uses(loras: list[str], prompts: list[str]) -> list[Any]:
     from unbraid.render import Use
 
     if prompts and len(prompts) != len(loras):
-        raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", "--lora-prompt", "Give one per --lora, or none.")
+        raise UsageError(
+            f"{len(prompts)} prompts for {len(loras)} LoRAs", "--lora-prompt", "Give one per --lora, or none."
+        )
     uses = []
     for i, text in enumerate(loras):
         name, colon, scale = text.rpartition(":")
@@ -153,18 +183,26 @@ def _uses(loras: list[str], prompts: list[str]) -> list[Any]:
 def _run(job: Any, resume: bool, quiet: bool) -> None:
     from unbraid.run import run
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-    made: list[Path] = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    events, made = run(job, resume=resume), []
+    with console.status("loading", spinner="line") if not quiet else nullcontext():
+        first = next(events)
     if not quiet:
-        console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False)
+        console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
     with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task("loading", total=None, loss="")
-        for event in run(job, resume=resume):
+        task = bar.add_task("training", total=first.total, loss="")
+        for event in chain((first,), events):
             if event.step:
-                bar.update(task, description="training", completed=event.done, total=event.total, loss=f"loss {event.step.loss:.4f}")
+                bar.update(task, completed=event.done, loss=f"loss {event.step.loss:.4f}")
             if event.file:
                 made.append(event.file)
-                bar.console.print(f"  wrote {event.file}", markup=False, highlight=False)
+                bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
     for file in _results(made):
         print(file)
 
@@ -176,11 +214,11 @@ def _results(files: Iterable[Path]) -> list[Path]:
 def main() -> None:
     """Entry point. 0 done, 1 UsageError, 2 wrong command line, 130 interrupted (resumable)."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
     except UsageError as error:
         print(f"unbraid: {error}", file=sys.stderr)
         code = 1
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         print("unbraid: interrupted; the same command with --resume goes on", file=sys.stderr)
         code = 130
     except Exception as error:

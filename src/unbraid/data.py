@@ -33,7 +33,9 @@ def open_image(path: Path) -> Image.Image:
             upright = ImageOps.exif_transpose(file)
             rgba = upright.convert("RGBA")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError("this is not an image that can be read", path, "Give a whole PNG, JPEG or WebP file.") from error
+        raise UsageError(
+            "this is not an image that can be read", path, "Give a whole PNG, JPEG or WebP file."
+        ) from error
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
 
@@ -52,13 +54,19 @@ def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
     """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred."""
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE:
-        raise UsageError(f"the image is only {width}×{height} pixels", where, f"Both sides must be {SMALLEST_SIDE} or more.")
+        raise UsageError(
+            f"the image is only {width}×{height} pixels", where, f"Both sides must be {SMALLEST_SIDE} or more."
+        )
     if max(width, height) > WIDEST * min(width, height):
-        raise UsageError(f"the image is {width}×{height}, too long for its width", where, f"Crop it to {WIDEST:.0f}:1 or less.")
+        raise UsageError(
+            f"the image is {width}×{height}, too long for its width", where, f"Crop it to {WIDEST:.0f}:1 or less."
+        )
     scale = (area / (width * height)) ** 0.5
     target_w, target_h = (max(step, round(side * scale / step) * step) for side in (width, height))
     scale = max(target_w / width, target_h / height)
-    resized = image.resize((max(target_w, round(width * scale)), max(target_h, round(height * scale))), Image.Resampling.LANCZOS)
+    resized = image.resize(
+        (max(target_w, round(width * scale)), max(target_h, round(height * scale))), Image.Resampling.LANCZOS
+    )
     left, top = (resized.width - target_w) // 2, (resized.height - target_h) // 2
     array = np.asarray(resized.crop((left, top, left + target_w, top + target_h)), np.float32)
     values = torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1

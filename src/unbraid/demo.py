@@ -35,12 +35,26 @@ def sheet(out: Path) -> Path:
 
     both = f"a {RARE} {SUBJECT} in {STYLE} style"
     rows = [
-        ("the input, which the base has never seen, and what the base alone makes of the prompt", [("input", open_image(image())), draw(both)]),
-        ("content LoRA: its subject in other styles", [draw(f"a {RARE} {SUBJECT} in {other} style", Use(content)) for other in STYLES]),
-        ("style LoRA: other subjects in its style", [draw(f"a {other} in {STYLE} style", Use(style)) for other in SUBJECTS]),
+        (
+            "the input, which the base has never seen, and what the base alone makes of the prompt",
+            [("input", open_image(image())), draw(both)],
+        ),
+        (
+            "content LoRA: its subject in other styles",
+            [draw(f"a {RARE} {SUBJECT} in {other} style", Use(content)) for other in STYLES],
+        ),
+        (
+            "style LoRA: other subjects in its style",
+            [draw(f"a {other} in {STYLE} style", Use(style)) for other in SUBJECTS],
+        ),
         (
             "both LoRAs, each reading its own prompt",
-            [(f"seed {i}", picture) for i, picture in enumerate(render(base, both, (Use(content, prompt=OWN), Use(style, prompt=OWN)), seeds=range(4)))],
+            [
+                (f"seed {i}", picture)
+                for i, picture in enumerate(
+                    render(base, both, (Use(content, prompt=OWN), Use(style, prompt=OWN)), seeds=range(4))
+                )
+            ],
         ),
     ]
     return pictures.save_image(pictures.contact_sheet(rows, cell=192), out / "demo.png")

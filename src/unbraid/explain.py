@@ -14,7 +14,10 @@ def explain(method: str) -> str:
     entry = METHODS[method]
     lines = [f"{method}: unbraid {entry.verb} (arXiv {entry.paper})", ""]
     for number, recipe in enumerate(entry.make(BLOCKS["sdxl"]), 1):
-        lines.append(f"recipe {number}: {recipe.steps} steps" + (f", shared {', '.join(sorted(recipe.shared))}" if recipe.shared else ""))
+        lines.append(
+            f"recipe {number}: {recipe.steps} steps"
+            + (f", shared {', '.join(sorted(recipe.shared))}" if recipe.shared else "")
+        )
         last = None
         for step in range(recipe.steps):
             branches = recipe.branches(step)
@@ -22,7 +25,12 @@ def explain(method: str) -> str:
                 lines += [f"  from step {step}:", *(f"    {_branch(branch)}" for branch in branches)]
             last = branches
     lines += ["", "prompts:", *(f"  {role}: {text}" for role, text in entry.prompts.items())]
-    lines += ["", "files:", *(f"  {stem}.safetensors: {one[0]}, prompt {one[1]}" for stem, one in entry.outputs.items())]
+    outputs = entry.outputs({name: p.default for name, p in schema(entry).items()})
+    lines += [
+        "",
+        "files:",
+        *(f"  {stem}.safetensors: {one.adapter}, prompt {one.prompt}" for stem, one in outputs.items()),
+    ]
     lines += ["", "settings (--set name=value):"]
     lines += [f"  {name} = {p.default!r}" for name, p in schema(entry).items()]
     about = (entry.make.__doc__ or "").strip().splitlines()[1:]

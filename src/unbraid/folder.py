@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,13 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        os.replace(part, path)
+        part.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot be written ({reason})", path, "Choose another folder or make room.") from error
     finally:
-        try:
+        with suppress(OSError):  # where the folder itself cannot be written: that has been said
             part.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself cannot be written; that has been said
 
 
 def write_record(out: Path, record: Mapping[str, Any]) -> None:
@@ -63,7 +60,9 @@ def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
             raise UsageError("the run in this folder has other settings", out, fix)
         return
     if there.exists():
-        raise UsageError("this folder holds a run already", out, "Add --resume to go on with it, or choose another --out.")
+        raise UsageError(
+            "this folder holds a run already", out, "Add --resume to go on with it, or choose another --out."
+        )
     write_record(out, record)
 
 
@@ -91,16 +90,19 @@ class Events:
         kept = [event for event in read_events(out) if event["step"] < step]
         with atomic(self.path) as part:
             part.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        self.file = self.path.open("a")
+        self.waiting: list[str] = []
 
     def add(self, **event: Any) -> None:
-        try:
-            self.file.write(json.dumps(event) + "\n")
-        except OSError as error:
-            raise UsageError(f"cannot be written ({error.strerror})", self.path, "Make room, then --resume.") from error
+        self.waiting.append(json.dumps(event) + "\n")
 
     def flush(self) -> None:
-        self.file.flush()
+        """Append what was added since the last flush. Raises UsageError on a full disk."""
+        try:
+            with self.path.open("a") as file:
+                file.writelines(self.waiting)
+        except OSError as error:
+            raise UsageError(f"cannot be written ({error.strerror})", self.path, "Make room, then --resume.") from error
+        self.waiting.clear()
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:

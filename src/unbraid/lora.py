@@ -99,10 +99,10 @@ class Factors(nn.Module):
         strength = active.scale * self.scale
         return out * strength if gate is None else out * (strength * gate).to(x.dtype)
 
-    def folded(self) -> Lora:
-        """The same change as plain factors: mergers and mask multiplied in, alpha = r."""
+    def folded(self, gates: bool = True) -> Lora:
+        """The same change as plain factors, alpha = r: mergers (g only with `gates`) and mask multiplied in."""
         with torch.no_grad():
-            gate = self.gate(self.channels)
+            gate = self.gate(self.channels if gates else None)
             down = self.down if self.columns is None else self.down * self.columns
             up = self.up if gate is None else self.up * gate[:, None]
             return Lora(down.detach().clone(), (up * self.scale).detach().clone(), float(len(self.down)))
@@ -201,7 +201,9 @@ class Adapters:
             self.layers[name].adapters[adapter] = new.to(base.weight.device)
         self.names.append(adapter)
 
-    def new(self, adapter: str, rank: int, rng: torch.Generator, up_std: float = 0.0, down_std: float | None = None) -> None:
+    def new(
+        self, adapter: str, rank: int, rng: torch.Generator, up_std: float = 0.0, down_std: float | None = None
+    ) -> None:
         """Add a fresh adapter on every layer: down ~ N(0, 1/r) unless given, up = 0 (the base is unchanged)."""
         made = {}
         for name, layer in self.layers.items():
@@ -222,9 +224,9 @@ class Adapters:
         found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
         return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
 
-    def folded(self, adapter: str) -> dict[str, Lora]:
+    def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
         """One adapter as plain low-rank changes, mergers folded in."""
-        return {name: factors.folded() for name, factors in self.of(adapter).items()}
+        return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
 
     @contextmanager
     def activate(
@@ -238,7 +240,9 @@ class Adapters:
         for i, row in enumerate(rows):
             for active in row:
                 if active.adapter not in self.names:
-                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {', '.join(self.names)}.")
+                    raise UsageError(
+                        f"no adapter {active.adapter!r}", "activate", f"There are: {', '.join(self.names)}."
+                    )
                 if active.scale:
                     wanted.setdefault(active, []).append(i)
         self._activity.work = tuple(

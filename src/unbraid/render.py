@@ -49,7 +49,9 @@ def render(
         active.append(Active(f"lora{i}", use.scale, prompt=role))
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
     terms = classifier_free(guidance, "main", tuple(active))
-    adapters = attach(base, {f"lora{i}": (use.file, file) for i, (use, file) in enumerate(zip(uses, opened, strict=True))})
+    adapters = attach(
+        base, {f"lora{i}": (use.file, file) for i, (use, file) in enumerate(zip(uses, opened, strict=True))}
+    )
     try:
         return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, height=height, width=width)
     finally:
@@ -79,7 +81,9 @@ def attach(base: Base, loras: dict[str, tuple[Path, LoraFile]]) -> Adapters | No
         for name, (path, file) in loras.items():
             made = {}
             for module, lora in file.modules.items():
-                made[module.removeprefix("unet.")] = Factors(lora.down.float(), lora.up.float(), lora.alpha / len(lora.down))
+                made[module.removeprefix("unet.")] = Factors(
+                    lora.down.float(), lora.up.float(), lora.alpha / len(lora.down)
+                )
             adapters.add(name, made, where=path)
     except UsageError:
         adapters.detach()

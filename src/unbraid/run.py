@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Job:
     settings: Settings
     base: str = "icons"
     seed: int = 0
-    previews: int = 3
+    previews: int = 3  # preview sheets during training; 0: no pictures at all
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,12 @@ def _preview(ready: _Run) -> Path:
 
 def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
     """The base alone, each LoRA alone under its own prompt, and all together."""
-    outputs = METHODS[ready.job.method].outputs
+    outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
+    roles = {output.adapter: output.prompt for output in outputs}
     uses: dict[str, tuple[str, tuple[Active, ...]]] = {"base alone": ("both", ())}
-    uses |= {f"{stem} alone": (role, (Active(adapter),)) for stem, (adapter, role) in outputs.items()}
-    if len(outputs) > 1:
-        uses["together"] = ("both", tuple(Active(adapter, prompt=role) for adapter, role in outputs.values()))
+    uses |= {f"{adapter} alone": (role, (Active(adapter),)) for adapter, role in roles.items()}
+    if len(roles) > 1:
+        uses["together"] = ("both", tuple(Active(adapter, prompt=role) for adapter, role in roles.items()))
     for name, (role, active) in uses.items():
         terms = classifier_free(PREVIEW_GUIDANCE, role, active)
         yield name, generate(ready.base, terms, ready.studies.encoded, ready.adapters, seeds=seeds, steps=steps)
@@ -142,16 +143,34 @@ def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str
 
 def _finish(ready: _Run, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]]) -> Iterator[Path]:
     job, first = ready.job, next(iter(opened.values()))[0]
-    for stem, (adapter, role) in METHODS[job.method].outputs.items():
-        modules = {f"unet.{name}": lora for name, lora in ready.adapters.folded(adapter).items()}
+    for stem, output in METHODS[job.method].outputs(job.settings).items():
+        folded = ready.adapters.folded(output.adapter, output.gates)
+        modules = {f"unet.{name}": lora for name, lora in folded.items()}
         path = job.out / f"{stem}.safetensors"
-        write(path, modules, family=ready.base.family, metadata=_metadata(ready, stem, texts[role], texts, first))
+        write(
+            path, modules, family=ready.base.family, metadata=_metadata(ready, stem, texts[output.prompt], texts, first)
+        )
         yield path
     losses = [event["loss"] for event in folder.read_events(job.out)]
     yield pictures.loss_plot(losses, job.out / "loss.png")
-    rows = [("input: " + texts["both"], [(path.name, image) for path, image in zip(job.images["image"], opened["image"], strict=True)])]
-    rows += [(name, [(f"seed {i}", image) for i, image in enumerate(images)]) for name, images in _uses(ready, (0, 1, 2, 3), 25)]
-    yield pictures.save_image(pictures.contact_sheet(rows), job.out / "sheet.png")
+    if job.previews:
+        yield _sheet(ready, texts, opened)
+
+
+def _sheet(ready: _Run, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]]) -> Path:
+    """The input, and every use at four seeds."""
+    job = ready.job
+    rows = [
+        (
+            "input: " + texts["both"],
+            [(path.name, image) for path, image in zip(job.images["image"], opened["image"], strict=True)],
+        )
+    ]
+    rows += [
+        (name, [(f"seed {i}", image) for i, image in enumerate(images)])
+        for name, images in _uses(ready, (0, 1, 2, 3), 25)
+    ]
+    return pictures.save_image(pictures.contact_sheet(rows), job.out / "sheet.png")
 
 
 def _record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -183,7 +202,7 @@ def _metadata(ready: _Run, stem: str, prompt: str, texts: Mapping[str, str], ima
         "modelspec.title": title,
         "modelspec.trigger_phrase": prompt,
         "modelspec.tags": stem.capitalize(),
-        "modelspec.date": datetime.now(timezone.utc).date().isoformat(),
+        "modelspec.date": datetime.now(UTC).date().isoformat(),
         "modelspec.thumbnail": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(),
         "ss_output_name": stem,
         "ss_sd_model_name": job.base,

@@ -43,7 +43,9 @@ def classifier_free(scale: float, prompt: str, active: tuple[Active, ...] = ()) 
 class Guided(nn.Module):
     """A stand-in for `base.unet` that evaluates a guidance formula."""
 
-    def __init__(self, base: Base, terms: Sequence[Term], prompts: Mapping[str, Prompt], adapters: Adapters | None) -> None:
+    def __init__(
+        self, base: Base, terms: Sequence[Term], prompts: Mapping[str, Prompt], adapters: Adapters | None
+    ) -> None:
         super().__init__()
         self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
         self.config, self.add_embedding = base.unet.config, getattr(base.unet, "add_embedding", None)

@@ -65,7 +65,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not a TOML file: {error}", path, "One table per method, such as [unziplora] rank = 16.") from error
+        raise UsageError(
+            f"not a TOML file: {error}", path, "One table per method, such as [unziplora] rank = 16."
+        ) from error
 
 
 def _suggest(word: str, known: Mapping[str, Any]) -> str:

@@ -143,7 +143,9 @@ def _step(model: Denoiser, recipe: Recipe, state: State, at_once: int) -> Step:
     return Step(index, value, tuple(float(loss) for loss in losses), float(norm))
 
 
-def _backward(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]) -> list[Tensor]:
+def _backward(
+    model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]
+) -> list[Tensor]:
     """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
     target = torch.cat([sample.target for sample in samples])
     taught = [i for i, branch in enumerate(branches) if branch.teacher]
@@ -154,10 +156,13 @@ def _backward(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], s
         target = target.index_copy(0, torch.tensor(taught, device=target.device), answers.to(target.dtype))
     with adapters.activate([branch.active for branch in branches], model.prompts):
         out = model.predict(samples, [branch.prompt for branch in branches])
-        losses = F.mse_loss(out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, target, reduction="none")
+        losses = F.mse_loss(
+            out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, target, reduction="none"
+        )
         losses = losses.flatten(1).mean(1)
         weights = torch.tensor([branch.weight for branch in branches], dtype=losses.dtype, device=losses.device)
-        (losses * weights).sum().backward()
+        if losses.requires_grad:  # a branch may have nothing that trains
+            (losses * weights).sum().backward()
     return list(losses.detach())
 
 

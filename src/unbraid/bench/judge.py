@@ -16,8 +16,10 @@ from unbraid.errors import UsageError
 
 SIZE = 64  # pixels; everything else is resized
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
-CHANNELS = (24, 64, 128, 192)
+CHANNELS = (24, 48, 96, 192)
 LAYOUT = 48  # channels of the 4×4 map whose layout the content head sees
+BINS = 6  # soft bins of each colour channel, and of the local contrast
+PALETTE = 64  # learnt colours-in-context that the style head counts
 
 
 class _Residual(nn.Module):
@@ -37,11 +39,23 @@ def _halve(narrow: int, wide: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(narrow, wide, 4, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU())
 
 
+def _contrast(x: Tensor) -> Tensor:
+    """Logarithm of the difference to the next pixels, 0 (flat, below 1/255) to 1 (an edge): `[n, 1, h, w]`."""
+    right, below = F.pad(x[..., 1:] - x[..., :-1], (0, 1)), F.pad(x[..., 1:, :] - x[..., :-1, :], (0, 0, 0, 1))
+    return ((right.abs() + below.abs()).amax(1, keepdim=True) * 255 + 1).log() / 6.24
+
+
+def _binned(x: Tensor) -> Tensor:
+    """Soft (triangular) bins of values in 0..1: `[n, c, h, w]` to `[n, c·BINS, h, w]`."""
+    centres = torch.linspace(0, 1, BINS, device=x.device)[:, None, None]
+    return (1 - (x[:, :, None] - centres).abs() * (BINS - 1)).clamp(min=0).flatten(1, 2)
+
+
 class Judge(nn.Module):
     """Two unit-norm embeddings of a picture: content (blind to style) and style (blind to subject).
 
-    The style head sees statistics of every stage's features, so no layout at all; the content head sees the last
-    4×4 map.
+    The style head sees statistics of every stage's features and a learnt histogram of colours and contrasts, so no
+    layout at all; the content head sees the last 4×4 map.
     """
 
     def __init__(self, content: int = 128, style: int = 64) -> None:
@@ -49,7 +63,7 @@ class Judge(nn.Module):
         a, b, c, d = CHANNELS
         self.stages = nn.ModuleList(
             [
-                _halve(3, a),
+                _halve(4, a),
                 nn.Sequential(_halve(a, b), _Residual(b)),
                 nn.Sequential(_halve(b, c), _Residual(c)),
                 nn.Sequential(_halve(c, d), _Residual(d)),
@@ -57,18 +71,21 @@ class Judge(nn.Module):
         )
         self.layout = nn.Conv2d(d, LAYOUT, 1)
         self.content = nn.Sequential(nn.BatchNorm1d(d + 16 * LAYOUT), nn.Linear(d + 16 * LAYOUT, content))
-        statistics = 3 * sum(CHANNELS)
+        cells = nn.Conv2d(4 * BINS, 48, 1)
+        self.palette = nn.Sequential(cells, nn.ReLU(), nn.Conv2d(48, PALETTE, 1), nn.ReLU())
+        statistics = 2 * sum(CHANNELS) + PALETTE
         hidden = nn.Sequential(nn.Linear(statistics, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
         self.style = nn.Sequential(nn.BatchNorm1d(statistics), hidden, nn.Linear(128, style))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Differentiable: pictures `[n, 3, 64, 64]` in 0..1 to content `[n, 128]`, style `[n, 64]`, unit norm."""
-        x, statistics = pictures * 2 - 1, []
+        x = torch.cat([pictures, _contrast(pictures)], 1)
+        statistics = [self.palette(_binned(x[..., 1::3, 1::3])).mean((2, 3))]
+        x = x * 2 - 1
         for stage in self.stages:
             x = stage(x)
             variance, mean = torch.var_mean(x, (2, 3), correction=0)
-            faint = (x + 1e-3).sqrt().mean((2, 3))  # soft gradients answer weakly; the root lifts them
-            statistics += [mean, (variance + 1e-5).sqrt(), faint]
+            statistics += [mean, (variance + 1e-5).sqrt()]
         content = self.content(torch.cat([x.mean((2, 3)), self.layout(x).flatten(1)], 1))
         style = self.style(torch.cat(statistics, 1))
         return F.normalize(content), F.normalize(style)

@@ -2,12 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from unbraid.methods.dreambooth import dreambooth
-from unbraid.methods.unziplora import unziplora
+from unbraid.methods.unziplora import ROLES, unziplora
 from unbraid.train import Recipe
 
 Method = Callable[..., tuple[Recipe, ...]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One LoRA file: the adapter in it, the role of the prompt that it goes with, and whether its learned gates
+    are folded in (its mask always is)."""
+
+    adapter: str
+    prompt: str
+    gates: bool = True
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Entry:
     verb: str
     make: Method
     prompts: Mapping[str, str]  # role → template over {subject}, {style}, {rare}
-    outputs: Mapping[str, tuple[str, str]]  # file stem → (adapter, the role whose prompt it was trained with)
+    outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
     paper: str
 
 
@@ -27,9 +38,18 @@ SPLIT_PROMPTS = {
     "style": "a {subject} in {style} style",
 }
 
+
+def split_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
+    """The published code applies its gates in joint use only, so it needs two more files for that."""
+    if settings.get("compat") != "official":
+        return {role: Output(role, role) for role in ROLES}
+    alone = {role: Output(role, role, gates=False) for role in ROLES}
+    return alone | {f"{role}_joint": Output(role, role) for role in ROLES}
+
+
 METHODS: dict[str, Entry] = {
-    "unziplora": Entry(
-        "split", unziplora, SPLIT_PROMPTS, {"content": ("content", "content"), "style": ("style", "style")}, "2412.04465"
+    "unziplora": Entry("split", unziplora, SPLIT_PROMPTS, split_outputs, "2412.04465"),
+    "dreambooth": Entry(
+        "learn", dreambooth, {"both": "{prompt}"}, lambda settings: {"lora": Output("lora", "both")}, "2208.12242"
     ),
-    "dreambooth": Entry("learn", dreambooth, {"both": "{prompt}"}, {"lora": ("lora", "both")}, "2208.12242"),
 }

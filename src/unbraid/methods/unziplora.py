@@ -86,7 +86,9 @@ def unziplora(
         raise UsageError(f"window {window} does not fit a period of {columns.period} steps", "unziplora", "Shorten it.")
     lrs: dict[str, float] = {"content": content_lr, "style": style_lr}
     factors: tuple[Part, ...] = ("down", "up")
-    rates: dict[tuple[str, Part], Rate] = {(role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in factors}
+    rates: dict[tuple[str, Part], Rate] = {
+        (role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in factors
+    }
     if compat == "official":
         from unbraid.methods.unziplora_official import recipe
 

@@ -55,9 +55,11 @@ def train_judge(work: Work) -> None:
     work.mkdir(parents=True, exist_ok=True)
     art.fetch(work)
     pictures, names = art.rasterise(work, judge.SIZE)
-    heldout.write_sheet(pictures, names)
+    if not heldout.SHEET.exists():
+        heldout.write_sheet(pictures, names)
     torch.set_num_threads(1)  # two threads on busy cores are slower than one
-    judge.train(_pick(pictures, names, subjects.trained(names, None)), work)
+    chosen = subjects.trained(names, None)
+    judge.train(_pick(pictures, names, chosen), chosen, work)
 
 
 @app.command()

@@ -19,7 +19,28 @@ PATTERNS = (  # what a caption says, and how often
     ("a {subject}", 2),
     ("{style} style", 1),
 )
-EXTRA_WORDS = "a an the of in on with and photo picture icon drawing style table grass beach two red blue green".split()
+EXTRA_WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "on",
+    "with",
+    "and",
+    "photo",
+    "picture",
+    "icon",
+    "drawing",
+    "style",
+    "table",
+    "grass",
+    "beach",
+    "two",
+    "red",
+    "blue",
+    "green",
+]
 
 
 def caption(subject: str, style: str, rng: random.Random) -> str:

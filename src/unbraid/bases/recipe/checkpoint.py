@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
-def save(path: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, rng: torch.Generator) -> None:
+def save(
+    path: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, rng: torch.Generator
+) -> None:
     """Weights, optimiser moments, the generator's state and the step, in one file."""
     tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     for i, state in optimizer.state_dict()["state"].items():
@@ -29,7 +31,9 @@ def load(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optim
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         step = json.loads(file.metadata()["state"])["step"]
     for name, module in modules.items():
-        module.load_state_dict({key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")})
+        module.load_state_dict(
+            {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+        )
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):

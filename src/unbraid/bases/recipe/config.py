@@ -23,11 +23,11 @@ class UNet:
     head: int = 32
     text: int = 96  # width of each of the two text encoders
     batch: int = 8
-    steps: int = 12_000
+    steps: int = 8_000
     rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999
-    subjects: int | None = 110
+    subjects: int | None = 80
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,9 @@ def blueprint(x: Tensor) -> Tensor:
 
 def risograph(x: Tensor) -> Tensor:
     grey = _grey(x)
-    return torch.where(grey < 0.45, _colour("1f3fb5", x), torch.where(grey < 0.8, _colour("ff6a70", x), _colour("fbf3dd", x)))
+    return torch.where(
+        grey < 0.45, _colour("1f3fb5", x), torch.where(grey < 0.8, _colour("ff6a70", x), _colour("fbf3dd", x))
+    )
 
 
 def pixel(x: Tensor) -> Tensor:

@@ -38,7 +38,15 @@ def draw(work: Path, preset: str, out: Path, count: int = 6) -> None:
         prompts = [f"a {name} in {style} style" for style in STYLES]
         rng = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         size = config.size
-        done = pipe(prompts, negative_prompt=[""] * len(prompts), generator=rng, num_inference_steps=15, guidance_scale=3.0, height=size, width=size)
+        done = pipe(
+            prompts,
+            negative_prompt=[""] * len(prompts),
+            generator=rng,
+            num_inference_steps=15,
+            guidance_scale=3.0,
+            height=size,
+            width=size,
+        )
         row = Image.new("RGB", (size * len(prompts), size))
         for i, picture in enumerate(done.images):  # type: ignore[union-attr]
             row.paste(picture, (i * size, 0))

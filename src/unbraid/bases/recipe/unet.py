@@ -75,7 +75,9 @@ class Net(nn.Module):
             offset += p.numel()
 
 
-def start_state(config: Config, tokenizer: CLIPTokenizer, work: Path, workers: int, device: torch.device) -> dict[str, Tensor]:
+def start_state(
+    config: Config, tokenizer: CLIPTokenizer, work: Path, workers: int, device: torch.device
+) -> dict[str, Tensor]:
     """Fresh or resumed training state as flat vectors, shared between workers when on the CPU."""
     saved = work / "unet.safetensors"
     if saved.exists():
@@ -84,7 +86,13 @@ def start_state(config: Config, tokenizer: CLIPTokenizer, work: Path, workers: i
         torch.manual_seed(0)
         weights = Net(config, tokenizer).flat()
         zero = torch.zeros_like(weights)
-        state = {"weights": weights, "ema": weights.clone(), "exp_avg": zero, "exp_avg_sq": zero.clone(), "step": torch.zeros(1)}
+        state = {
+            "weights": weights,
+            "ema": weights.clone(),
+            "exp_avg": zero,
+            "exp_avg_sq": zero.clone(),
+            "step": torch.zeros(1),
+        }
     state["grads"] = torch.zeros(workers, len(state["weights"]))
     state["norms"] = torch.zeros(workers)
     if device.type == "cpu":
@@ -92,7 +100,9 @@ def start_state(config: Config, tokenizer: CLIPTokenizer, work: Path, workers: i
     return {key: value.to(device) for key, value in state.items()}
 
 
-def train(rank: int, barrier: Any, state: dict[str, Tensor], data: Data, config: Config, work: Path, tokenizer: CLIPTokenizer) -> None:
+def train(
+    rank: int, barrier: Any, state: dict[str, Tensor], data: Data, config: Config, work: Path, tokenizer: CLIPTokenizer
+) -> None:
     """One worker of `len(state["grads"])`; each averages, steps and smooths its own share of the weights."""
     settings, device, workers = config.unet, state["weights"].device, len(state["grads"])
     if device.type == "cpu":
@@ -105,7 +115,11 @@ def train(rank: int, barrier: Any, state: dict[str, Tensor], data: Data, config:
     optimizer = torch.optim.AdamW([mine], lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     start = int(state["step"].item())
     step_count = torch.tensor(float(start), device=device)
-    optimizer.state[mine] = {"step": step_count, "exp_avg": state["exp_avg"][share], "exp_avg_sq": state["exp_avg_sq"][share]}
+    optimizer.state[mine] = {
+        "step": step_count,
+        "exp_avg": state["exp_avg"][share],
+        "exp_avg_sq": state["exp_avg_sq"][share],
+    }
     levels = model.scheduler().alphas_cumprod.to(device)
     began, losses = time.monotonic(), []
     for step in range(start, settings.steps):
@@ -122,7 +136,9 @@ def train(rank: int, barrier: Any, state: dict[str, Tensor], data: Data, config:
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} at step {step}: lower the rate and resume")
         mine.grad.mul_((1 / norm).clamp(max=1))
-        rate = settings.rate * min(1, (step + 1) / settings.warmup, (settings.steps - step) / (COOLDOWN * settings.steps))
+        rate = settings.rate * min(
+            1, (step + 1) / settings.warmup, (settings.steps - step) / (COOLDOWN * settings.steps)
+        )
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         state["ema"][share].lerp_(mine.data, 1 - min(settings.ema, (1 + step) / (10 + step)))
@@ -132,7 +148,10 @@ def train(rank: int, barrier: Any, state: dict[str, Tensor], data: Data, config:
             speed = (step + 1 - start) / (time.monotonic() - began)
             mean = torch.stack(losses[-100:]).mean().item()
             left = (settings.steps - step) / speed / 60
-            print(f"unet {step + 1}/{settings.steps} loss {mean:.4f} {speed * settings.batch * workers:.0f} images/s {left:.0f} min left", flush=True)
+            print(
+                f"unet {step + 1}/{settings.steps} loss {mean:.4f} {speed * settings.batch * workers:.0f} images/s {left:.0f} min left",
+                flush=True,
+            )
         if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == settings.steps):
             _save(state, step + 1, work)
 
@@ -205,7 +224,10 @@ def subject_gain(net: Net, data: Data, tokenizer: CLIPTokenizer) -> dict[int, fl
     for t in PROBE_TIMES:
         losses = []
         for shift in (0, 1):
-            words = [f"a {data.subjects[(s + shift) % len(data.subjects)]} in {STYLE_WORDS[TRAIN_SETS[style]]} style" for s, style in picks]
+            words = [
+                f"a {data.subjects[(s + shift) % len(data.subjects)]} in {STYLE_WORDS[TRAIN_SETS[style]]} style"
+                for s, style in picks
+            ]
             tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
             losses.append(v_loss(net, Batch(clean, noise, torch.full((n,), t), tokens, sizes), levels).item())
         gains[t] = (losses[1] - losses[0]) / losses[0]

@@ -1,0 +1,163 @@
+"""LoRA files: every dialect in, kohya or diffusers out; exact, checked after each save, never half-written.
+
+    lora = read("style.safetensors")            # LoraFile(modules, metadata, family)
+    write("out.safetensors", lora.modules, family=lora.family)
+
+A module's change is alpha / r · up @ down. What differs from other tools: every alpha is honoured (diffusers
+ignores one that differs between modules), and one alpha is written for the whole file, so all tools agree.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unbraid.blocks import Family
+from unbraid.encode import Dialect, encode
+from unbraid.errors import UsageError
+from unbraid.fused import fuse, split
+from unbraid.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
+from unbraid.lora import Lora
+from unbraid.lowrank import exact_dense, finite, fold_mid
+from unbraid.metadata import alpha_of
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA in memory: canonical module name → factors, the file's metadata, and its base's family."""
+
+    modules: dict[str, Lora]
+    metadata: dict[str, str]
+    family: Family
+
+
+def read(path: str | Path, adapter: str | None = None) -> LoraFile:
+    """Read a LoRA of any dialect; `adapter` picks one where a PEFT file holds several.
+
+    Tensors keep the file's dtype (8-bit floats become fp16). Errors: `UsageError` for a file that is not there,
+    is a pickle, is damaged, holds NaN, keys that are not known, or kinds that are not plain LoRA (DoRA, LoHa, …).
+    """
+    header = read_header(Path(path))
+    found = catalogue(header, adapter)
+    _refuse(header, found)
+    settings = adapter_metadata(header)
+    modules: dict[str, Lora] = {}
+    with opened(header.path, "pt") as handle:
+        for name, parts in found.modules.items():
+            tensors = {part: _tensor(handle, header, key) for part, key in parts.items()}
+            given = tensors.pop("alpha", None)
+            lora = _lora(tensors, f"{header.path}: {name}")
+            alpha = alpha_of(settings, name, len(lora.down)) if given is None else _number(given, header.path, name)
+            modules |= split(name, Lora(lora.down, lora.up, alpha))
+    return LoraFile(modules, dict(header.metadata), family_of(header, found))
+
+
+def write(
+    path: str | Path,
+    modules: Mapping[str, Lora],
+    *,
+    family: Family,
+    dialect: Dialect = "kohya",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = torch.float16,
+) -> None:
+    """Write a LoRA file: under a temporary name, read back and compared bit by bit, then moved into place.
+
+    `dtype=None` keeps each tensor's own, and fp32 where a factor must be scaled and the product is not exact.
+    Errors: `UsageError` for NaN, values beyond the dtype, a full disk, a folder that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError("LoRAs are written as .safetensors", path, f"Name it {path.with_suffix('.safetensors').name}.")
+    if not modules:
+        raise UsageError("there is nothing to write: the LoRA has no modules", path)
+    modules = fuse(modules, family) if dialect == "kohya" else modules
+    tensors, strings = encode(modules, family, dialect, metadata or {}, dtype)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, strings)
+        _compare(temporary, tensors, modules)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, Lora]) -> None:
+    """What is on the disk is what was meant, and every key finds its module again."""
+    header = read_header(path)
+    found = catalogue(header)
+    if found.unknown or found.twice or set(found.modules) != set(modules):
+        strange = [*found.unknown, *sorted(set(found.modules) ^ set(modules))]
+        raise UsageError("the names do not survive a round trip", strange[0] if strange else path, "Please report this.")
+    with opened(path, "pt") as handle:
+        for key, tensor in tensors.items():
+            if not _same_bits(handle.get_tensor(key), tensor):
+                raise UsageError("reading it back gave other values", f"{path}: {key}", "Check the disk.")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[b.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(bits), b.view(bits))
+
+
+def _refuse(header: Header, found: Catalogue) -> None:
+    """The reasons not to read a file, one clear line each."""
+    where = header.path
+    if found.adapters:
+        names = ", ".join(found.adapters)
+        raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
+    if found.kinds:
+        kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in found.kinds.items())
+        fix = "Only plain LoRA and LoCon can be merged and converted exactly; train or export it as LoRA."
+        raise UsageError(f"not a plain LoRA: {kinds}", where, fix)
+    if found.unknown:
+        what = f"{len(found.unknown)} keys are not known, such as {found.unknown[0][:120]!r}"
+        raise UsageError(what, where, "Is it a LoRA? Run unbraid doctor on it.")
+    if found.twice:
+        raise UsageError(f"{len(found.twice)} modules are there twice, such as {found.twice[0]}", where, "Save it again.")
+    if not found.modules:
+        raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
+
+
+def _tensor(handle: Any, header: Header, key: str) -> Tensor:
+    if header.dtypes[key] not in FLOATS:
+        raise UsageError(f"{header.dtypes[key]} numbers are not read", f"{header.path}: {key}", "Save it as fp16 or fp32.")
+    tensor = handle.get_tensor(key)
+    if header.dtypes[key].startswith("F8"):
+        tensor = tensor.to(torch.float16)
+    if not finite(tensor):
+        raise UsageError("NaN or infinite weights", f"{header.path}: {key}", "The training diverged; this file is of no use.")
+    return tensor
+
+
+def _lora(tensors: Mapping[str, Tensor], where: str) -> Lora:
+    """The factors of one module, alpha = r; shapes must fit each other."""
+    if set(tensors) == {"dense"} and tensors["dense"].ndim == 2 and tensors["dense"].numel():
+        return exact_dense(tensors["dense"])
+    missing = {"down", "up"} - set(tensors)
+    if missing or "dense" in tensors:
+        raise UsageError(f"{' and '.join(sorted(missing)) or 'a clear form'} missing", where, "The file is incomplete.")
+    down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+    if mid is not None and mid.ndim == 4 and down.ndim == 4 and down.shape[2:] == (1, 1) and mid.shape[1] == len(down):
+        down = fold_mid(down, mid)
+    fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == len(down) and 0 not in down.shape + up.shape
+    if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
+        raise UsageError(f"shapes {tuple(up.shape)} · {tuple(down.shape)} do not fit", where, "The file is damaged.")
+    return Lora(down, up, float(len(down)))
+
+
+def _number(tensor: Tensor, path: Path, name: str) -> float:
+    if tensor.numel() != 1:
+        raise UsageError("alpha is not one number", f"{path}: {name}", "The file is damaged.")
+    return float(tensor.flatten()[0])

@@ -1,0 +1,170 @@
+"""`unbraid inspect`: what is in a LoRA file, block by block; and how much two LoRAs are in each other's way.
+
+All from r×r Gram matrices (ΔW = s·B·A is never formed), in numpy.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unbraid.blocks import Family, block_of
+from unbraid.errors import UsageError
+from unbraid.header import Catalogue, Header, adapter_metadata, catalogue, family_of, read_header
+from unbraid.loaders import naming
+from unbraid.metadata import alpha_of
+from unbraid.weights import Read, numbers
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: its modules, ‖ΔW‖ over all of them (Frobenius), and its share of the file's squared norm."""
+
+    block: str
+    modules: int
+    norm: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a file holds. Ranks and alphas: value → number of modules."""
+
+    path: Path
+    family: Family
+    namings: tuple[str, ...]
+    ranks: Mapping[int, int]
+    alphas: Mapping[float, int]
+    dtypes: tuple[str, ...]
+    blocks: tuple[BlockReport, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Two LoRAs in one block. `cosine`: of the changes as a whole. `columns`: |cos| of every column of ΔW_1 with
+    the same one of ΔW_2 (ZipLoRA's measure, arXiv 2311.13600). `overlap`: share of the smaller input subspace that
+    lies in the other (what NP-LoRA takes out)."""
+
+    block: str
+    cosine: float
+    columns: Matrix
+    overlap: float
+    norms: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module's factors as matrices, s = alpha / r."""
+
+    down: Matrix
+    up: Matrix
+    scale: float
+
+
+def report(path: str | Path) -> Report:
+    """Read a file's header and, for the norms, its weights. Errors: unreadable files, no LoRA in it."""
+    header, found = _open(path)
+    squares: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    ranks: dict[int, int] = defaultdict(int)
+    alphas: dict[float, int] = defaultdict(int)
+    for name, module in _modules(header, found):
+        block, rank = block_of(name), len(module.down)
+        ranks[rank] += 1
+        alphas[round(module.scale * rank, 4)] += 1
+        squares[block] += _square(module)
+        counts[block] += 1
+    total = sum(squares.values()) or 1.0
+    blocks = tuple(BlockReport(b, counts[b], squares[b] ** 0.5, squares[b] / total) for b in sorted(squares, key=_order))
+    namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
+    dtypes = tuple(sorted(set(header.dtypes.values())))
+    return Report(header.path, family_of(header, found), namings, ranks, alphas, dtypes, blocks, header.metadata)
+
+
+def interference(first: str | Path, second: str | Path) -> tuple[Interference, ...]:
+    """Compare two files block by block, on the modules that both have.
+
+    Errors: no module in common; shapes that do not fit (different base models).
+    """
+    header, found = _open(first)
+    other, there = _open(second)
+    inner: dict[str, list[tuple[float, float, float, float, Matrix]]] = defaultdict(list)
+    with numbers(header) as read, numbers(other) as read_other:
+        for name in found.modules:
+            pair = (_module(header, found, read, name), _module(other, there, read_other, name)) if name in there.modules else ()
+            if len(pair) == 2 and pair[0] and pair[1]:
+                inner[block_of(name)].append(_compare(name, pair[0], pair[1]))
+    if not inner:
+        raise UsageError("the two LoRAs have no module in common", f"{first}, {second}", "They do not touch each other.")
+    return tuple(_summed(block, inner[block]) for block in sorted(inner, key=_order))
+
+
+def _open(path: str | Path) -> tuple[Header, Catalogue]:
+    header = read_header(Path(path))
+    found = catalogue(header)
+    if not found.modules:
+        raise UsageError("there is no LoRA in it", path, "Give a LoRA file.")
+    return header, found
+
+
+def _modules(header: Header, found: Catalogue) -> Iterator[tuple[str, _Module]]:
+    with numbers(header) as read:
+        for name in found.modules:
+            module = _module(header, found, read, name)
+            if module:
+                yield name, module
+
+
+def _module(header: Header, found: Catalogue, read: Read, name: str) -> _Module | None:
+    """The factors of a module; None for what is not a plain LoRA (`doctor` says so)."""
+    parts = found.modules[name]
+    if "down" not in parts or "up" not in parts or "mid" in parts:
+        return None
+    if any(header.dtypes[parts[part]] not in ("F16", "BF16", "F32", "F64") for part in ("down", "up")):
+        return None
+    down, up = read(parts["down"]), read(parts["up"])
+    if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1] or not down.size or not up.size:
+        return None
+    rank = len(down)
+    alpha = float(read(parts["alpha"]).flat[0]) if "alpha" in parts else alpha_of(adapter_metadata(header), name, rank)
+    return _Module(down.reshape(rank, -1), up.reshape(len(up), -1)[:, :rank], alpha / rank)
+
+
+def _square(module: _Module) -> float:
+    """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ)."""
+    return module.scale**2 * max(float(((module.up.T @ module.up) * (module.down @ module.down.T)).sum()), 0.0)
+
+
+def _compare(name: str, a: _Module, b: _Module) -> tuple[float, float, float, float, Matrix]:
+    """⟨ΔW_1, ΔW_2⟩, both squared norms, overlap, and the columns' |cos|."""
+    if a.down.shape[1] != b.down.shape[1] or len(a.up) != len(b.up):
+        raise UsageError("the two LoRAs' shapes differ", name, "They were made for different base models.")
+    cross = a.up.T @ b.up
+    dots = np.einsum("rk,rk->k", a.down, cross @ b.down) * a.scale * b.scale
+    squares = [np.einsum("rk,rk->k", m.down, (m.up.T @ m.up) @ m.down).clip(0) * m.scale**2 for m in (a, b)]
+    size = np.sqrt(squares[0] * squares[1])
+    cosines = np.abs(np.divide(dots, size, out=np.zeros_like(dots), where=size > 0)).clip(0, 1)
+    bases = [np.linalg.qr(m.down.T)[0] for m in (a, b)]
+    overlap = float(np.square(bases[0].T @ bases[1]).sum()) / min(bases[0].shape[1], bases[1].shape[1])
+    return float(dots.sum()), float(squares[0].sum()), float(squares[1].sum()), overlap, cosines
+
+
+def _summed(block: str, found: list[tuple[float, float, float, float, Matrix]]) -> Interference:
+    dot, first, second = (sum(one[i] for one in found) for i in range(3))
+    cosine = dot / (first * second) ** 0.5 if first and second else 0.0
+    overlap = sum(one[3] for one in found) / len(found)
+    return Interference(block, cosine, np.concatenate([one[4] for one in found]), overlap, (first**0.5, second**0.5))
+
+
+def _order(block: str) -> tuple[int, str, int]:
+    """BASE, IN…, MID, OUT…, then a transformer's blocks by number."""
+    stem, _, number = block.rpartition(".")
+    if number.isdigit():
+        return 9, stem, int(number)
+    return ("BASE", "IN", "MID", "OUT").index(block.rstrip("0123456789")), block, 0

@@ -1,0 +1,169 @@
+"""Low-rank algebra on LoRA factors. No d×k matrix is formed except where a function says so.
+
+A convolution is treated as the matrix [d, k·kh·kw] of its flattened kernel.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unbraid.errors import UsageError
+from unbraid.lora import Lora
+
+
+def matrices(lora: Lora) -> tuple[Tensor, Tensor]:
+    """down `[r, k]` and up `[d, r]` as matrices, in the file's dtype."""
+    return lora.down.flatten(1), lora.up.flatten(1)
+
+
+def shaped(down: Tensor, up: Tensor, alpha: float, like: Lora) -> Lora:
+    """Factors as matrices → a Lora with the shapes (linear or convolution) of `like`."""
+    tail = like.down.shape[1:]
+    return Lora(down.reshape(-1, *tail), up.reshape(up.shape[0], -1, *([1, 1] if len(tail) == 3 else [])), alpha)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least fp32: what arithmetic is done in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def finite(tensor: Tensor) -> bool:
+    """No NaN, no infinity. The extremes carry both, and are 60 times quicker than isfinite."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def delta(lora: Lora) -> Float[Tensor, "d k"]:
+    """alpha / r · up @ down as a dense matrix: for the methods that are defined by its entries."""
+    down, up = matrices(lora)
+    return wide(up) @ wide(down) * (lora.alpha / len(down))
+
+
+def norm(lora: Lora) -> float:
+    """Frobenius norm of the change, from the r×r Gram matrices: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)."""
+    down, up = (part.double() for part in matrices(lora))
+    square = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0)
+    return float(square.sqrt()) * abs(lora.alpha) / len(down)
+
+
+def svd(lora: Lora) -> tuple[Float[Tensor, "d q"], Float[Tensor, " q"], Float[Tensor, "q k"]]:
+    """U, S, Vᵀ of the change: QR of both factors and the SVD of an r×r core (ziplora.md E4). q = min(r, d, k)."""
+    down, up = (wide(part) for part in matrices(lora))
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    scale = lora.alpha / len(down)
+    return q_up @ u, s * abs(scale), (vt @ q_down.T) * (1 if scale >= 0 else -1)
+
+
+def truncate(lora: Lora, rank: int | None = None, energy: float | None = None) -> tuple[Lora, float]:
+    """The best approximation of rank ≤ `rank`, or the smallest that keeps the share `energy` of ‖ΔW‖².
+
+    Returns it (alpha = r) and the share kept. Without either: the same change at its numerical rank.
+    """
+    u, s, vt = svd(lora)
+    return _kept(u, s, vt, rank, energy, float((s.double() ** 2).sum()), lora)
+
+
+def from_dense(weight: Float[Tensor, "d k"], like: Lora, rank: int | None, energy: float | None, seed: int) -> tuple[Lora, float]:
+    """A dense change as factors: exact where `rank` reaches min(d, k), else by seeded subspace iteration."""
+    small = min(weight.shape)
+    q = small if rank is None else min(2 * rank + 16, small)
+    if q < small:
+        basis = _range(weight, q, seed)
+        core_u, s, vt = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+        u = basis @ core_u
+    else:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    return _kept(u, s, vt, rank, energy, float((weight.double() ** 2).sum()), like)
+
+
+def exact_dense(weight: Tensor) -> Lora:
+    """A dense change that is low-rank but for its rounding (ziplora-pytorch's files): all that is not noise.
+
+    Rounding to eps adds noise of spectral norm ≤ eps ‖W‖ (√d + √k) / √(dk): singular values below that go.
+    """
+    eps = torch.finfo(weight.dtype).eps
+    matrix = wide(weight)
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    d, k = matrix.shape
+    floor = eps * float(matrix.norm()) * (d**0.5 + k**0.5) / (d * k) ** 0.5
+    rank = max(int((s > floor).sum()), 1)
+    root = s[:rank].sqrt()
+    return Lora((root[:, None] * vt[:rank]).contiguous(), u[:, :rank] * root, float(rank))
+
+
+def fold_mid(down: Tensor, mid: Tensor) -> Tensor:
+    """LoCon's Tucker form: down `[r, k, 1, 1]` and mid `[r, r, kh, kw]` → one down `[r, k, kh, kw]`."""
+    return torch.einsum("rshw,sk->rkhw", wide(mid), wide(down.flatten(1))).to(down.dtype)
+
+
+def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) -> Lora:
+    """The same change with another alpha, in another dtype.
+
+    `dtype=None` keeps each factor's own, or fp32 where scaling it would not be exact. Factors whose size costs
+    precision in `dtype` are balanced by a power of two; if that does not help they stay fp32.
+    """
+    down, up, factor = lora.down, lora.up, lora.alpha / alpha
+    if not (finite(down) and finite(up)):
+        raise UsageError("NaN or infinite weights", where, "The training diverged, or a weight is far too large.")
+    if factor != 1 and dtype is not None:
+        up = wide(up) * factor
+    elif factor != 1:
+        scaled = up.double() * factor
+        exact = torch.equal(scaled.to(up.dtype).double(), scaled)
+        up = scaled.to(up.dtype) if exact else scaled.float() if up.dtype != torch.float64 else scaled
+    if dtype is not None:
+        down, up = _cast(down, up, dtype)
+    return Lora(down.contiguous(), up.contiguous(), alpha)
+
+
+def _kept(
+    u: Tensor, s: Tensor, vt: Tensor, rank: int | None, energy: float | None, total: float, like: Lora
+) -> tuple[Lora, float]:
+    squares = s.double() ** 2
+    count = int((s > s[0] * torch.finfo(s.dtype).eps).sum()) if len(s) and float(s[0]) else 1
+    if energy is not None:
+        reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
+        count = min(count, int(reached.int().argmax()) + 1 if bool(reached.any()) else len(s))
+    if rank is not None:
+        count = min(count, rank)
+    count = max(count, 1)
+    root = s[:count].sqrt()
+    share = float(squares[:count].sum()) / total if total else 1.0
+    return shaped(root[:, None] * vt[:count], u[:, :count] * root, float(count), like), min(share, 1.0)
+
+
+def _range(weight: Tensor, q: int, seed: int) -> Tensor:
+    """An orthonormal basis of the leading q left singular directions (Halko et al., arXiv 0909.4061)."""
+    rng = torch.Generator().manual_seed(seed)
+    basis = weight @ torch.randn(weight.shape[1], q, generator=rng).to(weight)
+    for _ in range(4):
+        basis = weight @ torch.linalg.qr(weight.T @ torch.linalg.qr(basis)[0])[0]
+    return torch.linalg.qr(basis)[0]
+
+
+def _cast(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    for shift in (lambda *both: both, _balanced):
+        cast = [_rounded(factor, dtype) for factor in shift(down, up)]
+        if cast[0] is not None and cast[1] is not None:
+            return cast[0], cast[1]
+    return down.float(), up.float()
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The cast; None where it loses more than rounding: overflow, or much of it below the normal numbers."""
+    out = tensor.to(dtype)
+    if tensor.dtype == dtype or torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point():
+        return out
+    exact = wide(tensor)
+    fits = bool((out.to(exact.dtype) - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm())
+    return out if fits else None
+
+
+def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal magnitudes on both sides, by a power of two: the product does not change by a bit."""
+    sizes = torch.stack([part.abs().max().double() for part in (down, up)])
+    if bool((sizes == 0).any()):
+        return down, up
+    power = 2.0 ** round(float((sizes[1] / sizes[0]).log2()) / 2)
+    return down.double() * power, up.double() / power

@@ -1,0 +1,76 @@
+"""The metadata of LoRA files: kohya's ss_* keys, ModelSpec, PEFT's settings. Every value is a string."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from unbraid.blocks import Family
+
+BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1", "sd3": "sd3"}
+ARCHITECTURES = {
+    "sdxl": ("stable-diffusion-xl-v1-base/lora", "https://github.com/Stability-AI/generative-models"),
+    "sd15": ("stable-diffusion-v1/lora", "diffusers"),
+    "flux": ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
+    "sd3": ("stable-diffusion-3-m/lora", "https://github.com/Stability-AI/generative-models"),
+}
+PREFIX = "lora_adapter_metadata"
+
+
+def kohya_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
+    """What every tool looks for, over what the caller gave. Never PEFT's settings: diffusers refuses both at once."""
+    kept = {key: value for key, value in given.items() if key not in (PREFIX, "format")}
+    told = {"ss_network_module": "networks.lora", "ss_network_dim": _rank(ranks), "ss_network_alpha": f"{alpha:g}"}
+    return {**modelspec(family), **kept, **told}
+
+
+def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int]) -> dict[str, str]:
+    """diffusers' header entry, alpha = r for every module."""
+    settings: dict[str, Any] = {}
+    by_component: dict[str, dict[str, int]] = {}
+    for name, rank in ranks.items():
+        component, _, path = name.partition(".")
+        # transformers 5 flattened CLIPTextModel: PEFT compares name endings, so the short one fits both.
+        by_component.setdefault(component, {})[path.removeprefix("text_model.")] = rank
+    for component, found in by_component.items():
+        common = Counter(found.values()).most_common(1)[0][0]
+        other = {path: rank for path, rank in found.items() if rank != common}
+        told = {"r": common, "lora_alpha": common, "target_modules": sorted(found), "rank_pattern": other}
+        settings |= {f"{component}.{key}": value for key, value in (told | {"alpha_pattern": other}).items()}
+    kept = {key: value for key, value in given.items() if not key.startswith("ss_network_")}
+    return {**modelspec(family), **kept, "format": "pt", PREFIX: json.dumps(settings)}
+
+
+def modelspec(family: Family) -> dict[str, str]:
+    """The family, in kohya's words and in ModelSpec 1.0.1's."""
+    if family not in ARCHITECTURES:
+        return {}
+    architecture, implementation = ARCHITECTURES[family]
+    return {
+        "ss_base_model_version": BASES[family],
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
+        "modelspec.title": "LoRA",
+    }
+
+
+def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """A module's alpha by PEFT's settings (`alpha_pattern`, then `lora_alpha`, rsLoRA included); else its rank."""
+    component, _, path = module.partition(".")
+    mine = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(component + ".")} or settings
+    alpha = mine.get("lora_alpha", rank)
+    pattern = mine.get("alpha_pattern")
+    for key, value in pattern.items() if isinstance(pattern, dict) else ():
+        if path == key or path.endswith("." + key):
+            alpha = value
+            break
+    if not isinstance(alpha, int | float):
+        return float(rank)
+    return alpha * rank**0.5 if mine.get("use_rslora") else float(alpha)
+
+
+def _rank(ranks: Mapping[str, int]) -> str:
+    found = set(ranks.values())
+    return str(found.pop()) if len(found) == 1 else "Dynamic"

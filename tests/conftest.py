@@ -1,0 +1,102 @@
+"""Tiny random bases of every kind, built once from configs; no network, no weights."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from unbraid import base as bases
+from unbraid.bases.recipe import captions, config, model, vae
+
+torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
+WORDS = ("dog", "cat", "line", "teapot")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer")
+    captions.train_tokenizer(WORDS, out)
+    return out
+
+
+def _save_base(out: Path, tokenizer_folder: Path, prediction: str) -> Path:
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    tiny = config.Config(32, config.Vae((8, 16, 16)), config.UNet((32, 64, 64), text=32))
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = model.pipeline(
+            model.build_unet(tiny), model.build_text_encoders(tiny, tokenizer), vae.build(tiny), tokenizer
+        )
+        if prediction == "epsilon":
+            pipe.scheduler.register_to_config(prediction_type="epsilon", rescale_betas_zero_snr=False)
+        pipe.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def v_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """An SDXL-type base with v-prediction and zero terminal SNR: the kind of `icons`, smaller."""
+    return _save_base(tmp_path_factory.mktemp("v"), tokenizer_folder, "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def eps_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """The same with epsilon-prediction, as SDXL itself."""
+    return _save_base(tmp_path_factory.mktemp("eps"), tokenizer_folder, "epsilon")
+
+
+@pytest.fixture(scope="session")
+def sd15_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """An SD1.5-type base: one text encoder, convolutional projections, no pooled text."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    tiny = config.Config(32, config.Vae((8, 16, 16)), config.UNet((32, 64, 64), text=32))
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 32, 64),
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        norm_num_groups=16,
+    )
+    out = tmp_path_factory.mktemp("sd15")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = StableDiffusionPipeline(
+            vae=vae.build(tiny),
+            text_encoder=model.build_text_encoders(tiny, tokenizer)[0],
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def v_model(v_base: Path) -> bases.Base:
+    return bases.load(str(v_base), "cpu")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "cat.png"
+    image = Image.new("RGB", (48, 48), "white")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((8, 8, 40, 40), fill="#e07020", outline="black", width=2)
+    pen.polygon(((10, 14), (16, 2), (22, 10)), fill="#803010")
+    image.save(path)
+    return path

@@ -1,0 +1,68 @@
+"""Imports go one way: errors ← lora ← {optim, files, merge} ← train ← {base, data, sample} ← methods ← run ← {cli, studio, bench}."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
+LEVELS = {
+    "errors": 0,
+    "lora": 1,
+    "folder": 1,
+    "optim": 2,
+    "files": 2,
+    "merge": 2,
+    "pictures": 2,
+    "train": 3,
+    "base": 4,
+    "data": 4,
+    "sample": 5,
+    "render": 6,
+    "methods": 6,
+    "settings": 7,
+    "run": 8,
+    "api": 9,
+    "demo": 10,
+    "explain": 10,
+    "cli": 11,
+    "bench": 11,
+    "bases": 12,
+}
+TORCH_ALONE = ("lora", "optim", "merge", "train")
+LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def area(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    own = area(path)
+    if own == "__init__":
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "unbraid" and len(parts) > 1 and parts[1] != own and parts[1] in LEVELS:
+            assert LEVELS[parts[1]] < LEVELS[own], f"{own} imports {name}"
+    if own in TORCH_ALONE:
+        heavy = {name for name in imports(path) if name.split(".")[0] in LIBRARIES}
+        assert not heavy, f"{own} may import torch alone, not {heavy}"
+
+
+def test_fronts_do_not_know_each_other() -> None:
+    for path in SOURCE.rglob("*.py"):
+        others = {"cli", "studio", "bench"} - {area(path)}
+        if area(path) in ("cli", "studio", "bench"):
+            assert not {name.split(".")[1] for name in imports(path) if name.startswith("unbraid.")} & others

@@ -1,0 +1,154 @@
+"""Sampling: diffusers' own pipelines are the oracle."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unbraid import base as bases
+from unbraid.base import BLOCKS, Base
+from unbraid.errors import UsageError
+from unbraid.files import write
+from unbraid.lora import Active, Adapters, Lora
+from unbraid.render import OWN, Use, render
+from unbraid.sample import Term, classifier_free, generate
+
+SIZE = 32
+
+
+def as_array(image: object) -> np.ndarray:
+    return np.asarray(image, np.int16)
+
+
+def stock(base: Base, prompt: str, seed: int, guidance: float) -> np.ndarray:
+    rng = torch.Generator().manual_seed(seed)
+    out = base.pipe(
+        prompt,
+        negative_prompt="",
+        generator=rng,
+        guidance_scale=guidance,
+        num_inference_steps=4,
+        height=SIZE,
+        width=SIZE,
+    )
+    return as_array(out.images[0])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["v_base", "eps_base", "sd15_base"])
+def test_classifier_free_guidance_equals_the_stock_pipeline(kind: str, request: pytest.FixtureRequest) -> None:
+    base = bases.load(str(request.getfixturevalue(kind)), "cpu")
+    prompts = {"main": base.encode_prompt("a cat"), "negative": base.encode_prompt("")}
+    images = generate(base, classifier_free(5.0, "main"), prompts, seeds=(3, 4), steps=4, height=SIZE, width=SIZE)
+    for seed, image in zip((3, 4), images, strict=True):
+        expected = stock(base, "a cat", seed, 5.0)
+        assert expected.std() > 1, "the oracle's picture must not be blank"
+        assert np.abs(as_array(image) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["v_base", "eps_base"])
+def test_a_lora_file_gives_the_stock_pipelines_picture(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """`load_lora_weights` on our file, and unbraid's own path, agree."""
+    base = bases.load(str(request.getfixturevalue(kind)), "cpu")
+    rng = torch.Generator().manual_seed(0)
+    adapters = Adapters.attach(base.unet)
+    adapters.new("a", 4, rng, up_std=0.1)
+    modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
+    adapters.detach()
+    path = tmp_path / "a.safetensors"
+    write(path, modules, family="sdxl", dtype=torch.float32)
+    plain = stock(base, "a cat", 1, 3.0)
+    (ours,) = render(base, "a cat", [Use(path)], guidance=3.0, seeds=(1,), steps=4, height=SIZE, width=SIZE)
+    base.pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    theirs = stock(base, "a cat", 1, 3.0)
+    assert np.abs(theirs - plain).max() > 10, "the LoRA must matter"
+    assert np.abs(as_array(ours) - theirs).max() <= 2
+
+
+def test_terms_are_a_weighted_sum_in_their_time(v_model: Base) -> None:
+    """A term outside its interval does not count; three passes sum as written."""
+    prompts = {name: v_model.encode_prompt(name) for name in ("a cat", "a dog", "negative")}
+    from unbraid.sample import Guided
+
+    x, sizes = torch.randn(2, 4, 8, 8), torch.full((2, 6), 32.0)
+    terms = (Term(-1.5, "negative"), Term(2.0, "a cat", t_max=0.5), Term(0.5, "a dog", t_min=0.3))
+
+    def passes(t: int, *wanted: tuple[float, str]) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for weight, name in wanted:
+            out += weight * v_model.predict(x, torch.tensor([t, t]), [prompts[name]] * 2, sizes)
+        return out
+
+    guided = Guided(v_model, terms, prompts, None)
+    with torch.no_grad():
+        for t, wanted in (
+            (900, ((-1.5, "negative"), (0.5, "a dog"))),
+            (400, ((-1.5, "negative"), (2.0, "a cat"), (0.5, "a dog"))),
+            (100, ((-1.5, "negative"), (2.0, "a cat"))),
+        ):
+            out = guided(x, torch.tensor(t), added_cond_kwargs={"time_ids": sizes})[0]
+            assert torch.allclose(out, passes(t, *wanted), atol=1e-5)
+
+
+def test_a_seed_means_the_same_in_any_batch(v_model: Base) -> None:
+    prompts = {"main": v_model.encode_prompt("a cat"), "negative": v_model.encode_prompt("")}
+    terms = classifier_free(3.0, "main")
+    many = generate(v_model, terms, prompts, seeds=(5, 6, 7), steps=3, height=SIZE, width=SIZE)
+    (one,) = generate(v_model, terms, prompts, seeds=(6,), steps=3, height=SIZE, width=SIZE)
+    assert np.abs(as_array(many[1]) - as_array(one)).max() <= 1
+
+
+def test_own_prompts_come_from_the_file_and_change_the_picture(v_model: Base, tmp_path: Path) -> None:
+    adapters = Adapters.attach(v_model.unet)
+    adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.5)
+    modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
+    adapters.detach()
+    write(tmp_path / "a.safetensors", modules, family="sdxl", metadata={"unbraid.prompt": "a teapot"})
+    options = {"steps": 3, "height": SIZE, "width": SIZE}
+    pictures = [
+        as_array(render(v_model, "a cat", [Use(tmp_path / "a.safetensors", prompt=prompt)], **options)[0])  # type: ignore[arg-type]
+        for prompt in (None, OWN, "a teapot", "a cat")
+    ]
+    assert np.array_equal(pictures[1], pictures[2]) and np.abs(pictures[0] - pictures[3]).max() <= 1
+    assert np.abs(pictures[0] - pictures[1]).max() > 2
+    write(tmp_path / "b.safetensors", modules, family="sdxl")
+    with pytest.raises(UsageError, match="records no prompt"):
+        render(v_model, "a cat", [Use(tmp_path / "b.safetensors", prompt=OWN)])
+
+
+def test_a_lora_for_another_base_is_refused_and_the_base_stays_whole(
+    v_model: Base, sd15_base: Path, tmp_path: Path
+) -> None:
+    name = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    write(tmp_path / "wide.safetensors", {name: Lora(torch.zeros(2, 2048), torch.zeros(640, 2), 2.0)}, family="sdxl")
+    before = [type(module) for module in v_model.unet.modules()]
+    with pytest.raises(UsageError, match=r"wide\.safetensors.*made for another base"):
+        render(v_model, "a cat", [Use(tmp_path / "wide.safetensors")])
+    assert [type(module) for module in v_model.unet.modules()] == before
+    with pytest.raises(UsageError, match="no linear layers of this base"):
+        render(bases.load(str(sd15_base), "cpu"), "a cat", [Use(tmp_path / "wide.safetensors")])
+
+
+def test_bases_say_what_they_are(v_base: Path, sd15_base: Path, tmp_path: Path) -> None:
+    v, sd15 = bases.load(str(v_base), "cpu"), bases.load(str(sd15_base), "cpu")
+    assert (v.family, v.size, v.step) == ("sdxl", 32, 16) and sd15.family == "sd15"
+    assert v.noise.config["prediction_type"] == "v_prediction" and float(v.noise.alphas_cumprod[-1]) == 0
+    assert set(BLOCKS) == {"sdxl", "sd15"}
+    for wrong in ("nowhere", "./nowhere/at-all", str(tmp_path)):
+        with pytest.raises(UsageError):
+            bases.load(wrong, "cpu")
+
+
+def test_active_scale_zero_is_the_base(v_model: Base) -> None:
+    prompts = {"main": v_model.encode_prompt("a cat")}
+    adapters = Adapters.attach(v_model.unet)
+    adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.5)
+    on, off, none = (
+        as_array(
+            generate(v_model, (Term(1.0, "main", active),), prompts, adapters, steps=2, height=SIZE, width=SIZE)[0]
+        )
+        for active in ((Active("a"),), (Active("a", 0.0),), ())
+    )
+    assert np.array_equal(off, none) and not np.array_equal(on, none)

@@ -1,0 +1,168 @@
+"""The trainer on a tiny SDXL-type UNet, mostly in double precision."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unbraid.base import Base, Picture, Prompt, Studies
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Adapters, Branch
+from unbraid.optim import Rate
+from unbraid.train import Recipe, State, train
+
+BRANCHES = (
+    Branch("one", "p", (Active("a", prompt="q"), Active("b", 0.5))),
+    Branch("two", "q", (Active("a", trains=frozenset(("up",))),), weight=0.3),
+    Branch("one", "q", (Active("b"),), teacher=Branch("one", "p", (Active("a"),)), weight=2.0),
+)
+RATES = {(name, part): Rate(1e-3) for name in "ab" for part in ("down", "up")}
+
+
+def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+    for name in "ab":
+        adapters.new(name, 4, rng, up_std=0.1)
+
+
+def recipe(branches: tuple[Branch, ...] = BRANCHES, steps: int = 3) -> Recipe:
+    return Recipe(prepare, lambda step: branches, RATES, steps)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def studies(v_model: Base) -> Iterator[Studies]:
+    rng = torch.Generator().manual_seed(1)
+    v_model.unet.double()
+
+    def picture() -> Picture:
+        return Picture(
+            torch.randn(4, 8, 8, generator=rng).double(), torch.full((4, 8, 8), 0.1).double(), torch.full((6,), 32.0)
+        )
+
+    def prompt() -> Prompt:
+        return Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
+
+    yield Studies(v_model, {"one": [picture()], "two": [picture()]}, {"p": prompt(), "q": prompt()})
+
+
+def ready(studies: Studies, one: Recipe, seed: int = 0) -> State:
+    state = State.fresh(Adapters.attach(studies.base.unet), one, torch.Generator().manual_seed(seed))
+    for layer in state.adapters.layers.values():
+        layer.adapters.double()
+    return state
+
+
+def gradients(studies: Studies, at_once: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients of one step, caught before the optimiser."""
+    caught: dict[str, torch.Tensor] = {}
+
+    def catch(adapters: Adapters, step: int) -> None:
+        for name in adapters.names:
+            for layer, factors in adapters.of(name).items():
+                caught.update(
+                    {f"{name}/{layer}/{part}": p.grad.clone() for part, p in factors.parts() if p.grad is not None}
+                )
+
+    one = Recipe(prepare, lambda step: BRANCHES, RATES, 1, after_backward=catch)  # type: ignore[arg-type]
+    state = ready(studies, one)
+    (step,) = train(studies, one, state, at_once)
+    state.adapters.detach()
+    return caught, step.loss
+
+
+def test_branches_batched_equal_one_by_one(studies: Studies) -> None:
+    alone, loss = gradients(studies, 1)
+    together, loss_together = gradients(studies, 3)
+    assert loss == pytest.approx(loss_together, abs=1e-14)
+    assert alone.keys() == together.keys() and len(alone) > 100
+    assert max((alone[key] - together[key]).abs().max().item() for key in alone) < 1e-14
+
+
+def test_gradient_checkpointing_changes_nothing(studies: Studies) -> None:
+    plain, loss = gradients(studies, 2)
+    studies.base.unet.enable_gradient_checkpointing()
+    studies.base.unet.train()
+    checkpointed, loss_checkpointed = gradients(studies, 2)
+    assert loss == pytest.approx(loss_checkpointed, abs=1e-14)
+    assert max((plain[key] - checkpointed[key]).abs().max().item() for key in plain) < 1e-13
+
+
+def test_the_loss_is_the_formula(studies: Studies) -> None:
+    """Σ weight · mean (v̂ - v)², with the teacher's prediction in place of v where there is a teacher."""
+    one = recipe(steps=1)
+    state = ready(studies, one)
+    rng = torch.Generator()
+    rng.set_state(state.rng.get_state())
+    samples = studies.draw([branch.image for branch in BRANCHES], frozenset(), rng)
+    expected = 0.0
+    with torch.no_grad():
+        for sample, branch in zip(samples, BRANCHES, strict=True):
+            target = sample.target
+            if branch.teacher:
+                with state.adapters.activate([branch.teacher.active], studies.prompts):
+                    target = studies.predict([sample], [branch.teacher.prompt])
+            with state.adapters.activate([branch.active], studies.prompts):
+                expected += branch.weight * F.mse_loss(studies.predict([sample], [branch.prompt]), target).item()
+    (step,) = train(studies, one, state)
+    assert step.loss == pytest.approx(expected, abs=1e-12)
+
+
+def test_interrupted_and_restored_equals_uninterrupted(studies: Studies) -> None:
+    one = recipe(steps=6)
+    whole = ready(studies, one)
+    losses = [step.loss for step in train(studies, one, whole)]
+    end = whole.tensors()
+    whole.adapters.detach()
+    first = ready(studies, one)
+    steps = train(studies, one, first)
+    for _ in range(3):
+        next(steps)
+    saved = first.tensors()
+    first.adapters.detach()
+    second = ready(studies, one, seed=99)
+    second.restore(saved)
+    assert [step.loss for step in train(studies, one, second)] == losses[3:]
+    again = second.tensors()
+    assert end.keys() == again.keys() and all(torch.equal(end[key], again[key]) for key in end)
+
+
+def test_a_state_of_another_recipe_is_refused(studies: Studies) -> None:
+    state = ready(studies, recipe())
+    saved = state.tensors()
+    state.adapters.detach()
+    other = Recipe(lambda adapters, rng: adapters.new("a", 2, rng), lambda step: (), RATES, 1)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="does not fit these settings"):
+        ready(studies, other).restore(saved)
+
+
+def test_a_part_without_a_rate_stays_bit_identical(studies: Studies) -> None:
+    one = Recipe(prepare, lambda step: BRANCHES, {("a", "up"): Rate(1e-2, 0.1)}, 3)
+    state = ready(studies, one)
+    before = {key: value.clone() for key, value in state.tensors().items() if key.startswith("adapter/")}
+    list(train(studies, one, state))
+    after = state.tensors()
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed and all("/a.up" in key or ".a.up" in key for key in changed)
+
+
+def test_shared_noise_and_timestep(studies: Studies) -> None:
+    rng = torch.Generator().manual_seed(0)
+    one, two = studies.draw(["one", "one"], frozenset(("noise", "timestep")), rng)
+    assert one.t == two.t
+    three, four = studies.draw(["one", "one"], frozenset(), rng)
+    assert not torch.equal(three.noisy, four.noisy)
+
+
+def test_nan_is_told_with_its_step(studies: Studies) -> None:
+    def poison(adapters: Adapters, step: int) -> torch.Tensor | None:
+        up = next(iter(adapters.of("a").values())).up
+        return up.sum() * float("nan") if step == 1 else None
+
+    one = Recipe(prepare, lambda step: BRANCHES, RATES, 3, penalty=poison)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"step 1: the loss is nan"):
+        list(train(studies, one, ready(studies, one)))
+
+
+def test_nothing_to_train_is_refused(studies: Studies) -> None:
+    with pytest.raises(UsageError, match="nothing would be trained"):
+        ready(studies, Recipe(prepare, lambda step: BRANCHES, {}, 1))

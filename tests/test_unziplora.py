@@ -1,0 +1,224 @@
+"""UnZipLoRA: the recipe as data, column separation, and the published behaviour."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.errors import UsageError
+from unbraid.lora import ALL, Adapters
+from unbraid.methods.unziplora import ROLES, Columns, pairs, unziplora
+from unbraid.methods.unziplora_official import _above, _count, _gated
+from unbraid.optim import Rate
+from unbraid.train import State, train
+
+STEPS, TIMES, RATIO, WINDOW = 12, 3, 0.1, 2
+SETTINGS = {
+    "rank": 4,
+    "steps": STEPS,
+    "sample_times": TIMES,
+    "column_ratio": RATIO,
+    "window": WINDOW,
+    "content_lr": 1e-3,
+    "style_lr": 1e-3,
+}
+
+
+@pytest.fixture
+def studies(v_model: Base) -> Studies:
+    rng = torch.Generator().manual_seed(1)
+    prompts = {
+        role: Prompt(torch.randn(24, 64, generator=rng), torch.randn(64, generator=rng)) for role in ("both", *ROLES)
+    }
+    picture = Picture(torch.randn(4, 8, 8, generator=rng), torch.full((4, 8, 8), 0.1), torch.full((6,), 32.0))
+    return Studies(v_model, {"image": [picture]}, prompts)
+
+
+def start(studies: Studies, **changes: object) -> tuple[State, object]:
+    (recipe,) = unziplora(BLOCKS["sdxl"], **{**SETTINGS, **changes})  # type: ignore[arg-type]
+    return State.fresh(Adapters.attach(studies.base.unet), recipe, torch.Generator().manual_seed(0)), recipe
+
+
+def test_golden_branches() -> None:
+    (recipe,) = unziplora(BLOCKS["sdxl"])
+    trains = f"trains={ALL!r}"
+    assert (
+        repr(recipe.branches(0))
+        == repr(recipe.branches(599))
+        == (
+            "(Branch(image='image', prompt='both', active=("
+            f"Active(adapter='content', scale=1.0, merger=True, {trains}, prompt='content'), "
+            f"Active(adapter='style', scale=1.0, merger=True, {trains}, prompt='style')), teacher=None, weight=1.0),)"
+        )
+    )
+    (recipe,) = unziplora(BLOCKS["sdxl"], standalone=0.5)
+    assert [(b.prompt, len(b.active), b.weight) for b in recipe.branches(0)] == [
+        ("both", 2, 1),
+        ("content", 1, 0.5),
+        ("style", 1, 0.5),
+    ]
+
+
+def test_every_period_grants_exactly_the_ratio_and_content_chooses_first(studies: Studies) -> None:
+    state, recipe = start(studies)
+    columns = Columns(STEPS, TIMES, RATIO, WINDOW, BLOCKS["sdxl"])
+    seen = set()
+    for step in train(studies, recipe, state):  # type: ignore[arg-type]
+        periods = sum(s % columns.period == WINDOW - 1 for s in range(step.index + 1))
+        for name, both in pairs(state.adapters).items():
+            d, exempt = len(both[0].owned), columns.exempt(name)
+            seen.add(exempt)
+            for role, factors in zip(ROLES, both, strict=True):
+                expected = d if exempt == role else periods * int(RATIO * d)
+                assert int(factors.owned.sum()) == expected
+                assert not factors.up.detach()[~factors.owned].any(), "a channel that is not owned must add nothing"
+            if exempt is None:
+                assert not (both[0].owned & both[1].owned).any()
+    assert seen == {None, "content", "style"}
+
+
+def test_content_takes_the_best_scored_channels(studies: Studies) -> None:
+    state, recipe = start(studies)
+    scores = {}
+    for step in train(studies, recipe, state):  # type: ignore[arg-type]
+        if step.index == WINDOW - 2:
+            scores = {name: [f.score.clone() for f in both] for name, both in pairs(state.adapters).items()}
+            break
+    shared = next(name for name in scores if name.startswith("mid_block"))
+    assert all((score > 0).all() for score in scores[shared])
+
+
+def test_gates_move_only_for_the_loser_of_a_contested_channel(studies: Studies) -> None:
+    state, recipe = start(studies, steps=30, merger_lr=0.1)
+    list(train(studies, recipe, state))  # type: ignore[arg-type]
+    moved = 0
+    for both in pairs(state.adapters).values():
+        assert not (both[0].losing & both[1].losing).any()
+        for factors in both:
+            assert factors.channels is not None
+            assert (factors.channels[~factors.losing] == 1).all()
+            assert (factors.channels >= 0).all() and (factors.channels <= 1).all()
+            moved += int((factors.channels[factors.losing] < 0.5).sum())
+    assert moved > 0
+
+
+def test_separations_can_be_switched_off(studies: Studies) -> None:
+    state, recipe = start(studies, column_separation=False)
+    list(train(studies, recipe, state))  # type: ignore[arg-type]
+    assert all(
+        f.channels is None and f.up.detach().any(1).all() for both in pairs(state.adapters).values() for f in both
+    )
+    state.adapters.detach()
+    state, recipe = start(studies, block_separation=False)
+    list(train(studies, recipe, state))  # type: ignore[arg-type]
+    assert all(
+        int(f.owned.sum()) == TIMES * int(RATIO * len(f.owned)) for both in pairs(state.adapters).values() for f in both
+    )
+
+
+def test_masks_and_scores_resume(studies: Studies) -> None:
+    state, recipe = start(studies)
+    steps = train(studies, recipe, state)  # type: ignore[arg-type]
+    for _ in range(5):
+        next(steps)
+    saved = state.tensors()
+    assert any(key.endswith("owned") for key in saved) and any(key.endswith("score") for key in saved)
+    state.adapters.detach()
+    other, _ = start(studies)
+    other.restore(saved)
+    assert all(torch.equal(value, saved[key]) for key, value in other.tensors().items())
+
+
+def test_sdxl_has_560_targets_in_three_groups() -> None:
+    """By module name, on a meta-device UNet with SDXL's published configuration."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    adapters = Adapters.attach(unet)
+    columns = Columns(600, 3, 0.1, 16, BLOCKS["sdxl"])
+    groups = [columns.exempt(name) for name in adapters.layers]
+    assert (len(groups), groups.count(None), groups.count("content"), groups.count("style")) == (560, 272, 160, 128)
+    assert sum(layer.own_prompt for layer in adapters.layers.values()) == 140
+
+
+def test_impossible_settings_are_told() -> None:
+    with pytest.raises(UsageError, match=r"column_ratio 0.5 × sample_times 3"):
+        unziplora(BLOCKS["sdxl"], column_ratio=0.5)
+    with pytest.raises(UsageError, match="window 500 does not fit"):
+        unziplora(BLOCKS["sdxl"], window=500)
+
+
+# The published behaviour, as compat="official"
+
+
+def test_official_calendar() -> None:
+    columns = Columns(600, 3, 0.1, 16, BLOCKS["sdxl"])
+    assert [s for s in range(600) if not _gated(columns, s)] == [0, 1, 201, 401]
+
+
+def test_official_start_disturbs_the_base(studies: Studies) -> None:
+    state, _ = start(studies, compat="official", rank=16)
+    factors = state.adapters.of("content")["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+    assert factors.up.std().item() == pytest.approx(1 / 16, rel=0.2) and factors.down.std().item() == pytest.approx(
+        1 / 16, rel=0.2
+    )
+
+
+def test_official_selection_is_strict_and_loses_ties() -> None:
+    assert int(_above(torch.arange(10.0), 4).sum()) == 3
+    assert int(_above(torch.ones(10), 4).sum()) == 0
+
+
+def test_official_score_is_the_thresholded_count() -> None:
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(*shape, generator=rng)
+        for name, shape in {"b": (7, 3), "a": (3, 5), "gb": (7, 3), "ga": (3, 5)}.items()
+    }
+    from unbraid.lora import Factors
+
+    factors = Factors(state["a"], state["b"])
+    factors.channels = torch.nn.Parameter(torch.rand(7, generator=rng))
+    factors.down.grad, factors.up.grad = state["ga"] * 1e-10, state["gb"] * 1e-10
+    change = factors.channels[:, None] * (state["b"] @ state["ga"] + state["gb"] @ state["a"]) * 1e-10
+    expected = ((state["b"] @ state["a"] * change * 65536).abs() > 1e-5).float().mean(1)
+    assert torch.equal(_count(factors), expected) and 0 < expected.mean() < 1
+
+
+def test_official_run_keeps_its_defects(studies: Studies) -> None:
+    """Masks act, exclusive gates leak at period boundaries, weight decay reaches the gates."""
+    state, recipe = start(studies, compat="official", steps=30, rank=8, merger_lr=0.05)
+    assert recipe.rates["content", "merger"] == Rate(5e-3 * 10, 1e-4)  # type: ignore[attr-defined]
+    for step in train(studies, recipe, state):  # type: ignore[arg-type]
+        for both in pairs(state.adapters).values():
+            for factors in both:
+                gated = _gated(Columns(30, TIMES, RATIO, WINDOW, {}), step.index + 1) or step.index == 29
+                assert torch.equal(factors.mask.bool(), factors.owned if gated else torch.ones_like(factors.owned))
+    exclusive = [
+        f.channels.detach()[f.owned & ~other.owned]
+        for both in pairs(state.adapters).values()
+        for f, other in (both, both[::-1])
+        if f.channels is not None
+    ]
+    assert torch.cat(exclusive).numel() and (torch.cat(exclusive) < 1).any()
+
+
+def test_explain_prints_the_method() -> None:
+    from unbraid.explain import explain
+
+    text = explain("unziplora")
+    assert "content (reads 'content') + style (reads 'style')" in text and "column_ratio = 0.1" in text
+    assert Path(__file__).exists()
