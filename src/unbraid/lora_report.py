@@ -145,14 +145,20 @@ def _compare(name: str, a: _Module, b: _Module) -> tuple[float, float, float, fl
     """⟨ΔW_1, ΔW_2⟩, both squared norms, overlap, and the columns' |cos|."""
     if a.down.shape[1] != b.down.shape[1] or len(a.up) != len(b.up):
         raise UsageError("the two LoRAs' shapes differ", name, "They were made for different base models.")
-    cross = a.up.T @ b.up
-    dots = np.einsum("rk,rk->k", a.down, cross @ b.down) * a.scale * b.scale
-    squares = [np.einsum("rk,rk->k", m.down, (m.up.T @ m.up) @ m.down).clip(0) * m.scale**2 for m in (a, b)]
+    dots = (a.down * (a.up.T @ b.up @ b.down)).sum(0) * a.scale * b.scale
+    squares = [(m.down * (m.up.T @ m.up @ m.down)).sum(0).clip(0) * m.scale**2 for m in (a, b)]
     size = np.sqrt(squares[0] * squares[1])
     cosines = np.abs(np.divide(dots, size, out=np.zeros_like(dots), where=size > 0)).clip(0, 1)
-    bases = [np.linalg.qr(m.down.T)[0] for m in (a, b)]
-    overlap = float(np.square(bases[0].T @ bases[1]).sum()) / min(bases[0].shape[1], bases[1].shape[1])
+    white = [_whitening(m.down) for m in (a, b)]
+    overlap = float(np.square(white[0].T @ (a.down @ b.down.T) @ white[1]).sum()) / min(w.shape[1] for w in white)
     return float(dots.sum()), float(squares[0].sum()), float(squares[1].sum()), overlap, cosines
+
+
+def _whitening(down: Matrix) -> NDArray[np.float64]:
+    """W `[r, q]` such that Wᵀ·down has orthonormal rows: the row space's basis, from the r×r Gram matrix."""
+    values, vectors = np.linalg.eigh((down @ down.T).astype(np.float64))
+    kept = values > values[-1] * 1e-6
+    return vectors[:, kept] / np.sqrt(values[kept]) if kept.any() else np.zeros((len(down), 1))
 
 
 def _summed(block: str, found: list[tuple[float, float, float, float, Matrix]]) -> Interference:

@@ -1,7 +1,6 @@
 """Kill-safe training state: one safetensors file, written under a temporary name and renamed."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ def save(
     tensors["rng"] = rng.get_state()
     part = path.with_suffix(".part")
     save_file({key: value.contiguous() for key, value in tensors.items()}, part, {"state": json.dumps({"step": step})})
-    os.replace(part, path)
+    part.replace(path)
 
 
 def load(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, rng: torch.Generator) -> int:

@@ -5,7 +5,6 @@ other whenever the machine does anything else); on a GPU it is one process in bf
 Random numbers are a function of (step, worker), so a killed run goes on exactly where it was.
 """
 
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def train(
 def _save(state: dict[str, Tensor], step: int, work: Path) -> None:
     part = work / "unet.part"
     save_file({**{key: state[key] for key in STATE}, "step": torch.tensor([float(step)])}, part)
-    os.replace(part, work / "unet.safetensors")
+    part.replace(work / "unet.safetensors")
 
 
 def ema_net(config: Config, tokenizer: CLIPTokenizer, work: Path) -> tuple[Net, int]:
