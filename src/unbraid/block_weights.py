@@ -1,8 +1,8 @@
 """Block weights: LBW vectors by length, single blocks by name, anything by regular expression. Pure Python.
 
-    "OUT01=0.3"            one block          "IN=0.5"        all whose name starts so
-    "text_encoder=0"       one component      "attn2=0.8"     any regular expression on the module's path
-    "1,0,0,0,1,1,…"        a vector: 12 or 20 numbers for SDXL, 17 or 26 for SD1.5
+"OUT01=0.3"            one block          "IN=0.5"        all whose name starts so
+"text_encoder=0"       one component      "attn2=0.8"     any regular expression on the module's path
+"1,0,0,0,1,1,…"        a vector: 12 or 20 numbers for SDXL, 17 or 26 for SD1.5
 """
 
 import re
@@ -41,7 +41,7 @@ def _named(weights: dict[str, float], rule: str) -> None:
     name, equals, number = rule.rpartition("=")
     if not equals or not name:
         raise UsageError("not a block rule", rule, "Give NAME=NUMBER, such as OUT01=0.3, or a vector of numbers.")
-    weight = _number(number, rule)
+    weight = number(number, rule)
     hits = _hits(weights, name)
     if not hits:
         there = ", ".join(sorted({block_of(module) for module in weights}))
@@ -63,7 +63,7 @@ def _hits(modules: Mapping[str, float], name: str) -> list[str]:
 
 
 def _vector(weights: dict[str, float], rule: str, family: Family) -> None:
-    numbers = [_number(part, rule) for part in rule.split(",")]
+    numbers = [number(part, rule) for part in rule.split(",")]
     known = VECTORS.get(family, {})
     names = known.get(len(numbers))
     if names is None:
@@ -79,7 +79,8 @@ def _vector(weights: dict[str, float], rule: str, family: Family) -> None:
         weights[module] = table[block]
 
 
-def _number(text: str, where: str) -> float:
+def number(text: str, where: str) -> float:
+    """A finite number, or a `UsageError`."""
     try:
         number = float(text)
     except ValueError as error:

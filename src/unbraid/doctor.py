@@ -16,8 +16,6 @@ from unbraid.header import Catalogue, Header, catalogue, family_of, read_header
 from unbraid.loaders import TOOLS, Naming, Tool, naming, style, unet_modules
 from unbraid.weights import alphas, broken
 
-FIX_NAMES = 4  # keys shown per reason
-
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -45,7 +43,9 @@ def diagnose(path: str | Path, tool: str, weights: bool = True) -> Diagnosis:
     if tool not in TOOLS:
         raise UsageError(f"no rules for the tool {tool!r}", "doctor", f"There are: {', '.join(TOOLS)}.")
     header = read_header(Path(path))
-    return judge(header, catalogue(header), TOOLS[tool], alphas(header) if weights else {}, broken(header) if weights else ())
+    return judge(
+        header, catalogue(header), TOOLS[tool], alphas(header) if weights else {}, broken(header) if weights else ()
+    )
 
 
 def judge(
@@ -129,7 +129,11 @@ def _diffusers_refuses(header: Header, found: Catalogue, namings: Counter[Naming
 def _identifiable(header: Header, found: Catalogue) -> bool:
     """InvokeAI knows the base by attn2.to_k's input width, or by a third transformer block."""
     for module, parts in found.modules.items():
-        if module.endswith("attn2.to_k") and header.shapes.get(parts.get("down", ""), ())[-1:] in ((2048,), (768,), (1024,)):
+        if module.endswith("attn2.to_k") and header.shapes.get(parts.get("down", ""), ())[-1:] in (
+            (2048,),
+            (768,),
+            (1024,),
+        ):
             return True
         if re.search(r"\.transformer_blocks\.([2-9]|\d\d)\.", module):
             return True

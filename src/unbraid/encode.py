@@ -24,7 +24,11 @@ KOHYA_TEXT = {
 
 
 def encode(
-    modules: Mapping[str, Lora], family: Family, dialect: Dialect, metadata: Mapping[str, str], dtype: torch.dtype | None
+    modules: Mapping[str, Lora],
+    family: Family,
+    dialect: Dialect,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by key, and the metadata. kohya: one alpha for the whole file. diffusers: alpha = r everywhere,
     the rest folded into `lora_B`, so that tools which do not read the settings load it right too."""

@@ -88,7 +88,9 @@ def write(
         _compare(temporary, tensors, modules)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space.") from error
+        raise UsageError(
+            f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,7 +101,9 @@ def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, Lo
     found = catalogue(header)
     if found.unknown or found.twice or set(found.modules) != set(modules):
         strange = [*found.unknown, *sorted(set(found.modules) ^ set(modules))]
-        raise UsageError("the names do not survive a round trip", strange[0] if strange else path, "Please report this.")
+        raise UsageError(
+            "the names do not survive a round trip", strange[0] if strange else path, "Please report this."
+        )
     with opened(path, "pt") as handle:
         for key, tensor in tensors.items():
             if not _same_bits(handle.get_tensor(key), tensor):
@@ -125,19 +129,25 @@ def _refuse(header: Header, found: Catalogue) -> None:
         what = f"{len(found.unknown)} keys are not known, such as {found.unknown[0][:120]!r}"
         raise UsageError(what, where, "Is it a LoRA? Run unbraid doctor on it.")
     if found.twice:
-        raise UsageError(f"{len(found.twice)} modules are there twice, such as {found.twice[0]}", where, "Save it again.")
+        raise UsageError(
+            f"{len(found.twice)} modules are there twice, such as {found.twice[0]}", where, "Save it again."
+        )
     if not found.modules:
         raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
 
 
 def _tensor(handle: Any, header: Header, key: str) -> Tensor:
     if header.dtypes[key] not in FLOATS:
-        raise UsageError(f"{header.dtypes[key]} numbers are not read", f"{header.path}: {key}", "Save it as fp16 or fp32.")
+        raise UsageError(
+            f"{header.dtypes[key]} numbers are not read", f"{header.path}: {key}", "Save it as fp16 or fp32."
+        )
     tensor = handle.get_tensor(key)
     if header.dtypes[key].startswith("F8"):
         tensor = tensor.to(torch.float16)
     if not finite(tensor):
-        raise UsageError("NaN or infinite weights", f"{header.path}: {key}", "The training diverged; this file is of no use.")
+        raise UsageError(
+            "NaN or infinite weights", f"{header.path}: {key}", "The training diverged; this file is of no use."
+        )
     return tensor
 
 

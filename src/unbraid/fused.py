@@ -77,7 +77,9 @@ def split(module: str, lora: Lora) -> dict[str, Lora]:
     """One module in diffusers' layout: one or several. Rank components that a part does not use are left out."""
     names = split_names(module)
     if names is None:
-        raise UsageError("the module has no place in Flux's or SD3's block table", module, "Is the file for another model?")
+        raise UsageError(
+            "the module has no place in Flux's or SD3's block table", module, "Is the file for another model?"
+        )
     if len(names) == 1:
         return {names[0]: _swapped(module, lora)}
     down, up = matrices(lora)
@@ -134,7 +136,9 @@ def _columns(down: Tensor, up: Tensor, used: Tensor, alpha: float) -> Lora:
 def _fused(parts: Mapping[int, Lora], count: int) -> Lora:
     some = next(iter(parts.values()))
     hidden = some.down.shape[1]
-    sizes = {place: len(parts[place].up) if place in parts else hidden * (4 if place == 3 else 1) for place in range(count)}
+    sizes = {
+        place: len(parts[place].up) if place in parts else hidden * (4 if place == 3 else 1) for place in range(count)
+    }
     scales = {place: lora.alpha / len(lora.down) for place, lora in parts.items()}
     shared = all(torch.equal(lora.down, some.down) and lora.alpha == some.alpha for lora in parts.values())
     if shared:

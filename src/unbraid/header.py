@@ -50,7 +50,9 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         fix = "Such files can run any code when they are opened. Get or make a .safetensors of it."
         raise UsageError("pickle files are not read", path, fix)
     if not path.is_file():
-        raise UsageError("there is no such file" if not path.exists() else "not a file", path, "Give a .safetensors file.")
+        raise UsageError(
+            "there is no such file" if not path.exists() else "not a file", path, "Give a .safetensors file."
+        )
     try:
         # pread: tensors of their own, so a file that shrinks meanwhile is an error and not a crash.
         with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
@@ -189,7 +191,9 @@ def adapter_metadata(header: Header) -> dict[str, Any]:
 
 
 def _short(error: BaseException) -> str:
-    return str(error).removeprefix("Error while deserializing header: ").splitlines()[0][:100] if str(error) else "empty"
+    return (
+        str(error).removeprefix("Error while deserializing header: ").splitlines()[0][:100] if str(error) else "empty"
+    )
 
 
 def _fix(path: Path) -> str:

@@ -64,10 +64,21 @@ class Tool:
 
 
 _KOHYA: frozenset[Naming] = frozenset({"kohya ldm", "kohya diffusers", "kohya text"})
-_COMFY: frozenset[Naming] = _KOHYA | {"lycoris", "diffusion_model", "unet.", "unet. processor", "bare processor", "text_encoder."}
-_DIT: frozenset[Naming] = frozenset({"kohya fused", "kohya text", "transformer.", "diffusion_model", "lora_transformer", "lycoris"})
+_COMFY: frozenset[Naming] = _KOHYA | {
+    "lycoris",
+    "diffusion_model",
+    "unet.",
+    "unet. processor",
+    "bare processor",
+    "text_encoder.",
+}
+_DIT: frozenset[Naming] = frozenset(
+    {"kohya fused", "kohya text", "transformer.", "diffusion_model", "lora_transformer", "lycoris"}
+)
 _DIFFUSERS: frozenset[Naming] = _KOHYA | {"unet.", "unet. attention", "unet. processor", "text_encoder."}
-_ALL_STYLES: frozenset[Style] = frozenset({"lora_down", "lora.down", "linear_layer", "_lora.down", "lora_A", "lora_A.name"})
+_ALL_STYLES: frozenset[Style] = frozenset(
+    {"lora_down", "lora.down", "linear_layer", "_lora.down", "lora_A", "lora_A.name"}
+)
 
 TOOLS: dict[str, Tool] = {
     "comfyui": Tool("ComfyUI", {"sdxl": _COMFY, "sd15": _COMFY, "flux": _DIT, "sd3": _DIT}, _ALL_STYLES, None),
@@ -81,7 +92,9 @@ TOOLS: dict[str, Tool] = {
         {
             "sdxl": _DIFFUSERS,
             "sd15": _DIFFUSERS,
-            "flux": frozenset({"kohya fused", "kohya text", "transformer.", "text_encoder.", "lora_transformer", "xlabs"}),
+            "flux": frozenset(
+                {"kohya fused", "kohya text", "transformer.", "text_encoder.", "lora_transformer", "xlabs"}
+            ),
             "sd3": frozenset({"transformer.", "text_encoder."}),
         },
         frozenset({"lora_down", "lora.down", "_lora.down", "lora_A"}),

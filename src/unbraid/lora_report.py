@@ -81,7 +81,9 @@ def report(path: str | Path) -> Report:
         squares[block] += _square(module)
         counts[block] += 1
     total = sum(squares.values()) or 1.0
-    blocks = tuple(BlockReport(b, counts[b], squares[b] ** 0.5, squares[b] / total) for b in sorted(squares, key=_order))
+    blocks = tuple(
+        BlockReport(b, counts[b], squares[b] ** 0.5, squares[b] / total) for b in sorted(squares, key=_order)
+    )
     namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
     dtypes = tuple(sorted(set(header.dtypes.values())))
     return Report(header.path, family_of(header, found), namings, ranks, alphas, dtypes, blocks, header.metadata)
@@ -97,11 +99,17 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     inner: dict[str, list[tuple[float, float, float, float, Matrix]]] = defaultdict(list)
     with numbers(header) as read, numbers(other) as read_other:
         for name in found.modules:
-            pair = (_module(header, found, read, name), _module(other, there, read_other, name)) if name in there.modules else ()
+            pair = (
+                (_module(header, found, read, name), _module(other, there, read_other, name))
+                if name in there.modules
+                else ()
+            )
             if len(pair) == 2 and pair[0] and pair[1]:
                 inner[block_of(name)].append(_compare(name, pair[0], pair[1]))
     if not inner:
-        raise UsageError("the two LoRAs have no module in common", f"{first}, {second}", "They do not touch each other.")
+        raise UsageError(
+            "the two LoRAs have no module in common", f"{first}, {second}", "They do not touch each other."
+        )
     return tuple(_summed(block, inner[block]) for block in sorted(inner, key=_order))
 
 

@@ -64,7 +64,9 @@ def truncate(lora: Lora, rank: int | None = None, energy: float | None = None) -
     return _kept(u, s, vt, rank, energy, float((s.double() ** 2).sum()), lora)
 
 
-def from_dense(weight: Float[Tensor, "d k"], like: Lora, rank: int | None, energy: float | None, seed: int) -> tuple[Lora, float]:
+def from_dense(
+    weight: Float[Tensor, "d k"], like: Lora, rank: int | None, energy: float | None, seed: int
+) -> tuple[Lora, float]:
     """A dense change as factors: exact where `rank` reaches min(d, k), else by seeded subspace iteration."""
     small = min(weight.shape)
     q = small if rank is None else min(2 * rank + 16, small)

@@ -69,7 +69,9 @@ def ties(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) 
     return _factored(name, merged, parts, size)
 
 
-def dare(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, seed: int = 0) -> tuple[Lora, float] | None:
+def dare(
+    name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, seed: int = 0
+) -> tuple[Lora, float] | None:
     """DARE (arXiv 2311.03099): keep each entry with probability `density`, divide by it, sum. Seeded per module."""
     total = torch.zeros(())
     for part in parts:
@@ -94,7 +96,9 @@ def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5)
     ranks = [len(down) for down in downs]
     tasks = [block @ wide(down) * s for block, down, s in zip(r.split(ranks, 1), downs, scales, strict=True)]
     turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[0]  # U of the small [Rᵀ side], not of d×k
-    merged = _elect(torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)]))
+    merged = _elect(
+        torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
+    )
     lora = shaped(merged, basis @ turn, float(len(merged)), parts[0].lora)
     return (lora, 1.0) if size == Size() else truncate(lora, size.rank, size.energy)
 
@@ -171,7 +175,9 @@ def merge(
 def _method(method: str, settings: Mapping[str, float]) -> Method:
     if method not in METHODS:
         near = get_close_matches(method, METHODS, 1) or ["concat"]
-        raise UsageError(f"there is no method {method!r}", "merge", f"Did you mean {near[0]}? There are: {', '.join(METHODS)}.")
+        raise UsageError(
+            f"there is no method {method!r}", "merge", f"Did you mean {near[0]}? There are: {', '.join(METHODS)}."
+        )
     known = [p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for key in settings:
         if key not in known:
@@ -183,7 +189,9 @@ def _check(size: Size, settings: Mapping[str, float]) -> None:
     if size.rank is not None and size.rank < 1:
         raise UsageError(f"rank {size.rank} is not possible", "rank", "Give 1 or more.")
     if size.energy is not None and not 0 < size.energy <= 1:
-        raise UsageError(f"energy {size.energy} is not a share", "energy", "Give more than 0 and at most 1, such as 0.99.")
+        raise UsageError(
+            f"energy {size.energy} is not a share", "energy", "Give more than 0 and at most 1, such as 0.99."
+        )
     if not 0 < settings.get("density", 1) <= 1:
         raise UsageError(f"density {settings['density']} is not a share", "density", "Give more than 0 and at most 1.")
     if settings.get("mu", 0) < 0:

@@ -1,12 +1,15 @@
 """The metadata of LoRA files: kohya's ss_* keys, ModelSpec, PEFT's settings. Every value is a string."""
 
+import base64
+import io
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from unbraid.blocks import Family
+from unbraid.errors import UsageError
 
 BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1", "sd3": "sd3"}
 ARCHITECTURES = {
@@ -59,7 +62,9 @@ def modelspec(family: Family) -> dict[str, str]:
 def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """A module's alpha by PEFT's settings (`alpha_pattern`, then `lora_alpha`, rsLoRA included); else its rank."""
     component, _, path = module.partition(".")
-    mine = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(component + ".")} or settings
+    mine = {
+        key.partition(".")[2]: value for key, value in settings.items() if key.startswith(component + ".")
+    } or settings
     alpha = mine.get("lora_alpha", rank)
     pattern = mine.get("alpha_pattern")
     for key, value in pattern.items() if isinstance(pattern, dict) else ():
@@ -74,3 +79,57 @@ def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
 def _rank(ranks: Mapping[str, int]) -> str:
     found = set(ranks.values())
     return str(found.pop()) if len(found) == 1 else "Dynamic"
+
+
+def card(
+    title: str = "",
+    trigger: str = "",
+    tags: str = "",
+    description: str = "",
+    author: str = "",
+    thumbnail: Path | None = None,
+) -> dict[str, str]:
+    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any image, cut down to 256×256."""
+    fields = {"title": title, "trigger_phrase": trigger, "tags": tags, "description": description, "author": author}
+    told = {f"modelspec.{key}": value for key, value in fields.items() if value}
+    if title:
+        told["ss_output_name"] = title  # A1111's and Forge's alias
+    return told | ({"modelspec.thumbnail": data_uri(thumbnail)} if thumbnail else {})
+
+
+def data_uri(picture: Path) -> str:
+    """A picture as ModelSpec wants a thumbnail: a data URI, at most 256×256. Errors: not a picture."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(picture) as image:
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise UsageError("not a picture", picture, "Give a PNG, JPEG or WebP file.") from error
+    small.thumbnail((256, 256))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def write_sidecar(lora: Path, metadata: Mapping[str, str], weight: float = 1.0) -> Path:
+    """`NAME.json` beside the LoRA, with the keys that A1111, Forge and InvokeAI read; `NAME.jpg` where it has a thumbnail."""
+    version = {"stable-diffusion-xl": "SDXL", "stable-diffusion-v1": "SD1", "flux": "Flux"}
+    architecture = metadata.get("modelspec.architecture", "")
+    told = {
+        "description": metadata.get("modelspec.description", ""),
+        "sd version": next((name for start, name in version.items() if architecture.startswith(start)), "Unknown"),
+        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "preferred weight": weight,
+    }
+    path = lora.with_suffix(".json")
+    try:
+        path.write_text(json.dumps(told, indent=2) + "\n")
+        start, _, data = metadata.get("modelspec.thumbnail", "").partition("base64,")
+        if start.startswith("data:image/jpeg"):
+            lora.with_suffix(".jpg").write_bytes(base64.b64decode(data))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space."
+        ) from error
+    return path

@@ -46,10 +46,16 @@ PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, component in (
         (r"lora_unet_(?=double_blocks_|single_blocks_|joint_blocks_)", "transformer"),
         (r"(model\.)?diffusion_model\.(?=double_blocks|single_blocks|joint_blocks)", "transformer"),
-        (r"lora_unet_(?=img_in|txt_in|time_in|vector_in|guidance_in|final_layer|x_embedder|context_embedder)", "transformer"),
+        (
+            r"lora_unet_(?=img_in|txt_in|time_in|vector_in|guidance_in|final_layer|x_embedder|context_embedder)",
+            "transformer",
+        ),
         (r"(lora_|lycoris_)?transformer[._](?!blocks[._])", "transformer"),
         (r"lycoris_(?=transformer_blocks_|single_transformer_blocks_)", "transformer"),
-        (r"(?=transformer_blocks\.|single_transformer_blocks\.|double_blocks\.|single_blocks\.|joint_blocks\.)", "transformer"),
+        (
+            r"(?=transformer_blocks\.|single_transformer_blocks\.|double_blocks\.|single_blocks\.|joint_blocks\.)",
+            "transformer",
+        ),
         (r"lora_unet_|lycoris_(unet_)?|(model\.)?diffusion_model\.", "unet"),
         (r"(unet\.)+", "unet"),
         (r"(?=(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.)", "unet"),

@@ -29,7 +29,11 @@ def _bits(header: Header) -> Iterator[Callable[[str], NDArray[np.generic]]]:
     def read(key: str) -> NDArray[np.generic]:
         start = 8 + size + table[key]["data_offsets"][0]
         kind = _BITS[header.dtypes[key]][0]
-        return np.frombuffer(data, kind, prod(header.shapes[key]), start) if prod(header.shapes[key]) else np.zeros(0, kind)
+        return (
+            np.frombuffer(data, kind, prod(header.shapes[key]), start)
+            if prod(header.shapes[key])
+            else np.zeros(0, kind)
+        )
 
     yield read
 
@@ -67,4 +71,8 @@ def alphas(header: Header) -> dict[str, float]:
     """key → value of every `.alpha` that is one number."""
     with numbers(header) as read:
         keys = [key for key in header.shapes if (cut := split_key(key)) and cut.part == "alpha"]
-        return {key: float(read(key).flat[0]) for key in keys if header.dtypes[key] in _BITS and prod(header.shapes[key]) == 1}
+        return {
+            key: float(read(key).flat[0])
+            for key in keys
+            if header.dtypes[key] in _BITS and prod(header.shapes[key]) == 1
+        }

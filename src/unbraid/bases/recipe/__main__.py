@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 import typer
 from transformers import CLIPTokenizer
 
-from unbraid.bases.recipe import art, captions, judge, latents, model, sheet, subjects, unet, vae
+from unbraid.bases.recipe import art, captions, card, judge, latents, model, sheet, subjects, unet, vae
 from unbraid.bases.recipe.config import PRESETS
 from unbraid.bench import heldout, judge_validation
 from unbraid.bench.judge import load_judge
@@ -17,11 +17,12 @@ from unbraid.bench.judge import load_judge
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Work = Annotated[Path, typer.Option(help="Folder for everything that is not committed; reuse it to resume.")]
 Preset = Annotated[str, typer.Option(help="Sizes: cpu (64 px) or gpu (128 px).")]
+CPU_WORKERS = 2
 ICONS = Path(__file__).parent.parent / "icons"
 
 
 @app.command()
-def make(work: Work, preset: Preset = "cpu", workers: int = 2) -> None:
+def make(work: Work, preset: Preset = "cpu", workers: int = CPU_WORKERS) -> None:
     """Every stage in turn: art, tokenizer, VAE, latents, UNet with text encoders, diffusers folder."""
     work.mkdir(parents=True, exist_ok=True)
     config = PRESETS[preset]
@@ -47,6 +48,19 @@ def save(work: Work, preset: Preset = "cpu", out: Path = ICONS) -> None:
 def sample_sheet(work: Work, preset: Preset = "cpu", out: Path = Path("sheet.png")) -> None:
     """Draw samples from the latest checkpoint, and print the subject gain."""
     sheet.draw(work, preset, out)
+
+
+@app.command(name="card")
+def model_card(work: Work, preset: Preset = "cpu", drawn: Annotated[Path | None, typer.Option(help="Keep the pictures here.")] = None) -> None:
+    """Measure the saved base with the judge, and write its README.md and figures.json. Takes about 20 minutes."""
+    torch.set_num_threads(1)
+    pictures, names = art.rasterise(work, PRESETS[preset].size)
+    chosen = subjects.trained(names, PRESETS[preset].unet.subjects)
+    figures = card.measure(_pick(pictures, names, chosen), chosen, drawn)
+    psnr = card.reconstruction(pictures[[names.index(name) for name in subjects.held_out()]])
+    images = sheet.step(work, preset) * PRESETS[preset].unet.batch * CPU_WORKERS
+    card.write(figures, psnr, chosen, images, ICONS)
+    print((ICONS / "README.md").read_text())
 
 
 @app.command(name="judge")

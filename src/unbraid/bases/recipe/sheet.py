@@ -27,6 +27,11 @@ def load(work: Path, preset: str) -> StableDiffusionXLPipeline:
     return model.pipeline(net.unet, (net.text, net.text_2), autoencoder.eval(), tokenizer)
 
 
+def step(work: Path, preset: str) -> int:
+    """How many steps the latest checkpoint has seen."""
+    return unet.ema_net(PRESETS[preset], CLIPTokenizer.from_pretrained(work / "tokenizer"), work)[1]
+
+
 def draw(work: Path, preset: str, out: Path, count: int = 6) -> None:
     config = PRESETS[preset]
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ Random numbers are a function of (step, worker), so a killed run goes on exactly
 
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from unbraid.bases.recipe.filters import TRAIN_FILTERS
 from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
 
 COOLDOWN = 0.25  # share of the steps over which the rate falls to zero
+SAVE_EVERY = 500  # steps
 PROBE_TIMES = (850, 700, 500)
 STATE = ("weights", "ema", "exp_avg", "exp_avg_sq")
 
@@ -120,7 +122,7 @@ def train(
         "exp_avg_sq": state["exp_avg_sq"][share],
     }
     levels = model.scheduler().alphas_cumprod.to(device)
-    began, losses = time.monotonic(), []
+    began, losses = time.monotonic(), deque[Tensor](maxlen=100)
     for step in range(start, settings.steps):
         batch = draw(data, settings.batch, step * workers + rank, tokenizer, device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
@@ -145,13 +147,13 @@ def train(
         losses.append(loss.detach())
         if rank == 0 and (step + 1) % 100 == 0:
             speed = (step + 1 - start) / (time.monotonic() - began)
-            mean = torch.stack(losses[-100:]).mean().item()
+            mean = torch.stack(list(losses)).mean().item()
             left = (settings.steps - step) / speed / 60
             print(
                 f"unet {step + 1}/{settings.steps} loss {mean:.4f} {speed * settings.batch * workers:.0f} images/s {left:.0f} min left",
                 flush=True,
             )
-        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == settings.steps):
+        if rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == settings.steps):
             _save(state, step + 1, work)
 
 
@@ -193,7 +195,7 @@ def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: to
     )
 
 
-def _sizes(rng: random.Random, target: int) -> list[float]:
+def _sizes(rng: random.Random, target: int) -> list[int]:
     """Original size, crop corner, target size. Icons have no native size: a quarter is random, so that the
     base takes any user's picture in its stride."""
     if rng.random() < 0.75:

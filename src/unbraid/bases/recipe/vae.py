@@ -35,7 +35,7 @@ def train(art: np.ndarray, config: Config, work: Path, device: torch.device) -> 
     torch.manual_seed(0)
     model = build(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
-    saved, log = work / "vae.safetensors", work / "vae.log"
+    saved = work / "vae.safetensors"
     start = checkpoint.load(saved, {"vae": model}, optimizer, torch_rng)
     flat = art.reshape(-1, *art.shape[2:])
     last_save = began = time.monotonic()
@@ -54,9 +54,8 @@ def train(art: np.ndarray, config: Config, work: Path, device: torch.device) -> 
         optimizer.zero_grad()
         if step % 50 == 0:
             rate = (step - start + 1) / (time.monotonic() - began)
-            line = f"vae {step}/{settings.steps} loss {loss.item():.4f} {rate:.2f} steps/s, {(settings.steps - step) / rate / 60:.0f} min left"
-            print(line, flush=True)
-            log.open("a").write(line + "\n")
+            left = (settings.steps - step) / rate / 60
+            print(f"vae {step}/{settings.steps} loss {loss.item():.4f} {rate:.2f} steps/s, {left:.0f} min left", flush=True)
         if time.monotonic() - last_save > 120 or step == settings.steps - 1:
             checkpoint.save(saved, step + 1, {"vae": model}, optimizer, torch_rng)
             last_save = time.monotonic()

@@ -1,0 +1,191 @@
+"""The commands of the file layer: merge, convert, doctor, inspect, resize, edit. Thin; torch is imported on use."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from unbraid.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from unbraid.doctor import Diagnosis
+    from unbraid.file_tools import Done, Source
+
+app = typer.Typer(no_args_is_help=True)
+To = Annotated[
+    Literal["kohya", "diffusers"] | None, typer.Option(help="Dialect; default: what most tools of the family read.")
+]
+Dtype = Annotated[
+    Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Default: as in the file, nothing is rounded.")
+]
+Rank = Annotated[int | None, typer.Option(help="Highest rank of each module.")]
+Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, such as 0.99.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")]
+In = Annotated[Path, typer.Argument(metavar="IN", help="A LoRA file of any dialect.")]
+
+
+@app.command()
+def merge(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE[:WEIGHT[:BLOCKS]]...", help="Weight 1 where none is given.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    method: Annotated[str, typer.Option(help="concat, ties, dare, prune, knots, np-lora or blocks.")] = "concat",
+    rank: Rank = None,
+    energy: Energy = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of the entries to keep: ties, dare, prune, knots.")
+    ] = None,
+    mu: Annotated[float | None, typer.Option(help="Strength of np-lora's projection.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of dare.")] = None,
+    to: To = None,
+) -> None:
+    """Merge LoRAs into one. `a.safetensors:0.7 b.safetensors:0.4` is a at 0.7 stacked on b at 0.4, exactly."""
+    from unbraid.file_tools import merge_files
+    from unbraid.merge import Size
+
+    given = {"density": density, "mu": mu, "seed": seed}
+    settings = {key: value for key, value in given.items() if value is not None}
+    _say(merge_files([_source(file) for file in files], out, method, Size(rank, energy), to, **settings))
+
+
+@app.command()
+def convert(source: In, out: Out, to: To = None, dtype: Dtype = None) -> None:
+    """Write a LoRA in another dialect. Lossless unless a dtype is asked for."""
+    from unbraid.file_tools import convert as run
+
+    _say(run(source, out, to, _dtype(dtype)))
+
+
+@app.command()
+def resize(source: In, out: Out, rank: Rank = None, energy: Energy = None, to: To = None, dtype: Dtype = None) -> None:
+    """Make a LoRA smaller: the best approximation at a rank, or the smallest one that keeps an energy."""
+    from unbraid.file_tools import resize as run
+    from unbraid.merge import Size
+
+    _say(run(source, out, Size(rank, energy), to, _dtype(dtype)))
+
+
+@app.command()
+def edit(
+    source: In,
+    out: Out,
+    block: Annotated[list[str] | None, typer.Option(help="NAME=X or an LBW vector; 0 takes the block out.")] = None,
+    strength: Annotated[float, typer.Option(help="Scale the whole LoRA.")] = 1.0,
+    title: Annotated[str, typer.Option(help="Its name in the tools.")] = "",
+    trigger: Annotated[str, typer.Option(help="The words that call it.")] = "",
+    description: Annotated[str, typer.Option(help="What it is.")] = "",
+    thumbnail: Annotated[Path | None, typer.Option(help="A picture to store in the file.")] = None,
+    sidecar: Annotated[
+        bool, typer.Option("--sidecar", help="Also write NAME.json for A1111, Forge, InvokeAI.")
+    ] = False,
+    to: To = None,
+) -> None:
+    """Scale blocks, scale the whole, set the metadata. Exact."""
+    from unbraid.file_tools import edit as run
+    from unbraid.header import read_header
+    from unbraid.metadata import card, write_sidecar
+
+    metadata = card(title, trigger, description=description, thumbnail=thumbnail)
+    _say(run(source, out, block or (), strength, metadata, to))
+    if sidecar:
+        typer.echo(f"{write_sidecar(out, read_header(out).metadata)}: sidecar")
+
+
+@app.command()
+def doctor(
+    file: In,
+    tool: Annotated[str | None, typer.Option("--for", help="comfyui, a1111, forge, invokeai or diffusers.")] = None,
+    all_keys: Annotated[bool, typer.Option("--all", help="List every key that is dropped.")] = False,
+) -> None:
+    """Say what a tool would load of a file, drop or refuse, and the line that mends it."""
+    from unbraid.doctor import diagnose
+    from unbraid.loaders import TOOLS
+
+    found = [diagnose(file, name) for name in ([tool] if tool else TOOLS)]
+    for one in found:
+        _tell(one, all_keys)
+    for line in dict.fromkeys(one.mend for one in found if one.mend):
+        typer.echo(f"to mend it: {line}")
+
+
+@app.command()
+def inspect(
+    file: In,
+    second: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Another one, to compare it with.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparison into a PNG file.")] = None,
+) -> None:
+    """Show what a LoRA holds, block by block; with two, how much they are in each other's way."""
+    from unbraid.lora_report import interference, report
+
+    if plot and not second:
+        raise UsageError("there is nothing to plot", "--plot", "Give two files.")
+    for path in [file, *([second] if second else [])]:
+        one = report(path)
+        ranks, alphas = (", ".join(f"{k:g} (×{n})" for k, n in counts.items()) for counts in (one.ranks, one.alphas))
+        typer.echo(
+            f"{path}: {one.family}, names {', '.join(one.namings)}, {', '.join(one.dtypes)}, rank {ranks}, alpha {alphas}"
+        )
+        for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):
+            if key in one.metadata:
+                typer.echo(f"  {key.partition('.')[2]}: {one.metadata[key][:120]}")
+        typer.echo(f"  {'block':26}{'modules':>8}{'norm':>12}{'share':>8}")
+        for block in one.blocks:
+            typer.echo(f"  {block.block:26}{block.modules:8}{block.norm:12.4g}{block.share:8.1%}")
+    if second:
+        found = interference(file, second)
+        typer.echo(f"  {'block':26}{'cosine':>8}{'columns |cos|':>15}{'overlap':>9}")
+        for item in found:
+            typer.echo(f"  {item.block:26}{item.cosine:8.3f}{float(item.columns.mean()):15.3f}{item.overlap:9.3f}")
+        if plot:
+            from unbraid.lora_plot import plot_interference
+
+            plot_interference(found, plot, (file.stem, second.stem))
+            typer.echo(f"{plot}: written")
+
+
+def _source(text: str) -> "Source":
+    """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:BLOCKS`; colons of a Windows path are the file's."""
+    from unbraid.block_weights import number
+    from unbraid.file_tools import Source
+
+    found = re.fullmatch(r"(?P<file>.+?\.[A-Za-z]+)(:(?P<weight>[^:/\\]*)(:(?P<blocks>.+))?)?", text)
+    if not found:
+        raise UsageError("not FILE[:WEIGHT[:BLOCKS]]", text, "Give a .safetensors file, such as a.safetensors:0.7.")
+    weight = found["weight"]
+    return Source(
+        Path(found["file"]), 1.0 if not weight else number(weight, text), (found["blocks"],) if found["blocks"] else ()
+    )
+
+
+def _dtype(name: str | None) -> "torch.dtype | None":
+    import torch
+
+    return None if name is None else {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _say(done: "Done") -> None:
+    low, high = done.ranks
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    kept = (
+        "" if done.kept == (1.0, 1.0) else f", kept {done.kept[0]:.1%} of the energy (worst module {done.kept[1]:.1%})"
+    )
+    typer.echo(f"{done.path}: {done.modules} modules for {done.family}, {ranks}{kept}")
+
+
+def _tell(one: "Diagnosis", all_keys: bool) -> None:
+    verdict = f"refuses it: {one.refused}" if one.refused else f"loads {one.loads} of {one.modules} modules"
+    typer.echo(f"{one.tool}: {verdict}")
+    for warning in one.warnings:
+        typer.echo(f"  warning: {warning}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for key, why in one.dropped.items():
+        reasons[re.sub(r": \S+…$", "", why)].append(key)
+    for why, keys in reasons.items():
+        typer.echo(f"  drops {len(keys)} keys: {why}")
+        for key in keys if all_keys else keys[:2]:
+            typer.echo(f"    {key}")
