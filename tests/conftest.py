@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,17 +72,15 @@ def sd15_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     out = tmp_path_factory.mktemp("sd15")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = StableDiffusionPipeline(
-            vae=vae.build(tiny),
-            text_encoder=model.build_text_encoders(tiny, tokenizer)[0],
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
+        parts: dict[str, Any] = {
+            "vae": vae.build(tiny),
+            "text_encoder": model.build_text_encoders(tiny, tokenizer)[0],
+            "tokenizer": tokenizer,
+            "unet": unet,
+            "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+            **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
+        }
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         pipe.save_pretrained(out)
     return out
 

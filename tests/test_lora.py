@@ -75,7 +75,7 @@ def test_factorised_equals_dense_forward_and_gradients(mergers: bool) -> None:
         out = seen @ w.T
         expected.append(out if layer.bias is None else out + layer.bias)
     assert torch.allclose(query, expected[0], atol=1e-13) and torch.allclose(key, expected[1], atol=1e-13)
-    wanted = torch.autograd.grad(sum(out.square().sum() for out in expected), [x2, *inputs])
+    wanted = torch.autograd.grad(torch.stack([out.square().sum() for out in expected]).sum(), [x2, *inputs])
     for one, other in zip(got, wanted, strict=True):
         assert one is not None and torch.allclose(one, other, atol=1e-12)
 

@@ -61,7 +61,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
     write(path, modules, family="sdxl", dtype=torch.float32)
     plain = stock(base, "a cat", 1, 3.0)
     (ours,) = render(base, "a cat", [Use(path)], guidance=3.0, seeds=(1,), steps=4, height=SIZE, width=SIZE)
-    base.pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    base.pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
     theirs = stock(base, "a cat", 1, 3.0)
     assert np.abs(theirs - plain).max() > 10, "the LoRA must matter"
     assert np.abs(as_array(ours) - theirs).max() <= 2

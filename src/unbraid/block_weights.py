@@ -38,10 +38,10 @@ def block_weights(modules: Iterable[str], rules: Iterable[str], family: Family) 
 
 
 def _named(weights: dict[str, float], rule: str) -> None:
-    name, equals, number = rule.rpartition("=")
+    name, equals, value = rule.rpartition("=")
     if not equals or not name:
         raise UsageError("not a block rule", rule, "Give NAME=NUMBER, such as OUT01=0.3, or a vector of numbers.")
-    weight = number(number, rule)
+    weight = number(value, rule)
     hits = _hits(weights, name)
     if not hits:
         there = ", ".join(sorted({block_of(module) for module in weights}))

@@ -14,7 +14,6 @@ from unbraid.encode import Dialect
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read, write
 from unbraid.lora import Lora
-from unbraid.lowrank import truncate
 from unbraid.merge import Merged, Size, merge
 
 DEFAULT: dict[Family, Dialect] = {"flux": "diffusers", "sd3": "diffusers"}  # elsewhere kohya: what all tools read
@@ -79,16 +78,16 @@ def merge_files(
     method: str = "concat",
     size: Size | None = None,
     to: Dialect | None = None,
-    **settings: float,
+    **settings: float | int,
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.merge`. Files of different families are refused."""
     loras = [read(source.path) for source in sources]
-    families = {lora.family for lora in loras} - {"unknown"}
+    families: set[Family] = {lora.family for lora in loras if lora.family != "unknown"}
     if len(families) > 1:
         what = f"the LoRAs are for different base models: {', '.join(sorted(families))}"
         raise UsageError(what, "merge", "Merge LoRAs of one family.")
     modules = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
-    merged = list(merge(modules, [source.weight for source in sources], method, size, **settings))
+    merged = list(merge(modules, [source.weight for source in sources], method, size, None, **settings))
     recipe = {
         "method": method,
         "loras": [{"name": s.path.stem, "weight": s.weight, "blocks": list(s.blocks)} for s in sources],

@@ -86,7 +86,7 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, strings)
         _compare(temporary, tensors, modules)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise UsageError(
             f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space."

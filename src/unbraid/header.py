@@ -102,7 +102,7 @@ def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
         modules[module][part] = key
         raw.setdefault(module, cut.module)
     several = tuple(adapters) if len(adapters) > 1 else ()
-    flux_t5(modules, raw)
+    _flux_t5(modules, raw)
     return Catalogue(modules, raw, tuple(unknown), kinds, tuple(dict.fromkeys(twice)), several, tuple(ignored))
 
 
@@ -118,7 +118,7 @@ def _place(module: str, part: str) -> tuple[str, str] | None:
     return None if name is None else (name, part)
 
 
-def flux_t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
+def _flux_t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
     """Flux's T5 is `te3` to kohya's tools and `text_encoder_2` to diffusers."""
     t5 = [name for name in modules if name.startswith("text_encoder_3.")]
     if t5 and family_of_names(modules) == "flux":

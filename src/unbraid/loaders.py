@@ -8,16 +8,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 from unbraid.blocks import Family
 
-Naming = Literal[
-    "kohya ldm", "kohya diffusers", "kohya text", "kohya text without text_model", "kohya fused", "lycoris",
-    "diffusion_model", "unet.", "unet. attention", "unet. processor", "unet.unet.", "bare", "bare processor",
-    "text_encoder.", "transformer.", "lora_transformer", "base_model.model.", "xlabs", "other",
-]  # fmt: skip
-Style = Literal["lora_down", "lora.down", "linear_layer", "_lora.down", "lora_A", "lora_A.name", "dense", "other"]
+Naming = str  # one of the second column of _NAMINGS, or "other"
+Style = str  # one of the second column of _STYLES, or "other"
 
 _NAMINGS: tuple[tuple[str, Naming], ...] = (
     (r"base_model\.model\.", "base_model.model."),
@@ -116,8 +111,9 @@ def style(key: str) -> Style:
 @cache
 def unet_modules(family: Family) -> frozenset[str]:
     """Every Linear and Conv2d of the family's UNet by diffusers path: 794 for SDXL. Empty: no table."""
-    levels = {"sdxl": ((0, 2, 10), 10, (10, 2, 0)), "sd15": ((1, 1, 1, 0), 1, (0, 1, 1, 1))}.get(family)
-    return frozenset(_unet(*levels, family == "sdxl")) if levels else frozenset()
+    if family == "sdxl":
+        return frozenset(_unet((0, 2, 10), 10, (10, 2, 0), True))
+    return frozenset(_unet((1, 1, 1, 0), 1, (0, 1, 1, 1), False)) if family == "sd15" else frozenset()
 
 
 def _unet(down: tuple[int, ...], mid: int, up: tuple[int, ...], added: bool) -> Iterator[str]:

@@ -64,6 +64,8 @@ class Lora:
 class Factors(nn.Module):
     """What one adapter adds to one layer. The mergers and the mask exist only when a method asks for them."""
 
+    mask: Tensor | None  # [d], 0 or 1, multiplies g
+
     def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0) -> None:
         super().__init__()
         self.down = nn.Parameter(down)
@@ -71,7 +73,7 @@ class Factors(nn.Module):
         self.scale = scale  # alpha / r
         self.columns: nn.Parameter | None = None  # m, [k]
         self.channels: nn.Parameter | None = None  # g, [d]
-        self.register_buffer("mask", None)  # [d], 0 or 1, multiplies g
+        self.register_buffer("mask", None)
 
     def parts(self) -> Iterator[tuple[Part, nn.Parameter]]:
         yield "down", self.down
@@ -175,13 +177,11 @@ class Adapters:
     @classmethod
     def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
         """The same for a list of names, all of them linear layers of `model`."""
-        linears = {name: model.get_submodule(name) for name in names}
-        activity = _Activity()
-        layers = {
-            name: AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
-            for name, linear in linears.items()
-            if isinstance(linear, nn.Linear)
-        }
+        activity, layers = _Activity(), {}
+        for name in names:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layers[name] = AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
         for name, layer in layers.items():
             _set(model, name, layer)
         return cls(layers, model, activity)
@@ -205,19 +205,16 @@ class Adapters:
         self, adapter: str, rank: int, rng: torch.Generator, up_std: float = 0.0, down_std: float | None = None
     ) -> None:
         """Add a fresh adapter on every layer: down ~ N(0, 1/r) unless given, up = 0 (the base is unchanged)."""
+        highest = min(min(layer.base.weight.shape) for layer in self.layers.values())
+        if not 1 <= rank <= highest:
+            raise UsageError(f"rank {rank} does not fit this base", "rank", f"Choose 1 to {highest}.")
         made = {}
         for name, layer in self.layers.items():
             d, k = layer.base.weight.shape
-            if not 1 <= rank <= min(d, k):
-                fix = f"Choose 1 to {self.highest_rank()}."
-                raise UsageError(f"rank {rank} does not fit {name} ({d}×{k})", "rank", fix)
             down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
             up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
             made[name] = Factors(down, up)
         self.add(adapter, made)
-
-    def highest_rank(self) -> int:
-        return min(min(layer.base.weight.shape) for layer in self.layers.values())
 
     def of(self, adapter: str) -> dict[str, Factors]:
         """One adapter's factors by layer name."""
@@ -240,15 +237,14 @@ class Adapters:
         for i, row in enumerate(rows):
             for active in row:
                 if active.adapter not in self.names:
-                    raise UsageError(
-                        f"no adapter {active.adapter!r}", "activate", f"There are: {', '.join(self.names)}."
-                    )
+                    there = ", ".join(self.names)
+                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {there}.")
                 if active.scale:
                     wanted.setdefault(active, []).append(i)
         self._activity.work = tuple(
             _Work(
                 active,
-                None if len(where) == len(rows) else torch.tensor(where, device=device),
+                None if where == list(range(len(rows))) else torch.tensor(where, device=device),
                 (prompts or {})[active.prompt] if active.prompt is not None else None,
             )
             for active, where in wanted.items()

@@ -67,6 +67,16 @@ class _Module:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Two LoRAs in one module: ⟨ΔW_1, ΔW_2⟩, both squared norms, overlap, and the columns' |cos|."""
+
+    dot: float
+    squares: tuple[float, float]
+    overlap: float
+    cosines: Matrix
+
+
 def report(path: str | Path) -> Report:
     """Read a file's header and, for the norms, its weights. Errors: unreadable files, no LoRA in it."""
     header, found = _open(path)
@@ -96,7 +106,7 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     """
     header, found = _open(first)
     other, there = _open(second)
-    inner: dict[str, list[tuple[float, float, float, float, Matrix]]] = defaultdict(list)
+    inner: dict[str, list[_Pair]] = defaultdict(list)
     with numbers(header) as read, numbers(other) as read_other:
         for name in found.modules:
             pair = (
@@ -149,8 +159,7 @@ def _square(module: _Module) -> float:
     return module.scale**2 * max(float(((module.up.T @ module.up) * (module.down @ module.down.T)).sum()), 0.0)
 
 
-def _compare(name: str, a: _Module, b: _Module) -> tuple[float, float, float, float, Matrix]:
-    """⟨ΔW_1, ΔW_2⟩, both squared norms, overlap, and the columns' |cos|."""
+def _compare(name: str, a: _Module, b: _Module) -> _Pair:
     if a.down.shape[1] != b.down.shape[1] or len(a.up) != len(b.up):
         raise UsageError("the two LoRAs' shapes differ", name, "They were made for different base models.")
     dots = (a.down * (a.up.T @ b.up @ b.down)).sum(0) * a.scale * b.scale
@@ -159,7 +168,7 @@ def _compare(name: str, a: _Module, b: _Module) -> tuple[float, float, float, fl
     cosines = np.abs(np.divide(dots, size, out=np.zeros_like(dots), where=size > 0)).clip(0, 1)
     white = [_whitening(m.down) for m in (a, b)]
     overlap = float(np.square(white[0].T @ (a.down @ b.down.T) @ white[1]).sum()) / min(w.shape[1] for w in white)
-    return float(dots.sum()), float(squares[0].sum()), float(squares[1].sum()), overlap, cosines
+    return _Pair(float(dots.sum()), (float(squares[0].sum()), float(squares[1].sum())), overlap, cosines)
 
 
 def _whitening(down: Matrix) -> NDArray[np.float64]:
@@ -169,11 +178,13 @@ def _whitening(down: Matrix) -> NDArray[np.float64]:
     return vectors[:, kept] / np.sqrt(values[kept]) if kept.any() else np.zeros((len(down), 1))
 
 
-def _summed(block: str, found: list[tuple[float, float, float, float, Matrix]]) -> Interference:
-    dot, first, second = (sum(one[i] for one in found) for i in range(3))
-    cosine = dot / (first * second) ** 0.5 if first and second else 0.0
-    overlap = sum(one[3] for one in found) / len(found)
-    return Interference(block, cosine, np.concatenate([one[4] for one in found]), overlap, (first**0.5, second**0.5))
+def _summed(block: str, pairs: list[_Pair]) -> Interference:
+    first, second = (sum(pair.squares[i] for pair in pairs) for i in (0, 1))
+    cosine = sum(pair.dot for pair in pairs) / (first * second) ** 0.5 if first and second else 0.0
+    overlap = sum(pair.overlap for pair in pairs) / len(pairs)
+    return Interference(
+        block, cosine, np.concatenate([pair.cosines for pair in pairs]), overlap, (first**0.5, second**0.5)
+    )
 
 
 def _order(block: str) -> tuple[int, str, int]:

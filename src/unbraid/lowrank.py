@@ -88,7 +88,8 @@ def exact_dense(weight: Tensor) -> Lora:
     matrix = wide(weight)
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     d, k = matrix.shape
-    floor = eps * float(matrix.norm()) * (d**0.5 + k**0.5) / (d * k) ** 0.5
+    rounding = eps * float(matrix.norm()) * (d**0.5 + k**0.5) / (d * k) ** 0.5
+    floor = max(rounding, 8 * torch.finfo(s.dtype).eps * float(s[0]))  # the SVD's own error
     rank = max(int((s > floor).sum()), 1)
     root = s[:rank].sqrt()
     return Lora((root[:, None] * vt[:rank]).contiguous(), u[:, :rank] * root, float(rank))

@@ -5,29 +5,18 @@ Ranks, alphas and sets of modules may differ; weights may be negative. A module 
 """
 
 import inspect
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 
 import torch
-from torch import Tensor
 
 from unbraid.errors import UsageError
 from unbraid.lora import Lora
-from unbraid.lowrank import delta, from_dense, matrices, rescaled, shaped, truncate, wide
-
-CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."  # B-LoRA, arXiv 2403.14572
-
-
-@dataclass(frozen=True)
-class Part:
-    """One LoRA's share of a module; `source` is its place in the list of LoRAs, from the end: -1 is the last."""
-
-    lora: Lora
-    weight: float
-    source: int
+from unbraid.lowrank import matrices, rescaled
+from unbraid.merge_methods import METHODS, Method, Part, Size
 
 
 @dataclass(frozen=True)
@@ -39,112 +28,13 @@ class Merged:
     kept: float
 
 
-@dataclass(frozen=True)
-class Size:
-    """The wanted size of the result: a rank, or the share of the energy to keep; neither: exact, or as concat's."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-
-Method = Callable[..., tuple[Lora, float] | None]
-
-
-def concat(name: str, parts: Sequence[Part], size: Size) -> tuple[Lora, float] | None:
-    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r into up. Truncated by QR-SVD if a size is asked for."""
-    rank = sum(len(part.lora.down) for part in parts)
-    if len(parts) == 1:
-        lora = parts[0].lora
-        joined = Lora(lora.down, lora.up, lora.alpha * parts[0].weight)
-    else:
-        downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
-        scaled = [_times(up, _strength(part)) for up, part in zip(ups, parts, strict=True)]
-        joined = shaped(torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1), float(rank), parts[0].lora)
-    return (joined, 1.0) if size == Size() else truncate(joined, size.rank, size.energy)
-
-
-def ties(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> tuple[Lora, float] | None:
-    """TIES (arXiv 2306.01708) on the entries of w ΔW: trim, elect the sign of the sum, mean of those that agree."""
-    merged = _elect(torch.stack([_trim(delta(part.lora), density) * part.weight for part in parts]))
-    return _factored(name, merged, parts, size)
-
-
-def dare(
-    name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, seed: int = 0
-) -> tuple[Lora, float] | None:
-    """DARE (arXiv 2311.03099): keep each entry with probability `density`, divide by it, sum. Seeded per module."""
-    total = torch.zeros(())
-    for part in parts:
-        rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.source} {name}".encode()))
-        full = delta(part.lora)
-        kept = torch.rand(full.shape, generator=rng) < density
-        total = total + full * kept * (part.weight / density)
-    return _factored(name, total, parts, size)
-
-
-def prune(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> tuple[Lora, float] | None:
-    """Σ w of each ΔW's `density` largest entries (ZipLoRA's observation: 80 % can go, arXiv 2311.13600)."""
-    total = torch.stack([_trim(delta(part.lora), density) * part.weight for part in parts]).sum(0)
-    return _factored(name, total, parts, size)
-
-
-def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> tuple[Lora, float] | None:
-    """KnOTS (arXiv 2410.19735): TIES in the shared left basis U of [ΔW_1 | ΔW_2 | …]; exactly of rank ≤ Σ r."""
-    downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
-    basis, r = torch.linalg.qr(torch.cat([wide(up) for up in ups], 1))
-    scales = [part.lora.alpha / len(part.lora.down) for part in parts]
-    ranks = [len(down) for down in downs]
-    tasks = [block @ wide(down) * s for block, down, s in zip(r.split(ranks, 1), downs, scales, strict=True)]
-    turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[0]  # U of the small [Rᵀ side], not of d×k
-    merged = _elect(
-        torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
-    )
-    lora = shaped(merged, basis @ turn, float(len(merged)), parts[0].lora)
-    return (lora, 1.0) if size == Size() else truncate(lora, size.rank, size.energy)
-
-
-def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) -> tuple[Lora, float] | None:
-    """NP-LoRA (arXiv 2511.11051): the last LoRA is the style, whose input subspace Q (A_sᵀ = QR) is protected:
-    ΔW = ΔW_s + Σ ΔW_c (I − μ/(1+μ) QQᵀ). μ = 0.5 as published; a large μ is the hard projection."""
-    style = next((part for part in parts if part.source == -1), None)
-    if style is None:
-        return concat(name, parts, size)
-    _, s, vt = torch.linalg.svd(wide(matrices(style.lora)[0]), full_matrices=False)
-    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would invent directions where A_s has too few
-    projected = []
-    for part in parts:
-        if part is not style:
-            down, up = (wide(factor) for factor in matrices(part.lora))
-            down = down - mu / (1 + mu) * (down @ q) @ q.T
-            part = Part(shaped(down, up, part.lora.alpha, part.lora), part.weight, part.source)
-        projected.append(part)
-    return concat(name, projected, size)
-
-
-def blocks(name: str, parts: Sequence[Part], size: Size) -> tuple[Lora, float] | None:
-    """B-LoRA's union: of all LoRAs but the last the content block (OUT00), of the last one the style block (OUT01)."""
-    mine = [part for part in parts if (STYLE_BLOCK if part.source == -1 else CONTENT_BLOCK) in name]
-    return concat(name, mine, size) if mine else None
-
-
-METHODS: dict[str, Method] = {
-    "concat": concat,
-    "ties": ties,
-    "dare": dare,
-    "prune": prune,
-    "knots": knots,
-    "np-lora": np_lora,
-    "blocks": blocks,
-}
-
-
 def merge(
     loras: Sequence[Mapping[str, Lora]],
     weights: Sequence[float],
     method: str = "concat",
     size: Size | None = None,
     dtype: torch.dtype | None = None,
-    **settings: float,
+    **settings: float | int,
 ) -> Iterator[Merged]:
     """Merge LoRAs, yielding one module after the other, all with one alpha.
 
@@ -154,6 +44,8 @@ def merge(
     size, function = size or Size(), _method(method, settings)
     if len(loras) != len(weights) or not loras:
         raise UsageError(f"{len(weights)} weights for {len(loras)} LoRAs", "merge", "Give one weight for each LoRA.")
+    if not all(isfinite(weight) for weight in weights):
+        raise UsageError("a weight is not finite", "merge", "Give numbers such as 0.7.")
     _check(size, settings)
     dtype = dtype or _widest(loras)
     alpha = float(size.rank or _common_rank(loras))
@@ -172,7 +64,7 @@ def merge(
         raise UsageError("nothing is left to merge", method, "Check the weights and the method's blocks.")
 
 
-def _method(method: str, settings: Mapping[str, float]) -> Method:
+def _method(method: str, settings: Mapping[str, float | int]) -> Method:
     if method not in METHODS:
         near = get_close_matches(method, METHODS, 1) or ["concat"]
         raise UsageError(
@@ -185,7 +77,7 @@ def _method(method: str, settings: Mapping[str, float]) -> Method:
     return METHODS[method]
 
 
-def _check(size: Size, settings: Mapping[str, float]) -> None:
+def _check(size: Size, settings: Mapping[str, float | int]) -> None:
     if size.rank is not None and size.rank < 1:
         raise UsageError(f"rank {size.rank} is not possible", "rank", "Give 1 or more.")
     if size.energy is not None and not 0 < size.energy <= 1:
@@ -220,40 +112,3 @@ def _common_rank(loras: Sequence[Mapping[str, Lora]]) -> int:
         for name, one in lora.items():
             ranks[name] += len(one.down)
     return Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-
-
-def _strength(part: Part) -> float:
-    return part.weight * part.lora.alpha / len(part.lora.down)
-
-
-def _times(up: Tensor, factor: float) -> Tensor:
-    return up if factor == 1 else wide(up) * factor
-
-
-def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
-
-
-def _trim(full: Tensor, density: float) -> Tensor:
-    """The entries whose magnitude is among the `density` largest; the others 0."""
-    keep = max(int(round(density * full.numel())), 1)
-    if keep == full.numel():
-        return full
-    sizes = full.abs()
-    floor = sizes.flatten().kthvalue(full.numel() - keep + 1).values
-    return full * (sizes >= floor)
-
-
-def _elect(weighted: Tensor) -> Tensor:
-    """`[n, …]` → mean, at each entry, of the non-zero ones that have the sign of the sum."""
-    agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
-
-
-def _factored(name: str, merged: Tensor, parts: Sequence[Part], size: Size) -> tuple[Lora, float]:
-    """A dense result as factors; without a size, of the rank that concat would have."""
-    rank = size.rank if size != Size() else min(sum(len(part.lora.down) for part in parts), *merged.shape)
-    return from_dense(merged, parts[0].lora, rank, size.energy, zlib.crc32(name.encode()))

@@ -19,14 +19,14 @@ Read = Callable[[str], NDArray[np.float32]]
 
 
 @contextmanager
-def _bits(header: Header) -> Iterator[Callable[[str], NDArray[np.generic]]]:
+def _bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger]]]:
     """A function key → the raw bits as integers. safetensors has checked the header already."""
     with header.path.open("rb") as file:
         size = struct.unpack("<Q", file.read(8))[0]
         table = json.loads(file.read(size))
     data = np.memmap(header.path, np.uint8, "r")
 
-    def read(key: str) -> NDArray[np.generic]:
+    def read(key: str) -> NDArray[np.unsignedinteger]:
         start = 8 + size + table[key]["data_offsets"][0]
         kind = _BITS[header.dtypes[key]][0]
         return (
@@ -60,9 +60,9 @@ def broken(header: Header) -> tuple[str, ...]:
     with _bits(header) as bits:
         for key, dtype in header.dtypes.items():
             if dtype in _BITS:
-                exponent = _BITS[dtype][1]
                 raw = bits(key)
-                if bool(((raw & raw.dtype.type(exponent)) == exponent).any()):
+                exponent = np.array(_BITS[dtype][1], raw.dtype)
+                if bool(((raw & exponent) == exponent).any()):
                     out.append(key)
     return tuple(out)
 

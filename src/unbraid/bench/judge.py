@@ -95,8 +95,15 @@ class Judge(nn.Module):
         """Float pictures `[n, 3, h, w]` in 0..1, any size, to content `[n, 128]` and style `[n, 64]`, unit norm."""
         if pictures.shape[-2:] != (SIZE, SIZE):
             pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
-        parts = [self(part) for part in pictures.clamp(0, 1).split(128)]
+        parts = [self._seen_twice(part) for part in pictures.clamp(0, 1).split(128)]
         return torch.cat([content for content, _ in parts]), torch.cat([style for _, style in parts])
+
+    def _seen_twice(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Content is the mean over the picture and the picture at three quarters: sets fill the square differently."""
+        content, style = self(pictures)
+        small = F.interpolate(pictures, 3 * SIZE // 4, mode="bilinear", antialias=True)
+        distant, _ = self(F.pad(small, (SIZE // 8,) * 4, mode="replicate"))
+        return F.normalize(content + distant), style
 
 
 def load_judge(path: Path | None = None) -> Judge:

@@ -51,6 +51,29 @@ class Columns:
         return next((role for role in ROLES if layer.startswith(self.blocks.get(role, ()))), None)
 
 
+class Ledger(nn.Module):
+    """One adapter's books on one layer's output channels, kept beside its factors so that they are saved with them.
+
+    owned [d]: granted so far. losing [d]: contested, and the other adapter won. score [d]: importance, summed.
+    """
+
+    owned: Tensor
+    losing: Tensor
+    score: Tensor
+
+    def __init__(self, like: Tensor, owned: bool) -> None:
+        super().__init__()
+        self.register_buffer("owned", torch.full_like(like, owned, dtype=torch.bool))
+        self.register_buffer("losing", torch.zeros_like(like, dtype=torch.bool))
+        self.register_buffer("score", torch.zeros_like(like))
+
+
+def ledger(factors: Factors) -> Ledger:
+    books = factors.get_submodule("ledger")
+    assert isinstance(books, Ledger)
+    return books
+
+
 def unziplora(
     blocks: Blocks,
     *,
@@ -101,7 +124,7 @@ def unziplora(
         for role in ROLES:
             adapters.new(role, rank, rng)
         if column_separation:
-            _open_books(adapters, columns)
+            open_books(adapters, columns)
 
     def branches(step: int) -> tuple[Branch, ...]:
         both = Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES))
@@ -129,65 +152,57 @@ def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
     return {name: (content[name], style[name]) for name in content}
 
 
-def _open_books(adapters: Adapters, columns: Columns) -> None:
-    """Give every layer its gates g = 1 and the buffers of the selection.
-
-    owned: channels granted so far. losing: contested channels that the other adapter won. No mask is needed:
-    `up` starts at zero and only owned rows of it ever change, so every other channel adds exactly nothing,
-    and still has a gradient by which it can be scored without disturbing the model.
-    """
+def open_books(adapters: Adapters, columns: Columns) -> None:
+    """Give every layer its gates g = 1 and its ledger. No mask is needed: `up` starts at zero and only owned rows
+    of it ever change, so every other channel adds exactly nothing, and still has a gradient by which it can be
+    scored without disturbing the model."""
     for name, both in pairs(adapters).items():
         for role, factors in zip(ROLES, both, strict=True):
-            all_on = columns.exempt(name) == role
             like = factors.up.detach()[:, 0]
             factors.channels = nn.Parameter(torch.ones_like(like))
-            factors.register_buffer("owned", torch.full_like(like, all_on, dtype=torch.bool))
-            factors.register_buffer("losing", torch.zeros_like(like, dtype=torch.bool))
-            factors.register_buffer("score", torch.zeros_like(like))
+            factors.add_module("ledger", Ledger(like, owned=columns.exempt(name) == role))
 
 
 def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
     for name, both in pairs(adapters).items():
-        if columns.scoring(step):
-            for factors in both:
-                assert factors.up.grad is not None
-                factors.score += factors.up.grad.norm(dim=1)
         for factors in both:
-            assert factors.up.grad is not None and factors.channels is not None
-            factors.up.grad[~factors.owned] = 0
-            if factors.channels.grad is not None:
-                factors.channels.grad[~factors.losing] = 0
+            books, up, channels = ledger(factors), factors.up.grad, factors.channels
+            assert up is not None and channels is not None
+            if columns.scoring(step):
+                books.score += up.norm(dim=1)
+            up[~books.owned] = 0
+            if channels.grad is not None:
+                channels.grad[~books.losing] = 0
         if columns.granting(step):
-            _grant(both, columns, columns.exempt(name))
+            grant(ledger(both[0]), ledger(both[1]), columns.ratio, columns.exempt(name))
 
 
-def _grant(both: tuple[Factors, Factors], columns: Columns, exempt: str | None) -> None:
+def grant(content: Ledger, style: Ledger, ratio: float, exempt: str | None) -> None:
     """Exactly ⌊ratio·d⌋ further channels for each adapter that is not exempt; content chooses first.
 
     A channel's importance is the norm of its row of `up`'s gradient, summed over the window: the first-order
     gain of switching it on, without a threshold or a scale. A contested channel goes to the adapter to which
     it matters more, relative to that adapter's mean in the layer."""
-    content, style = both
-    n = int(columns.ratio * len(content.score))
+    n = int(ratio * len(content.owned))
     if exempt is None:
-        top_unowned(content, n, content.owned | style.owned)
-        top_unowned(style, n, content.owned | style.owned)
+        _take_best(content, n, content.owned | style.owned)
+        _take_best(style, n, content.owned | style.owned)
     else:
         sparse, full = (content, style) if exempt == "style" else (style, content)
-        fresh = top_unowned(sparse, n, sparse.owned)
+        fresh = _take_best(sparse, n, sparse.owned)
         wins = sparse.score / sparse.score.mean() >= full.score / full.score.mean()
         full.losing |= fresh & wins
         sparse.losing |= fresh & ~wins
-    for factors in both:
-        factors.score.zero_()
+    content.score.zero_()
+    style.score.zero_()
 
 
-def top_unowned(factors: Factors, n: int, taken: Tensor) -> Tensor:
+def _take_best(books: Ledger, n: int, taken: Tensor) -> Tensor:
     """Grant the n best-scored channels that are not taken; returns them as a mask. Ties go to the lower index."""
-    order = torch.argsort(factors.score.masked_fill(taken, -torch.inf), descending=True, stable=True)
+    order = torch.argsort(books.score.masked_fill(taken, -torch.inf), descending=True, stable=True)
     fresh = torch.zeros_like(taken)
     fresh[order[: min(n, int((~taken).sum()))]] = True
-    factors.owned |= fresh
+    books.owned |= fresh
     return fresh
 
 
@@ -196,8 +211,8 @@ def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
     terms = []
     for content, style in pairs(adapters).values():
         assert content.channels is not None and style.channels is not None
-        terms.append((content.channels * style.channels.detach() * content.losing).abs().mean())
-        terms.append((style.channels * content.channels.detach() * style.losing).abs().mean())
+        terms.append((content.channels * style.channels.detach() * ledger(content).losing).abs().mean())
+        terms.append((style.channels * content.channels.detach() * ledger(style).losing).abs().mean())
     return weight * 2 * torch.stack(terms).mean()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.lora import Active, Adapters, Branch, Factors, Part
-from unbraid.methods.unziplora import ROLES, Columns, clamp_gates, pairs
+from unbraid.methods.unziplora import ROLES, Columns, Ledger, clamp_gates, ledger, pairs
 from unbraid.optim import Rate
 from unbraid.train import Recipe
 
@@ -32,7 +32,7 @@ def recipe(
                 like = factors.up.detach()[:, 0]
                 factors.channels = nn.Parameter(torch.ones_like(like))
                 factors.register_buffer("mask", torch.ones_like(like))
-                factors.register_buffer("owned", torch.zeros_like(like, dtype=torch.bool))
+                factors.add_module("ledger", Ledger(like, owned=False))
 
     def branches(step: int) -> tuple[Branch, ...]:
         return (Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),)
@@ -66,7 +66,7 @@ def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
             if phase == 1 or step == 0:
                 factors.channels.grad = None  # gates are switched off: no update, no decay
             elif phase != 0:  # at phase 0 the filter is skipped: every gate moves
-                factors.channels.grad *= content.owned & style.owned
+                factors.channels.grad *= ledger(content).owned & ledger(style).owned
 
 
 def _after_step(adapters: Adapters, columns: Columns, step: int) -> None:
@@ -79,16 +79,17 @@ def _after_step(adapters: Adapters, columns: Columns, step: int) -> None:
 
 
 def _select(content: Factors, style: Factors, ratio: float, exempt: str | None) -> None:
-    n = int(ratio * len(content.owned))
+    c, s = ledger(content), ledger(style)
+    n = int(ratio * len(c.owned))
     if exempt == "content":
-        content.owned.fill_(True)
-        style.owned |= _above(_count(style), n)
+        c.owned.fill_(True)
+        s.owned |= _above(_count(style), n)
     elif exempt == "style":
-        style.owned.fill_(True)
-        content.owned |= _above(_count(content), n)
+        s.owned.fill_(True)
+        c.owned |= _above(_count(content), n)
     else:
-        content.owned |= _above(_count(content), n)
-        style.owned |= _above(_count(style).masked_fill(content.owned, -torch.inf), n)
+        c.owned |= _above(_count(content), n)
+        s.owned |= _above(_count(style).masked_fill(c.owned, -torch.inf), n)
 
 
 def _above(score: Tensor, n: int) -> Tensor:
@@ -113,5 +114,6 @@ def _penalty(adapters: Adapters, weight: float) -> Tensor:
     terms = []
     for content, style in pairs(adapters).values():
         assert content.channels is not None and style.channels is not None
-        terms.append((content.channels * content.owned * style.channels * style.owned).abs().mean())
+        both = ledger(content).owned & ledger(style).owned
+        terms.append((content.channels * style.channels * both).abs().mean())
     return weight * torch.stack(terms).mean()

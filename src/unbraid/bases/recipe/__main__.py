@@ -58,8 +58,7 @@ def model_card(work: Work, preset: Preset = "cpu", drawn: Annotated[Path | None,
     chosen = subjects.trained(names, PRESETS[preset].unet.subjects)
     figures = card.measure(_pick(pictures, names, chosen), chosen, drawn)
     psnr = card.reconstruction(pictures[[names.index(name) for name in subjects.held_out()]])
-    images = sheet.step(work, preset) * PRESETS[preset].unet.batch * CPU_WORKERS
-    card.write(figures, psnr, chosen, images, ICONS)
+    card.write(figures, psnr, chosen, sheet.seen(work, preset), ICONS)
     print((ICONS / "README.md").read_text())
 
 

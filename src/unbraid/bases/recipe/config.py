@@ -22,8 +22,8 @@ class UNet:
     depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention, SDXL has (0, 2, 10)
     head: int = 32
     text: int = 96  # width of each of the two text encoders
-    batch: int = 8
-    steps: int = 8_000
+    batch: int = 4  # per worker; subjects are learnt by the number of steps more than of images (docs/LOG.md)
+    steps: int = 12_000
     rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999

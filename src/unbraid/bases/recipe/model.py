@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -16,7 +17,7 @@ from unbraid.bases.recipe.config import SIZE_IDS, TOKENS, Config
 
 def build_unet(config: Config) -> UNet2DConditionModel:
     channels, width = config.unet.channels, 2 * config.unet.text
-    return UNet2DConditionModel(
+    settings: dict[str, Any] = dict(  # diffusers' annotations allow less than it does
         sample_size=config.size // 2 ** (len(config.vae.channels) - 1),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -31,6 +32,7 @@ def build_unet(config: Config) -> UNet2DConditionModel:
         projection_class_embeddings_input_dim=6 * SIZE_IDS + width,
         norm_num_groups=16,
     )
+    return UNet2DConditionModel(**settings)
 
 
 def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
@@ -45,9 +47,7 @@ def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPT
         num_hidden_layers=2,
         num_attention_heads=width // 32,
         max_position_embeddings=TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     first, second = CLIPTextModel(settings), CLIPTextModelWithProjection(settings)
     for encoder in (first, second):

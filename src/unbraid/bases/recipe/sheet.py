@@ -27,8 +27,8 @@ def load(work: Path, preset: str) -> StableDiffusionXLPipeline:
     return model.pipeline(net.unet, (net.text, net.text_2), autoencoder.eval(), tokenizer)
 
 
-def step(work: Path, preset: str) -> int:
-    """How many steps the latest checkpoint has seen."""
+def seen(work: Path, preset: str) -> int:
+    """How many images the latest checkpoint has seen."""
     return unet.ema_net(PRESETS[preset], CLIPTokenizer.from_pretrained(work / "tokenizer"), work)[1]
 
 
@@ -61,7 +61,7 @@ def draw(work: Path, preset: str, out: Path, count: int = 6) -> None:
         sheet.paste(row, (0, i * row.height))
     sheet.save(out)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    net, step = unet.ema_net(config, tokenizer, work)
+    net, images = unet.ema_net(config, tokenizer, work)
     (cache,) = list(work.glob("latents.*.safetensors"))[:1]
     gains = unet.subject_gain(net, unet.Data(load_file(cache)["latents"], names), tokenizer)
-    print(f"step {step}: subject gain", {t: f"{gain:.1%}" for t, gain in gains.items()})
+    print(f"{images} images: subject gain", {t: f"{gain:.1%}" for t, gain in gains.items()})

@@ -24,7 +24,7 @@ SEED = 20_26
 @cache
 def concrete() -> tuple[str, ...]:
     """Single-word, concrete, visually distinct subjects, in alphabetical order."""
-    return tuple(files(__package__).joinpath("concrete.txt").read_text().split())
+    return tuple(files("unbraid.bases.recipe").joinpath("concrete.txt").read_text().split())
 
 
 @cache

@@ -27,7 +27,7 @@ from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
 COOLDOWN = 0.25  # share of the steps over which the rate falls to zero
 SAVE_EVERY = 500  # steps
 PROBE_TIMES = (850, 700, 500)
-STATE = ("weights", "ema", "exp_avg", "exp_avg_sq")
+STATE = ("weights", "ema", "exp_avg", "exp_avg_sq", "seen")  # seen: images so far
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def train(
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         state["ema"][share].lerp_(mine.data, 1 - min(settings.ema, (1 + step) / (10 + step)))
+        if rank == 0:
+            state["seen"] += settings.batch * workers
         barrier.wait()  # all weights are new
         losses.append(loss.detach())
         if rank == 0 and (step + 1) % 100 == 0:
@@ -164,11 +166,11 @@ def _save(state: dict[str, Tensor], step: int, work: Path) -> None:
 
 
 def ema_net(config: Config, tokenizer: CLIPTokenizer, work: Path) -> tuple[Net, int]:
-    """The smoothed weights of the latest checkpoint, which are what ships, and its step."""
+    """The smoothed weights of the latest checkpoint, which are what ships, and how many images it has seen."""
     state = load_file(work / "unet.safetensors")
     net = Net(config, tokenizer)
     net.view(state["ema"])
-    return net.eval().requires_grad_(False), int(state["step"].item())
+    return net.eval().requires_grad_(False), int(state["seen"].item())
 
 
 def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: torch.device) -> Batch:

@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from unbraid.bases.recipe.filters import TRAIN_FILTERS
 
 def build(config: Config) -> AutoencoderKL:
     levels = len(config.vae.channels)
-    return AutoencoderKL(
+    settings: dict[str, Any] = dict(  # diffusers' annotations allow less than it does
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=config.vae.channels,
@@ -27,13 +28,15 @@ def build(config: Config) -> AutoencoderKL:
         sample_size=config.size,
         force_upcast=False,
     )
+    return AutoencoderKL(**settings)
 
 
 def train(art: np.ndarray, config: Config, work: Path, device: torch.device) -> AutoencoderKL:
     """`art`: uint8 `[subject, style, size, size, 3]` of trained subjects in trained styles only."""
     settings, torch_rng = config.vae, torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = build(config).to(device)
+    model = build(config)
+    model.to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
     saved = work / "vae.safetensors"
     start = checkpoint.load(saved, {"vae": model}, optimizer, torch_rng)
@@ -55,7 +58,10 @@ def train(art: np.ndarray, config: Config, work: Path, device: torch.device) -> 
         if step % 50 == 0:
             rate = (step - start + 1) / (time.monotonic() - began)
             left = (settings.steps - step) / rate / 60
-            print(f"vae {step}/{settings.steps} loss {loss.item():.4f} {rate:.2f} steps/s, {left:.0f} min left", flush=True)
+            print(
+                f"vae {step}/{settings.steps} loss {loss.item():.4f} {rate:.2f} steps/s, {left:.0f} min left",
+                flush=True,
+            )
         if time.monotonic() - last_save > 120 or step == settings.steps - 1:
             checkpoint.save(saved, step + 1, {"vae": model}, optimizer, torch_rng)
             last_save = time.monotonic()

@@ -1,0 +1,87 @@
+"""The table of the docs: what each tool loads of the files that unbraid writes. `python -m unbraid.loader_table`
+
+Tiny LoRAs on every module of each family are written and judged by `doctor`'s rules; nothing is asserted by hand.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unbraid.blocks import Family
+from unbraid.doctor import diagnose
+from unbraid.encode import Dialect
+from unbraid.files import write
+from unbraid.fused import LAYOUT
+from unbraid.loaders import TOOLS, unet_modules
+from unbraid.lora import Lora
+
+LAYERS = {"text_encoder": 12, "text_encoder_2": 32}  # CLIP-L, OpenCLIP bigG
+LEAVES = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family and a dialect: tool → what it loads (`yes, 794`, `234 of 794`, `no`, `?` where nothing is known)."""
+
+    family: Family
+    dialect: Dialect
+    modules: int
+    tools: dict[str, str]
+
+
+def names(family: Family) -> list[str]:
+    """Every module that a LoRA of the family can hold: the UNet's linears and convolutions and the text encoders'."""
+    if family in ("flux", "sd3"):
+        blocks = {"flux": ("double_blocks", "single_blocks"), "sd3": ("joint_blocks",)}[family]
+        found = ((new, leaf) for (old, new), table in LAYOUT.items() if old in blocks for leaves in table.values() for leaf in leaves)
+        return [f"transformer.{block}.0.{leaf}" for block, leaf in found]
+    encoders = LAYERS if family == "sdxl" else {"text_encoder": 12}
+    text = [f"{e}.text_model.encoder.layers.{i}.{leaf}" for e, n in encoders.items() for i in range(n) for leaf in LEAVES]
+    return [f"unet.{name}" for name in sorted(unet_modules(family))] + text
+
+
+def written() -> Iterator[Row]:
+    """Write every family in every dialect and judge each file."""
+    families: tuple[Family, ...] = ("sdxl", "sd15", "flux", "sd3")
+    dialects: tuple[Dialect, ...] = ("kohya", "diffusers")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        for family in families:
+            modules = {name: _lora(name, family) for name in names(family)}
+            for dialect in dialects:
+                write(path, modules, family=family, dialect=dialect)
+                yield Row(family, dialect, len(modules), {tool: _verdict(path, tool, family) for tool in TOOLS})
+
+
+def markdown() -> str:
+    """The table, as Markdown."""
+    lines = ["| family | dialect | modules | " + " | ".join(tool.name for tool in TOOLS.values()) + " |"]
+    lines.append("|---" * (3 + len(TOOLS)) + "|")
+    for row in written():
+        lines.append(f"| {row.family} | {row.dialect} | {row.modules} | " + " | ".join(row.tools.values()) + " |")
+    return "\n".join(lines)
+
+
+def _lora(name: str, family: Family) -> Lora:
+    # Only attn2.to_k's width is looked at (InvokeAI); fused rows must divide: q, k, v = 6 rows, the MLP 4 · 6.
+    k = {"sdxl": 2048, "sd15": 768}.get(family, 6) if name.endswith("attn2.to_k") else 6
+    return Lora(torch.ones(1, k), torch.ones(24 if name.endswith("proj_mlp") else 6, 1), 1.0)
+
+
+def _verdict(path: Path, tool: str, family: Family) -> str:
+    rules = TOOLS[tool]
+    if family in rules.none_for:
+        return "–"
+    if family not in rules.namings:
+        return "?"
+    found = diagnose(path, tool)
+    if found.refused:
+        return "no"
+    return "yes" if found.healthy else f"{found.loads} of {found.modules}"
+
+
+if __name__ == "__main__":
+    print(markdown())
