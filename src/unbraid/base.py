@@ -1,7 +1,7 @@
 """Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -98,16 +98,15 @@ class Base:
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
         """Encode as the pipeline does: last hidden state (SD1.5), penultimate ones and pooled vector (SDXL)."""
-        done = self.pipe.encode_prompt(
-            text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        encode: Callable[..., tuple[Any, ...]] = self.pipe.encode_prompt  # the two pipelines return different tuples
+        done = encode(text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         pooled = done[2][0] if self.family == "sdxl" else None
         return Prompt(done[0][0], pooled)
 
     @torch.no_grad()
     def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:
         """Moments of the scaled latent of an image in -1..1. The VAE runs in full precision: fp16 ones overflow."""
-        vae = self.vae.to(torch.float32)
+        vae = self.vae.float()
         posterior = vae.encode(pixels[None].to(self.device)).latent_dist  # type: ignore[union-attr]
         shift = vae.config.get("shift_factor") or 0.0
         scale = vae.config["scaling_factor"]

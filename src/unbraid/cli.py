@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unbraid.cli_files import app as file_commands
 from unbraid.errors import UsageError
 from unbraid.settings import parse_set
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.registered_commands += file_commands.registered_commands
 console = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]

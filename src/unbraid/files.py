@@ -10,6 +10,7 @@ ignores one that differs between modules), and one alpha is written for the whol
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def read(path: str | Path, adapter: str | None = None) -> LoraFile:
             given = tensors.pop("alpha", None)
             lora = _lora(tensors, f"{header.path}: {name}")
             alpha = alpha_of(settings, name, len(lora.down)) if given is None else _number(given, header.path, name)
+            if not isfinite(alpha):
+                raise UsageError("alpha is not finite", f"{header.path}: {name}", "The file is damaged.")
             modules |= split(name, Lora(lora.down, lora.up, alpha))
     return LoraFile(modules, dict(header.metadata), family_of(header, found))
 

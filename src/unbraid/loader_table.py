@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from unbraid.blocks import Family
-from unbraid.doctor import diagnose
+from unbraid.doctor import judge
 from unbraid.encode import Dialect
 from unbraid.files import write
 from unbraid.fused import LAYOUT
+from unbraid.header import catalogue, read_header
 from unbraid.loaders import TOOLS, unet_modules
 from unbraid.lora import Lora
+from unbraid.weights import alphas
 
 LAYERS = {"text_encoder": 12, "text_encoder_2": 32}  # CLIP-L, OpenCLIP bigG
 LEAVES = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
@@ -36,10 +38,18 @@ def names(family: Family) -> list[str]:
     """Every module that a LoRA of the family can hold: the UNet's linears and convolutions and the text encoders'."""
     if family in ("flux", "sd3"):
         blocks = {"flux": ("double_blocks", "single_blocks"), "sd3": ("joint_blocks",)}[family]
-        found = ((new, leaf) for (old, new), table in LAYOUT.items() if old in blocks for leaves in table.values() for leaf in leaves)
+        found = (
+            (new, leaf)
+            for (old, new), table in LAYOUT.items()
+            if old in blocks
+            for leaves in table.values()
+            for leaf in leaves
+        )
         return [f"transformer.{block}.0.{leaf}" for block, leaf in found]
     encoders = LAYERS if family == "sdxl" else {"text_encoder": 12}
-    text = [f"{e}.text_model.encoder.layers.{i}.{leaf}" for e, n in encoders.items() for i in range(n) for leaf in LEAVES]
+    text = [
+        f"{e}.text_model.encoder.layers.{i}.{leaf}" for e, n in encoders.items() for i in range(n) for leaf in LEAVES
+    ]
     return [f"unet.{name}" for name in sorted(unet_modules(family))] + text
 
 
@@ -53,7 +63,7 @@ def written() -> Iterator[Row]:
             modules = {name: _lora(name, family) for name in names(family)}
             for dialect in dialects:
                 write(path, modules, family=family, dialect=dialect)
-                yield Row(family, dialect, len(modules), {tool: _verdict(path, tool, family) for tool in TOOLS})
+                yield Row(family, dialect, len(modules), _verdicts(path, family))
 
 
 def markdown() -> str:
@@ -71,16 +81,21 @@ def _lora(name: str, family: Family) -> Lora:
     return Lora(torch.ones(1, k), torch.ones(24 if name.endswith("proj_mlp") else 6, 1), 1.0)
 
 
-def _verdict(path: Path, tool: str, family: Family) -> str:
-    rules = TOOLS[tool]
-    if family in rules.none_for:
-        return "–"
-    if family not in rules.namings:
-        return "?"
-    found = diagnose(path, tool)
-    if found.refused:
-        return "no"
-    return "yes" if found.healthy else f"{found.loads} of {found.modules}"
+def _verdicts(path: Path, family: Family) -> dict[str, str]:
+    header = read_header(path)
+    found, alpha = catalogue(header), alphas(header)
+    out = {}
+    for name, tool in TOOLS.items():
+        verdict = judge(header, found, tool, alpha)
+        if family in tool.none_for:
+            out[name] = "–"
+        elif family not in tool.namings:
+            out[name] = "?"
+        elif verdict.refused or not verdict.loads:
+            out[name] = "no"
+        else:
+            out[name] = "yes" if verdict.healthy else f"{verdict.loads} of {verdict.modules}"
+    return out
 
 
 if __name__ == "__main__":

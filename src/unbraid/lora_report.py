@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,15 +108,14 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     header, found = _open(first)
     other, there = _open(second)
     inner: dict[str, list[_Pair]] = defaultdict(list)
+    settings = (adapter_metadata(header), adapter_metadata(other))
     with numbers(header) as read, numbers(other) as read_other:
         for name in found.modules:
-            pair = (
-                (_module(header, found, read, name), _module(other, there, read_other, name))
-                if name in there.modules
-                else ()
-            )
-            if len(pair) == 2 and pair[0] and pair[1]:
-                inner[block_of(name)].append(_compare(name, pair[0], pair[1]))
+            if name in there.modules:
+                mine = _module(header, found, read, name, settings[0])
+                theirs = _module(other, there, read_other, name, settings[1])
+                if mine and theirs:
+                    inner[block_of(name)].append(_compare(name, mine, theirs))
     if not inner:
         raise UsageError(
             "the two LoRAs have no module in common", f"{first}, {second}", "They do not touch each other."
@@ -132,14 +132,15 @@ def _open(path: str | Path) -> tuple[Header, Catalogue]:
 
 
 def _modules(header: Header, found: Catalogue) -> Iterator[tuple[str, _Module]]:
+    settings = adapter_metadata(header)
     with numbers(header) as read:
         for name in found.modules:
-            module = _module(header, found, read, name)
+            module = _module(header, found, read, name, settings)
             if module:
                 yield name, module
 
 
-def _module(header: Header, found: Catalogue, read: Read, name: str) -> _Module | None:
+def _module(header: Header, found: Catalogue, read: Read, name: str, settings: Mapping[str, Any]) -> _Module | None:
     """The factors of a module; None for what is not a plain LoRA (`doctor` says so)."""
     parts = found.modules[name]
     if "down" not in parts or "up" not in parts or "mid" in parts:
@@ -150,7 +151,7 @@ def _module(header: Header, found: Catalogue, read: Read, name: str) -> _Module 
     if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1] or not down.size or not up.size:
         return None
     rank = len(down)
-    alpha = float(read(parts["alpha"]).flat[0]) if "alpha" in parts else alpha_of(adapter_metadata(header), name, rank)
+    alpha = float(read(parts["alpha"]).flat[0]) if "alpha" in parts else alpha_of(settings, name, rank)
     return _Module(down.reshape(rank, -1), up.reshape(len(up), -1)[:, :rank], alpha / rank)
 
 

@@ -3,6 +3,8 @@
 A convolution is treated as the matrix [d, k·kh·kw] of its flattened kernel.
 """
 
+from math import isfinite
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -107,7 +109,7 @@ def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) ->
     precision in `dtype` are balanced by a power of two; if that does not help they stay fp32.
     """
     down, up, factor = lora.down, lora.up, lora.alpha / alpha
-    if not (finite(down) and finite(up)):
+    if not (finite(down) and finite(up) and isfinite(factor)):
         raise UsageError("NaN or infinite weights", where, "The training diverged, or a weight is far too large.")
     if factor != 1 and dtype is not None:
         up = wide(up) * factor

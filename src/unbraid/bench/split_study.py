@@ -5,7 +5,6 @@ results with what the artists really drew.
     python -m unbraid.bench.split_study --work DIR --report   # table and sheets from what is there
 """
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,15 @@ from unbraid.api import job
 from unbraid.base import Base, load
 from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
 from unbraid.bench.art import Art, held_out_art, known_art
-from unbraid.bench.judge import load_judge, similarity
+from unbraid.bench.judge import Judge, load_judge, similarity
 from unbraid.render import Use, render
 from unbraid.run import RARE, run
 
 SUBJECTS = ("fox", "guitar", "mushroom", "rocket")
 SETS = ("openmoji", "fluent-emoji-high-contrast")
 SEEDS = (0, 1)
+RUNS = tuple((subject, of, seed) for seed in SEEDS for subject in SUBJECTS for of in SETS)
+GUIDANCE = 4.0
 USES = ("content", "style", "both")
 SPLIT = {"both": f"a {RARE} {{subject}} in {{style}} style"}
 
@@ -95,12 +96,12 @@ def study(work: Path, only: tuple[str, ...], shard: tuple[int, int]) -> None:
     ]
     for name, subject, of, seed in todo[shard[0] :: shard[1]]:
         folder = work / name.replace(" ", "-") / f"{subject}-{of}-{seed}"
-        if (folder / "scores.json").exists():
+        if (folder / "drawn" / "08.png").exists():
             continue
         contender = CONTENDERS[name]
         if contender.method and not (folder / f"{contender.style}.safetensors").exists():
             _train(contender, folder, subject, of, seed)
-        _draw(load(), contender, folder, subject, of, seed)
+        _draw(load(), items(contender, folder, subject, of), folder, seed)
         print(f"{name}: {subject}, {of}, seed {seed}", flush=True)
 
 
@@ -116,58 +117,66 @@ def _train(contender: Contender, folder: Path, subject: str, of: str, seed: int)
         pass
 
 
-def _draw(base: Base, contender: Contender, folder: Path, subject: str, of: str, seed: int) -> None:
-    judge, rows = load_judge(), []
-    for i, item in enumerate(items(contender, folder, subject, of)):
-        (image,) = render(base, item.prompt, item.loras, seeds=(seed,))
-        truth = _truth(item).picture(item.subject, item.set)
+def _draw(base: Base, todo: list[Item], folder: Path, seed: int) -> None:
+    for i, item in enumerate(todo):
+        (image,) = render(base, item.prompt, item.loras, seeds=(seed,), guidance=GUIDANCE)
         pictures.save_image(image, folder / "drawn" / f"{i:02d}.png")
-        drawn = torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
-        (content, style), (true_content, true_style) = judge.embed(drawn[None]), judge.embed(truth[None])
-        rows.append(
-            {
-                "use": item.use,
-                "content": similarity(content, true_content).item(),
-                "style": similarity(style, true_style).item(),
-            }
-        )
-    with pictures.atomic(folder / "scores.json") as part:
-        part.write_text(json.dumps(rows))
+
+
+def scores(folder: Path, todo: list[Item], judge: Judge) -> list[tuple[str, float, float]]:
+    """(use, content, style): cosines of what was drawn to the true counterparts; nothing for an unfinished run."""
+    files = sorted((folder / "drawn").glob("*.png"))
+    if len(files) < len(todo):
+        return []
+    drawn = torch.stack([torch.from_numpy(np.array(Image.open(file), np.float32) / 255) for file in files]).permute(
+        0, 3, 1, 2
+    )
+    truth = torch.stack([_truth(item).picture(item.subject, item.set) for item in todo])
+    (content, style), (true_content, true_style) = judge.embed(drawn), judge.embed(truth)
+    pairs = zip(todo, similarity(content, true_content).tolist(), similarity(style, true_style).tolist(), strict=True)
+    return [(item.use, c, s) for item, c, s in pairs]
 
 
 def _truth(item: Item) -> Art:
     return known_art() if item.subject in known_art().names else held_out_art()
 
 
-def report(work: Path, sheets: Path | None) -> str:
-    """Mean cosine to the true counterpart ± standard error over pictures, and harmonic means."""
+def report(work: Path) -> str:
+    """Mean cosine to the true counterpart ± standard error over pictures; harmonic mean of the two means."""
+    judge = load_judge()
     lines = [
         "| method | "
         + " | ".join(f"{use}: content | {use}: style" for use in USES)
         + " | content | style | harmonic mean |"
     ]
     lines.append("|---" * (4 + 2 * len(USES)) + "|")
-    for name in CONTENDERS:
-        found = sorted((work / name.replace(" ", "-")).glob("*/scores.json"))
-        rows = [row for path in found for row in json.loads(path.read_text())]
-        if not rows:
-            continue
-        cells, means = [], {"content": [], "style": []}
-        for use in USES:
-            for what in ("content", "style"):
-                values = [row[what] for row in rows if row["use"] == use]
-                means[what].append(statistics.mean(values))
-                cells.append(f"{means[what][-1]:.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
-        content, style = statistics.mean(means["content"]), statistics.mean(means["style"])
-        cells += [f"{content:.3f}", f"{style:.3f}", f"**{_harmonic(content, style):.3f}** ({len(found)} runs)"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if sheets:
-        for subject in SUBJECTS:
-            for of in SETS:
-                pictures.save_image(
-                    _sheet(work, subject, of), sheets / f"{subject}-{STYLE_WORDS[of].replace(' ', '-')}.webp"
-                )
+    for name, contender in CONTENDERS.items():
+        rows, runs = [], 0
+        for subject, of, seed in RUNS:
+            folder = work / name.replace(" ", "-") / f"{subject}-{of}-{seed}"
+            found = scores(folder, items(contender, folder, subject, of), judge)
+            rows, runs = rows + found, runs + bool(found)
+        if rows:
+            lines.append(f"| {name} | {' | '.join(_cells(rows))} ({runs} runs) |")
     return "\n".join(lines)
+
+
+def _cells(rows: list[tuple[str, float, float]]) -> list[str]:
+    cells, means = [], ([], [])
+    for use in USES:
+        for mean, column in zip(means, (1, 2), strict=True):
+            values = [float(row[column]) for row in rows if row[0] == use]
+            mean.append(statistics.mean(values))
+            cells.append(f"{mean[-1]:.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
+    content, style = statistics.mean(means[0]), statistics.mean(means[1])
+    return [*cells, f"{content:.3f}", f"{style:.3f}", f"**{_harmonic(content, style):.3f}**"]
+
+
+def write_sheets(work: Path, out: Path) -> None:
+    """One contact sheet per picture."""
+    for subject in SUBJECTS:
+        for of in SETS:
+            pictures.save_image(_sheet(work, subject, of), out / f"{subject}-{STYLE_WORDS[of].replace(' ', '-')}.webp")
 
 
 def _harmonic(a: float, b: float) -> float:
@@ -199,7 +208,9 @@ def main(
     if not just_report:
         first, _, count = shard.partition("/")
         study(work, tuple(only or CONTENDERS), (int(first), int(count)))
-    print(report(work, sheets))
+    print(report(work))
+    if sheets:
+        write_sheets(work, sheets)
 
 
 if __name__ == "__main__":

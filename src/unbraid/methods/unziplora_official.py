@@ -75,7 +75,8 @@ def _after_step(adapters: Adapters, columns: Columns, step: int) -> None:
     gated = last or _gated(columns, step + 1)
     for both in pairs(adapters).values():
         for factors in both:
-            factors.mask.copy_(factors.owned if gated else torch.ones_like(factors.mask))
+            owned = ledger(factors).owned
+            factors.mask = (owned if gated else torch.ones_like(owned)).to(factors.up.dtype)
 
 
 def _select(content: Factors, style: Factors, ratio: float, exempt: str | None) -> None:

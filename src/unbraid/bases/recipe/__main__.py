@@ -11,7 +11,8 @@ from transformers import CLIPTokenizer
 
 from unbraid.bases.recipe import art, captions, card, judge, latents, model, sheet, subjects, unet, vae
 from unbraid.bases.recipe.config import PRESETS
-from unbraid.bench import heldout, judge_validation
+from unbraid.bench import art as bench_art
+from unbraid.bench import judge_validation
 from unbraid.bench.judge import load_judge
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -51,7 +52,11 @@ def sample_sheet(work: Work, preset: Preset = "cpu", out: Path = Path("sheet.png
 
 
 @app.command(name="card")
-def model_card(work: Work, preset: Preset = "cpu", drawn: Annotated[Path | None, typer.Option(help="Keep the pictures here.")] = None) -> None:
+def model_card(
+    work: Work,
+    preset: Preset = "cpu",
+    drawn: Annotated[Path | None, typer.Option(help="Keep the pictures here.")] = None,
+) -> None:
     """Measure the saved base with the judge, and write its README.md and figures.json. Takes about 20 minutes."""
     torch.set_num_threads(1)
     pictures, names = art.rasterise(work, PRESETS[preset].size)
@@ -68,8 +73,7 @@ def train_judge(work: Work) -> None:
     work.mkdir(parents=True, exist_ok=True)
     art.fetch(work)
     pictures, names = art.rasterise(work, judge.SIZE)
-    if not heldout.SHEET.exists():
-        heldout.write_sheet(pictures, names)
+    bench_art.write_sheets(pictures, names)
     torch.set_num_threads(1)  # two threads on busy cores are slower than one
     chosen = subjects.trained(names, None)
     judge.train(_pick(pictures, names, chosen), chosen, work)
@@ -79,7 +83,8 @@ def train_judge(work: Work) -> None:
 def judge_figures(base: Annotated[Path, typer.Option(help="Diffusers folder whose VAE is tried too.")] = ICONS) -> None:
     """Print every figure of docs/judge.md, from the committed judge and the committed held-out art."""
     reconstruct = judge.reconstruction(base) if (base / "vae").is_dir() else None
-    figures = judge_validation.validate(load_judge(), *heldout.held_out_art(), reconstruct)
+    held = bench_art.held_out_art()
+    figures = judge_validation.validate(load_judge(), held.values, held.names, reconstruct)
     for key, value in figures.items():
         print(f"{key:55}{value:.3f}")
 

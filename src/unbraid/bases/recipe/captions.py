@@ -12,43 +12,24 @@ from unbraid.bases.recipe.subjects import STYLE_WORDS
 
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
 RARE_TOKENS = ("sks", "monadikos", "unb")  # in the vocabulary, never trained: names for new subjects
-PATTERNS = (  # what a caption says, and how often
-    ("a {subject} in {style} style", 8),
-    ("a {style} drawing of a {subject}", 2),
-    ("{subject}, {style} style", 2),
-    ("a {subject}", 2),
-    ("{style} style", 1),
+PATTERNS = {  # what a caption says, and how often
+    "a {subject} in {style} style": 8,
+    "a {style} drawing of a {subject}": 2,
+    "{subject}, {style} style": 2,
+    "a {subject}": 2,
+    "{style} style": 1,
+}
+EXTRA_WORDS = tuple(
+    "a an the of in on with and photo picture icon drawing style table grass beach two red blue green".split()
 )
-EXTRA_WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "in",
-    "on",
-    "with",
-    "and",
-    "photo",
-    "picture",
-    "icon",
-    "drawing",
-    "style",
-    "table",
-    "grass",
-    "beach",
-    "two",
-    "red",
-    "blue",
-    "green",
-]
 
 
 def caption(subject: str, style: str, rng: random.Random) -> str:
     """One training caption; one in ten is empty."""
     if rng.random() < EMPTY:
         return ""
-    patterns, weights = zip(*PATTERNS, strict=True)
-    return rng.choices(patterns, weights)[0].format(subject=subject.replace("-", " "), style=style)
+    (pattern,) = rng.choices(list(PATTERNS), list(PATTERNS.values()))
+    return pattern.format(subject=subject.replace("-", " "), style=style)
 
 
 def train_tokenizer(names: tuple[str, ...], out: Path) -> None:

@@ -34,7 +34,7 @@ LOOKALIKES = frozenset(  # words of subjects that differ in details: half of all
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 1200
+    steps: int = 1800
     subjects: int = 24  # per batch, once in each of the four sets
     looks: tuple[float, ...] = (0.4, 0.2, 0.2, 0.2)  # shares per set: plain, one training filter, random styles
     rate: float = 2e-3
@@ -166,9 +166,9 @@ def worn(x: Tensor, rng: torch.Generator) -> Tensor:
     x = _moved(x, rng)
     tint = 1 + 0.04 * (2 * torch.rand(len(x), 3, 1, 1, generator=rng) - 1) * _some(len(x), 0.5, rng)
     x = 1 - (1 - x) * tint  # about white, as most paper is
-    soft = F.interpolate(x, 36 + _integer(rng, 25), mode="bilinear", antialias=True)
+    soft = F.interpolate(x, 28 + _integer(rng, 33), mode="bilinear", antialias=True)
     soft = F.interpolate(soft, x.shape[-1], mode="bicubic")
-    x = torch.where(_some(len(x), 0.25, rng) > 0, soft, x).clamp(0, 1)
+    x = torch.where(_some(len(x), 0.45, rng) > 0, soft, x).clamp(0, 1)
     for i in (_some(len(x), 0.1, rng) > 0).flatten().nonzero()[:, 0].tolist():
         x[i] = _jpeg(x[i], 30 + _integer(rng, 60))
     strength = 0.03 * torch.rand(len(x), 1, 1, 1, generator=rng) * _some(len(x), 0.3, rng)

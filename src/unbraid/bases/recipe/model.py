@@ -17,21 +17,21 @@ from unbraid.bases.recipe.config import SIZE_IDS, TOKENS, Config
 
 def build_unet(config: Config) -> UNet2DConditionModel:
     channels, width = config.unet.channels, 2 * config.unet.text
-    settings: dict[str, Any] = dict(  # diffusers' annotations allow less than it does
-        sample_size=config.size // 2 ** (len(config.vae.channels) - 1),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=channels,
-        layers_per_block=2,
-        transformer_layers_per_block=config.unet.depth,
-        attention_head_dim=tuple(max(1, c // config.unet.head) for c in channels),  # SDXL's name for the head count
-        cross_attention_dim=width,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=SIZE_IDS,
-        projection_class_embeddings_input_dim=6 * SIZE_IDS + width,
-        norm_num_groups=16,
-    )
+    settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
+        "sample_size": config.size // 2 ** (len(config.vae.channels) - 1),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "transformer_layers_per_block": config.unet.depth,
+        "attention_head_dim": tuple(max(1, c // config.unet.head) for c in channels),  # SDXL's name for the head count
+        "cross_attention_dim": width,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_IDS,
+        "projection_class_embeddings_input_dim": 6 * SIZE_IDS + width,
+        "norm_num_groups": 16,
+    }
     return UNet2DConditionModel(**settings)
 
 

@@ -93,6 +93,7 @@ def start_state(
             "exp_avg": zero,
             "exp_avg_sq": zero.clone(),
             "step": torch.zeros(1),
+            "seen": torch.zeros(1),
         }
     state["grads"] = torch.zeros(workers, len(state["weights"]))
     state["norms"] = torch.zeros(workers)

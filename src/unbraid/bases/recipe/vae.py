@@ -18,16 +18,16 @@ from unbraid.bases.recipe.filters import TRAIN_FILTERS
 
 def build(config: Config) -> AutoencoderKL:
     levels = len(config.vae.channels)
-    settings: dict[str, Any] = dict(  # diffusers' annotations allow less than it does
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.vae.channels,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=config.size,
-        force_upcast=False,
-    )
+    settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": config.vae.channels,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": config.size,
+        "force_upcast": False,
+    }
     return AutoencoderKL(**settings)
 
 

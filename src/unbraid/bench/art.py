@@ -1,0 +1,68 @@
+"""Real art, committed at 64 px: the true answers of every experiment, and its inputs. Licences: ATTRIBUTION.md.
+
+`held_out.webp`: 100 subjects that nothing is trained on, as six artists drew them. `known.webp`: some that the base
+knows, for judging a style on other subjects.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from unbraid.bases.recipe.subjects import SETS, held_out
+
+FOLDER = Path(__file__).parent
+HELD_OUT = held_out()[:100]
+KNOWN = ("dog", "umbrella", "violin", "strawberry")
+COLUMNS = 10  # subjects to a row of a sheet
+
+
+@dataclass(frozen=True)
+class Art:
+    """Pictures in 0..1 on white, subjects × `subjects.SETS` in order."""
+
+    values: Float[Tensor, "subject set 3 h w"]
+    names: tuple[str, ...]
+
+    def picture(self, subject: str, of: str) -> Float[Tensor, "3 h w"]:
+        return self.values[self.names.index(subject), SETS.index(of)]
+
+    def image(self, subject: str, of: str) -> Image.Image:
+        array = (self.picture(subject, of) * 255).round().byte().permute(1, 2, 0).numpy()
+        return Image.fromarray(array)
+
+
+@cache
+def held_out_art() -> Art:
+    return _read(FOLDER / "held_out.webp", HELD_OUT)
+
+
+@cache
+def known_art() -> Art:
+    return _read(FOLDER / "known.webp", KNOWN)
+
+
+def write_sheets(art: np.ndarray, names: tuple[str, ...]) -> None:
+    """Pack both sheets from all art, uint8 `[subject, set, 64, 64, 3]`, losslessly."""
+    for file, wanted in (("held_out.webp", HELD_OUT), ("known.webp", KNOWN)):
+        chosen = art[[names.index(name) for name in wanted]]
+        columns = min(COLUMNS, len(wanted))
+        rows, size = len(wanted) // columns, chosen.shape[2]
+        tiles = chosen.reshape(rows, columns, len(SETS), size, size, 3).transpose(0, 3, 1, 2, 4, 5)
+        sheet = Image.fromarray(tiles.reshape(rows * size, -1, 3))
+        sheet.save(FOLDER / file, lossless=True, quality=100, method=6)
+
+
+def _read(path: Path, names: tuple[str, ...]) -> Art:
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    columns = min(COLUMNS, len(names))
+    rows = len(names) // columns
+    size = sheet.shape[0] // rows
+    tiles = sheet.reshape(rows, size, columns, len(SETS), size, 3).transpose(0, 2, 3, 5, 1, 4)
+    pictures = torch.from_numpy(tiles.reshape(len(names), len(SETS), 3, size, size).copy())
+    return Art(pictures.float() / 255, names)

@@ -1,0 +1,141 @@
+"""Broken and hostile files: never a crash, a hang or a blow-up; a LoRA, or one clear line."""
+
+import json
+import os
+import random
+import struct
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from unbraid.doctor import diagnose
+from unbraid.errors import UsageError
+from unbraid.files import read
+from unbraid.lora_report import report
+
+FILES = int(os.environ.get("UNBRAID_FUZZ", "600"))
+
+
+def good(rng: random.Random) -> bytes:
+    stem = rng.choice(
+        [
+            "lora_unet_middle_block_1_proj_in",
+            "unet.mid_block.attentions.0.proj_in",
+            "double_blocks.0.processor",
+            "lora_unet_double_blocks_0_img_attn_qkv",
+        ]
+    )
+    down, up = rng.choice(
+        [
+            ("lora_down.weight", "lora_up.weight"),
+            ("lora_A.weight", "lora_B.weight"),
+            ("qkv_lora1.down.weight", "qkv_lora1.up.weight"),
+        ]
+    )
+    dtype = rng.choice([torch.float16, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64])
+    shapes = rng.choice(
+        [((2, 6), (6, 2)), ((2, 6, 3, 3), (6, 2, 1, 1)), ((6, 2), (2, 6)), ((0, 6), (6, 0)), ((2,), (2,))]
+    )
+    one = (
+        torch.full(shapes[0], rng.choice([1.0, float("nan"), float("inf"), 0.0])).nan_to_num(0, posinf=0)
+        if dtype == torch.int64
+        else torch.full(shapes[0], rng.choice([1.0, float("nan"), 0.0]))
+    )
+    tensors = {f"{stem}.{down}": one.to(dtype), f"{stem}.{up}": torch.ones(shapes[1]).to(dtype)}
+    if rng.random() < 0.5:
+        tensors[f"{stem}.alpha"] = rng.choice(
+            [torch.tensor(2.0), torch.ones(3), torch.tensor(float("nan")), torch.tensor(0.0)]
+        )
+    settings = rng.choice(
+        [
+            None,
+            "{",
+            "[]",
+            "{}",
+            '{"unet.lora_alpha": "x", "unet.alpha_pattern": [1]}',
+            "[" * 5000,
+            '{"unet.lora_alpha": 1e999}',
+        ]
+    )
+    return save(tensors, {"lora_adapter_metadata": settings} if settings else None)
+
+
+def header(table: object, data: bytes = b"") -> bytes:
+    text = json.dumps(table).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def hostile(rng: random.Random) -> bytes:
+    huge = 2 ** rng.choice([31, 40, 50, 62])
+    archive = BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("data.pkl", b"\0" * 10**6)
+    key = "unet.mid_block.attentions.0.proj_in.lora_A.weight"
+    return rng.choice(
+        [
+            b"",
+            struct.pack("<Q", huge) + b"{}",
+            archive.getvalue(),
+            b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR.",
+            header({key: {"dtype": "F16", "shape": [huge, huge], "data_offsets": [0, huge]}}),
+            header({key: {"dtype": "F16", "shape": [2**32, 2**32], "data_offsets": [0, 0]}}),
+            header({key: {"dtype": "F16", "shape": [-1], "data_offsets": [0, 2]}}, b"ab"),
+            header({key: {"dtype": "X", "shape": [1], "data_offsets": [0, 2]}}, b"ab"),
+            header({"__metadata__": {"a": 1}}),
+            header({key: {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"a"),
+            header([[]]),
+            header({"\ud800": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]}}, b"ab"),
+            header(
+                {
+                    "lora_unet_" + "a_" * 20000 + ".lora_up.weight": {
+                        "dtype": "F16",
+                        "shape": [1],
+                        "data_offsets": [0, 2],
+                    }
+                },
+                b"ab",
+            ),
+        ]
+    )
+
+
+def broken(rng: random.Random) -> bytes:
+    data = bytearray(good(rng))
+    how = rng.random()
+    if how < 0.3:
+        return bytes(data[: rng.randrange(len(data))])
+    for _ in range(rng.randrange(1, 9)):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+def test_fuzzed_files(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    path = tmp_path / "a.safetensors"
+    refused = 0
+    for _ in range(FILES):
+        path.write_bytes(rng.choice([good, broken, broken, hostile])(rng))
+        for tool in (read, report, lambda p: diagnose(p, "comfyui"), lambda p: diagnose(p, "diffusers")):
+            try:
+                tool(path)
+            except UsageError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 500
+    assert refused > FILES and not Path("hacked").exists()
+
+
+@pytest.mark.parametrize("kind", ["loop", "folder", "fifo", "missing"])
+def test_things_that_are_no_files(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    if kind == "loop":
+        path.symlink_to(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(UsageError):
+        read(path)
