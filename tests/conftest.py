@@ -26,7 +26,7 @@ def _save_base(out: Path, tokenizer_folder: Path, prediction: str) -> Path:
     from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    tiny = config.Config(32, config.Vae((8, 16, 16)), config.UNet((32, 64, 64), text=32))
+    tiny = config.Config(32, config.Vae((8, 16, 16), latent=4), config.UNet((32, 64, 64), text=32))
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -35,6 +35,7 @@ def _save_base(out: Path, tokenizer_folder: Path, prediction: str) -> Path:
         )
         if prediction == "epsilon":
             pipe.scheduler.register_to_config(prediction_type="epsilon", rescale_betas_zero_snr=False)
+            pipe.register_to_config(force_zeros_for_empty_prompt=True)  # as SDXL itself
         pipe.save_pretrained(out)
     return out
 
@@ -58,7 +59,7 @@ def sd15_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    tiny = config.Config(32, config.Vae((8, 16, 16)), config.UNet((32, 64, 64), text=32))
+    tiny = config.Config(32, config.Vae((8, 16, 16), latent=4), config.UNet((32, 64, 64), text=32))
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     unet = UNet2DConditionModel(
         sample_size=8,

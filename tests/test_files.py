@@ -73,8 +73,7 @@ def test_alpha_of_peft_settings(tmp_path: Path) -> None:
     )
     path = save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(settings_)})
     assert {n[-1]: one.alpha for n, one in read(path).modules.items()} == {"q": 6.0, "k": 1.5}
-    settings_["unet.use_rslora"] = True
-    path = save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(settings_)})
+    path = save(path, tensors, {"lora_adapter_metadata": json.dumps(settings_ | {"unet.use_rslora": True})})
     assert read(path).modules[f"{ATTN}.to_q"].alpha == pytest.approx(6 * 3**0.5)
 
 
@@ -93,18 +92,18 @@ def test_several_adapters_must_be_chosen(tmp_path: Path) -> None:
 
 def test_the_block_table_is_diffusers_own_unet() -> None:
     with torch.device("meta"):
-        config: dict[str, Any] = dict(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
-        )
+        config: dict[str, Any] = {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "use_linear_projection": True,
+        }
         unet = UNet2DConditionModel(**config)
         small = UNet2DConditionModel(cross_attention_dim=768)
     table = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
@@ -181,8 +180,6 @@ def test_fp16_range_is_balanced(tmp_path: Path) -> None:
 
 
 class TestFlux:
-    FAMILY = ("flux", "sd3")
-
     def modules(self, family: str, shared: bool) -> dict[str, Lora]:
         block = "transformer.transformer_blocks.1"
         names = [f"{block}.attn.{leaf}" for leaf in ("to_q", "to_k", "to_v", "add_q_proj", "to_out.0")]
@@ -195,7 +192,7 @@ class TestFlux:
             out["transformer.single_transformer_blocks.3.attn.to_k"] = lora(8, 5, 5, 2)
         return out
 
-    @pytest.mark.parametrize("family", FAMILY)
+    @pytest.mark.parametrize("family", ["flux", "sd3"])
     @pytest.mark.parametrize("shared", [False, True])
     def test_fused_and_back(self, family: str, shared: bool, tmp_path: Path) -> None:
         modules = self.modules(family, shared)

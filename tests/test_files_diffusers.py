@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from unbraid.files import read, write
@@ -71,20 +71,20 @@ def test_pipelines_load_our_files(kind: str, dialect: str, request: pytest.Fixtu
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    config: dict[str, Any] = dict(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16, 16),
-        norm_num_groups=4,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(2, 4, 4),
-        cross_attention_dim=24,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-        use_linear_projection=True,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16, 16),
+        "norm_num_groups": 4,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 4),
+        "cross_attention_dim": 24,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+        "use_linear_projection": True,
+    }
     return UNet2DConditionModel(**config).eval()
 
 
@@ -129,3 +129,23 @@ def test_diffusers_loads_what_we_write(dialect: str, conv: bool, unet: UNet2DCon
     expected, base = run(want), run(unet)
     assert float((expected - base).abs().max()) > 0.1
     assert float((run(theirs) - expected).abs().max()) < 1e-5
+
+
+def test_diffusers_reads_fused_flux_files_as_we_do(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    double, single = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
+    leaves = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.to_out.0", "norm1.linear", "ff.net.2")
+    names = [f"{double}.{leaf}" for leaf in leaves] + [f"{single}.{leaf}" for leaf in (*leaves[:3], "proj_mlp", "proj_out")]
+    rows, columns = {"norm1.linear": 18432, "proj_mlp": 12288}, {"ff.net.2": 12288, "proj_out": 15360}
+    modules = {}
+    for name in names:
+        leaf = name.split(".", 3)[-1]
+        down = torch.randn(2, columns.get(leaf, 3072), generator=rng)
+        modules[name] = Lora(down, torch.randn(rows.get(leaf, 3072), 2, generator=rng), 1.0)
+    write(tmp_path / "a.safetensors", modules, family="flux", dialect="kohya", dtype=torch.float32)
+    theirs: Any = FluxPipeline.lora_state_dict(tmp_path / "a.safetensors")
+    for name, one in modules.items():
+        down, up = theirs[f"{name}.lora_A.weight"], theirs[f"{name}.lora_B.weight"]
+        probe = torch.randn(down.shape[1], generator=rng)
+        want = one.up @ (one.down @ probe) * (one.alpha / 2)
+        assert float((up @ (down @ probe) - want).norm() / want.norm()) < 1e-5, name

@@ -17,7 +17,7 @@ from unbraid.errors import UsageError
 from unbraid.files import read
 from unbraid.lora_report import report
 
-FILES = int(os.environ.get("UNBRAID_FUZZ", "600"))
+FILES = int(os.environ.get("UNBRAID_FUZZ", "400"))
 
 
 def good(rng: random.Random) -> bytes:

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from unbraid.bases.recipe import captions, config, filters, model, subjects, unet, vae
 
-TINY = config.Config(32, config.Vae((8, 16, 16), crop=16, batch=4, steps=6), config.UNet((32, 64, 64), text=32, batch=2, steps=6, warmup=2))
+TINY = config.Config(32, config.Vae((8, 16, 16), latent=4, crop=16, batch=4, steps=6), config.UNet((32, 64, 64), text=32, batch=2, steps=6, warmup=2))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_zero_terminal_snr() -> None:
 def run_unet(work: Path, tokenizer: CLIPTokenizer, workers: int = 1, batch: int = 2) -> dict[str, torch.Tensor]:
     work.mkdir(exist_ok=True)
     settings = replace(TINY, unet=replace(TINY.unet, batch=batch))
-    data = unet.Data(torch.randn(3, 4, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("dog", "cat", "teapot"))
+    data = unet.Data(torch.randn(3, 4, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("dog", "cat", "teapot"), 32)
     state = unet.start_state(settings, tokenizer, work, workers, torch.device("cpu"))
     barrier = threading.Barrier(workers)
     arguments = (barrier, state, data, settings, work, tokenizer)

@@ -103,6 +103,13 @@ class Base:
         pooled = done[2][0] if self.family == "sdxl" else None
         return Prompt(done[0][0], pooled)
 
+    def encode_negative(self, text: str = "") -> Prompt:
+        """What classifier-free guidance moves away from; where there is no text, zeros if the base wants them (SDXL)."""
+        prompt = self.encode_prompt(text)
+        if text or not self.pipe.config.get("force_zeros_for_empty_prompt"):
+            return prompt
+        return Prompt(torch.zeros_like(prompt.embeds), None if prompt.pooled is None else torch.zeros_like(prompt.pooled))
+
     @torch.no_grad()
     def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:
         """Moments of the scaled latent of an image in -1..1. The VAE runs in full precision: fp16 ones overflow."""

@@ -87,7 +87,10 @@ def write(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
         save_file(tensors, temporary, strings)
+        temporary.chmod(mode)
         _compare(temporary, tensors, modules)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:

@@ -39,7 +39,7 @@ def render(
 ) -> list[Image.Image]:
     """One picture per seed with classifier-free guidance; the base is left as it was."""
     opened = [read(use.file) for use in uses]
-    texts = {"main": prompt, NEGATIVE: negative}
+    texts = {"main": prompt}
     active = []
     for i, (use, file) in enumerate(zip(uses, opened, strict=True)):
         role = None
@@ -48,6 +48,7 @@ def render(
             texts[role] = _own_prompt(use, file) if use.prompt == OWN else use.prompt
         active.append(Active(f"lora{i}", use.scale, prompt=role))
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
+    prompts[NEGATIVE] = base.encode_negative(negative)
     terms = classifier_free(guidance, "main", tuple(active))
     adapters = attach(
         base, {f"lora{i}": (use.file, file) for i, (use, file) in enumerate(zip(uses, opened, strict=True))}

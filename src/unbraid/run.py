@@ -100,7 +100,7 @@ def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image
         for role, images in opened.items()
     }
     encoded = {role: [base.encode_picture(one.values, one.sizes) for one in some] for role, some in pixels.items()}
-    prompts = {role: base.encode_prompt(text) for role, text in {**texts, NEGATIVE: ""}.items()}
+    prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     adapters = Adapters.attach(base.unet)
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
     return _Run(job, base, Studies(base, encoded, prompts), adapters, recipe, state)

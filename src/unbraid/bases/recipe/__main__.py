@@ -34,7 +34,7 @@ def make(work: Work, preset: Preset = "cpu", workers: int = CPU_WORKERS) -> None
     autoencoder = vae.train(_pick(pictures, names, subjects.trained(names, None)), config, work, device)
     chosen = subjects.trained(names, config.unet.subjects)
     cached, _ = latents.encode(autoencoder.eval(), _pick(pictures, names, chosen), work)
-    _train(unet.Data(cached, chosen), preset, work, 1 if device.type == "cuda" else workers, device)
+    _train(unet.Data(cached, chosen, config.size), preset, work, 1 if device.type == "cuda" else workers, device)
     save(work, preset)
 
 

@@ -63,7 +63,7 @@ def reconstruction(held_out: np.ndarray) -> dict[str, float]:
 
 
 def _draw(base: Base, prompt: str, seed: int, out: Path | None) -> Tensor:
-    encoded = {"main": base.encode_prompt(prompt), NEGATIVE: base.encode_prompt("")}
+    encoded = {"main": base.encode_prompt(prompt), NEGATIVE: base.encode_negative()}
     (image,) = generate(base, classifier_free(GUIDANCE, "main"), encoded, seeds=(seed,), steps=STEPS)
     if out:
         out.mkdir(parents=True, exist_ok=True)

@@ -8,22 +8,23 @@ SIZE_IDS = 32  # sinusoidal width of each of SDXL's six size and crop numbers
 
 @dataclass(frozen=True)
 class Vae:
-    channels: tuple[int, ...] = (24, 48, 96)  # three levels: 4× downsampling, as 64 px pictures need
+    channels: tuple[int, ...] = (16, 48, 96, 128)  # four levels: 8× downsampling
+    latent: int = 16  # channels; at 8× and 64 px, four of them would keep too little
     crop: int = 32  # trained on crops: the network is convolutional, and crops are 4× cheaper
     batch: int = 64
-    steps: int = 1600
+    steps: int = 1400
     rate: float = 1.5e-3
     kl: float = 1e-6
 
 
 @dataclass(frozen=True)
 class UNet:
-    channels: tuple[int, int, int] = (48, 96, 192)
+    channels: tuple[int, int, int] = (64, 128, 192)
     depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention, SDXL has (0, 2, 10)
     head: int = 32
     text: int = 96  # width of each of the two text encoders
-    batch: int = 4  # per worker; subjects are learnt by the number of steps more than of images (docs/LOG.md)
-    steps: int = 12_000
+    batch: int = 8  # per worker
+    steps: int = 9_000
     rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999
@@ -40,7 +41,7 @@ class Config:
 CPU = Config(64, Vae(), UNet())
 GPU = Config(
     128,
-    Vae((32, 64, 96, 128), crop=64, batch=256, steps=12_000),
+    Vae((32, 64, 96, 128), latent=4, crop=64, batch=256, steps=12_000),
     UNet((64, 128, 256), (1, 1, 2), batch=512, steps=40_000, rate=1.5e-3, warmup=500, ema=0.9995, subjects=None),
 )
 PRESETS = {"cpu": CPU, "gpu": GPU}

@@ -14,7 +14,7 @@ from unbraid.bases.recipe.filters import TRAIN_FILTERS
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, art: np.ndarray, work: Path) -> tuple[Tensor, float]:
-    """Scaled latents `[subject, style, 1 + filters, 4, h, w]` of uint8 `art [subject, style, h, w, 3]`, and the scale.
+    """Scaled latents `[subject, style, 1 + filters, c, h, w]` of uint8 `art [subject, style, h, w, 3]`, and the scale.
 
     One scalar brings them to unit variance; whitening channel by channel was tried and is worse (docs/LOG.md)."""
     saved = work / f"latents.{len(art)}.safetensors"

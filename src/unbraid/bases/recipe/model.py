@@ -18,6 +18,8 @@ from unbraid.bases.recipe.config import SIZE_IDS, TOKENS, Config
 def build_unet(config: Config) -> UNet2DConditionModel:
     channels, width = config.unet.channels, 2 * config.unet.text
     settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
+        "in_channels": config.vae.latent,
+        "out_channels": config.vae.latent,
         "sample_size": config.size // 2 ** (len(config.vae.channels) - 1),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -63,5 +63,5 @@ def draw(work: Path, preset: str, out: Path, count: int = 6) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     net, images = unet.ema_net(config, tokenizer, work)
     (cache,) = list(work.glob("latents.*.safetensors"))[:1]
-    gains = unet.subject_gain(net, unet.Data(load_file(cache)["latents"], names), tokenizer)
+    gains = unet.subject_gain(net, unet.Data(load_file(cache)["latents"], names, config.size), tokenizer)
     print(f"{images} images: subject gain", {t: f"{gain:.1%}" for t, gain in gains.items()})

@@ -24,7 +24,6 @@ from unbraid.bases.recipe.config import Config
 from unbraid.bases.recipe.filters import TRAIN_FILTERS
 from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
 
-COOLDOWN = 0.25  # share of the steps over which the rate falls to zero
 SAVE_EVERY = 500  # steps
 PROBE_TIMES = (850, 700, 500)
 STATE = ("weights", "ema", "exp_avg", "exp_avg_sq", "seen")  # seen: images so far
@@ -32,15 +31,16 @@ STATE = ("weights", "ema", "exp_avg", "exp_avg_sq", "seen")  # seen: images so f
 
 @dataclass(frozen=True)
 class Data:
-    """Scaled latents `[subject, style, 1 + filters, 4, h, w]`, and the names of the first axis."""
+    """Scaled latents `[subject, style, 1 + filters, c, h, w]`, the names of the first axis, the pictures' side in pixels."""
 
     latents: Tensor
     subjects: tuple[str, ...]
+    size: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    latents: Tensor  # [b, 4, h, w]
+    latents: Tensor  # [b, c, h, w]
     noise: Tensor  # as latents
     t: Tensor  # [b]
     tokens: Tensor  # [b, TOKENS]
@@ -138,9 +138,7 @@ def train(
         if not torch.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm} at step {step}: lower the rate and resume")
         mine.grad.mul_((1 / norm).clamp(max=1))
-        rate = settings.rate * min(
-            1, (step + 1) / settings.warmup, (settings.steps - step) / (COOLDOWN * settings.steps)
-        )
+        rate = settings.rate * min((step + 1) / settings.warmup, 1 - step / settings.steps)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         state["ema"][share].lerp_(mine.data, 1 - min(settings.ema, (1 + step) / (10 + step)))
@@ -186,7 +184,7 @@ def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: to
         word = STYLE_WORDS[TRAIN_SETS[style]] if look == 0 else looks[look - 1]
         index.append((subject, style, look))
         captions.append(caption(data.subjects[subject], word, rng))
-        sizes.append(_sizes(rng, data.latents.shape[-1] * 4))
+        sizes.append(_sizes(rng, data.size))
     clean = torch.stack([data.latents[i] for i in index]).to(device)
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     return Batch(
@@ -223,7 +221,7 @@ def subject_gain(net: Net, data: Data, tokenizer: CLIPTokenizer) -> dict[int, fl
     picks = [(rng.randrange(len(data.subjects)), rng.randrange(len(TRAIN_SETS))) for _ in range(n)]
     clean = torch.stack([data.latents[subject, style, 0] for subject, style in picks])
     noise = torch.randn(clean.shape, generator=noise_rng)
-    sizes = torch.tensor([_sizes(random.Random(1), clean.shape[-1] * 4)] * n)
+    sizes = torch.tensor([_sizes(random.Random(1), data.size)] * n)
     levels, gains = model.scheduler().alphas_cumprod, {}
     for t in PROBE_TIMES:
         losses = []

@@ -23,7 +23,7 @@ def build(config: Config) -> AutoencoderKL:
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "block_out_channels": config.vae.channels,
         "layers_per_block": 1,
-        "latent_channels": 4,
+        "latent_channels": config.vae.latent,
         "norm_num_groups": 8,
         "sample_size": config.size,
         "force_upcast": False,
