@@ -179,3 +179,11 @@ def test_the_docs_table_is_what_the_command_prints() -> None:
     docs = Path(__file__).parent.parent / "docs" / "files.md"
     assert table.strip() in docs.read_text()
     assert [row.family for row in written() if row.dialect == "kohya"] == ["sdxl", "sd15", "flux", "sd3"]
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    modules = {"transformer.single_transformer_blocks.0.proj_out": Lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)}
+    write(tmp_path / "a.safetensors", modules, family="flux", dialect="diffusers")
+    assert not diagnose(tmp_path / "a.safetensors", "invokeai").known
+    assert "cannot run" in diagnose(tmp_path / "a.safetensors", "a1111").refused
+    assert diagnose(tmp_path / "a.safetensors", "comfyui").healthy

@@ -135,7 +135,9 @@ def test_diffusers_reads_fused_flux_files_as_we_do(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     double, single = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
     leaves = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj", "attn.to_out.0", "norm1.linear", "ff.net.2")
-    names = [f"{double}.{leaf}" for leaf in leaves] + [f"{single}.{leaf}" for leaf in (*leaves[:3], "proj_mlp", "proj_out")]
+    names = [f"{double}.{leaf}" for leaf in leaves] + [
+        f"{single}.{leaf}" for leaf in (*leaves[:3], "proj_mlp", "proj_out")
+    ]
     rows, columns = {"norm1.linear": 18432, "proj_mlp": 12288}, {"ff.net.2": 12288, "proj_out": 15360}
     modules = {}
     for name in names:
@@ -143,7 +145,7 @@ def test_diffusers_reads_fused_flux_files_as_we_do(tmp_path: Path) -> None:
         down = torch.randn(2, columns.get(leaf, 3072), generator=rng)
         modules[name] = Lora(down, torch.randn(rows.get(leaf, 3072), 2, generator=rng), 1.0)
     write(tmp_path / "a.safetensors", modules, family="flux", dialect="kohya", dtype=torch.float32)
-    theirs: Any = FluxPipeline.lora_state_dict(tmp_path / "a.safetensors")
+    theirs: Any = FluxPipeline.lora_state_dict(str(tmp_path / "a.safetensors"))
     for name, one in modules.items():
         down, up = theirs[f"{name}.lora_A.weight"], theirs[f"{name}.lora_B.weight"]
         probe = torch.randn(down.shape[1], generator=rng)

@@ -179,6 +179,8 @@ def _say(done: "Done") -> None:
 
 def _tell(one: "Diagnosis", all_keys: bool) -> None:
     verdict = f"refuses it: {one.refused}" if one.refused else f"loads {one.loads} of {one.modules} modules"
+    if not one.known:
+        verdict = f"nothing is known of what it does with {one.family} files"
     typer.echo(f"{one.tool}: {verdict}")
     for warning in one.warnings:
         typer.echo(f"  warning: {warning}")

@@ -29,10 +29,11 @@ class Diagnosis:
     refused: str
     warnings: tuple[str, ...]
     mend: str
+    known: bool = True  # False: unbraid has no facts on the tool with this family
 
     @property
     def healthy(self) -> bool:
-        return not (self.dropped or self.refused or self.warnings)
+        return self.known and not (self.dropped or self.refused or self.warnings)
 
 
 def diagnose(path: str | Path, tool: str, weights: bool = True) -> Diagnosis:
@@ -53,6 +54,8 @@ def judge(
 ) -> Diagnosis:
     """The verdict on a header; `alpha`: key → value, `not_finite`: keys with NaN."""
     family = family_of(header, found)
+    if family in ("flux", "sd3") and family not in tool.namings and family not in tool.none_for:
+        return Diagnosis(tool.name, family, len(found.modules), 0, {}, "", (), "", known=False)
     dropped = _dropped(header, found, tool, family)
     namings = Counter(naming(raw) for raw in found.raw.values())
     if tool.name == "diffusers":

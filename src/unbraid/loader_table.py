@@ -89,7 +89,7 @@ def _verdicts(path: Path, family: Family) -> dict[str, str]:
         verdict = judge(header, found, tool, alpha)
         if family in tool.none_for:
             out[name] = "–"
-        elif family not in tool.namings:
+        elif not verdict.known:
             out[name] = "?"
         elif verdict.refused or not verdict.loads:
             out[name] = "no"

@@ -78,7 +78,7 @@ proj_mlp x_embedder context_embedder time_text_embed timestep_embedder text_embe
 double_blocks single_blocks img_attn txt_attn qkv img_mlp txt_mlp img_mod txt_mod lin linear1 linear2 modulation img_in
 txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation
 joint_blocks x_block context_block
-""".split()  # noqa: SIM905 (a list of 110 literals says less)
+""".split()
 _WORDS: dict[tuple[str, ...], str] = {tuple(word.split("_")): word for word in VOCABULARY}
 _LONGEST = max(map(len, _WORDS))
 

@@ -197,9 +197,9 @@ def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: to
 
 
 def _sizes(rng: random.Random, target: int) -> list[int]:
-    """Original size, crop corner, target size. Icons have no native size: a quarter is random, so that the
+    """Original size, crop corner, target size. Icons have no native size: one in ten is random, so that the
     base takes any user's picture in its stride."""
-    if rng.random() < 0.75:
+    if rng.random() < 0.9:
         return [target, target, 0, 0, target, target]
     return [rng.randrange(32, 2048), rng.randrange(32, 2048), rng.randrange(64), rng.randrange(64), target, target]
 
