@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from torch import Tensor
 
 from unbraid import pictures
 from unbraid.api import job
@@ -86,16 +87,9 @@ def items(contender: Contender, folder: Path, subject: str, of: str) -> list[Ite
 
 def study(work: Path, only: tuple[str, ...], shard: tuple[int, int]) -> None:
     """Train and draw everything that is not there yet."""
-    todo = [
-        (name, subject, of, seed)
-        for subject in SUBJECTS
-        for of in SETS
-        for seed in SEEDS
-        for name in CONTENDERS
-        if name in only
-    ]
+    todo = [(name, *one) for one in RUNS for name in CONTENDERS if name in only]
     for name, subject, of, seed in todo[shard[0] :: shard[1]]:
-        folder = work / name.replace(" ", "-") / f"{subject}-{of}-{seed}"
+        folder = _folder(work, name, subject, of, seed)
         if (folder / "drawn" / "08.png").exists():
             continue
         contender = CONTENDERS[name]
@@ -132,9 +126,7 @@ def scores(folder: Path, todo: list[Item], judge: Judge) -> list[tuple[str, floa
         0, 3, 1, 2
     )
     truth = torch.stack([_truth(item).picture(item.subject, item.set) for item in todo])
-    (content, style), (true_content, true_style) = judge.embed(drawn), judge.embed(truth)
-    pairs = zip(todo, similarity(content, true_content).tolist(), similarity(style, true_style).tolist(), strict=True)
-    return [(item.use, c, s) for item, c, s in pairs]
+    return _compare(todo, drawn, truth, judge)
 
 
 def _truth(item: Item) -> Art:
@@ -142,7 +134,8 @@ def _truth(item: Item) -> Art:
 
 
 def report(work: Path) -> str:
-    """Mean cosine to the true counterpart ± standard error over pictures; harmonic mean of the two means."""
+    """Mean cosine to the true counterpart ± standard error over pictures; harmonic mean of the two means. The last row
+    is the ceiling: the true counterparts themselves, as the base's autoencoder gives them back."""
     judge = load_judge()
     lines = [
         "| method | "
@@ -153,12 +146,31 @@ def report(work: Path) -> str:
     for name, contender in CONTENDERS.items():
         rows, runs = [], 0
         for subject, of, seed in RUNS:
-            folder = work / name.replace(" ", "-") / f"{subject}-{of}-{seed}"
+            folder = _folder(work, name, subject, of, seed)
             found = scores(folder, items(contender, folder, subject, of), judge)
             rows, runs = rows + found, runs + bool(found)
         if rows:
             lines.append(f"| {name} | {' | '.join(_cells(rows))} ({runs} runs) |")
+    lines.append(f"| the true counterparts through the autoencoder | {' | '.join(_cells(_ceiling(judge)))} |")
     return "\n".join(lines)
+
+
+def _ceiling(judge: Judge) -> list[tuple[str, float, float]]:
+    vae, todo = load().vae, [item for one in RUNS for item in items(CONTENDERS["base alone"], Path(), one[0], one[1])]
+    truth = torch.stack([_truth(item).picture(item.subject, item.set) for item in todo])
+    with torch.no_grad():
+        coded = vae.decode(vae.encode(truth * 2 - 1).latent_dist.mode()).sample / 2 + 0.5  # type: ignore[union-attr]
+    return _compare(todo, coded, truth, judge)
+
+
+def _compare(todo: list[Item], drawn: Tensor, truth: Tensor, judge: Judge) -> list[tuple[str, float, float]]:
+    (content, style), (true_content, true_style) = judge.embed(drawn), judge.embed(truth)
+    pairs = zip(todo, similarity(content, true_content).tolist(), similarity(style, true_style).tolist(), strict=True)
+    return [(item.use, c, s) for item, c, s in pairs]
+
+
+def _folder(work: Path, name: str, subject: str, of: str, seed: int) -> Path:
+    return work / name.replace(" ", "-") / f"{subject}-{of}-{seed}"
 
 
 def _cells(rows: list[tuple[str, float, float]]) -> list[str]:
@@ -192,7 +204,7 @@ def _sheet(work: Path, subject: str, of: str) -> Image.Image:
         (f"{subject}, {STYLE_WORDS[of]}: what the artists drew", truth)
     ]
     for name in CONTENDERS:
-        folder = work / name.replace(" ", "-") / f"{subject}-{of}-{SEEDS[0]}" / "drawn"
+        folder = _folder(work, name, subject, of, SEEDS[0]) / "drawn"
         if folder.exists():
             rows.append((name, [("", Image.open(path)) for path in sorted(folder.glob("*.png"))]))
     return pictures.contact_sheet(rows, cell=96)

@@ -73,7 +73,8 @@ def train_judge(work: Work) -> None:
     work.mkdir(parents=True, exist_ok=True)
     art.fetch(work)
     pictures, names = art.rasterise(work, judge.SIZE)
-    bench_art.write_sheets(pictures, names)
+    if not (bench_art.FOLDER / "held_out.webp").exists():
+        bench_art.write_sheets(pictures, names)
     torch.set_num_threads(1)  # two threads on busy cores are slower than one
     chosen = subjects.trained(names, None)
     judge.train(_pick(pictures, names, chosen), chosen, work)
