@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unbraid.blocks import to_ldm
+from unbraid.formats.blocks import to_ldm
 from unbraid.lora import Lora
 from unbraid.lowrank import delta
 

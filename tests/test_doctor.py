@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unbraid.blocks import to_ldm
 from unbraid.doctor import diagnose
 from unbraid.errors import UsageError
 from unbraid.file_tools import convert
 from unbraid.files import read, write
-from unbraid.loader_table import markdown, written
-from unbraid.loaders import TOOLS, unet_modules
+from unbraid.formats.blocks import to_ldm
+from unbraid.formats.loader_table import markdown, written
+from unbraid.formats.loaders import TOOLS, unet_modules
 from unbraid.lora import Lora
 from unbraid.lora_plot import plot_interference
 from unbraid.lora_report import interference, report

@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from spelling import ATTN, DIALECTS, kohya, ldm, lora, same, save, some, spelled
 from torch import nn
 
-from unbraid.blocks import block_of, from_ldm, to_ldm
 from unbraid.errors import UsageError
 from unbraid.file_tools import convert
 from unbraid.files import LoraFile, read, write
-from unbraid.fused import fuse, split
-from unbraid.header import catalogue, read_header
-from unbraid.loaders import unet_modules
+from unbraid.formats.blocks import block_of, from_ldm, to_ldm
+from unbraid.formats.fused import fuse, split
+from unbraid.formats.header import catalogue, read_header
+from unbraid.formats.loaders import unet_modules
+from unbraid.formats.metadata import card, write_sidecar
+from unbraid.formats.names import canonical
 from unbraid.lora import Lora
 from unbraid.lowrank import delta
-from unbraid.metadata import card, write_sidecar
-from unbraid.names import canonical
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

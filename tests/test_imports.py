@@ -35,9 +35,15 @@ LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "
 
 
 FILES = (
-    "blocks names header fused weights metadata encode lowrank block_weights merge merge_methods loaders loader_table"
-    " lora_report lora_plot file_tools doctor"
-).split()  # with files.py, one area: the file layer
+    "formats",
+    "merge",
+    "merge_methods",
+    "lowrank",
+    "lora_report",
+    "lora_plot",
+    "file_tools",
+    "doctor",
+)  # with files
 
 
 def imports(path: Path) -> set[str]:

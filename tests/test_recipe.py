@@ -13,7 +13,11 @@ from transformers import CLIPTokenizer
 
 from unbraid.bases.recipe import captions, config, filters, model, subjects, unet, vae
 
-TINY = config.Config(32, config.Vae((8, 16, 16), latent=4, crop=16, batch=4, steps=6), config.UNet((32, 64, 64), text=32, batch=2, steps=6, warmup=2))
+TINY = config.Config(
+    32,
+    config.Vae((8, 16, 16), latent=4, crop=16, batch=4, steps=6),
+    config.UNet((32, 64, 64), text=32, batch=2, steps=6, warmup=2),
+)
 
 
 @pytest.fixture
@@ -47,7 +51,9 @@ def test_words_are_single_tokens(tokenizer: CLIPTokenizer) -> None:
     assert tokenizer("naïve zebra!").input_ids.count(tokenizer.unk_token_id) == 1, "only the closing token"
 
 
-@pytest.mark.parametrize("one", [*filters.TRAIN_FILTERS.values(), *filters.HELD_OUT_FILTERS.values()], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "one", [*filters.TRAIN_FILTERS.values(), *filters.HELD_OUT_FILTERS.values()], ids=lambda f: f.__name__
+)
 def test_filters_stay_in_range_and_do_something(one: filters.Filter) -> None:
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     y = one(x).expand_as(x)
@@ -63,7 +69,9 @@ def test_zero_terminal_snr() -> None:
 def run_unet(work: Path, tokenizer: CLIPTokenizer, workers: int = 1, batch: int = 2) -> dict[str, torch.Tensor]:
     work.mkdir(exist_ok=True)
     settings = replace(TINY, unet=replace(TINY.unet, batch=batch))
-    data = unet.Data(torch.randn(3, 4, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("dog", "cat", "teapot"), 32)
+    data = unet.Data(
+        torch.randn(3, 4, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("dog", "cat", "teapot"), 32
+    )
     state = unet.start_state(settings, tokenizer, work, workers, torch.device("cpu"))
     barrier = threading.Barrier(workers)
     arguments = (barrier, state, data, settings, work, tokenizer)
@@ -76,7 +84,9 @@ def run_unet(work: Path, tokenizer: CLIPTokenizer, workers: int = 1, batch: int 
     return load_file(work / "unet.safetensors")
 
 
-def test_killed_unet_training_ends_the_same(tokenizer: CLIPTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_unet_training_ends_the_same(
+    tokenizer: CLIPTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run_unet(tmp_path / "whole", tokenizer)
     assert whole["step"] == 6 and not torch.equal(whole["weights"], whole["ema"])
     monkeypatch.setattr(unet, "SAVE_EVERY", 2)

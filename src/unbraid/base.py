@@ -108,7 +108,9 @@ class Base:
         prompt = self.encode_prompt(text)
         if text or not self.pipe.config.get("force_zeros_for_empty_prompt"):
             return prompt
-        return Prompt(torch.zeros_like(prompt.embeds), None if prompt.pooled is None else torch.zeros_like(prompt.pooled))
+        return Prompt(
+            torch.zeros_like(prompt.embeds), None if prompt.pooled is None else torch.zeros_like(prompt.pooled)
+        )
 
     @torch.no_grad()
     def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:

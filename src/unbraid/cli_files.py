@@ -87,8 +87,8 @@ def edit(
 ) -> None:
     """Scale blocks, scale the whole, set the metadata. Exact."""
     from unbraid.file_tools import edit as run
-    from unbraid.header import read_header
-    from unbraid.metadata import card, write_sidecar
+    from unbraid.formats.header import read_header
+    from unbraid.formats.metadata import card, write_sidecar
 
     metadata = card(title, trigger, description=description, thumbnail=thumbnail)
     _say(run(source, out, block or (), strength, metadata, to))
@@ -104,7 +104,7 @@ def doctor(
 ) -> None:
     """Say what a tool would load of a file, drop or refuse, and the line that mends it."""
     from unbraid.doctor import diagnose
-    from unbraid.loaders import TOOLS
+    from unbraid.formats.loaders import TOOLS
 
     found = [diagnose(file, name) for name in ([tool] if tool else TOOLS)]
     for one in found:
@@ -150,8 +150,8 @@ def inspect(
 
 def _source(text: str) -> "Source":
     """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:BLOCKS`; colons of a Windows path are the file's."""
-    from unbraid.block_weights import number
     from unbraid.file_tools import Source
+    from unbraid.formats.block_weights import number
 
     found = re.fullmatch(r"(?P<file>.+?\.[A-Za-z]+)(:(?P<weight>[^:/\\]*)(:(?P<blocks>.+))?)?", text)
     if not found:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from unbraid.blocks import Family
 from unbraid.errors import UsageError
-from unbraid.header import Catalogue, Header, catalogue, family_of, read_header
-from unbraid.loaders import TOOLS, Naming, Tool, naming, style, unet_modules
-from unbraid.weights import alphas, broken
+from unbraid.formats.blocks import Family
+from unbraid.formats.header import Catalogue, Header, catalogue, family_of, read_header
+from unbraid.formats.loaders import TOOLS, Naming, Tool, naming, style, unet_modules
+from unbraid.formats.weights import alphas, broken
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from statistics import mean
 
 import torch
 
-from unbraid.block_weights import block_weights
-from unbraid.blocks import Family
-from unbraid.encode import Dialect
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read, write
+from unbraid.formats.block_weights import block_weights
+from unbraid.formats.blocks import Family
+from unbraid.formats.encode import Dialect
 from unbraid.lora import Lora
 from unbraid.merge import Merged, Size, merge
 
@@ -21,7 +21,7 @@ DEFAULT: dict[Family, Dialect] = {"flux": "diffusers", "sd3": "diffusers"}  # el
 
 @dataclass(frozen=True)
 class Source:
-    """One LoRA of a merge: its file, its strength, and block rules (see `unbraid.block_weights`)."""
+    """One LoRA of a merge: its file, its strength, and block rules (see `unbraid.formats.block_weights`)."""
 
     path: Path
     weight: float = 1.0

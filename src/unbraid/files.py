@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unbraid.blocks import Family
-from unbraid.encode import Dialect, encode
 from unbraid.errors import UsageError
-from unbraid.fused import fuse, split
-from unbraid.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
+from unbraid.formats.blocks import Family
+from unbraid.formats.encode import Dialect, encode
+from unbraid.formats.fused import fuse, split
+from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
+from unbraid.formats.metadata import alpha_of
 from unbraid.lora import Lora
 from unbraid.lowrank import exact_dense, finite, fold_mid
-from unbraid.metadata import alpha_of
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

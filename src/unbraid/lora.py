@@ -54,10 +54,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Lora:
-    """One module's low-rank change: alpha / r · up @ down (times a strength)."""
+    """One module's low-rank change: alpha / r · up @ down (times a strength); of a convolution, with kernels."""
 
-    down: Float[Tensor, "r k"]
-    up: Float[Tensor, "d r"]
+    down: Float[Tensor, "r k *kernel"]
+    up: Float[Tensor, "d r *ones"]
     alpha: float
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unbraid.blocks import Family, block_of
 from unbraid.errors import UsageError
-from unbraid.header import Catalogue, Header, adapter_metadata, catalogue, family_of, read_header
-from unbraid.loaders import naming
-from unbraid.metadata import alpha_of
-from unbraid.weights import Read, numbers
+from unbraid.formats.blocks import Family, block_of
+from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, read_header
+from unbraid.formats.loaders import naming
+from unbraid.formats.metadata import alpha_of
+from unbraid.formats.weights import Read, numbers
 
 Matrix = NDArray[np.float32]
 

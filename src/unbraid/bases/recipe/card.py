@@ -89,7 +89,10 @@ def _hits(c: Tensor, s: Tensor, content: Tensor, style: Tensor, subject: int, lo
     subject_means = content[:, others, 0].mean(1)
     rest = [i for i in range(len(style)) if i != subject]
     style_means = torch.cat([style[rest, :, 0].mean(0), style[rest][:, :, 1:].mean((0, 1))])
-    nearest = [int((torch.nn.functional.normalize(means) @ one).argmax()) for means, one in ((subject_means, c), (style_means, s))]
+    nearest = [
+        int((torch.nn.functional.normalize(means) @ one).argmax())
+        for means, one in ((subject_means, c), (style_means, s))
+    ]
     return nearest[0] == subject, nearest[1] == look
 
 

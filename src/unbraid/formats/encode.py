@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unbraid.blocks import Family, to_ldm
 from unbraid.errors import UsageError
+from unbraid.formats.blocks import Family, to_ldm
+from unbraid.formats.metadata import kohya_metadata, peft_metadata
 from unbraid.lora import Lora
 from unbraid.lowrank import rescaled
-from unbraid.metadata import kohya_metadata, peft_metadata
 
 Dialect = Literal["kohya", "diffusers"]
 KOHYA_TEXT = {

@@ -8,8 +8,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from unbraid.blocks import Family, block_of
 from unbraid.errors import UsageError
+from unbraid.formats.blocks import Family, block_of
 
 
 def _names(ins: Iterable[int], outs: Iterable[int]) -> tuple[str, ...]:

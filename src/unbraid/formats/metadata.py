@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unbraid.blocks import Family
 from unbraid.errors import UsageError
+from unbraid.formats.blocks import Family
 
 BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1", "sd3": "sd3"}
 ARCHITECTURES = {

@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from unbraid.header import Header
-from unbraid.names import split_key
+from unbraid.formats.header import Header
+from unbraid.formats.names import split_key
 
 # dtype → the type of its bits, the bits of its exponent (all set: infinite or NaN)
 _BITS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF0 << 48)}

@@ -1,4 +1,4 @@
-"""The table of the docs: what each tool loads of the files that unbraid writes. `python -m unbraid.loader_table`
+"""The table of the docs: what each tool loads of the files that unbraid writes. `python -m unbraid.formats.loader_table`
 
 Tiny LoRAs on every module of each family are written and judged by `doctor`'s rules; nothing is asserted by hand.
 """
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from unbraid.blocks import Family
 from unbraid.doctor import judge
-from unbraid.encode import Dialect
 from unbraid.files import write
-from unbraid.fused import LAYOUT
-from unbraid.header import catalogue, read_header
-from unbraid.loaders import TOOLS, unet_modules
+from unbraid.formats.blocks import Family
+from unbraid.formats.encode import Dialect
+from unbraid.formats.fused import LAYOUT
+from unbraid.formats.header import catalogue, read_header
+from unbraid.formats.loaders import TOOLS, unet_modules
+from unbraid.formats.weights import alphas
 from unbraid.lora import Lora
-from unbraid.weights import alphas
 
 LAYERS = {"text_encoder": 12, "text_encoder_2": 32}  # CLIP-L, OpenCLIP bigG
 LEAVES = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")

@@ -11,9 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from unbraid.blocks import Family
 from unbraid.errors import UsageError
-from unbraid.names import KINDS, canonical, split_key
+from unbraid.formats.blocks import Family
+from unbraid.formats.names import KINDS, canonical, split_key
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 MAX_KEYS = 200_000

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from unbraid.blocks import from_ldm
+from unbraid.formats.blocks import from_ldm
 
 SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), part)
@@ -106,7 +106,7 @@ def canonical(module: str) -> str | None:
     """The diffusers path of a module that a file calls `module`, or None where it is not known.
 
     Fused Flux and SD3 modules keep their original names (`transformer.double_blocks.0.img_attn.qkv`):
-    `unbraid.fused` splits them. Both namings of SD1.5's and SDXL's UNets come out the same.
+    `unbraid.formats.fused` splits them. Both namings of SD1.5's and SDXL's UNets come out the same.
     """
     while module.startswith("base_model.model."):
         module = module[len("base_model.model.") :]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from unbraid.blocks import Family
+from unbraid.formats.blocks import Family
 
 Naming = str  # one of the second column of _NAMINGS, or "other"
 Style = str  # one of the second column of _STYLES, or "other"
