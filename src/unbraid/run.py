@@ -1,12 +1,10 @@
 """One run: a method on images, into one folder with run.toml, events.jsonl, previews, pictures and the LoRA files."""
 
-import base64
-import io
 import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from unbraid.base import BLOCKS, Base, Studies, load
 from unbraid.data import fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import write
+from unbraid.formats.metadata import card
 from unbraid.lora import Active, Adapters
 from unbraid.methods import METHODS
 from unbraid.sample import NEGATIVE, classifier_free, generate
@@ -142,14 +141,12 @@ def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str
 
 
 def _finish(ready: _Run, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]]) -> Iterator[Path]:
-    job, first = ready.job, next(iter(opened.values()))[0]
+    job = ready.job
     for stem, output in METHODS[job.method].outputs(job.settings).items():
         folded = ready.adapters.folded(output.adapter, output.gates)
         modules = {f"unet.{name}": lora for name, lora in folded.items()}
         path = job.out / f"{stem}.safetensors"
-        write(
-            path, modules, family=ready.base.family, metadata=_metadata(ready, stem, texts[output.prompt], texts, first)
-        )
+        write(path, modules, family=ready.base.family, metadata=_metadata(ready, stem, texts[output.prompt], texts))
         yield path
     losses = [event["loss"] for event in folder.read_events(job.out)]
     yield pictures.loss_plot(losses, job.out / "loss.png")
@@ -191,19 +188,12 @@ def _record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _metadata(ready: _Run, stem: str, prompt: str, texts: Mapping[str, str], image: Image.Image) -> dict[str, str]:
+def _metadata(ready: _Run, stem: str, prompt: str, texts: Mapping[str, str]) -> dict[str, str]:
     """What the file says of itself, in the keys that other tools read (ss_*, ModelSpec) and our own."""
-    job, small = ready.job, image.copy()
-    small.thumbnail((256, 256))
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=80)
-    title = f"{stem} of {texts['both']}"
+    job, (source, *_) = ready.job, next(iter(ready.job.images.values()))
     return {
-        "modelspec.title": title,
-        "modelspec.trigger_phrase": prompt,
-        "modelspec.tags": stem.capitalize(),
+        **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=source),
         "modelspec.date": datetime.now(UTC).date().isoformat(),
-        "modelspec.thumbnail": "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(),
         "ss_output_name": stem,
         "ss_sd_model_name": job.base,
         "ss_seed": str(job.seed),
