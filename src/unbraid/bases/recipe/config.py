@@ -24,7 +24,7 @@ class UNet:
     head: int = 32
     text: int = 96  # width of each of the two text encoders
     batch: int = 8  # per worker
-    steps: int = 9_000
+    steps: int = 6_200
     rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999
