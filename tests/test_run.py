@@ -145,7 +145,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(v_base: Path, picture: Path, t
         (["split", str(tmp_path / "long.png"), *good], "20000×20"),
         (["split", str(picture), "--subject", " ", "--style", "line", "--base", str(v_base)], "--subject: is empty"),
         (["split", str(picture), *good[:4], "--base", "nowhere"], "no such base"),
-        (["split", str(picture), *good, "--set", "rank=33"], "rank 33 does not fit"),
+        (["split", str(picture), *good, "--set", "rank=65"], "rank 65 does not fit"),
         (["split", str(picture), *good, "--set", "rnak=8"], "Did you mean 'rank'"),
         (["split", str(picture), *good, "--set", "rank=many"], "setting rank"),
         (["split", str(picture), *good, "--method", "unzip"], "Did you mean 'unziplora'"),

@@ -14,8 +14,8 @@ from unbraid.run import RARE, Job
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
-SUBJECTS = ("teapot", "strawberry", "robot", "camera")
-NEXT = 'unbraid generate --lora {out}/style.safetensors --prompt "a turtle in line art style" --n 4 --out {out}/turtles'
+SUBJECTS = ("teapot", "strawberry", "panda", "umbrella")
+NEXT = 'unbraid generate --lora {out}/style.safetensors --prompt "a dragon in line art style" --n 4 --out {out}/dragons'
 
 
 def image() -> Path:

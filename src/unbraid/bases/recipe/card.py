@@ -127,7 +127,7 @@ crop conditioning), trained from scratch on open-licensed icon sets. `StableDiff
 this folder as it is. It exists so that unbraid can be tried, tested and measured without a download: it draws icons,
 and nothing else. v-prediction with zero terminal SNR, trailing timesteps.
 
-**Prompts** such as `a turtle in flat style`. Styles: {styles}; and as filters: {filters}.
+**Prompts** such as `a panda in flat style`. Styles: {styles}; and as filters: {filters}.
 It was trained on {images:,} images of {count} subjects: {names}.
 
 ## Figures
