@@ -148,6 +148,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(v_base: Path, picture: Path, t
         (["split", str(picture), *good, "--set", "rank=65"], "rank 65 does not fit"),
         (["split", str(picture), *good, "--set", "rnak=8"], "Did you mean 'rank'"),
         (["split", str(picture), *good, "--set", "rank=many"], "setting rank"),
+        (["split", str(picture), *good, "--set", "words=1"], "'words' is not a setting of the method"),
         (["split", str(picture), *good, "--method", "unzip"], "Did you mean 'unziplora'"),
         (["split", str(picture), *good, "--resume"], "no run to resume"),
         (["split", str(picture), *good, "--out", str(tmp_path / "file")], "is a file"),

@@ -56,15 +56,7 @@ def split(
     """One image → content.safetensors and style.safetensors."""
     from unbraid.api import split_job
 
-    settings = parse_set(set_ or [])
-    options: dict[str, Any] = {
-        "out": out,
-        "base": base,
-        "seed": seed,
-        "previews": previews,
-        "config": config,
-        **settings,
-    }
+    options = _options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     job = split_job(image, subject=subject, style=style, method=method, **options)
     _run(job, resume, quiet)
 
@@ -86,15 +78,7 @@ def learn(
     """Images of one thing → lora.safetensors."""
     from unbraid.api import learn_job
 
-    settings = parse_set(set_ or [])
-    options: dict[str, Any] = {
-        "out": out,
-        "base": base,
-        "seed": seed,
-        "previews": previews,
-        "config": config,
-        **settings,
-    }
+    options = _options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     _run(learn_job(list(images), prompt=prompt, method=method, **options), resume, quiet)
 
 
@@ -180,6 +164,17 @@ def _uses(loras: list[str], prompts: list[str]) -> list[Any]:
             use = (Path(text), 1.0)
         uses.append(Use(*use, prompt=prompts[i] if prompts else None))
     return uses
+
+
+def _options(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
+    """What the training verbs have in common, with the settings of the method."""
+    settings = parse_set(pairs or [])
+    for key in settings:
+        if key in (*options, "method", "image", "images", "words", "subject", "style", "prompt"):
+            raise UsageError(
+                f"{key!r} is not a setting of the method", "--set", "It has an option of its own: see --help."
+            )
+    return {**options, **settings}
 
 
 def _run(job: Any, resume: bool, quiet: bool) -> None:
