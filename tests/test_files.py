@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from spelling import ATTN, DIALECTS, kohya, ldm, lora, same, save, some, spelled
+from spelling import ATTN, lora, same, save, some
 from torch import nn
 
 from unbraid.errors import UsageError
@@ -24,14 +24,19 @@ from unbraid.formats.header import catalogue, read_header
 from unbraid.formats.loaders import unet_modules
 from unbraid.formats.metadata import card, write_sidecar
 from unbraid.formats.names import canonical
+from unbraid.formats.spelling import DIALECTS, Spelling, kohya, ldm, spelled
 from unbraid.lora import Lora
 from unbraid.lowrank import delta
+
+
+def kohya_like(name: Callable[[str], str]) -> Spelling:
+    return Spelling(name, ".lora_down.weight", ".lora_up.weight", alpha=True)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_dialect_is_read(dialect: str, tmp_path: Path) -> None:
     modules = some()
-    file = read(save(tmp_path / "a.safetensors", spelled(modules, *DIALECTS[dialect])))
+    file = read(save(tmp_path / "a.safetensors", spelled(modules, DIALECTS[dialect])))
     assert same(modules, file.modules) < 1e-14
 
 
@@ -39,7 +44,7 @@ def test_every_dialect_is_read(dialect: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
 def test_every_dialect_is_converted_exactly(dialect: str, to: str, tmp_path: Path) -> None:
     modules = some()
-    source = save(tmp_path / "a.safetensors", spelled(modules, *DIALECTS[dialect]))
+    source = save(tmp_path / "a.safetensors", spelled(modules, DIALECTS[dialect]))
     convert(source, tmp_path / "b.safetensors", to)  # type: ignore[arg-type]
     assert same(modules, read(tmp_path / "b.safetensors").modules) < 1e-14
 
@@ -68,9 +73,7 @@ def test_tucker_convolutions_are_folded(tmp_path: Path) -> None:
 def test_alpha_of_peft_settings(tmp_path: Path) -> None:
     modules = {f"{ATTN}.to_q": lora(0), f"{ATTN}.to_k": lora(1)}
     settings_ = {"unet.r": 3, "unet.lora_alpha": 6, "unet.alpha_pattern": {"attn1.to_k": 1.5}, "unet.rank_pattern": {}}
-    tensors = spelled(
-        {n: Lora(o.down, o.up, 3.0) for n, o in modules.items()}, str, ".lora_A.weight", ".lora_B.weight", False
-    )
+    tensors = spelled({n: Lora(o.down, o.up, 3.0) for n, o in modules.items()}, DIALECTS["diffusers, PEFT"])
     path = save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(settings_)})
     assert {n[-1]: one.alpha for n, one in read(path).modules.items()} == {"q": 6.0, "k": 1.5}
     path = save(path, tensors, {"lora_adapter_metadata": json.dumps(settings_ | {"unet.use_rslora": True})})
@@ -222,7 +225,7 @@ class TestFlux:
 
 def test_mixed_names_are_read_and_written_in_one(tmp_path: Path) -> None:
     modules = some()
-    mixed = spelled(modules, lambda m: (ldm if "to_q" in m else kohya)(m), ".lora_down.weight", ".lora_up.weight", True)
+    mixed = spelled(modules, kohya_like(lambda m: (ldm if "to_q" in m else kohya)(m)))
     convert(save(tmp_path / "a.safetensors", mixed), tmp_path / "b.safetensors")
     assert same(modules, read(tmp_path / "b.safetensors").modules) < 1e-14
     assert not any("down_blocks" in key for key in load_file(tmp_path / "b.safetensors"))
@@ -230,7 +233,7 @@ def test_mixed_names_are_read_and_written_in_one(tmp_path: Path) -> None:
 
 def test_a_family_is_recognised(tmp_path: Path) -> None:
     def family(module: str, k: int, metadata: dict[str, str] | None = None, name: Callable[[str], str] = kohya) -> str:
-        tensors = spelled({module: lora(0, 4, k)}, name, ".lora_down.weight", ".lora_up.weight", True)
+        tensors = spelled({module: lora(0, 4, k)}, kohya_like(name))
         return read(save(tmp_path / "a.safetensors", tensors, metadata)).family
 
     deep = f"unet.mid_block.attentions.0.transformer_blocks.{{}}.attn2.to_{{}}"  # noqa: F541

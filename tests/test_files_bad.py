@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from spelling import ATTN, DIALECTS, lora, save, some, spelled
+from spelling import ATTN, lora, save, some
 
 from unbraid.errors import UsageError
 from unbraid.files import read, write
+from unbraid.formats.spelling import DIALECTS, spelled
 from unbraid.lora import Lora
 
 BAD: dict[str, Callable[[Path], object]] = {
@@ -18,7 +19,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "pickle inside": lambda p: torch.save({"a": torch.ones(2)}, p),
     "unknown keys": lambda p: save(p, {"lora_unet_what_is_this.lora_up.weight": torch.ones(2, 2)}),
     "a checkpoint": lambda p: save(p, {"model.diffusion_model.out.2.weight": torch.ones(2, 2)}),
-    "NaN": lambda p: save(p, spelled({f"{ATTN}.to_q": Lora(torch.full((1, 2), torch.nan), torch.ones(2, 1), 1.0)}, *DIALECTS["peft"])),
+    "NaN": lambda p: save(p, spelled({f"{ATTN}.to_q": Lora(torch.full((1, 2), torch.nan), torch.ones(2, 1), 1.0)}, DIALECTS["diffusers, PEFT"])),
     "half a pair": lambda p: save(p, {f"{ATTN}.to_q.lora_A.weight": torch.ones(2, 2)}),
     "shapes": lambda p: save(p, {f"{ATTN}.to_q.lora_A.weight": torch.ones(2, 2), f"{ATTN}.to_q.lora_B.weight": torch.ones(2, 3)}),
     "integers": lambda p: save(p, {f"{ATTN}.to_q.lora_A.weight": torch.ones(2, 2, dtype=torch.int8), f"{ATTN}.to_q.lora_B.weight": torch.ones(2, 2)}),
@@ -28,7 +29,7 @@ BAD: dict[str, Callable[[Path], object]] = {
     "twice": lambda p: save(p, {f"{n}.lora_up.weight": torch.ones(2, 2) for n in ("lora_unet_middle_block_1_proj_in", "lora_unet_mid_block_attentions_0_proj_in")}),
     "a folder": lambda p: p.mkdir(),
     "a broken link": lambda p: p.symlink_to("nowhere"),
-    "settings": lambda p: save(p, spelled({f"{ATTN}.to_q": lora(0)}, *DIALECTS["peft"]), {"lora_adapter_metadata": "{"}),
+    "settings": lambda p: save(p, spelled({f"{ATTN}.to_q": lora(0)}, DIALECTS["diffusers, PEFT"]), {"lora_adapter_metadata": "{"}),
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The recipe of the embedded base, at a tiny size: what it holds out, what it says, and that a kill costs nothing."""
 
+import copy
 import random
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from unbraid.bases.recipe import captions, config, filters, model, subjects, unet, vae
+from unbraid.bases.recipe import captions, config, filters, model, parallel, subjects, unet, vae
 
 TINY = config.Config(
     32,
@@ -66,57 +66,88 @@ def test_zero_terminal_snr() -> None:
     assert levels[-1] < 1e-6 and (levels.diff() < 0).all()
 
 
-def run_unet(work: Path, tokenizer: CLIPTokenizer, workers: int = 1, batch: int = 2) -> dict[str, torch.Tensor]:
+def data() -> unet.Data:
+    latents = torch.randn(3, 4, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return unet.Data(latents, ("dog", "cat", "teapot"), 32)
+
+
+def art() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (3, 4, 32, 32, 3), np.uint8)
+
+
+def run(stage: str, work: Path, tokenizer: CLIPTokenizer) -> dict[str, torch.Tensor]:
     work.mkdir(exist_ok=True)
-    settings = replace(TINY, unet=replace(TINY.unet, batch=batch))
-    data = unet.Data(
-        torch.randn(3, 4, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ("dog", "cat", "teapot"), 32
-    )
-    state = unet.start_state(settings, tokenizer, work, workers, torch.device("cpu"))
-    barrier = threading.Barrier(workers)
-    arguments = (barrier, state, data, settings, work, tokenizer)
-    others = [threading.Thread(target=unet.train, args=(rank, *arguments)) for rank in range(1, workers)]
-    for thread in others:
-        thread.start()
-    unet.train(0, *arguments)
-    for thread in others:
-        thread.join()
-    return load_file(work / "unet.safetensors")
+    if stage == "unet":
+        unet.train(data(), TINY, work, tokenizer, 1, torch.device("cpu"))
+    else:
+        vae.train(art(), TINY, work, 1, torch.device("cpu"))
+    return load_file(work / f"{stage}.safetensors")
 
 
-def test_killed_unet_training_ends_the_same(
-    tokenizer: CLIPTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_a_killed_training_ends_the_same(
+    stage: str, tokenizer: CLIPTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_unet(tmp_path / "whole", tokenizer)
-    assert whole["step"] == 6 and not torch.equal(whole["weights"], whole["ema"])
-    monkeypatch.setattr(unet, "SAVE_EVERY", 2)
-    real_draw = unet.draw
+    whole = run(stage, tmp_path / "whole", tokenizer)
+    assert (
+        whole["step"] == 6
+        and whole["seen"] == {"vae": 21, "unet": 12}[stage]
+        and not torch.equal(whole["weights"], whole["ema"])
+    )
+    monkeypatch.setattr(parallel, "SAVE_EVERY", 2)
+    module, name = (unet, "draw") if stage == "unet" else (vae, "batch")
+    real = getattr(module, name)
 
-    def killed(data: unet.Data, count: int, seed: int, *rest: object) -> unet.Batch:
-        if seed == 3:
+    def killed(*arguments: object) -> object:
+        if arguments[2 if stage == "unet" else 3] == 3:  # the seed of step 3
             raise KeyboardInterrupt
-        return real_draw(data, count, seed, *rest)  # type: ignore[arg-type]
+        return real(*arguments)
 
-    monkeypatch.setattr(unet, "draw", killed)
+    monkeypatch.setattr(module, name, killed)
     with pytest.raises(KeyboardInterrupt):
-        run_unet(tmp_path / "cut", tokenizer)
-    assert load_file(tmp_path / "cut" / "unet.safetensors")["step"] == 2
-    monkeypatch.setattr(unet, "draw", real_draw)
-    again = run_unet(tmp_path / "cut", tokenizer)
+        run(stage, tmp_path / "cut", tokenizer)
+    assert load_file(tmp_path / "cut" / f"{stage}.safetensors")["step"] == 2
+    monkeypatch.setattr(module, name, real)
+    again = run(stage, tmp_path / "cut", tokenizer)
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
-def test_workers_share_the_work(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    """Two workers with one picture each take the step of the mean of their gradients, in shared weights."""
-    two = run_unet(tmp_path / "two", tokenizer, workers=2, batch=1)
-    assert two["step"] == 6 and torch.isfinite(two["weights"]).all() and two["exp_avg_sq"].min() >= 0
-    moved = (two["exp_avg"] != 0).float().mean()
-    assert moved > 0.9, "both halves of the weights must have been stepped"
+def test_workers_share_the_work(tmp_path: Path) -> None:
+    """Two workers with one example each take the step of the mean of their gradients, in shared weights."""
+    schedule = parallel.Schedule("toy", steps=5, rate=0.1, warmup=1, ema=0.9, muon=0.1)
+    torch.manual_seed(0)
+    start = torch.nn.ModuleDict(
+        {"a": torch.nn.Conv2d(3, 4, 3), "b": torch.nn.Conv2d(4, 2, 1), "c": torch.nn.Linear(2, 2)}
+    )
+    examples = torch.randn(10, 3, 3, 3)
+
+    def trained(workers: int) -> torch.Tensor:
+        state = parallel.start_state(start, tmp_path / "none", workers, torch.device("cpu"))
+        barrier = threading.Barrier(workers, timeout=20)
+
+        def work(rank: int) -> None:
+            own = copy.deepcopy(start)
+
+            def loss(step: int, seed: int) -> tuple[torch.Tensor, int]:
+                x = examples[2 * step : 2 * step + 2] if workers == 1 else examples[seed, None]
+                return own["c"](own["b"](own["a"](x)).flatten(1)).square().mean(), len(x)
+
+            parallel.train(rank, barrier, state, own, loss, schedule, tmp_path / f"{workers}.safetensors")
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert state["seen"] == 10
+        return state["weights"]
+
+    torch.testing.assert_close(trained(2), trained(1), rtol=1e-3, atol=1e-5)  # Newton-Schulz magnifies rounding
 
 
-def test_the_vae_trains_and_resumes(tmp_path: Path) -> None:
-    art = np.random.default_rng(0).integers(0, 255, (3, 4, 32, 32, 3), np.uint8)
-    first = vae.train(art, TINY, tmp_path, torch.device("cpu"))
-    again = vae.train(art, TINY, tmp_path, torch.device("cpu"))
-    pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs), "a finished stage is not run again"
+def test_muon_steps_are_near_orthogonal() -> None:
+    for shape in ((8, 20), (20, 8)):
+        values = torch.linalg.svdvals(
+            parallel.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        )
+        assert values.min() > 0.6 and values.max() < 1.3

@@ -1,22 +1,26 @@
-"""The table of the docs: what each tool loads of the files that unbraid writes. `python -m unbraid.formats.loader_table`
+"""The tables of the docs: what each tool loads of the files that unbraid writes. `python -m unbraid.formats.loader_table`
 
 Tiny LoRAs on every module of each family are written and judged by `doctor`'s rules; nothing is asserted by hand.
 """
 
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from unbraid.doctor import judge
+from unbraid.file_tools import convert
 from unbraid.files import write
 from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect
 from unbraid.formats.fused import LAYOUT
 from unbraid.formats.header import catalogue, read_header
 from unbraid.formats.loaders import TOOLS, unet_modules
+from unbraid.formats.spelling import DIALECTS, dense, spelled
 from unbraid.formats.weights import alphas
 from unbraid.lora import Lora
 
@@ -26,10 +30,10 @@ LEAVES = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "
 
 @dataclass(frozen=True)
 class Row:
-    """A family and a dialect: tool → what it loads (`yes, 794`, `234 of 794`, `no`, `?` where nothing is known)."""
+    """A family and a dialect: tool → what it loads (`yes`, `234 of 794`, `no`, `?` where nothing is known)."""
 
     family: Family
-    dialect: Dialect
+    dialect: str
     modules: int
     tools: dict[str, str]
 
@@ -66,11 +70,27 @@ def written() -> Iterator[Row]:
                 yield Row(family, dialect, len(modules), _verdicts(path, family))
 
 
-def markdown() -> str:
-    """The table, as Markdown."""
-    lines = ["| family | dialect | modules | " + " | ".join(tool.name for tool in TOOLS.values()) + " |"]
+def mended() -> Iterator[Row]:
+    """Every SDXL dialect that is read, converted to what unbraid writes unless told otherwise."""
+    modules = {name: _lora(name, "sdxl") for name in names("sdxl")}
+    files = {
+        name: spelled({module: one for module, one in modules.items() if re.search(spelling.only, module)}, spelling)
+        for name, spelling in DIALECTS.items()
+    }
+    files["dense; ziplora-pytorch"] = dense({name: one for name, one in modules.items() if name.startswith("unet.")})
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = Path(folder) / "in.safetensors", Path(folder) / "out.safetensors"
+        for name, tensors in files.items():
+            save_file(tensors, source)
+            done = convert(source, path)
+            yield Row("sdxl", name, done.modules, _verdicts(path, "sdxl"))
+
+
+def markdown(rows: Iterable[Row], what: str) -> str:
+    """A table, as Markdown; `what` heads the column of dialects."""
+    lines = [f"| family | {what} | modules | " + " | ".join(tool.name for tool in TOOLS.values()) + " |"]
     lines.append("|---" * (3 + len(TOOLS)) + "|")
-    for row in written():
+    for row in rows:
         lines.append(f"| {row.family} | {row.dialect} | {row.modules} | " + " | ".join(row.tools.values()) + " |")
     return "\n".join(lines)
 
@@ -99,4 +119,6 @@ def _verdicts(path: Path, family: Family) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(markdown())
+    print(markdown(mended(), "read"))
+    print()
+    print(markdown(written(), "written"))

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 import typer
 from transformers import CLIPTokenizer
 
@@ -31,10 +30,12 @@ def make(work: Work, preset: Preset = "cpu", workers: int = CPU_WORKERS) -> None
     pictures, names = art.rasterise(work, config.size)
     captions.train_tokenizer(names, work / "tokenizer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = vae.train(_pick(pictures, names, subjects.trained(names, None)), config, work, device)
+    workers = workers if device.type == "cpu" else 1
+    autoencoder = vae.train(_pick(pictures, names, subjects.trained(names, None)), config, work, workers, device)
     chosen = subjects.trained(names, config.unet.subjects)
-    cached, _ = latents.encode(autoencoder.eval(), _pick(pictures, names, chosen), work)
-    _train(unet.Data(cached, chosen, config.size), preset, work, 1 if device.type == "cuda" else workers, device)
+    cached, _ = latents.encode(autoencoder, _pick(pictures, names, chosen), work)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    unet.train(unet.Data(cached, chosen, config.size), config, work, tokenizer, workers, device)
     save(work, preset)
 
 
@@ -93,18 +94,6 @@ def judge_figures(base: Annotated[Path, typer.Option(help="Diffusers folder whos
 def _pick(pictures: np.ndarray, names: tuple[str, ...], chosen: tuple[str, ...]) -> np.ndarray:
     index = {name: i for i, name in enumerate(names)}
     return pictures[[index[name] for name in chosen], : len(subjects.TRAIN_SETS)]
-
-
-def _train(data: unet.Data, preset: str, work: Path, workers: int, device: torch.device) -> None:
-    config = PRESETS[preset]
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    state = unet.start_state(config, tokenizer, work, workers, device)
-    if workers == 1:
-        unet.train(0, mp.get_context("spawn").Barrier(1), state, data, config, work, tokenizer)
-        return
-    data.latents.share_memory_()
-    barrier = mp.get_context("spawn").Barrier(workers)
-    mp.spawn(unet.train, (barrier, state, data, config, work, tokenizer), nprocs=workers)  # type: ignore[attr-defined]
 
 
 app()

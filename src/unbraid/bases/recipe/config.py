@@ -9,11 +9,14 @@ SIZE_IDS = 32  # sinusoidal width of each of SDXL's six size and crop numbers
 @dataclass(frozen=True)
 class Vae:
     channels: tuple[int, ...] = (16, 48, 96, 128)  # four levels: 8× downsampling
-    latent: int = 16  # channels; at 8× and 64 px, four of them would keep too little
-    crop: int = 32  # trained on crops: the network is convolutional, and crops are 4× cheaper
-    batch: int = 64
-    steps: int = 1400
-    rate: float = 1.5e-3
+    latent: int = 32  # channels; at 8× and 64 px, four of them would keep too little
+    crop: int = 32  # trained on crops first: the network is convolutional, and crops are 4× cheaper
+    whole: float = 0.3  # share of the steps, the last ones, on whole pictures: crops are mostly borders
+    batch: int = 12  # crops per worker
+    steps: int = 7_000
+    rate: float = 1e-3
+    muon: float = 0.02  # AdamW alone is far slower here (docs/LOG.md)
+    ema: float = 0.998
     kl: float = 1e-6
 
 
@@ -24,7 +27,7 @@ class UNet:
     head: int = 32
     text: int = 96  # width of each of the two text encoders
     batch: int = 8  # per worker
-    steps: int = 6_200
+    steps: int = 10_000
     rate: float = 1e-3
     warmup: int = 200
     ema: float = 0.999

@@ -31,7 +31,7 @@ def _ramp(value: Tensor, *colours: str) -> Tensor:
     return out
 
 
-def _edges(x: Tensor) -> Tensor:
+def edges(x: Tensor) -> Tensor:
     """Strength of edges, 0..1, `[n, 1, h, w]`: the largest difference to the neighbours of any channel."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     high = F.max_pool2d(padded, 3, 1)
@@ -52,7 +52,7 @@ def pastel(x: Tensor) -> Tensor:
 
 
 def blueprint(x: Tensor) -> Tensor:
-    return _ramp(_edges(x), "14408c", "f4f8ff")
+    return _ramp(edges(x), "14408c", "f4f8ff")
 
 
 def risograph(x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def blurred(x: Tensor) -> Tensor:
 
 
 def comic(x: Tensor) -> Tensor:
-    return (x * 4).round() / 4 * (1 - _edges(x))
+    return (x * 4).round() / 4 * (1 - edges(x))
 
 
 def noir(x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def noir(x: Tensor) -> Tensor:
 
 
 def neon(x: Tensor) -> Tensor:
-    return _edges(x) * (0.25 + 0.75 * (x / x.amax(1, keepdim=True).clamp(min=0.05)))
+    return edges(x) * (0.25 + 0.75 * (x / x.amax(1, keepdim=True).clamp(min=0.05)))
 
 
 def emboss(x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def emboss(x: Tensor) -> Tensor:
 
 
 def pencil(x: Tensor) -> Tensor:
-    return (1 - 0.75 * _edges(x)).expand(-1, 3, -1, -1)
+    return (1 - 0.75 * edges(x)).expand(-1, 3, -1, -1)
 
 
 def thermal(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Stage 3: the autoencoder. Trained on crops of real icons under random filters."""
+"""Stage 3: the autoencoder. Trained on crops, then whole pictures, of real icons under random filters, inks and tints."""
 
-import math
-import time
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from unbraid.bases.recipe import checkpoint
+from unbraid.bases.recipe import parallel
 from unbraid.bases.recipe.config import Config
-from unbraid.bases.recipe.filters import TRAIN_FILTERS
+from unbraid.bases.recipe.filters import TRAIN_FILTERS, edges
+
+FILE = "vae.safetensors"
 
 
 def build(config: Config) -> AutoencoderKL:
@@ -27,67 +28,71 @@ def build(config: Config) -> AutoencoderKL:
         "norm_num_groups": 8,
         "sample_size": config.size,
         "force_upcast": False,
+        "mid_block_add_attention": False,
     }
     return AutoencoderKL(**settings)
 
 
-def train(art: np.ndarray, config: Config, work: Path, device: torch.device) -> AutoencoderKL:
+def train(art: np.ndarray, config: Config, work: Path, workers: int, device: torch.device) -> AutoencoderKL:
     """`art`: uint8 `[subject, style, size, size, 3]` of trained subjects in trained styles only."""
-    settings, torch_rng = config.vae, torch.Generator().manual_seed(0)
+    saved = work / FILE
     torch.manual_seed(0)
     model = build(config)
-    model.to(device)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=0.0)
-    saved = work / "vae.safetensors"
-    start = checkpoint.load(saved, {"vae": model}, optimizer, torch_rng)
-    flat = art.reshape(-1, *art.shape[2:])
-    last_save = began = time.monotonic()
-    for step in range(start, settings.steps):
-        batch = _batch(flat, settings.batch, settings.crop, torch_rng).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * min(1, step / 50) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
-        posterior = model.encode(batch).latent_dist  # type: ignore[union-attr]
-        mean, std = posterior.mean, posterior.std
-        noise = torch.randn(mean.shape, generator=torch_rng).to(device)
-        out = model.decode(mean + std * noise).sample  # type: ignore[union-attr]
-        loss = _distance(out, batch) + settings.kl * posterior.kl().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            rate = (step - start + 1) / (time.monotonic() - began)
-            left = (settings.steps - step) / rate / 60
-            print(
-                f"vae {step}/{settings.steps} loss {loss.item():.4f} {rate:.2f} steps/s, {left:.0f} min left",
-                flush=True,
-            )
-        if time.monotonic() - last_save > 120 or step == settings.steps - 1:
-            checkpoint.save(saved, step + 1, {"vae": model}, optimizer, torch_rng)
-            last_save = time.monotonic()
-    return model
+    state = parallel.start_state(model, saved, workers, device)
+    pictures = torch.from_numpy(np.array(art)).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
+    parallel.spawn(worker, state, pictures.share_memory_(), config, saved)
+    return parallel.smoothed(build(config), saved)[0].to(device)
 
 
-def _distance(out: Tensor, real: Tensor) -> Tensor:
+def worker(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, config: Config, saved: Path) -> None:
+    settings, device = config.vae, state["weights"].device
+    model: Any = build(config).to(device)  # type: ignore[arg-type]
+
+    def loss(step: int, seed: int) -> tuple[Tensor, int]:
+        whole = step >= settings.steps * (1 - settings.whole)
+        crop = config.size if whole else settings.crop
+        count = max(1, settings.batch * settings.crop**2 // crop**2)
+        real = batch(pictures, count, crop, seed).to(device)
+        posterior = model.encode(real).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        out = model.decode(posterior.mean + posterior.std * noise).sample
+        return distance(out, real) + settings.kl * posterior.kl().mean(), count
+
+    schedule = parallel.Schedule("vae", settings.steps, settings.rate, 50, settings.ema, settings.muon)
+    parallel.train(rank, barrier, state, model, loss, schedule, saved)
+
+
+def distance(out: Tensor, real: Tensor) -> Tensor:
     """Mean absolute plus squared error, at full and at half size: sharp edges, right areas."""
     half = F.avg_pool2d(out - real, 2)
     return (out - real).abs().mean() + 2 * (out - real).square().mean() + half.abs().mean()
 
 
-def _batch(flat: np.ndarray, count: int, crop: int, rng: torch.Generator) -> Tensor:
-    """Random crops in -1..1, half of them under a random filter."""
-    size = flat.shape[1]
-    which = torch.randint(len(flat), (count,), generator=rng).tolist()
-    corners = torch.randint(size - crop + 1, (count, 2), generator=rng).tolist()
-    chosen = torch.randint(2 * len(TRAIN_FILTERS), (count,), generator=rng).tolist()
-    filters = list(TRAIN_FILTERS.values())
-    pictures = []
-    for index, (top, left), choice in zip(which, corners, chosen, strict=True):
-        picture = torch.from_numpy(np.array(flat[index])).permute(2, 0, 1)[None].float() / 255
-        if choice < len(filters):
-            picture = filters[choice](picture)
-        pictures.append(picture[..., top : top + crop, left : left + crop])
-    return torch.cat(pictures) * 2 - 1
+def batch(pictures: Tensor, count: int, crop: int, seed: int) -> Tensor:
+    """Random crops `[count, 3, crop, crop]` in -1..1 of uint8 `pictures [n, 3, h, w]`."""
+    rng, size, crops = random.Random(seed), pictures.shape[-1], []
+    for _ in range(count):
+        x = _varied(pictures[rng.randrange(len(pictures)), None].float() / 255, rng)
+        top, left = rng.randrange(size - crop + 1), rng.randrange(size - crop + 1)
+        crops.append(x[..., top : top + crop, left : left + crop])
+    return torch.cat(crops) * 2 - 1
+
+
+def _varied(x: Tensor, rng: random.Random) -> Tensor:
+    """A third under a filter, a quarter inked along its edges, a fifth in other colours: the autoencoder must keep
+    pictures that no training set has."""
+    kind = rng.random()
+    if kind < 0.35:
+        return rng.choice(list(TRAIN_FILTERS.values()))(x).expand_as(x)
+    if kind < 0.6:
+        ink = edges(x) > rng.uniform(0.1, 0.6)
+        if rng.random() < 0.5:
+            x = (x - 0.5) * rng.uniform(0, 1.5) + rng.uniform(0.3, 1)
+        return torch.where(ink, 0, x).clamp(0, 1)
+    if kind < 0.8:
+        x = x[:, rng.sample(range(3), 3)]
+        return ((x - 0.5) * rng.uniform(0.5, 3) + 0.5).clamp(0, 1)
+    return x
 
 
 @torch.no_grad()

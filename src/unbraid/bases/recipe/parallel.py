@@ -1,0 +1,208 @@
+"""Training whose weights several processes share: the two long stages, autoencoder and UNet.
+
+On a CPU the work is spread over single-threaded processes (two threads of one process disturb each
+other whenever the machine does anything else); on a GPU it is one process. Both run this code. Batches
+are a function of (step, worker), so a killed run goes on exactly where it was.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SAVE_EVERY = 500  # steps
+KEPT = ("weights", "ema", "exp_avg", "exp_avg_sq", "step", "seen")  # seen: examples so far
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What one training is told: its length, its rates, how its progress is named."""
+
+    name: str
+    steps: int
+    rate: float  # of AdamW
+    warmup: int
+    ema: float
+    muon: float | None = None  # rate of Muon for the inner convolutions, if they use it
+
+
+def start_state(module: nn.Module, saved: Path, workers: int, device: torch.device) -> State:
+    """Fresh or resumed training state as flat vectors, shared between workers when on the CPU."""
+    if saved.exists():
+        state = load_file(saved)
+    else:
+        weights = _flat(module)
+        zero = torch.zeros_like(weights)
+        state = {
+            "weights": weights,
+            "ema": weights.clone(),
+            "exp_avg": zero,
+            "exp_avg_sq": zero.clone(),
+            "step": torch.zeros(1),
+            "seen": torch.zeros(1),
+        }
+    state["grads"] = torch.zeros(workers, len(state["weights"]))
+    state["norms"] = torch.zeros(workers)
+    if device.type == "cpu":
+        return {key: value.share_memory_() for key, value in state.items()}
+    return {key: value.to(device) for key, value in state.items()}
+
+
+def spawn(worker: Callable[..., None], state: State, *arguments: Any) -> None:
+    """Run `worker(rank, barrier, state, *arguments)` in as many processes as `state` has room for."""
+    workers = len(state["grads"])
+    barrier = mp.get_context("spawn").Barrier(workers)
+    if workers == 1:
+        worker(0, barrier, state, *arguments)
+    else:
+        mp.spawn(worker, (barrier, state, *arguments), nprocs=workers)  # type: ignore[attr-defined]
+
+
+def train(
+    rank: int,
+    barrier: Any,
+    state: State,
+    module: nn.Module,
+    loss: Callable[[int, int], tuple[Tensor, int]],
+    schedule: Schedule,
+    saved: Path,
+) -> None:
+    """One worker's part: `loss(step, seed)` gives a loss and how many examples it is the mean of.
+
+    Gradients are averaged over workers and clipped to norm 1; each worker then steps its own share of the parameters."""
+    workers = len(state["grads"])
+    if state["weights"].device.type == "cpu":
+        torch.set_num_threads(1)
+    share = _Share(rank, state, module, schedule)
+    start = int(state["step"].item())
+    began, recent = time.monotonic(), deque[Tensor](maxlen=100)
+    for step in range(start, schedule.steps):
+        value, count = loss(step, step * workers + rank)
+        value.backward()
+        barrier.wait()  # all gradients are there
+        share.take()
+        barrier.wait()  # all have read them
+        norm = state["norms"].sum().sqrt()
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{schedule.name}: gradient norm {norm} at step {step}: lower the rate and resume")
+        share.step(step, (1 / norm).clamp(max=1))
+        barrier.wait()  # all weights are new
+        recent.append(value.detach())
+        if rank:
+            continue
+        state["step"].fill_(step + 1)
+        state["seen"] += count * workers
+        if (step + 1) % 100 == 0:
+            speed = (step + 1 - start) / (time.monotonic() - began)
+            mean = torch.stack(list(recent)).mean().item()
+            left = (schedule.steps - step) / speed / 60
+            print(
+                f"{schedule.name} {step + 1}/{schedule.steps} loss {mean:.4f} "
+                f"{speed * count * workers:.0f} images/s {left:.0f} min left",
+                flush=True,
+            )
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == schedule.steps:
+            part = saved.with_suffix(".part")
+            save_file({key: state[key] for key in KEPT}, part)
+            part.replace(saved)
+
+
+def smoothed(module: nn.Module, saved: Path) -> tuple[Any, int]:
+    """`module` with the averaged weights of the latest checkpoint, which are what ships, and how many examples it has seen."""
+    state = load_file(saved)
+    _view(module, state["ema"])
+    return module.eval().requires_grad_(False), int(state["seen"].item())
+
+
+class _Share:
+    """The parameters that one worker steps: a contiguous run of them, about equally many weights for each."""
+
+    def __init__(self, rank: int, state: State, module: nn.Module, schedule: Schedule) -> None:
+        workers, size = len(state["grads"]), len(state["weights"])
+        self.rank, self.state, self.schedule = rank, state, schedule
+        _view(module, state["weights"], state["grads"][rank])
+        mine: list[tuple[str, nn.Parameter, slice]] = []
+        offset = 0
+        for name, p in module.named_parameters():
+            if offset * workers // size == rank:
+                mine.append((name, p, slice(offset, offset + p.numel())))
+            offset += p.numel()
+        self.span = slice(mine[0][2].start, mine[-1][2].stop)
+        self.own = [nn.Parameter(p.data) for _, p, _ in mine]
+        inner = [schedule.muon is not None and is_inner(name, p) for name, p, _ in mine]
+        rest = [p for p, is_one in zip(self.own, inner, strict=True) if not is_one]
+        self.adam = torch.optim.AdamW(
+            [{"params": rest}], lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        self.muon: list[tuple[nn.Parameter, Tensor]] = []
+        for (_, _, where), p, is_one in zip(mine, self.own, inner, strict=True):
+            first, second = (state[key][where].view_as(p) for key in ("exp_avg", "exp_avg_sq"))
+            if is_one:
+                self.muon.append((p, first))
+            else:
+                step = torch.tensor(float(state["step"].item()), device=p.device)
+                self.adam.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+
+    def take(self) -> None:
+        """The mean of all workers' gradients, and its part of the squared norm."""
+        mean = self.state["grads"][:, self.span].mean(0)
+        self.state["norms"][self.rank] = mean.square().sum()
+        for p, grad in zip(self.own, mean.split([p.numel() for p in self.own]), strict=True):
+            p.grad = grad.view_as(p)
+
+    @torch.no_grad()
+    def step(self, step: int, clip: Tensor) -> None:
+        schedule = self.schedule
+        self.state["grads"][self.rank].zero_()
+        torch._foreach_mul_([p.grad for p in self.own], clip)  # type: ignore[arg-type]
+        now = min((step + 1) / schedule.warmup, 1 - step / schedule.steps)
+        self.adam.param_groups[0]["lr"] = schedule.rate * now
+        self.adam.step()
+        for p, momentum in self.muon:
+            assert p.grad is not None and schedule.muon is not None
+            momentum.lerp_(p.grad, 0.1)
+            update = orthogonal(p.grad.lerp(momentum, 0.9).flatten(1))
+            tall = max(1, update.shape[0] / update.shape[1]) ** 0.5
+            p.add_(update.view_as(p), alpha=-schedule.muon * now * tall)
+        keep = min(schedule.ema, (1 + step) / (10 + step))
+        self.state["ema"][self.span].lerp_(self.state["weights"][self.span], 1 - keep)
+
+
+def is_inner(name: str, p: Tensor) -> bool:
+    """Convolutions between hidden layers, which Muon is for; the first and last ones keep to AdamW."""
+    return p.ndim == 4 and not any(part in name for part in ("conv_in", "conv_out", "quant"))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrix, by five quintic Newton-Schulz steps (Muon, K. Jordan 2024).
+
+    torch.optim.Muon does this for matrices only; convolutions are flattened to `[out, in·h·w]` here."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def _flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def _view(module: nn.Module, weights: Tensor, grads: Tensor | None = None) -> None:
+    """Make every parameter (and gradient) a view of one vector."""
+    offset = 0
+    for p in module.parameters():
+        span = slice(offset, offset + p.numel())
+        p.data = weights[span].view_as(p)
+        if grads is not None:
+            p.grad = grads[span].view_as(p)
+        offset += p.numel()
