@@ -1,5 +1,6 @@
 """Every dialect in, two out: read, write, read again; and diffusers loads what we write to the same effect."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +251,11 @@ def test_reading_keeps_the_metadata(tmp_path: Path) -> None:
     file = read(tmp_path / "a.safetensors")
     assert isinstance(file, LoraFile) and file.metadata["note"] == "hello" and file.family == "sd15"
     assert not catalogue(read_header(tmp_path / "a.safetensors")).unknown
+
+
+def test_the_header_has_the_hash_of_the_tensors(tmp_path: Path) -> None:
+    """As webui's additional networks count it: everything behind the header."""
+    write(tmp_path / "a.safetensors", some(torch.float32), family="sdxl")
+    raw, metadata = (tmp_path / "a.safetensors").read_bytes(), read(tmp_path / "a.safetensors").metadata
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    assert metadata["sshs_model_hash"] == digest and metadata["modelspec.hash_sha256"] == f"0x{digest}"

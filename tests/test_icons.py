@@ -52,8 +52,10 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
 def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:
     """On the committed 100 of the 156 held-out subjects; the card's figures are over all."""
     said, pictures = json.loads((ICONS / "figures.json").read_text()), held_out_art().values[::3]
-    for i, name in enumerate(SETS):
-        assert psnr(base.vae, pictures[:, i]) == pytest.approx(said[f"psnr {name}"], abs=1.0)
+    measured = [psnr(base.vae, pictures[:, i]) for i in range(len(SETS))]
+    for name, value in zip(SETS, measured, strict=True):
+        assert value == pytest.approx(said[f"psnr {name}"], abs=1.0)
+    assert np.mean(measured) >= 26
 
 
 def top1(embedded: torch.Tensor, truth: torch.Tensor) -> float:
@@ -76,7 +78,7 @@ def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
 
 
 def test_it_draws_in_the_style_that_it_is_asked_for(base: Base) -> None:
-    """Filter styles, by chance 0.25. The four art styles differ in details that its autoencoder does not keep yet."""
+    """Filter styles, by chance 0.25. The four art styles it tells apart only half of the time yet (its card)."""
     judge, plain = load_judge(), known_art().values[:, 0]
     names = ("sepia", "night", "pastel", "blueprint")
     truth = torch.stack([judge.embed(TRAIN_FILTERS[name](plain).expand_as(plain))[1].mean(0) for name in names])

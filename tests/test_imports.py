@@ -1,4 +1,4 @@
-"""Imports go one way: errors ← lora ← {optim, files, merge} ← train ← {base, data, sample} ← methods ← run ← {cli, studio, bench}."""
+"""Imports go one way: errors ← lora ← {files, merge, adapters} ← optim ← train ← {base, data, sample} ← methods ← run ← {cli, studio, bench}."""
 
 import ast
 from pathlib import Path
@@ -10,27 +10,32 @@ LEVELS = {
     "errors": 0,
     "lora": 1,
     "folder": 1,
-    "optim": 2,
+    "adapters": 2,
+    "optim": 3,
     "files": 2,
     "pictures": 2,
-    "train": 3,
-    "base": 4,
-    "data": 4,
-    "sample": 5,
-    "render": 6,
-    "methods": 6,
-    "settings": 7,
-    "run": 8,
-    "api": 9,
-    "demo": 10,
-    "explain": 10,
-    "cli_files": 10,
-    "cli": 11,
-    "bases": 10,
-    "bench": 11,
-    "making": 12,
+    "mergers": 3,
+    "merger_plot": 3,
+    "train": 4,
+    "base": 5,
+    "data": 5,
+    "sample": 6,
+    "render": 7,
+    "methods": 7,
+    "settings": 8,
+    "job": 9,
+    "run": 10,
+    "api": 11,
+    "demo": 12,
+    "explain": 12,
+    "cli_files": 12,
+    "cli_run": 12,
+    "cli": 13,
+    "bases": 12,
+    "bench": 13,
+    "making": 14,
 }
-TORCH_ALONE = ("lora", "optim", "merge", "train")
+TORCH_ALONE = ("lora", "adapters", "optim", "merge", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

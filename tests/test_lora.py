@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
-from unbraid.lora import Active, Adapters, Factors
+from unbraid.lora import Active, Factors
 
 D, K, R, N = 6, 5, 3, 4
 

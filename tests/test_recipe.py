@@ -15,7 +15,7 @@ from unbraid.bases.recipe import captions, config, filters, model, parallel, sub
 
 TINY = config.Config(
     32,
-    config.Vae((8, 16, 16), latent=4, crop=16, batch=4, steps=6),
+    config.Vae((8, 16, 16), latent=4, crop=16, batch=4, steps=6, hardening=4),
     config.UNet((32, 64, 64), text=32, batch=2, steps=6, warmup=2),
 )
 
@@ -110,6 +110,16 @@ def test_a_killed_training_ends_the_same(
     monkeypatch.setattr(module, name, real)
     again = run(stage, tmp_path / "cut", tokenizer)
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
+
+
+def test_hardening_changes_the_decoder_alone(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    before = vae.train(art(), TINY, tmp_path, 1, device)
+    vae.harden(art(), TINY, tmp_path, 1, device)
+    after, x = vae.load(TINY, tmp_path), torch.rand(1, 3, 32, 32)
+    first, second = (model.encode(x).latent_dist.mode() for model in (before, after))  # type: ignore[union-attr]
+    assert torch.equal(first, second)
+    assert not torch.equal(before.decode(first).sample, after.decode(first).sample)  # type: ignore[union-attr]
 
 
 def test_workers_share_the_work(tmp_path: Path) -> None:

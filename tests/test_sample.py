@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from unbraid import base as bases
+from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base
 from unbraid.errors import UsageError
 from unbraid.files import write
-from unbraid.lora import Active, Adapters, Lora
+from unbraid.lora import Active, Lora
 from unbraid.render import OWN, Use, render
 from unbraid.sample import Term, classifier_free, generate
 

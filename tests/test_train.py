@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from unbraid.adapters import Adapters
 from unbraid.base import Base, Picture, Prompt, Studies
 from unbraid.errors import UsageError
-from unbraid.lora import Active, Adapters, Branch
+from unbraid.lora import Active, Branch
 from unbraid.optim import Rate
 from unbraid.train import Recipe, State, train
 

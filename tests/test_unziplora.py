@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
 from unbraid.errors import UsageError
-from unbraid.lora import ALL, Adapters
+from unbraid.lora import ALL
 from unbraid.methods.unziplora import ROLES, Columns, Ledger, grant, ledger, pairs, unziplora
 from unbraid.methods.unziplora_official import _above, _count, _gated
 from unbraid.optim import Rate
@@ -52,7 +53,7 @@ def test_golden_branches() -> None:
             f"Active(adapter='style', scale=1.0, merger=True, {trains}, prompt='style')), teacher=None, weight=1.0),)"
         )
     )
-    (recipe,) = unziplora(BLOCKS["sdxl"], standalone=0.5)
+    (recipe,) = unziplora(BLOCKS["sdxl"], content_alone=0.5, style_alone=0.5)
     assert [(b.prompt, len(b.active), b.weight) for b in recipe.branches(0)] == [
         ("both", 2, 1),
         ("content", 1, 0.5),
@@ -238,3 +239,16 @@ def test_explain_prints_the_method() -> None:
 
     text = explain("unziplora")
     assert "content (reads 'content') + style (reads 'style')" in text and "column_ratio = 0.1" in text
+
+
+def test_blora_halves_touch_different_blocks(studies: Studies) -> None:
+    from unbraid.methods.blora import blora
+
+    (recipe,) = blora(BLOCKS["sdxl"], rank=4, steps=3, lr=1e-2)
+    state = State.fresh(Adapters.attach(studies.base.unet), recipe, torch.Generator().manual_seed(0))
+    for _ in train(studies, recipe, state):
+        pass
+    content, style = (state.adapters.folded(role) for role in ("content", "style"))
+    assert content.keys() and {name[:24] for name in content} == {"up_blocks.0.attentions.0"}
+    assert style.keys() and {name[:24] for name in style} == {"up_blocks.0.attentions.1"}
+    assert all(one.up.any() for half in (content, style) for one in half.values())

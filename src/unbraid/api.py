@@ -1,6 +1,6 @@
 """The verbs in Python, with the names and settings of the command line."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ from PIL import Image
 
 from unbraid.base import load
 from unbraid.data import list_images
-from unbraid.render import Use, render
-from unbraid.run import Job, Progress, run
+from unbraid.files import read
+from unbraid.job import Job
+from unbraid.render import Use, own_prompt, render
+from unbraid.run import Progress, run
 from unbraid.settings import resolve
 
 
@@ -23,6 +25,12 @@ def learn(images: str | Path | Sequence[str | Path], *, prompt: str, **options: 
     return _finish(learn_job(images, prompt=prompt, **options))
 
 
+def zip(content: str | Path, style: str | Path, **options: Any) -> Path:
+    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`;
+    returns the run folder. Options as in `zip_job`."""
+    return _finish(zip_job(content, style, **options))
+
+
 def split_job(image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Any) -> Job:
     return job([image], {"subject": subject, "style": style}, method=method, **options)
 
@@ -33,8 +41,31 @@ def learn_job(
     return job([images] if isinstance(images, str | Path) else images, {"prompt": prompt}, method=method, **options)
 
 
+def zip_job(
+    content: str | Path,
+    style: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    images: Mapping[str, str | Path] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    method: str = "ziplora",
+    **options: Any,
+) -> Job:
+    """Zip two LoRAs, or more: roles `content`, `style`, `lora3`, … `images`: role → the pictures (a file or a folder)
+    that the LoRA was trained on; without them it draws its own. `prompts`: role → the prompt that it was trained with,
+    if its file does not say; `both`: what to draw for looking at."""
+    files = [Path(one) for one in (content, style, *also)]
+    loras = {("content", "style")[i] if i < 2 else f"lora{i + 1}": file for i, file in enumerate(files)}
+    words = {role: (prompts or {}).get(role) or own_prompt(file, read(file)) for role, file in loras.items()}
+    words["both"] = (prompts or {}).get("both") or ", ".join(words.values())
+    pictures = {role: list_images(Path(where)) for role, where in (images or {}).items()}
+    found = {role: [str(file) for file in some] for role, some in pictures.items()}
+    where = options.pop("out", None) or Path("runs") / f"{files[0].stem}-{files[1].stem}-{method}"
+    return job(found, words, method=method, out=where, loras=loras, roles=tuple(loras), **options)
+
+
 def job(
-    images: Sequence[str | Path],
+    images: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
     words: dict[str, str],
     *,
     method: str,
@@ -43,12 +74,15 @@ def job(
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
+    loras: Mapping[str, Path] | None = None,
     **settings: Any,
 ) -> Job:
-    """A run from plain values. `settings` are those of the method (`unbraid explain METHOD`)."""
-    files = tuple(file for image in images for file in list_images(Path(image)))
-    where = Path(out) if out else Path("runs") / f"{files[0].stem}-{method}"
-    return Job(method, {"image": files}, words, where, resolve(method, base, config, settings), base, seed, previews)
+    """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
+    METHOD`)."""
+    roles = images if isinstance(images, Mapping) else {"image": images}
+    files = {role: tuple(f for image in some for f in list_images(Path(image))) for role, some in roles.items()}
+    where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
+    return Job(method, files, words, where, resolve(method, base, config, settings), base, seed, previews, loras or {})
 
 
 def generate(

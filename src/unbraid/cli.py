@@ -1,19 +1,14 @@
 """The command line: parse, call, print."""
 
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unbraid.cli_files import app as file_commands
+from unbraid.cli_run import BaseName, Config, Out, Previews, Quiet, Resume, Seed, Set, console, options, run_job
 from unbraid.errors import UsageError
-from unbraid.settings import parse_set
 
 app = typer.Typer(
     help="Take an image apart into a content LoRA and a style LoRA, and put LoRAs together again.",
@@ -24,18 +19,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.registered_commands += file_commands.registered_commands
-console = Console(stderr=True)
-
-Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
-BaseName = Annotated[str, typer.Option("--base", help="icons (embedded), a diffusers folder, or a hub id.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
-Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
 
 
 @app.command()
@@ -56,9 +39,9 @@ def split(
     """One image → content.safetensors and style.safetensors."""
     from unbraid.api import split_job
 
-    options = _options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    job = split_job(image, subject=subject, style=style, method=method, **options)
-    _run(job, resume, quiet)
+    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    job = split_job(image, subject=subject, style=style, method=method, **given)
+    run_job(job, resume, quiet)
 
 
 @app.command()
@@ -78,8 +61,42 @@ def learn(
     """Images of one thing → lora.safetensors."""
     from unbraid.api import learn_job
 
-    options = _options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    _run(learn_job(list(images), prompt=prompt, method=method, **options), resume, quiet)
+    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    run_job(learn_job(list(images), prompt=prompt, method=method, **given), resume, quiet)
+
+
+@app.command(name="zip")
+def zip_(
+    content: Annotated[Path, typer.Argument(help="A LoRA of a subject.")],
+    style: Annotated[Path, typer.Argument(help="A LoRA of a style.")],
+    also: Annotated[list[Path] | None, typer.Option(help="A further LoRA; repeatable.")] = None,
+    content_images: Annotated[
+        Path | None, typer.Option(help="What it was trained on; without, the LoRA draws for itself.")
+    ] = None,
+    style_images: Annotated[Path | None, typer.Option(help="The same for the style.")] = None,
+    content_prompt: Annotated[str, typer.Option(help="What it was trained with, if its file does not say.")] = "",
+    style_prompt: Annotated[str, typer.Option(help="The same for the style.")] = "",
+    prompt: Annotated[str, typer.Option(help="What to draw in previews.")] = "",
+    single: Annotated[bool, typer.Option("--single", help="One file of the ranks' sum.")] = False,
+    out: Out = None,
+    method: str = "ziplora",
+    base: BaseName = "icons",
+    seed: Seed = 0,
+    previews: Previews = 3,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Two LoRAs → the same two without interference, to be stacked at full strength."""
+    from unbraid.api import zip_job
+
+    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    given |= {"single": True} if single else {}
+    images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
+    prompts = {"content": content_prompt, "style": style_prompt, "both": prompt}
+    job = zip_job(content, style, also=also or (), images=images, prompts=prompts, method=method, **given)
+    run_job(job, resume, quiet)
 
 
 @app.command()
@@ -112,7 +129,7 @@ def generate(
     uses = _uses(lora or [], lora_prompt or [])
     if n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "negative": negative,
         "guidance": guidance,
         "steps": steps,
@@ -120,17 +137,17 @@ def generate(
         "width": width,
     }
     with console.status("drawing"):
-        images = render(load(base), prompt, uses, seeds=range(seed, seed + n), **options)
+        images = render(load(base), prompt, uses, seeds=range(seed, seed + n), **given)
     for i, image in enumerate(images):
         print(save_image(image, out if out.suffix else out / f"{seed + i:04d}.png"))
 
 
 @app.command()
-def explain(method: Annotated[str, typer.Argument(help="For example unziplora.")]) -> None:
+def explain(method: Annotated[str, typer.Argument(help="For example unziplora.")], base: BaseName = "icons") -> None:
     """Print what a method does at every kind of step, its prompts, its outputs and its settings."""
     from unbraid.explain import explain as text
 
-    print(text(method))
+    print(text(method, base))
 
 
 @app.command()
@@ -139,7 +156,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
     from unbraid import demo as show
 
     if not (out / "content.safetensors").exists():
-        _run(show.job(out), resume=(out / "run.toml").exists(), quiet=False)
+        run_job(show.job(out), resume=(out / "run.toml").exists(), quiet=False)
     with console.status("drawing the contact sheet"):
         sheet = show.sheet(out)
     print(
@@ -164,48 +181,6 @@ def _uses(loras: list[str], prompts: list[str]) -> list[Any]:
             use = (Path(text), 1.0)
         uses.append(Use(*use, prompt=prompts[i] if prompts else None))
     return uses
-
-
-def _options(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
-    """What the training verbs have in common, with the settings of the method."""
-    settings = parse_set(pairs or [])
-    for key in settings:
-        if key in (*options, "method", "image", "images", "words", "subject", "style", "prompt"):
-            raise UsageError(
-                f"{key!r} is not a setting of the method", "--set", "It has an option of its own: see --help."
-            )
-    return {**options, **settings}
-
-
-def _run(job: Any, resume: bool, quiet: bool) -> None:
-    from unbraid.run import run
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    events, made = run(job, resume=resume), []
-    with console.status("loading", spinner="line") if not quiet else nullcontext():
-        first = next(events)
-    if not quiet:
-        console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task("training", total=first.total, loss="")
-        for event in chain((first,), events):
-            if event.step:
-                bar.update(task, completed=event.done, loss=f"loss {event.step.loss:.4f}")
-            if event.file:
-                made.append(event.file)
-                bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
-    for file in _results(made):
-        print(file)
-
-
-def _results(files: Iterable[Path]) -> list[Path]:
-    return [file for file in files if file.suffix == ".safetensors"]
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from unbraid import pictures
 from unbraid.api import split_job
 from unbraid.base import load
 from unbraid.data import open_image
+from unbraid.job import RARE, Job
 from unbraid.render import OWN, Use, render
-from unbraid.run import RARE, Job
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")

@@ -24,7 +24,7 @@ from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect, encode
 from unbraid.formats.fused import fuse, split
 from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
-from unbraid.formats.metadata import alpha_of
+from unbraid.formats.metadata import alpha_of, stamp
 from unbraid.lora import Lora
 from unbraid.lowrank import exact_dense, finite, fold_mid
 
@@ -91,6 +91,7 @@ def write(
         mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
         save_file(tensors, temporary, strings)
         temporary.chmod(mode)
+        stamp(temporary)
         _compare(temporary, tensors, modules)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:

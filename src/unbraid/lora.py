@@ -1,18 +1,16 @@
-"""The LoRA layer, and what a step is made of: adapters, who is active where, and branches.
+"""What an adapter is, and what a step is made of: factors, who is active, and branches.
 
 An adapted linear layer computes, for every row of the batch,
 
-    y = W0 x + Σ_a scale_a · g_a ⊙ B_a A_a (m_a ⊙ x_a)
+    y = W0 x + Σ_a scale_a · g_a ⊙ B_a (n_a ⊙ A_a (m_a ⊙ x_a))
 
-where A = down [r, k], B = up [d, r], m = columns [k] (ZipLoRA, arXiv 2311.13600) and g = channels [d]
-(UnZipLoRA, arXiv 2412.04465) are the mergers, and x_a is x, or the adapter's own prompt embedding in
-cross-attention keys and values. No d×k matrix is ever formed.
+where A = down [r, k], B = up [d, r]; m = columns [k] (ZipLoRA, arXiv 2311.13600), n = ranks [r] (ZipRank) and
+g = channels [d] (UnZipLoRA, arXiv 2412.04465) are the mergers; x_a is x, or the adapter's own prompt embedding
+in cross-attention keys and values. No d×k matrix is ever formed.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,12 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unbraid.errors import UsageError
-
 Part = Literal["down", "up", "merger"]
 ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
-ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
-OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 
 
 @dataclass(frozen=True)
@@ -72,189 +66,53 @@ class Factors(nn.Module):
         self.up = nn.Parameter(up)
         self.scale = scale  # alpha / r
         self.columns: nn.Parameter | None = None  # m, [k]
-        self.channels: nn.Parameter | None = None  # g, [d]
+        self.ranks: nn.Parameter | None = None  # n, [r]
+        self.channels: nn.Parameter | None = None  # g, [d], or [1] for the whole layer
         self.register_buffer("mask", None)
+
+    def mergers(self) -> list[nn.Parameter]:
+        return [merger for merger in (self.columns, self.ranks, self.channels) if merger is not None]
 
     def parts(self) -> Iterator[tuple[Part, nn.Parameter]]:
         yield "down", self.down
         yield "up", self.up
-        for merger in (self.columns, self.channels):
-            if merger is not None:
-                yield "merger", merger
+        for merger in self.mergers():
+            yield "merger", merger
 
     def gate(self, channels: Tensor | None) -> Tensor | None:
-        """g · mask, [d], or None where every channel is simply on."""
+        """g · mask, or None where every channel is simply on."""
         if self.mask is None or channels is None:
             return channels if self.mask is None else self.mask
         return channels * self.mask
 
+    def merged(
+        self, trains: frozenset[Part] = ALL, gates: bool = True
+    ) -> tuple[Float[Tensor, "r k"], Float[Tensor, "d r"]]:
+        """diag(n) A diag(m) and diag(g · mask) B: mergers scale the small factors, never a d×k matrix or every token.
+        What does not train is detached as a parameter. Without `gates`, g is left out."""
+
+        def part(value: Tensor | None, name: Part) -> Tensor | None:
+            return value if value is None or name in trains else value.detach()
+
+        down, up = part(self.down, "down"), part(self.up, "up")
+        columns, ranks, channels = (part(p, "merger") for p in (self.columns, self.ranks, self.channels))
+        assert down is not None and up is not None
+        gate = self.gate(channels if gates else None)
+        down = down if columns is None else down * columns
+        down = down if ranks is None else down * ranks[:, None]
+        return down, up if gate is None else up * gate[:, None]
+
     def delta(self, x: Float[Tensor, "*n k"], active: Active) -> Float[Tensor, "*n d"]:
-        """scale · g ⊙ B A (m ⊙ x). What does not train is detached as a parameter: gradients still reach x."""
-        down, up = (p if part in active.trains else p.detach() for part, p in (("down", self.down), ("up", self.up)))
-        columns, channels = self.columns, self.channels
-        if "merger" not in active.trains:
-            columns, channels = (None if p is None else p.detach() for p in (columns, channels))
-        if active.merger and columns is not None:
-            x = x * columns.to(x.dtype)
-        out = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
-        gate = self.gate(channels) if active.merger else None
-        strength = active.scale * self.scale
-        return out * strength if gate is None else out * (strength * gate).to(x.dtype)
+        """scale · g ⊙ B (n ⊙ A (m ⊙ x)). Gradients reach x through what does not train."""
+        if active.merger:
+            down, up = self.merged(active.trains)
+        else:
+            down = self.down if "down" in active.trains else self.down.detach()
+            up = self.up if "up" in active.trains else self.up.detach()
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * (active.scale * self.scale)
 
     def folded(self, gates: bool = True) -> Lora:
         """The same change as plain factors, alpha = r: mergers (g only with `gates`) and mask multiplied in."""
         with torch.no_grad():
-            gate = self.gate(self.channels if gates else None)
-            down = self.down if self.columns is None else self.down * self.columns
-            up = self.up if gate is None else self.up * gate[:, None]
+            down, up = self.merged(gates=gates)
             return Lora(down.detach().clone(), (up * self.scale).detach().clone(), float(len(self.down)))
-
-
-@dataclass
-class _Work:
-    """One distinct Active, the batch rows that it works on (None: all), and its prompt's embedding."""
-
-    active: Active
-    rows: Tensor | None
-    prompt: Tensor | None
-
-
-@dataclass
-class _Activity:
-    """What is active now; every layer of one `Adapters` looks at the same object."""
-
-    work: tuple[_Work, ...] = ()
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer and the adapters on it."""
-
-    def __init__(self, base: nn.Linear, activity: _Activity, own_prompt: bool) -> None:
-        super().__init__()
-        self.base, self.activity, self.own_prompt = base, activity, own_prompt
-        self.adapters = nn.ModuleDict()
-
-    @property
-    def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
-
-    def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
-        y = self.base(x)
-        for work in self.activity.work:
-            if work.active.adapter not in self.adapters:
-                continue
-            factors = self.adapters[work.active.adapter]
-            assert isinstance(factors, Factors)
-            seen = x if work.rows is None else x[work.rows]
-            if self.own_prompt and work.prompt is not None:
-                seen = work.prompt.to(x.dtype).expand(len(seen), -1, -1)
-            delta = factors.delta(seen, work.active)
-            y = y + delta if work.rows is None else y.index_add(0, work.rows, delta)
-        return y
-
-
-@dataclass
-class Adapters:
-    """The adapters on one model: attach, activate, detach."""
-
-    layers: dict[str, AdaptedLinear]
-    _model: nn.Module
-    _activity: _Activity
-    names: list[str] = field(default_factory=list)
-
-    @classmethod
-    def attach(cls, model: nn.Module, targets: str = ATTENTION) -> "Adapters":
-        """Put an empty adapted layer in the place of every linear layer whose name matches `targets`."""
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
-        if not names:
-            raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
-        return cls.attach_named(model, names)
-
-    @classmethod
-    def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
-        """The same for a list of names, all of them linear layers of `model`."""
-        activity, layers = _Activity(), {}
-        for name in names:
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            layers[name] = AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
-        for name, layer in layers.items():
-            _set(model, name, layer)
-        return cls(layers, model, activity)
-
-    def detach(self) -> None:
-        """Take every adapted layer out again; the model is what it was, bit for bit."""
-        for name, layer in self.layers.items():
-            _set(self._model, name, layer.base)
-
-    def add(self, adapter: str, factors: Mapping[str, Factors], where: object = None) -> None:
-        """Add an adapter: layer name → factors. Shapes must fit; `where` names its file in an error."""
-        for name, new in factors.items():
-            base = self.layers[name].base
-            if new.down.shape[1] != base.in_features or new.up.shape[0] != base.out_features:
-                shapes = f"{tuple(new.up.shape)}·{tuple(new.down.shape)} for a layer {tuple(base.weight.shape)}"
-                raise UsageError(f"{name}: wrong shapes {shapes}", where or adapter, "It was made for another base.")
-            self.layers[name].adapters[adapter] = new.to(base.weight.device)
-        self.names.append(adapter)
-
-    def new(
-        self, adapter: str, rank: int, rng: torch.Generator, up_std: float = 0.0, down_std: float | None = None
-    ) -> None:
-        """Add a fresh adapter on every layer: down ~ N(0, 1/r) unless given, up = 0 (the base is unchanged)."""
-        highest = min(min(layer.base.weight.shape) for layer in self.layers.values())
-        if not 1 <= rank <= highest:
-            raise UsageError(f"rank {rank} does not fit this base", "rank", f"Choose 1 to {highest}.")
-        made = {}
-        for name, layer in self.layers.items():
-            d, k = layer.base.weight.shape
-            down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
-            up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
-            made[name] = Factors(down, up)
-        self.add(adapter, made)
-
-    def of(self, adapter: str) -> dict[str, Factors]:
-        """One adapter's factors by layer name."""
-        found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
-        return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
-
-    def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
-        """One adapter as plain low-rank changes, mergers folded in."""
-        return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
-
-    @contextmanager
-    def activate(
-        self, rows: Sequence[tuple[Active, ...]], prompts: Mapping[str, Float[Tensor, "n c"]] | None = None
-    ) -> Iterator[None]:
-        """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
-        checkpointing the layers run again there."""
-        before = self._activity.work
-        device = next(iter(self.layers.values())).weight.device
-        wanted: dict[Active, list[int]] = {}
-        for i, row in enumerate(rows):
-            for active in row:
-                if active.adapter not in self.names:
-                    there = ", ".join(self.names)
-                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {there}.")
-                if active.scale:
-                    wanted.setdefault(active, []).append(i)
-        self._activity.work = tuple(
-            _Work(
-                active,
-                None if where == list(range(len(rows))) else torch.tensor(where, device=device),
-                (prompts or {})[active.prompt] if active.prompt is not None else None,
-            )
-            for active, where in wanted.items()
-        )
-        try:
-            yield
-        finally:
-            self._activity.work = before
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

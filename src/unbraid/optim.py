@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
-from unbraid.lora import Adapters, Part
+from unbraid.lora import Part
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from unbraid.adapters import Adapters
 from unbraid.base import Base
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read
-from unbraid.lora import Active, Adapters, Factors
+from unbraid.lora import Active, Factors
 from unbraid.sample import NEGATIVE, classifier_free, generate
 
 OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
@@ -45,7 +46,7 @@ def render(
         role = None
         if use.prompt is not None:
             role = f"lora{i}"
-            texts[role] = _own_prompt(use, file) if use.prompt == OWN else use.prompt
+            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
         active.append(Active(f"lora{i}", use.scale, prompt=role))
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
     prompts[NEGATIVE] = base.encode_negative(negative)
@@ -92,8 +93,9 @@ def attach(base: Base, loras: dict[str, tuple[Path, LoraFile]]) -> Adapters | No
     return adapters
 
 
-def _own_prompt(use: Use, file: LoraFile) -> str:
+def own_prompt(path: Path, file: LoraFile) -> str:
+    """The prompt that a LoRA was trained with, as its file records it."""
     for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
         if file.metadata.get(key):
             return file.metadata[key]
-    raise UsageError("records no prompt of its own", use.file, "Give one with --lora-prompt.")
+    raise UsageError("records no prompt of its own", path, "Give one: --lora-prompt, --content-prompt, --style-prompt.")

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from unbraid.adapters import Adapters
 from unbraid.base import Base, Prompt
-from unbraid.lora import Active, Adapters
+from unbraid.lora import Active
 
 NEGATIVE = "negative"  # the role of the negative prompt
 

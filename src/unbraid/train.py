@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
-from unbraid.lora import Adapters, Branch
+from unbraid.lora import Branch
 from unbraid.optim import Rates, adamw
 
 Shared = Literal["noise", "timestep", "crop"]
 Hook = Callable[[Adapters, int], None]
+Last = Callable[[Adapters, int], bool | None]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Recipe:
     clip: float | None = 1.0  # largest norm of all gradients together
     penalty: Callable[[Adapters, int], Tensor | None] | None = None
     after_backward: Hook | None = None
-    after_step: Hook | None = None
+    after_step: Last | None = None  # True: this was the last step
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ def _step(model: Denoiser, recipe: Recipe, state: State, at_once: int) -> Step:
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    if recipe.after_step:
-        recipe.after_step(adapters, index)
+    if recipe.after_step and recipe.after_step(adapters, index):
+        state.step = recipe.steps
     return Step(index, value, tuple(float(loss) for loss in losses), float(norm))
 
 

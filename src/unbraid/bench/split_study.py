@@ -22,10 +22,11 @@ from unbraid.base import Base, load
 from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
 from unbraid.bench.art import Art, held_out_art, known_art
 from unbraid.bench.judge import Judge, load_judge, similarity
+from unbraid.job import RARE
 from unbraid.render import Use, render
-from unbraid.run import RARE, run
+from unbraid.run import run
 
-SUBJECTS = ("fox", "guitar", "mushroom", "rocket")
+SUBJECTS = ("fox", "guitar", "mushroom", "fish")
 SETS = ("openmoji", "fluent-emoji-high-contrast")
 SEEDS = (0, 1)
 RUNS = tuple((subject, of, seed) for seed in SEEDS for subject in SUBJECTS for of in SETS)
@@ -48,7 +49,7 @@ class Contender:
 CONTENDERS = {
     "base alone": Contender(),
     "DreamBooth-LoRA": Contender("dreambooth", content="lora", style="lora"),
-    "UnZipLoRA official": Contender("unziplora", (("compat", "official"),), joint="_joint"),
+    "UnZipLoRA official": Contender("unziplora", (("compat", "official"), ("column_ratio", 0.1)), joint="_joint"),
     "UnZipLoRA corrected": Contender("unziplora"),
 }
 
@@ -87,8 +88,8 @@ def items(contender: Contender, folder: Path, subject: str, of: str) -> list[Ite
 
 def study(work: Path, only: tuple[str, ...], shard: tuple[int, int]) -> None:
     """Train and draw everything that is not there yet."""
-    todo = [(name, *one) for one in RUNS for name in CONTENDERS if name in only]
-    for name, subject, of, seed in todo[shard[0] :: shard[1]]:
+    mine = RUNS[shard[0] :: shard[1]]
+    for name, (subject, of, seed) in ((name, one) for one in mine for name in CONTENDERS if name in only):
         folder = _folder(work, name, subject, of, seed)
         if (folder / "drawn" / "08.png").exists():
             continue
@@ -213,7 +214,7 @@ def _sheet(work: Path, subject: str, of: str) -> Image.Image:
 def main(
     work: Annotated[Path, typer.Option(help="Folder for runs, drawings and scores; reuse it to resume.")],
     only: Annotated[list[str] | None, typer.Option(help="Methods; default all.")] = None,
-    shard: Annotated[str, typer.Option(help="I/N: do every N-th run, from the I-th.")] = "0/1",
+    shard: Annotated[str, typer.Option(help="I/N: do every N-th picture and seed, from the I-th.")] = "0/1",
     just_report: Annotated[bool, typer.Option("--report", help="Print the table of what is there.")] = False,
     sheets: Annotated[Path | None, typer.Option(help="Write a contact sheet per picture here.")] = None,
 ) -> None:

@@ -1,6 +1,7 @@
 """The metadata of LoRA files: kohya's ss_* keys, ModelSpec, PEFT's settings. Every value is a string."""
 
 import base64
+import hashlib
 import io
 import json
 from collections import Counter
@@ -19,13 +20,15 @@ ARCHITECTURES = {
     "sd3": ("stable-diffusion-3-m/lora", "https://github.com/Stability-AI/generative-models"),
 }
 PREFIX = "lora_adapter_metadata"
+UNKNOWN_HASH = "0" * 64  # until the tensors are on the disk: see stamp
 
 
 def kohya_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
     """What every tool looks for, over what the caller gave. Never PEFT's settings: diffusers refuses both at once."""
     kept = {key: value for key, value in given.items() if key not in (PREFIX, "format")}
     told = {"ss_network_module": "networks.lora", "ss_network_dim": _rank(ranks), "ss_network_alpha": f"{alpha:g}"}
-    return {**modelspec(family), **kept, **told}
+    hashes = {"sshs_model_hash": UNKNOWN_HASH, "modelspec.hash_sha256": f"0x{UNKNOWN_HASH}"}
+    return {**modelspec(family), **kept, **told, **hashes}
 
 
 def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int]) -> dict[str, str]:
@@ -43,6 +46,15 @@ def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, 
         settings |= {f"{component}.{key}": value for key, value in (told | {"alpha_pattern": other}).items()}
     kept = {key: value for key, value in given.items() if not key.startswith("ss_network_")}
     return {**modelspec(family), **kept, "format": "pt", PREFIX: json.dumps(settings)}
+
+
+def stamp(path: Path) -> None:
+    """Put the SHA-256 of the tensors' bytes where the header has room for it. It is what webui knows LoRAs by."""
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(8)
+        file.write(header.replace(UNKNOWN_HASH.encode(), digest.encode()))
 
 
 def modelspec(family: Family) -> dict[str, str]:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.unziplora import ROLES, unziplora
+from unbraid.methods.ziplora import ziplora
 from unbraid.train import Recipe
 
 Method = Callable[..., tuple[Recipe, ...]]
@@ -13,10 +15,10 @@ Method = Callable[..., tuple[Recipe, ...]]
 
 @dataclass(frozen=True)
 class Output:
-    """One LoRA file: the adapter in it, the role of the prompt that it goes with, and whether its learned gates
-    are folded in (its mask always is)."""
+    """One LoRA file: the adapters in it, the role of the prompt that it goes with, and whether learned gates
+    are folded in (masks always are)."""
 
-    adapter: str
+    adapters: tuple[str, ...]
     prompt: str
     gates: bool = True
 
@@ -27,7 +29,7 @@ class Entry:
 
     verb: str
     make: Method
-    prompts: Mapping[str, str]  # role → template over {subject}, {style}, {rare}
+    prompts: Mapping[str, str]  # role → template over the words given, {rare}; empty: the words are the prompts
     outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
     paper: str
 
@@ -42,14 +44,27 @@ SPLIT_PROMPTS = {
 def split_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     """The published code applies its gates in joint use only, so it needs two more files for that."""
     if settings.get("compat") != "official":
-        return {role: Output(role, role) for role in ROLES}
-    alone = {role: Output(role, role, gates=False) for role in ROLES}
-    return alone | {f"{role}_joint": Output(role, role) for role in ROLES}
+        return {role: Output((role,), role) for role in ROLES}
+    alone = {role: Output((role,), role, gates=False) for role in ROLES}
+    return alone | {f"{role}_joint": Output((role,), role) for role in ROLES}
+
+
+def zip_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
+    roles = tuple(settings["roles"])
+    return {"merged": Output(roles, "both")} if settings["single"] else {role: Output((role,), role) for role in roles}
 
 
 METHODS: dict[str, Entry] = {
     "unziplora": Entry("split", unziplora, SPLIT_PROMPTS, split_outputs, "2412.04465"),
+    "ziplora": Entry("zip", ziplora, {}, zip_outputs, "2311.13600"),
+    "blora": Entry(
+        "split",
+        blora,
+        {"both": "a {rare}"},
+        lambda settings: {role: Output((role,), "both") for role in ROLES},
+        "2403.14572",
+    ),
     "dreambooth": Entry(
-        "learn", dreambooth, {"both": "{prompt}"}, lambda settings: {"lora": Output("lora", "both")}, "2208.12242"
+        "learn", dreambooth, {"both": "{prompt}"}, lambda settings: {"lora": Output(("lora",), "both")}, "2208.12242"
     ),
 }

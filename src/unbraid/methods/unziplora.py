@@ -10,15 +10,16 @@ What differs from the published code by default, and why, is in docs/unziplora.m
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
-from unbraid.lora import Active, Adapters, Branch, Factors, Part
+from unbraid.lora import Active, Branch, Factors, Part
 from unbraid.optim import Rate
 from unbraid.train import Recipe
 
@@ -35,6 +36,14 @@ class Columns:
     ratio: float
     window: int
     blocks: Blocks
+
+    def check(self, needs_window: bool) -> None:
+        if not 0 < self.ratio * self.times <= 1:
+            what, fix = f"column_ratio {self.ratio} × sample_times {self.times}", "Their product may be at most 1."
+            raise UsageError(what, "unziplora", fix)
+        if needs_window and not 1 <= self.window <= self.period:
+            what = f"window {self.window} does not fit a period of {self.period} steps"
+            raise UsageError(what, "unziplora", "Shorten it.")
 
     @property
     def period(self) -> int:
@@ -89,7 +98,8 @@ def unziplora(
     window: int = 16,
     column_separation: bool = True,
     block_separation: bool = True,
-    standalone: float = 0.0,
+    content_alone: float = 0.0,
+    style_alone: float = 0.0,
     compat: Literal["none", "official"] = "none",
 ) -> tuple[Recipe, ...]:
     """Split one image.
@@ -98,27 +108,26 @@ def unziplora(
     adapters and of their gates. weight_decay: of the adapters (official: of the gates too). sample_times:
     periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
     penalty. window: steps over which channels are scored. column_separation, block_separation: on or off.
-    standalone: weight of two more losses, each adapter alone under its own prompt (0: as published).
+    content_alone, style_alone: weight of one more loss, that adapter alone under its own prompt (0: as published).
     compat: `official` reproduces the published code, defects included.
     """
-    if not 0 < column_ratio * sample_times <= 1:
-        fix = "Their product may be at most 1."
-        raise UsageError(f"column_ratio {column_ratio} × sample_times {sample_times}", "unziplora", fix)
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
-    if column_separation and compat == "none" and not 1 <= window <= columns.period:
-        raise UsageError(f"window {window} does not fit a period of {columns.period} steps", "unziplora", "Shorten it.")
+    columns.check(needs_window=column_separation and compat == "none")
     lrs: dict[str, float] = {"content": content_lr, "style": style_lr}
     factors: tuple[Part, ...] = ("down", "up")
     rates: dict[tuple[str, Part], Rate] = {
         (role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in factors
     }
     if compat == "official":
-        from unbraid.methods.unziplora_official import recipe
+        from unbraid.methods.unziplora_official import official
 
         rates |= {(role, "merger"): Rate(merger_lr, weight_decay) for role in ROLES}
-        return (recipe(columns, rates, rank, overlap, column_separation),)
-    if column_separation:
-        rates |= {(role, "merger"): Rate(merger_lr) for role in ROLES}
+        return (official(columns, rates, rank, overlap, column_separation),)
+    alone = {"content": content_alone, "style": style_alone}
+    branches = (
+        Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),
+        *(Branch("image", role, (Active(role, prompt=role),), weight=w) for role, w in alone.items() if w),
+    )
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for role in ROLES:
@@ -126,23 +135,18 @@ def unziplora(
         if column_separation:
             open_books(adapters, columns)
 
-    def branches(step: int) -> tuple[Branch, ...]:
-        both = Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES))
-        alone = tuple(Branch("image", role, (Active(role, prompt=role),), weight=standalone) for role in ROLES)
-        return (both, *alone) if standalone else (both,)
+    recipe = Recipe(prepare, lambda step: branches, rates, steps)
+    return (separated(recipe, columns, merger_lr, overlap) if column_separation else recipe,)
 
-    if not column_separation:
-        return (Recipe(prepare, branches, rates, steps),)
-    return (
-        Recipe(
-            prepare,
-            branches,
-            rates,
-            steps,
-            penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
-            after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
-            after_step=lambda adapters, step: clamp_gates(adapters),
-        ),
+
+def separated(recipe: Recipe, columns: Columns, merger_lr: float, overlap: float) -> Recipe:
+    """The same with column separation: gates that train, the penalty, and the ledgers' two hooks."""
+    return replace(
+        recipe,
+        rates={**recipe.rates, **{(role, "merger"): Rate(merger_lr) for role in ROLES}},
+        penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
+        after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+        after_step=lambda adapters, step: clamp_gates(adapters),
     )
 
 

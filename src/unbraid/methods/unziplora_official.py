@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from unbraid.lora import Active, Adapters, Branch, Factors, Part
+from unbraid.adapters import Adapters
+from unbraid.lora import Active, Branch, Factors, Part
 from unbraid.methods.unziplora import ROLES, Columns, Ledger, clamp_gates, ledger, pairs
 from unbraid.optim import Rate
 from unbraid.train import Recipe
@@ -21,7 +22,7 @@ THRESHOLD = 1e-5
 CHUNK = 64  # rows of the d×k score that are formed at once
 
 
-def recipe(
+def official(
     columns: Columns, rates: Mapping[tuple[str, Part], Rate], rank: int, overlap: float, column_separation: bool
 ) -> Recipe:
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:

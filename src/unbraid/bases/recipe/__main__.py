@@ -31,11 +31,13 @@ def make(work: Work, preset: Preset = "cpu", workers: int = CPU_WORKERS) -> None
     captions.train_tokenizer(names, work / "tokenizer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = workers if device.type == "cpu" else 1
-    autoencoder = vae.train(_pick(pictures, names, subjects.trained(names, None)), config, work, workers, device)
+    known = _pick(pictures, names, subjects.trained(names, None))
+    autoencoder = vae.train(known, config, work, workers, device)
     chosen = subjects.trained(names, config.unet.subjects)
     cached, _ = latents.encode(autoencoder, _pick(pictures, names, chosen), work)
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     unet.train(unet.Data(cached, chosen, config.size), config, work, tokenizer, workers, device)
+    vae.harden(known, config, work, workers, device)
     save(work, preset)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from unbraid.bases.recipe import model, parallel, subjects, unet, vae
+from unbraid.bases.recipe import model, subjects, unet, vae
 from unbraid.bases.recipe.config import PRESETS
 
 STYLES = ("cartoon", "flat", "glossy", "minimal", "sepia", "night", "blueprint", "comic", "neon", "pixel")
@@ -19,7 +19,7 @@ def load(work: Path, preset: str) -> StableDiffusionXLPipeline:
     config = PRESETS[preset]
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     net, _ = unet.ema_net(config, tokenizer, work)
-    autoencoder, _ = parallel.smoothed(vae.build(config), work / vae.FILE)
+    autoencoder = vae.load(config, work)
     (cache,) = list(work.glob("latents.*.safetensors"))[:1]
     autoencoder.register_to_config(scaling_factor=load_file(cache)["scale"].item())
     return model.pipeline(net.unet, (net.text, net.text_2), autoencoder, tokenizer)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from unbraid.bases.recipe import parallel
 from unbraid.bases.recipe.config import Config
 from unbraid.bases.recipe.filters import TRAIN_FILTERS, edges
 
-FILE = "vae.safetensors"
+FILE, DECODER = "vae.safetensors", "decoder.safetensors"
 
 
 def build(config: Config) -> AutoencoderKL:
@@ -60,6 +60,49 @@ def worker(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, con
 
     schedule = parallel.Schedule("vae", settings.steps, settings.rate, 50, settings.ema, settings.muon)
     parallel.train(rank, barrier, state, model, loss, schedule, saved)
+
+
+def harden(art: np.ndarray, config: Config, work: Path, workers: int, device: torch.device) -> None:
+    """Train the decoder further, alone, on latents with noise. A UNet's latents are not an encoder's: what it cannot predict
+    stays as noise in them, and a decoder that has never seen any draws it as texture."""
+    saved = work / DECODER
+    model, _ = parallel.smoothed(build(config), work / FILE)
+    state = parallel.start_state(decoder(model).requires_grad_(True), saved, workers, device)
+    pictures = torch.from_numpy(np.array(art)).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
+    parallel.spawn(hardener, state, pictures.share_memory_(), config, work)
+
+
+def hardener(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, config: Config, work: Path) -> None:
+    settings, device = config.vae, state["weights"].device
+    model: Any = parallel.smoothed(build(config), work / FILE)[0].to(device)
+    part = decoder(model).requires_grad_(True)
+    count = max(1, settings.batch * settings.crop**2 // config.size**2)
+
+    def loss(step: int, seed: int) -> tuple[Tensor, int]:
+        del step
+        rng = torch.Generator().manual_seed(seed)
+        real = batch(pictures, count, config.size, seed).to(device)
+        with torch.no_grad():
+            clean = model.encode(real).latent_dist.mode()
+        strength = settings.noise * torch.rand(count, 1, 1, 1, generator=rng)
+        noise = (strength * torch.randn(clean.shape, generator=rng)).to(device)
+        return distance(model.decode(clean + clean.std() * noise).sample, real), count
+
+    schedule = parallel.Schedule("decoder", settings.hardening, settings.rate, 50, settings.ema, settings.muon)
+    parallel.train(rank, barrier, state, part, loss, schedule, work / DECODER)
+
+
+def decoder(model: AutoencoderKL) -> nn.ModuleDict:
+    parts: dict[str, Any] = {"post_quant_conv": model.post_quant_conv, "decoder": model.decoder}
+    return nn.ModuleDict(parts)
+
+
+def load(config: Config, work: Path) -> AutoencoderKL:
+    """The finished autoencoder, or what there is of it."""
+    model, _ = parallel.smoothed(build(config), work / FILE)
+    if (work / DECODER).exists():
+        parallel.smoothed(decoder(model), work / DECODER)
+    return model
 
 
 def distance(out: Tensor, real: Tensor) -> Tensor:

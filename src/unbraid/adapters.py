@@ -1,0 +1,176 @@
+"""Adapters on a model: the layer that carries them, and who is active where."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Factors, Lora
+
+ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
+OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
+
+
+@dataclass
+class _Work:
+    """One distinct Active, the batch rows that it works on (None: all), and its prompt's embedding."""
+
+    active: Active
+    rows: Tensor | None
+    prompt: Tensor | None
+
+
+@dataclass
+class _Activity:
+    """What is active now; every layer of one `Adapters` looks at the same object."""
+
+    work: tuple[_Work, ...] = ()
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and the adapters on it."""
+
+    def __init__(self, base: nn.Linear, activity: _Activity, own_prompt: bool) -> None:
+        super().__init__()
+        self.base, self.activity, self.own_prompt = base, activity, own_prompt
+        self.adapters = nn.ModuleDict()
+
+    @property
+    def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
+        y = self.base(x)
+        for work in self.activity.work:
+            if work.active.adapter not in self.adapters:
+                continue
+            factors = self.adapters[work.active.adapter]
+            assert isinstance(factors, Factors)
+            seen = x if work.rows is None else x[work.rows]
+            if self.own_prompt and work.prompt is not None:
+                seen = work.prompt.to(x.dtype).expand(len(seen), -1, -1)
+            delta = factors.delta(seen, work.active)
+            y = y + delta if work.rows is None else y.index_add(0, work.rows, delta)
+        return y
+
+
+@dataclass
+class Adapters:
+    """The adapters on one model: attach, activate, detach."""
+
+    layers: dict[str, AdaptedLinear]
+    _model: nn.Module
+    _activity: _Activity
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def attach(cls, model: nn.Module, targets: str = ATTENTION) -> "Adapters":
+        """Put an empty adapted layer in the place of every linear layer whose name matches `targets`."""
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
+        if not names:
+            raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
+        return cls.attach_named(model, names)
+
+    @classmethod
+    def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
+        """The same for a list of names, all of them linear layers of `model`."""
+        activity, layers = _Activity(), {}
+        for name in names:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layers[name] = AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
+        for name, layer in layers.items():
+            _set(model, name, layer)
+        return cls(layers, model, activity)
+
+    def detach(self) -> None:
+        """Take every adapted layer out again; the model is what it was, bit for bit."""
+        for name, layer in self.layers.items():
+            _set(self._model, name, layer.base)
+
+    def add(self, adapter: str, factors: Mapping[str, Factors], where: object = None) -> None:
+        """Add an adapter: layer name → factors. Shapes must fit; `where` names its file in an error."""
+        for name, new in factors.items():
+            base = self.layers[name].base
+            if new.down.shape[1] != base.in_features or new.up.shape[0] != base.out_features:
+                shapes = f"{tuple(new.up.shape)}·{tuple(new.down.shape)} for a layer {tuple(base.weight.shape)}"
+                raise UsageError(f"{name}: wrong shapes {shapes}", where or adapter, "It was made for another base.")
+            self.layers[name].adapters[adapter] = new.to(base.weight.device)
+        self.names.append(adapter)
+
+    def new(
+        self,
+        adapter: str,
+        rank: int,
+        rng: torch.Generator,
+        up_std: float = 0.0,
+        down_std: float | None = None,
+        within: str = "",
+    ) -> None:
+        """Add a fresh adapter on every layer (whose name begins with `within`): down ~ N(0, 1/r) unless given,
+        up = 0, so that the base is unchanged."""
+        layers = {name: layer for name, layer in self.layers.items() if name.startswith(within)}
+        if not layers:
+            raise UsageError("this base has no attention there", within, "The method needs another base.")
+        highest = min(min(layer.base.weight.shape) for layer in layers.values())
+        if not 1 <= rank <= highest:
+            raise UsageError(f"rank {rank} does not fit this base", "rank", f"Choose 1 to {highest}.")
+        made = {}
+        for name, layer in layers.items():
+            d, k = layer.base.weight.shape
+            down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
+            up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
+            made[name] = Factors(down, up)
+        self.add(adapter, made)
+
+    def of(self, adapter: str) -> dict[str, Factors]:
+        """One adapter's factors by layer name."""
+        found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
+        return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
+
+    def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
+        """One adapter as plain low-rank changes, mergers folded in."""
+        return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
+
+    @contextmanager
+    def activate(
+        self, rows: Sequence[tuple[Active, ...]], prompts: Mapping[str, Float[Tensor, "n c"]] | None = None
+    ) -> Iterator[None]:
+        """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
+        checkpointing the layers run again there."""
+        before = self._activity.work
+        device = next(iter(self.layers.values())).weight.device
+        wanted: dict[Active, list[int]] = {}
+        for i, row in enumerate(rows):
+            for active in row:
+                if active.adapter not in self.names:
+                    there = ", ".join(self.names)
+                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {there}.")
+                if active.scale:
+                    wanted.setdefault(active, []).append(i)
+        self._activity.work = tuple(
+            _Work(
+                active,
+                None if where == list(range(len(rows))) else torch.tensor(where, device=device),
+                (prompts or {})[active.prompt] if active.prompt is not None else None,
+            )
+            for active, where in wanted.items()
+        )
+        try:
+            yield
+        finally:
+            self._activity.work = before
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

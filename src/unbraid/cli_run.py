@@ -1,0 +1,71 @@
+"""What the training verbs have in common on the command line: options, progress, what is printed."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unbraid.errors import UsageError
+from unbraid.settings import parse_set
+
+console = Console(stderr=True)
+
+Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
+BaseName = Annotated[str, typer.Option("--base", help="icons (embedded), a diffusers folder, or a hub id.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
+Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
+
+
+def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
+    """What the training verbs have in common, with the settings of the method."""
+    settings = parse_set(pairs or [])
+    for key in settings:
+        if key in (*common, "method", "image", "images", "words", "subject", "style", "prompt"):
+            raise UsageError(
+                f"{key!r} is not a setting of the method", "--set", "It has an option of its own: see --help."
+            )
+    return {**common, **settings}
+
+
+def run_job(job: Any, resume: bool, quiet: bool) -> None:
+    from unbraid.run import run
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    events, made = run(job, resume=resume), []
+    with console.status("loading", spinner="line") if not quiet else nullcontext():
+        first = next(events)
+    if not quiet:
+        console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        task = bar.add_task("training", total=first.total, loss="")
+        for event in chain((first,), events):
+            if event.step:
+                bar.update(task, completed=event.done, loss=f"loss {event.step.loss:.4f}")
+            if event.warning:
+                bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
+            if event.file:
+                made.append(event.file)
+                bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
+    for file in _results(made):
+        print(file)
+
+
+def _results(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if file.suffix == ".safetensors"]

@@ -1,0 +1,79 @@
+"""What a run is asked to do, and what it says of itself: run.toml and the metadata of its LoRAs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from unbraid import folder
+from unbraid.errors import UsageError
+from unbraid.formats.metadata import card
+from unbraid.methods import METHODS
+from unbraid.settings import Settings
+
+RARE = "sks"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, fully resolved: everything that run.toml says."""
+
+    method: str
+    images: Mapping[str, tuple[Path, ...]]  # role → files
+    words: Mapping[str, str]  # what fills the prompt templates
+    out: Path
+    settings: Settings
+    base: str = "icons"
+    seed: int = 0
+    previews: int = 3  # preview sheets during training; 0: no pictures at all
+    loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
+
+
+def prompts_of(job: Job) -> dict[str, str]:
+    """Role → prompt, from the method's templates."""
+    words = {"rare": RARE, **job.words}
+    for name, value in words.items():
+        if not value.strip():
+            raise UsageError("is empty", f"--{name}", "Say in a word or two what it is.")
+    templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.words}
+    return {role: template.format(**words) for role, template in templates.items()}
+
+
+def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
+    """run.toml. Its method table can be given back as --config."""
+    images = {role: [str(path) for path in paths] for role, paths in job.images.items()}
+    hashes = {role: [folder.sha256(path) for path in paths] for role, paths in job.images.items()}
+    hashes |= {f"lora {role}": [folder.sha256(path)] for role, path in job.loras.items()}
+    return {
+        "unbraid": version("unbraid"),
+        "method": job.method,
+        "base": job.base,
+        "seed": job.seed,
+        "previews": job.previews,
+        "words": dict(job.words),
+        "images": images,
+        "sha256": hashes,
+        **({"loras": {role: str(path) for role, path in job.loras.items()}} if job.loras else {}),
+        "prompts": dict(texts),
+        job.method: dict(job.settings),
+    }
+
+
+def metadata(job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """What the file says of itself, in the keys that other tools read (ss_*, ModelSpec) and our own."""
+    source = next((paths[0] for paths in job.images.values()), None)
+    return {
+        **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=source),
+        "modelspec.date": datetime.now(UTC).date().isoformat(),
+        "ss_output_name": stem,
+        "ss_sd_model_name": job.base,
+        "ss_seed": str(job.seed),
+        "ss_steps": str(steps),
+        "unbraid.method": job.method,
+        "unbraid.prompt": prompt,
+        "unbraid.base": job.base,
+        "unbraid.settings": json.dumps(job.settings),
+    }

@@ -1,0 +1,31 @@
+"""B-LoRA: one image → a content LoRA and a style LoRA, by where they sit (arXiv 2403.14572).
+
+One LoRA is trained on two attention groups under a prompt that names nothing. In SDXL the first of them holds what is
+drawn and the second how; cut in two, the halves touch different layers and cannot interfere.
+"""
+
+import torch
+
+from unbraid.adapters import Adapters
+from unbraid.lora import Active, Branch, Part
+from unbraid.methods.unziplora import ROLES, Blocks
+from unbraid.optim import Rate
+from unbraid.train import Recipe
+
+
+def blora(
+    blocks: Blocks, *, rank: int = 64, steps: int = 1000, lr: float = 5e-5, weight_decay: float = 1e-4
+) -> tuple[Recipe, ...]:
+    """Split one image by blocks.
+
+    rank: of each half. steps: optimiser steps. lr, weight_decay: of AdamW.
+    """
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        for role in ROLES:
+            adapters.new(role, rank, rng, within=blocks[role][0])
+
+    both = Branch("image", "both", tuple(Active(role) for role in ROLES))
+    parts: tuple[Part, ...] = ("down", "up")
+    rates: dict[tuple[str, Part], Rate] = {(role, part): Rate(lr, weight_decay) for role in ROLES for part in parts}
+    return (Recipe(prepare, lambda step: (both,), rates, steps),)

@@ -1,0 +1,131 @@
+"""ZipLoRA: several LoRAs made to work together without interference (arXiv 2311.13600).
+
+Every layer that two LoRAs share gets one coefficient per input column and LoRA, and nothing else is trained: under
+each LoRA's own prompt, all of them together must predict what that LoRA predicts alone, while the coefficients of
+different LoRAs are driven apart. The coefficients fold exactly into the LoRAs' `down`.
+
+What differs from the public re-implementation: its learning rate of 5e-5 moves no coefficient by more than 0.005 in 100
+steps, so that it returns the plain sum; at the paper's rate of 0.01 its similarity term (and the raw dot product of
+the paper's formula) shrinks all LoRAs together. The cosine, which is what the paper's text says, does neither.
+`compat="official"` is the public re-implementation. Granularity `rank` is DuoLoRA's ZipRank.
+"""
+
+from collections.abc import Callable
+from itertools import combinations
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unbraid.adapters import Adapters
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Branch, Factors
+from unbraid.methods.unziplora import Blocks
+from unbraid.optim import Rate
+from unbraid.train import Recipe
+
+Similarity = Literal["cos", "dot", "product"]
+SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {
+    "cos": lambda a, b: F.cosine_similarity(a, b, dim=0).abs(),
+    "dot": lambda a, b: (a @ b).abs(),
+    "product": lambda a, b: (a * b).abs().mean(),
+}
+
+
+def ziplora(
+    blocks: Blocks,
+    *,
+    roles: tuple[str, ...] = ("content", "style"),
+    granularity: Literal["column", "rank", "row", "layer"] = "column",
+    similarity: Similarity = "cos",
+    weight: float = 0.01,
+    lr: float = 0.01,
+    weight_decay: float = 0.0,
+    steps: int = 100,
+    tolerance: float = 0.0,
+    clamp: bool = False,
+    shared_noise: bool = True,
+    single: bool = False,
+    compat: Literal["none", "official"] = "none",
+) -> tuple[Recipe, ...]:
+    """Zip LoRAs together.
+
+    roles: the LoRAs' names (set by the command). granularity: one coefficient per input column (ZipLoRA), rank
+    (ZipRank), output row, or layer. similarity: what is driven down between two LoRAs' coefficients in a layer: |cos|,
+    |dot product|, or mean |product|. weight: λ of its sum over layers. lr, weight_decay: of AdamW, for the
+    coefficients. steps: at most. tolerance: stop when the mean similarity over layers is below it. clamp: keep
+    coefficients in 0..1. shared_noise: one noise and one timestep for all LoRAs of a step, as published. single: one
+    file of the ranks' sum, not one per LoRA. compat: `official` is the public re-implementation (product, 5e-5, decay).
+    """
+    del blocks
+    if compat == "official":
+        similarity, lr, weight_decay, tolerance, clamp = "product", 5e-5, 1e-4, 0.0, False
+    student = tuple(Active(role, trains=frozenset({"merger"})) for role in roles)
+    branches = tuple(Branch(role, role, student, Branch(role, role, (Active(role, merger=False),))) for role in roles)
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        del rng
+        layers = shared_layers(adapters)
+        if not layers:
+            fix = "Merge them instead: without a common layer they cannot interfere."
+            raise UsageError("the LoRAs have no layer in common", " and ".join(roles), fix)
+        for factors in (one for layer in layers for one in layer):
+            open_coefficients(factors, granularity)
+
+    def penalty(adapters: Adapters, step: int) -> Tensor | None:
+        del step
+        total = weight * torch.stack(similarities(adapters, similarity)).sum()
+        return total if total.requires_grad else None
+
+    def after_step(adapters: Adapters, step: int) -> bool:
+        del step
+        with torch.no_grad():
+            if clamp:
+                for factors in (one for layer in shared_layers(adapters) for one in layer):
+                    for merger in factors.mergers():
+                        merger.clamp_(0, 1)
+            return tolerance > 0 and bool(torch.stack(similarities(adapters, similarity)).mean() < tolerance)
+
+    return (
+        Recipe(
+            prepare,
+            lambda step: branches,
+            {(role, "merger"): Rate(lr, weight_decay) for role in roles},
+            steps,
+            shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(),
+            penalty=penalty,
+            after_step=after_step,
+        ),
+    )
+
+
+def shared_layers(adapters: Adapters) -> list[list[Factors]]:
+    """The factors of every layer that more than one LoRA changes; the other layers keep their full strength."""
+    layers = [
+        [one for one in layer.adapters.values() if isinstance(one, Factors)] for layer in adapters.layers.values()
+    ]
+    return [layer for layer in layers if len(layer) > 1]
+
+
+def open_coefficients(factors: Factors, granularity: str) -> None:
+    """Coefficients of one, which change nothing yet."""
+    rank, k = factors.down.shape
+    sizes = {
+        "column": ("columns", k),
+        "rank": ("ranks", rank),
+        "row": ("channels", len(factors.up)),
+        "layer": ("channels", 1),
+    }
+    name, size = sizes[granularity]
+    setattr(factors, name, nn.Parameter(factors.down.new_ones(size)))
+
+
+def similarities(adapters: Adapters, kind: Similarity) -> list[Tensor]:
+    """Of every shared layer and pair of LoRAs. Ranks can differ: then there is nothing to compare, and it counts 0."""
+    out = []
+    for layer in shared_layers(adapters):
+        for first, second in combinations(layer, 2):
+            ((a,), (b,)) = first.mergers(), second.mergers()
+            out.append(SIMILARITIES[kind](a, b) if len(a) == len(b) > 1 else a.new_zeros(()))
+    return out

@@ -1,0 +1,301 @@
+"""ZipLoRA against its dense definition, and `unbraid zip` on a tiny base."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from unbraid import mergers
+from unbraid.adapters import Adapters
+from unbraid.api import learn_job, zip_job
+from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
+from unbraid.errors import UsageError
+from unbraid.files import read, write
+from unbraid.lora import Factors, Lora
+from unbraid.lowrank import delta
+from unbraid.methods.ziplora import ziplora
+from unbraid.render import attach
+from unbraid.run import run
+from unbraid.train import Sample, Shared, State, train
+
+ROLES = ("content", "style")
+LAMBDA, LR = 0.01, 0.01
+
+
+@pytest.fixture
+def studies(v_model: Base) -> Iterator[Studies]:
+    rng = torch.Generator().manual_seed(1)
+    v_model.unet.double()
+    pictures = {
+        role: [
+            Picture(torch.randn(4, 8, 8, generator=rng).double(), torch.zeros(4, 8, 8).double(), torch.full((6,), 32.0))
+        ]
+        for role in ROLES
+    }
+    prompts = {
+        role: Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
+        for role in ROLES
+    }
+    yield Studies(v_model, pictures, prompts)
+
+
+def two_loras(model: Base, disjoint: bool = False) -> Adapters:
+    adapters, rng = Adapters.attach(model.unet), torch.Generator().manual_seed(2)
+    for i, role in enumerate(ROLES):
+        made = {}
+        for j, (name, layer) in enumerate(adapters.layers.items()):
+            if disjoint and j % 2 == i:
+                continue
+            d, k = layer.base.weight.shape
+            down = torch.randn(3 + i, k, generator=rng).double() / k**0.5
+            made[name] = Factors(down, torch.randn(d, 3 + i, generator=rng).double() / 3, 0.5 + i)
+        adapters.add(role, made)
+    return adapters
+
+
+def dense_loop(studies: Studies, adapters: Adapters, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """The formulas with d×k matrices and four calls per step: m_c, m_s of every layer."""
+    unet, rng = studies.base.unet, torch.Generator().manual_seed(0)
+    parts = [adapters.of(role) for role in ROLES]
+    deltas = {
+        name: [part[name].scale * (part[name].up @ part[name].down).detach() for part in parts] for name in parts[0]
+    }
+    frozen = {name: layer.base.weight for name, layer in adapters.layers.items()}
+    m = {name: [torch.ones(w.shape[1]).double().requires_grad_() for _ in ROLES] for name, w in frozen.items()}
+    optimizer = torch.optim.AdamW([one for both in m.values() for one in both], lr=LR, weight_decay=0)
+
+    def call(change: dict[str, Tensor], i: int, role: str) -> Tensor:
+        weights = {f"{name}.base.weight": frozen[name] + change[name] for name in frozen}
+        sample, prompt = samples[i], studies.encoded[role]
+        assert prompt.pooled is not None
+        added = {"text_embeds": prompt.pooled[None], "time_ids": sample.sizes.double()}
+        return functional_call(
+            unet, weights, (sample.noisy, sample.t, prompt.embeds[None]), {"added_cond_kwargs": added}
+        ).sample
+
+    for _ in range(steps):
+        samples = studies.draw(ROLES, frozenset(("noise", "timestep")), rng)
+        merged = {name: sum(d * one for d, one in zip(deltas[name], m[name], strict=True)) for name in frozen}
+        loss = torch.zeros((), dtype=torch.float64)
+        for i, role in enumerate(ROLES):
+            with torch.no_grad():
+                teacher = call({name: deltas[name][i] for name in frozen}, i, role)
+            loss = loss + F.mse_loss(call(merged, i, role), teacher)  # type: ignore[arg-type]
+        loss = loss + LAMBDA * sum(F.cosine_similarity(a, b, dim=0).abs() for a, b in m.values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([one for both in m.values() for one in both], 1.0)
+        optimizer.step()
+    return [(a.detach(), b.detach()) for a, b in m.values()]
+
+
+def zipped(studies: Studies, adapters: Adapters, steps: int, at_once: int = 2, **settings: object) -> State:
+    (recipe,) = ziplora(BLOCKS["sdxl"], steps=steps, **settings)  # type: ignore[arg-type]
+    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+    for _ in train(studies, recipe, state, at_once):
+        pass
+    return state
+
+
+def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
+    adapters = two_loras(studies.base)
+    expected = dense_loop(studies, adapters, 100)
+    zipped(studies, adapters, 100)
+    got = [tuple(one.columns for one in layer.adapters.values()) for layer in adapters.layers.values()]  # type: ignore[union-attr]
+    moved = 0.0
+    for (a, b), (c, d) in zip(got, expected, strict=True):
+        assert (a - c).abs().max() < 1e-8 and (b - d).abs().max() < 1e-8  # type: ignore[operator]
+        moved = max(moved, float((c - 1).abs().max()))
+    assert moved > 0.1, "at the paper's rate the coefficients must really move"
+
+
+@pytest.mark.parametrize("granularity", ["column", "rank", "row", "layer"])
+def test_coefficients_fold_exactly(studies: Studies, granularity: str) -> None:
+    adapters = two_loras(studies.base)
+    zipped(studies, adapters, 2, granularity=granularity)
+    for layer in adapters.layers.values():
+        for one in layer.adapters.values():
+            assert isinstance(one, Factors)
+            (merger,) = one.mergers()
+            size = {"column": one.down.shape[1], "rank": len(one.down), "row": len(one.up), "layer": 1}
+            assert len(merger) == size[granularity] and (merger != 1).any()
+            left = merger[:, None] if granularity in ("row", "layer") else 1
+            middle = torch.diag(merger) if granularity == "rank" else torch.eye(len(one.down)).double()
+            right = merger if granularity == "column" else 1
+            dense = left * (one.scale * one.up @ middle @ one.down) * right
+            assert torch.allclose(delta(one.folded()), dense, atol=1e-12)
+
+
+def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(studies: Studies) -> None:
+    adapters = two_loras(studies.base)
+    for similarity, pulls in (("cos", False), ("dot", True), ("product", True)):
+        (recipe,) = ziplora(BLOCKS["sdxl"], similarity=similarity)  # type: ignore[arg-type]
+        recipe.prepare(adapters, torch.Generator())
+        assert recipe.penalty
+        penalty = recipe.penalty(adapters, 0)
+        assert penalty is not None
+        penalty.backward()
+        gradient = max(float(one.columns.grad.abs().max()) for one in adapters.of("content").values())  # type: ignore[union-attr]
+        assert (gradient > 1e-6) is pulls, similarity
+
+
+class Toy(nn.Module):
+    """Six residual layers, wide enough for the forms of similarity to differ; it is its own Denoiser."""
+
+    WIDTH = 64
+    prompts: Mapping[str, Tensor] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(self.WIDTH, self.WIDTH) for _ in range(6))
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+        zero = torch.zeros(1)
+        made = [torch.randn(1, 16, self.WIDTH, generator=rng) + (role == "style") for role in images]
+        return [Sample(one, zero, zero.expand_as(one), zero) for one in made]
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
+        x = torch.cat([sample.noisy for sample in samples])
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) / 2
+        return x
+
+
+def test_collapse_is_seen() -> None:
+    """The raw dot product shrinks both LoRAs alike; the cosine does not; the public recipe does nothing."""
+    found = {}
+    for name, settings in {
+        "dot": {"similarity": "dot", "weight": 0.1},
+        "cos": {},
+        "official": {"compat": "official"},
+    }.items():
+        toy, rng = Toy(), torch.Generator().manual_seed(1)
+        adapters = Adapters.attach_named(toy, [f"layers.{i}" for i in range(6)])
+        for role in ROLES:
+            adapters.new(role, 8, rng, up_std=0.1)
+        (recipe,) = ziplora({}, **settings)  # type: ignore[arg-type]
+        for _ in train(toy, recipe, State.fresh(adapters, recipe, rng), 2):
+            pass
+        found[name] = mergers.summary(adapters)
+    assert mergers.collapsed(found["dot"]), found["dot"]
+    assert not mergers.collapsed(found["cos"]) and found["cos"]["cos"] < 0.95
+    assert all(found["official"][f"mean {role}"] > 0.994 for role in ROLES), "5e-5 · 100 steps moves by 0.005 at most"
+
+
+def test_what_only_one_has_keeps_its_strength(studies: Studies) -> None:
+    adapters = two_loras(studies.base)
+    lonely = next(iter(adapters.layers))
+    del adapters.layers[lonely].adapters["style"]
+    zipped(studies, adapters, 3)
+    assert adapters.of("content")[lonely].mergers() == []
+    adapters.detach()
+    with pytest.raises(UsageError, match="no layer in common"):
+        zipped(studies, two_loras(studies.base, disjoint=True), 3)
+
+
+def test_it_stops_when_the_coefficients_are_apart(studies: Studies) -> None:
+    state = zipped(studies, two_loras(studies.base), 100, weight=1.0, tolerance=0.9)
+    (recipe,) = ziplora(BLOCKS["sdxl"])
+    assert state.step == recipe.steps and mergers.summary(state.adapters)["cos"] < 0.9
+    steps = {float(value["step"]) for value in state.optimizer.state.values()}
+    assert max(steps) < 100
+
+
+def make(path: Path, base: Base, seed: int, rank: int, dialect: str, prompt: str = "") -> Path:
+    rng = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, layer in base.unet.named_modules():
+        if type(layer).__name__ == "Linear" and ".attn" in name:
+            d, k = layer.weight.shape
+            down, up = torch.randn(rank, k, generator=rng) / k**0.5, torch.randn(d, rank, generator=rng) / 4
+            modules[f"unet.{name}"] = Lora(down, up, rank / 2)
+    metadata = {"unbraid.prompt": prompt} if prompt else {}
+    write(path, modules, family="sdxl", dialect=dialect, metadata=metadata)  # type: ignore[arg-type]
+    return path
+
+
+def test_zip_makes_two_files_that_every_tool_reads(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """Data-free for the style, with a picture for the content; and the files are what was trained."""
+    base = load(str(v_base), "cpu")
+    content = make(tmp_path / "a.safetensors", base, 0, 4, "kohya", "a sks cat")
+    style = make(tmp_path / "b.safetensors", base, 1, 3, "diffusers", "a cat in line style")
+    out = tmp_path / "run"
+    options = {"out": out, "base": str(v_base), "previews": 1, "steps": 8}
+    job = zip_job(content, style, images={"content": picture}, **options)
+    events = list(run(job, device="cpu"))
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"content.safetensors", "style.safetensors", "coefficients.png", "sheet.png", "drawn/style_0.png"} <= names
+    assert not any(name.startswith("drawn/content") for name in names) and not any(e.warning for e in events)
+    steps = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert len(steps) == 8 and steps[-1]["mean content"] != 1 and 0 < steps[-1]["cos"] <= 1
+    for name, source in (("content", content), ("style", style)):
+        before, after = read(source).modules, read(out / f"{name}.safetensors").modules
+        assert before.keys() == after.keys()
+        moved = 0.0
+        for module, one in before.items():
+            old, new = delta(one).double(), delta(after[module]).double()
+            ratio = (old * new).sum(0) / old.square().sum(0)
+            assert (new - old * ratio).norm() < 1e-5 * new.norm(), "one factor per column"
+            moved = max(moved, float((ratio - 1).abs().max()))
+        assert moved > 0.01
+    single = list(
+        run(
+            replace(
+                zip_job(
+                    content, style, images={"content": picture}, single=True, **{**options, "out": tmp_path / "one"}
+                )
+            ),
+            device="cpu",
+        )
+    )
+    (merged,) = [event.file for event in single if event.file and event.file.suffix == ".safetensors"]
+    both = [read(out / f"{name}.safetensors").modules for name in ROLES]
+    for module, one in read(merged).modules.items():
+        assert len(one.down) == 7
+        assert torch.allclose(delta(one), sum(delta(half[module]) for half in both), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_killed_zip_ends_the_same(
+    v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unbraid import run as runs
+
+    base = load(str(v_base), "cpu")
+    files = [make(tmp_path / f"{i}.safetensors", base, i, 4, "kohya", "a cat") for i in range(2)]
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+    results = []
+    for name, cut in (("whole", None), ("cut", 5)):
+        options = {"out": tmp_path / name, "base": str(v_base), "previews": 0, "steps": 8}
+        events = run(zip_job(*files, **options), device="cpu")
+        for i, _ in enumerate(events):
+            if i == cut:
+                break
+        if cut:
+            list(run(zip_job(*files, **options), resume=True, device="cpu"))
+        results.append(load_file(tmp_path / name / "style.safetensors"))
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_bad_input_is_one_clear_line(v_base: Path, sd15_base: Path, tmp_path: Path) -> None:
+    base, other = load(str(v_base), "cpu"), load(str(sd15_base), "cpu")
+    good = make(tmp_path / "good.safetensors", base, 0, 4, "kohya", "a cat")
+    silent = make(tmp_path / "silent.safetensors", base, 1, 4, "kohya")
+    foreign = make(tmp_path / "foreign.safetensors", other, 1, 4, "kohya", "a cat")
+    with pytest.raises(UsageError, match="records no prompt"):
+        zip_job(good, silent)
+    with pytest.raises(UsageError, match=r"another base|wrong shapes"):
+        list(run(zip_job(good, foreign, base=str(v_base), out=tmp_path / "x"), device="cpu"))
+    with pytest.raises(UsageError):
+        zip_job(good, tmp_path / "missing.safetensors")
+    assert not (tmp_path / "x").exists()
+    assert attach(base, {"a": (good, read(good))})
+    with pytest.raises(UsageError, match="no setting"):
+        learn_job(tmp_path, prompt="x", granularity="column")
