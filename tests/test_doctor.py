@@ -168,7 +168,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     write(tmp_path / "a.safetensors", make(), family="sdxl")
     code = (
         "import sys; from unbraid.doctor import diagnose; from unbraid.lora_report import report, interference;"
-        "import unbraid.cli_files; p = sys.argv[1]; diagnose(p, 'comfyui'); report(p); interference(p, p);"
+        "import unbraid.cli; p = sys.argv[1]; diagnose(p, 'comfyui'); report(p); interference(p, p);"
         "assert not {'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], check=True, timeout=60)

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unbraid.errors import UsageError
-from unbraid.settings import parse_set
 
 console = Console(stderr=True)
 
@@ -29,6 +28,8 @@ Previews = Annotated[int, typer.Option(help="How many preview sheets during trai
 
 def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
     """What the training verbs have in common, with the settings of the method."""
+    from unbraid.settings import parse_set  # it knows the methods, and they torch: the file tools do without
+
     settings = parse_set(pairs or [])
     for key in settings:
         if key in (*common, "method", "image", "images", "words", "subject", "style", "prompt"):

@@ -3,7 +3,7 @@
 A convolution is treated as the matrix [d, k·kh·kw] of its flattened kernel.
 """
 
-from math import isfinite
+from math import frexp, isfinite
 
 import torch
 from jaxtyping import Float
@@ -113,6 +113,8 @@ def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) ->
         raise UsageError("NaN or infinite weights", where, "The training diverged, or a weight is far too large.")
     if factor != 1 and dtype is not None:
         up = wide(up) * factor
+    elif abs(frexp(factor)[0]) == 0.5 and torch.equal(up * factor / factor, up):
+        up = up * factor  # a power of two, the usual case: exact in the file's own dtype, and much quicker to know
     elif factor != 1:
         scaled = up.double() * factor
         exact = torch.equal(scaled.to(up.dtype).double(), scaled)
