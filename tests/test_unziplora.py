@@ -238,7 +238,7 @@ def test_explain_prints_the_method() -> None:
     from unbraid.explain import explain
 
     text = explain("unziplora")
-    assert "content (reads 'content') + style (reads 'style')" in text and "column_ratio = 0.1" in text
+    assert "content (reads 'content') + style (reads 'style')" in text and "column_ratio = 0.3  (elsewhere 0.1)" in text
 
 
 def test_blora_halves_touch_different_blocks(studies: Studies) -> None:
