@@ -85,18 +85,15 @@ class Factors(nn.Module):
             return channels if self.mask is None else self.mask
         return channels * self.mask
 
-    def merged(
-        self, trains: frozenset[Part] = ALL, gates: bool = True
-    ) -> tuple[Float[Tensor, "r k"], Float[Tensor, "d r"]]:
-        """diag(n) A diag(m) and diag(g · mask) B: mergers scale the small factors, never a d×k matrix or every token.
-        What does not train is detached as a parameter. Without `gates`, g is left out."""
-
-        def part(value: Tensor | None, name: Part) -> Tensor | None:
-            return value if value is None or name in trains else value.detach()
-
-        down, up = part(self.down, "down"), part(self.up, "up")
-        columns, ranks, channels = (part(p, "merger") for p in (self.columns, self.ranks, self.channels))
-        assert down is not None and up is not None
+    def merged(self, trains: frozenset[Part] = ALL, gates: bool = True) -> tuple[Tensor, Tensor]:
+        """diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r]: mergers scale the small factors, never a d×k matrix
+        or every token. What does not train is detached as a parameter. Without `gates`, g is left out."""
+        down: Tensor = self.down if "down" in trains else self.down.detach()
+        up: Tensor = self.up if "up" in trains else self.up.detach()
+        mergers = (self.columns, self.ranks, self.channels)
+        if "merger" not in trains:
+            mergers = tuple(None if merger is None else merger.detach() for merger in mergers)
+        columns, ranks, channels = mergers
         gate = self.gate(channels if gates else None)
         down = down if columns is None else down * columns
         down = down if ranks is None else down * ranks[:, None]

@@ -34,4 +34,4 @@ def values(adapters: Adapters, name: str) -> dict[str, Tensor]:
 def collapsed(found: Mapping[str, float]) -> bool:
     """Both weakened alike, so that what came out is the plain sum at less strength."""
     means = [value for key, value in found.items() if key.startswith("mean ")]
-    return bool(means) and max(means) < 0.5 and found.get("cos", 0) > 0.9
+    return bool(means) and max(means) < 0.5 and found.get("cos", 0) > 0.8
