@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -81,13 +82,20 @@ def merge_files(
     **settings: float | int,
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.merge`. Files of different families are refused."""
-    loras = [read(source.path) for source in sources]
+    with ThreadPoolExecutor() as readers:
+        loras = list(readers.map(read, [source.path for source in sources]))
     families: set[Family] = {lora.family for lora in loras if lora.family != "unknown"}
     if len(families) > 1:
         what = f"the LoRAs are for different base models: {', '.join(sorted(families))}"
         raise UsageError(what, "merge", "Merge LoRAs of one family.")
     modules = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
-    merged = list(merge(modules, [source.weight for source in sources], method, size, None, **settings))
+    titles = [_title(lora, source.path) for lora, source in zip(loras, sources, strict=True)]
+    del loras
+    merged = []
+    for one in merge(modules, [source.weight for source in sources], method, size, None, **settings):
+        merged.append(one)
+        for lora in modules:
+            lora.pop(one.name, None)  # its memory serves the modules to come
     recipe = {
         "method": method,
         "loras": [{"name": s.path.stem, "weight": s.weight, "blocks": list(s.blocks)} for s in sources],
@@ -95,7 +103,7 @@ def merge_files(
     }
     told = {
         "unbraid.recipe": json.dumps(recipe),
-        "modelspec.merged_from": ", ".join(_title(lora, s.path) for lora, s in zip(loras, sources, strict=True)),
+        "modelspec.merged_from": ", ".join(titles),
         "modelspec.title": Path(out).stem,
     }
     family = families.pop() if families else "unknown"

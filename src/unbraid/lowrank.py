@@ -102,6 +102,18 @@ def fold_mid(down: Tensor, mid: Tensor) -> Tensor:
     return torch.einsum("rshw,sk->rkhw", wide(mid), wide(down.flatten(1))).to(down.dtype)
 
 
+def times_power_of_two(tensor: Tensor, factor: float) -> Tensor | None:
+    """tensor · factor in its own dtype where that is exact and quick to know: most strengths, and alphas / r, are powers
+    of two. None: it is not, or the factor is none."""
+    if factor == 1:
+        return tensor
+    if abs(frexp(factor)[0]) != 0.5:
+        return None
+    scaled = tensor * factor
+    below = abs(factor) < 1 and not torch.equal(scaled / factor, tensor)  # bits lost under the smallest normal number
+    return None if below or not finite(scaled) else scaled
+
+
 def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) -> Lora:
     """The same change with another alpha, in another dtype.
 
@@ -111,11 +123,12 @@ def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) ->
     down, up, factor = lora.down, lora.up, lora.alpha / alpha
     if not (finite(down) and finite(up) and isfinite(factor)):
         raise UsageError("NaN or infinite weights", where, "The training diverged, or a weight is far too large.")
-    if factor != 1 and dtype is not None:
-        up = wide(up) * factor
-    elif abs(frexp(factor)[0]) == 0.5 and torch.equal(up * factor / factor, up):
-        up = up * factor  # a power of two, the usual case: exact in the file's own dtype, and much quicker to know
-    elif factor != 1:
+    quick = times_power_of_two(up, factor)
+    if quick is not None:
+        up = quick
+    elif dtype is not None or abs(frexp(factor)[0]) == 0.5:
+        up = wide(up).mul(factor)
+    else:
         scaled = up.double() * factor
         exact = torch.equal(scaled.to(up.dtype).double(), scaled)
         up = scaled.to(up.dtype) if exact else scaled.float() if up.dtype != torch.float64 else scaled
@@ -162,8 +175,13 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     out = tensor.to(dtype)
     if tensor.dtype == dtype or torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point():
         return out
-    exact = wide(tensor)
-    fits = bool((out.to(exact.dtype) - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm())
+    if not finite(out):
+        return None
+    tiny, eps, exact = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps, wide(tensor)
+    norm = float(torch.linalg.vector_norm(exact))
+    if tiny * tensor.numel() ** 0.5 <= norm:
+        return out  # even if all entries lost what they have below the normal numbers, that is eps of the norm
+    fits = float((out.to(exact.dtype) - exact).norm()) <= 2 * eps * norm
     return out if fits else None
 
 

@@ -48,7 +48,7 @@ def merge(
         raise UsageError("a weight is not finite", "merge", "Give numbers such as 0.7.")
     _check(size, settings)
     dtype = dtype or _widest(loras)
-    alpha = float(size.rank or _common_rank(loras))
+    alpha = float(size.rank or _common_rank(loras) * _common_strength(loras[0], weights[0]))
     found = False
     for name in dict.fromkeys(name for lora in loras for name in lora):
         parts = [
@@ -104,6 +104,12 @@ def _widest(loras: Sequence[Mapping[str, Lora]]) -> torch.dtype:
     for dtype in dtypes:
         out = torch.promote_types(out, dtype)  # fp16 with bf16: fp32
     return out
+
+
+def _common_strength(lora: Mapping[str, Lora], weight: float) -> float:
+    """|w| · alpha / r of most modules: with it in the file's alpha, concat leaves the first LoRA's factors as they are."""
+    ratios = Counter(abs(weight * one.alpha) / len(one.down) for one in lora.values())
+    return next((ratio for ratio, _ in ratios.most_common() if ratio), 1.0)
 
 
 def _common_rank(loras: Sequence[Mapping[str, Lora]]) -> int:

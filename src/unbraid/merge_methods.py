@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbraid.lora import Lora
-from unbraid.lowrank import delta, from_dense, matrices, shaped, truncate, wide
+from unbraid.lowrank import delta, from_dense, matrices, shaped, times_power_of_two, truncate, wide
 
 CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."  # B-LoRA, arXiv 2403.14572
 
@@ -39,15 +39,16 @@ Method = Callable[..., Made]
 
 
 def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
-    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r into up. Truncated by QR-SVD if a size is asked for."""
+    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r relative to the first LoRA's into up, the first's into alpha. Truncated by QR-SVD if a size is asked for."""
     rank = sum(len(part.lora.down) for part in parts)
     if len(parts) == 1:
         lora = parts[0].lora
         joined = Lora(lora.down, lora.up, lora.alpha * parts[0].weight)
     else:
         downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
-        scaled = [_times(up, _strength(part)) for up, part in zip(ups, parts, strict=True)]
-        joined = shaped(torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1), float(rank), parts[0].lora)
+        first = _strength(parts[0])  # into alpha: LoRAs of one strength are joined as they are
+        scaled = [_times(up, _strength(part) / first) for up, part in zip(ups, parts, strict=True)]
+        joined = shaped(torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1), first * rank, parts[0].lora)
     return (joined, 1.0) if size == Size() else truncate(joined, size.rank, size.energy)
 
 
@@ -129,7 +130,8 @@ def _strength(part: Part) -> float:
 
 
 def _times(up: Tensor, factor: float) -> Tensor:
-    return up if factor == 1 else wide(up) * factor
+    quick = times_power_of_two(up, factor)
+    return wide(up) * factor if quick is None else quick
 
 
 def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:

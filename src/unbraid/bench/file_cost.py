@@ -1,7 +1,7 @@
 """What the file commands cost at full size: SDXL LoRAs of 722 modules, rank 64, fp16. `python -m unbraid.bench.file_cost`
 
 Each command runs in a process of its own, as a user runs it. Memory is its peak above that of a process that has only
-imported the same code, as a multiple of its input files' size. The last lines set the factorised SVD beside the dense
+imported the same code, as a multiple of its input files' size. Times are the median (and range) of three runs. The last lines set the factorised SVD beside the dense
 one that it replaces, module by module in this same process.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -22,7 +23,7 @@ from unbraid.formats.loaders import unet_modules
 from unbraid.lora import Lora
 from unbraid.lowrank import delta, truncate
 
-RANK, FULL = 64, 722
+RANK, FULL, REPEATS = 64, 722, 3
 WIDTHS = {"down_blocks.1": 640, "up_blocks.1": 640}  # the deepest level, and the rest of SDXL's attention: 1280
 CONTEXT = 2048
 
@@ -60,7 +61,8 @@ def synthetic(rank: int, seed: int) -> dict[str, Lora]:
 
 
 def cost(arguments: list[str]) -> Cost:
-    """Run this Python with `arguments`, alone."""
+    """Run this Python with `arguments`, alone; what earlier runs wrote is on the disk before."""
+    os.sync()
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -77,21 +79,26 @@ def commands(folder: Path) -> None:
     write(second, synthetic(RANK, 1), family="sdxl")
     idle = cost(["-c", "import torch, safetensors.torch, unbraid.file_tools"]).peak
     light = cost(["-c", "import unbraid.cli_files"]).peak
-    todo = {
-        "convert --to diffusers": ["convert", first, out, "--to", "diffusers"],
-        "merge, concat": ["merge", first, second, "--out", wide],
-        "resize 128 to 64": ["resize", wide, out, "--rank", "64"],
-        "doctor": ["doctor", first],
-        "inspect": ["inspect", first],
-        "inspect, two files": ["inspect", first, second],
+    todo: dict[str, tuple[list[str], list[str]]] = {  # inputs, then the command's words
+        "convert --to diffusers": ([first], ["convert", first, out, "--to", "diffusers"]),
+        "merge, concat": ([first, second], ["merge", first, second, "--out", wide]),
+        "merge, concat, 0.7 and 0.4": ([first, second], ["merge", f"{first}:0.7", f"{second}:0.4", "--out", wide]),
+        "resize 128 to 64": ([wide], ["resize", wide, out, "--rank", "64"]),
+        "doctor": ([first], ["doctor", first]),
+        "inspect": ([first], ["inspect", first]),
+        "inspect, two files": ([first, second], ["inspect", first, second]),
     }
     print("| command | input, MB | wall, s | CPU, s | memory, × input |\n|---|---|---|---|---|")
-    for name, words in todo.items():
-        inputs = words[1:3] if words[0] in ("merge", "inspect") else words[1:2]
-        size = sum(Path(word).stat().st_size for word in inputs)
-        spent = cost(["-m", "unbraid", *words])
+    for name, (inputs, words) in todo.items():
+        size = sum(Path(path).stat().st_size for path in inputs)
+        runs = [cost(["-m", "unbraid", *words]) for _ in range(REPEATS)]
+        wall, cpu = (
+            f"{median(x):.2f} ({min(x):.2f} to {max(x):.2f})"
+            for x in zip(*[(r.wall, r.cpu) for r in runs], strict=True)
+        )
         base = light if words[0] in ("doctor", "inspect") else idle
-        print(f"| {name} | {size / 1e6:.0f} | {spent.wall:.2f} | {spent.cpu:.2f} | {(spent.peak - base) / size:.2f} |")
+        peak = max(run.peak for run in runs)
+        print(f"| {name} | {size / 1e6:.0f} | {wall} | {cpu} | {(peak - base) / size:.2f} |")
 
 
 def against_dense() -> None:

@@ -48,11 +48,17 @@ def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, 
     return {**modelspec(family), **kept, "format": "pt", PREFIX: json.dumps(settings)}
 
 
-def stamp(path: Path) -> None:
-    """Put the SHA-256 of the tensors' bytes where the header has room for it. It is what webui knows LoRAs by."""
+def data_hash(path: Path) -> str:
+    """SHA-256 of the tensors' bytes, without the header: what webui knows LoRAs by."""
+    with path.open("rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), 1)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(path: Path, digest: str) -> None:
+    """Put the hash where the header has room for it."""
     with path.open("r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(8)
         file.write(header.replace(UNKNOWN_HASH.encode(), digest.encode()))
 

@@ -19,7 +19,7 @@ Read = Callable[[str], NDArray[np.float32]]
 
 
 @contextmanager
-def _bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger]]]:
+def bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger]]]:
     """A function key → the raw bits as integers. safetensors has checked the header already."""
     with header.path.open("rb") as file:
         size = struct.unpack("<Q", file.read(8))[0]
@@ -41,10 +41,10 @@ def _bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger
 @contextmanager
 def numbers(header: Header) -> Iterator[Read]:
     """A function key → fp32 array (fp64 is cut down to it: reports need no more)."""
-    with _bits(header) as bits:
+    with bits(header) as stored:
 
         def read(key: str) -> NDArray[np.float32]:
-            raw, dtype = bits(key), header.dtypes[key]
+            raw, dtype = stored(key), header.dtypes[key]
             if dtype == "BF16":
                 raw = (raw.astype(np.uint32) << 16).view(np.float32)
             else:
@@ -57,10 +57,10 @@ def numbers(header: Header) -> Iterator[Read]:
 def broken(header: Header) -> tuple[str, ...]:
     """The keys of tensors with a NaN or an infinity in them."""
     out = []
-    with _bits(header) as bits:
+    with bits(header) as stored:
         for key, dtype in header.dtypes.items():
             if dtype in _BITS:
-                raw = bits(key)
+                raw = stored(key)
                 exponent = np.array(_BITS[dtype][1], raw.dtype)
                 if bool(((raw & exponent) == exponent).any()):
                     out.append(key)

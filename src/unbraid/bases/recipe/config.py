@@ -28,9 +28,10 @@ class UNet:
     depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention, SDXL has (0, 2, 10)
     head: int = 32
     text: int = 96  # width of each of the two text encoders
-    batch: int = 8  # per worker
-    steps: int = 10_000
+    batch: int = 32  # per worker
+    steps: int = 8_000
     rate: float = 1e-3
+    muon: float | None = 0.02
     warmup: int = 200
     ema: float = 0.999
     subjects: int | None = 80

@@ -6,7 +6,7 @@ are a function of (step, worker), so a killed run goes on exactly where it was.
 """
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,18 @@ class Schedule:
     muon: float | None = None  # rate of Muon for the inner convolutions, if they use it
 
 
-def start_state(module: nn.Module, saved: Path, workers: int, device: torch.device) -> State:
-    """Fresh or resumed training state as flat vectors, shared between workers when on the CPU."""
+def half(device: torch.device) -> torch.dtype:
+    """bfloat16 where matrix products are several times as fast in it (a GPU, a CPU with AMX tiles), else float32."""
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def start_state(
+    module: nn.Module, saved: Path, workers: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> State:
+    """Fresh or resumed training state as flat vectors, shared between workers when on the CPU.
+
+    `weights` are the master copy, in float32; networks compute with `compute`, their copy in `dtype`."""
     if saved.exists():
         state = load_file(saved)
     else:
@@ -49,7 +59,8 @@ def start_state(module: nn.Module, saved: Path, workers: int, device: torch.devi
             "step": torch.zeros(1),
             "seen": torch.zeros(1),
         }
-    state["grads"] = torch.zeros(workers, len(state["weights"]))
+    state["compute"] = state["weights"].to(dtype)
+    state["grads"] = torch.zeros(workers, len(state["weights"]), dtype=dtype)
     state["norms"] = torch.zeros(workers)
     if device.type == "cpu":
         return {key: value.share_memory_() for key, value in state.items()}
@@ -128,7 +139,7 @@ class _Share:
     def __init__(self, rank: int, state: State, module: nn.Module, schedule: Schedule) -> None:
         workers, size = len(state["grads"]), len(state["weights"])
         self.rank, self.state, self.schedule = rank, state, schedule
-        _view(module, state["weights"], state["grads"][rank])
+        _view(module, state["compute"], state["grads"][rank])
         mine: list[tuple[str, nn.Parameter, slice]] = []
         offset = 0
         for name, p in module.named_parameters():
@@ -136,24 +147,24 @@ class _Share:
                 mine.append((name, p, slice(offset, offset + p.numel())))
             offset += p.numel()
         self.span = slice(mine[0][2].start, mine[-1][2].stop)
-        self.own = [nn.Parameter(p.data) for _, p, _ in mine]
+        self.own = [nn.Parameter(state["weights"][where].view_as(p)) for _, p, where in mine]
         inner = [schedule.muon is not None and is_inner(name, p) for name, p, _ in mine]
         rest = [p for p, is_one in zip(self.own, inner, strict=True) if not is_one]
         self.adam = torch.optim.AdamW(
             [{"params": rest}], lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
-        self.muon: list[tuple[nn.Parameter, Tensor]] = []
+        self.muon = defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)  # by shape
         for (_, _, where), p, is_one in zip(mine, self.own, inner, strict=True):
             first, second = (state[key][where].view_as(p) for key in ("exp_avg", "exp_avg_sq"))
             if is_one:
-                self.muon.append((p, first))
+                self.muon[p.flatten(1).shape].append((p, first))
             else:
                 step = torch.tensor(float(state["step"].item()), device=p.device)
                 self.adam.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def take(self) -> None:
         """The mean of all workers' gradients, and its part of the squared norm."""
-        mean = self.state["grads"][:, self.span].mean(0)
+        mean = self.state["grads"][:, self.span].float().mean(0)
         self.state["norms"][self.rank] = mean.square().sum()
         for p, grad in zip(self.own, mean.split([p.numel() for p in self.own]), strict=True):
             p.grad = grad.view_as(p)
@@ -166,31 +177,41 @@ class _Share:
         now = min((step + 1) / schedule.warmup, 1 - step / schedule.steps)
         self.adam.param_groups[0]["lr"] = schedule.rate * now
         self.adam.step()
-        for p, momentum in self.muon:
-            assert p.grad is not None and schedule.muon is not None
-            momentum.lerp_(p.grad, 0.1)
-            update = orthogonal(p.grad.lerp(momentum, 0.9).flatten(1))
-            tall = max(1, update.shape[0] / update.shape[1]) ** 0.5
-            p.add_(update.view_as(p), alpha=-schedule.muon * now * tall)
+        for group in self.muon.values():
+            updates = []
+            for p, momentum in group:
+                assert p.grad is not None
+                momentum.lerp_(p.grad, 0.1)
+                updates.append(p.grad.lerp(momentum, 0.9).flatten(1))
+            rows, columns = updates[0].shape
+            scale = -(schedule.muon or 0) * now * max(1, rows / columns) ** 0.5
+            solved = orthogonal(torch.stack(updates).to(self.state["compute"].dtype)).float()
+            for (p, _), update in zip(group, solved, strict=True):
+                p.add_(update.view_as(p), alpha=scale)
         keep = min(schedule.ema, (1 + step) / (10 + step))
-        self.state["ema"][self.span].lerp_(self.state["weights"][self.span], 1 - keep)
+        weights = self.state["weights"][self.span]
+        self.state["ema"][self.span].lerp_(weights, 1 - keep)
+        self.state["compute"][self.span].copy_(weights)
 
 
 def is_inner(name: str, p: Tensor) -> bool:
-    """Convolutions between hidden layers, which Muon is for; the first and last ones keep to AdamW."""
-    return p.ndim == 4 and not any(part in name for part in ("conv_in", "conv_out", "quant"))
+    """Convolutions and transformer layers between hidden layers, which Muon is for; the first and last ones keep to AdamW."""
+    if p.ndim == 4:
+        return not any(part in name for part in ("conv_in", "conv_out", "quant"))
+    return p.ndim == 2 and "transformer_blocks" in name
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix, by five quintic Newton-Schulz steps (Muon, K. Jordan 2024).
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrices to `[n, a, b]`, by five quintic Newton-Schulz steps (Muon, K. Jordan 2024).
 
-    torch.optim.Muon does this for matrices only; convolutions are flattened to `[out, in·h·w]` here."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    torch.optim.Muon does this for one matrix at a time, and not for convolutions; those are flattened to `[out, in·h·w]` here."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
 
 
 def _flat(module: nn.Module) -> Tensor:

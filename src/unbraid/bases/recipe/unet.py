@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -56,7 +57,7 @@ class Net(nn.Module):
 
 def train(data: Data, config: Config, work: Path, tokenizer: CLIPTokenizer, workers: int, device: torch.device) -> None:
     torch.manual_seed(0)
-    state = parallel.start_state(Net(config, tokenizer), work / FILE, workers, device)
+    state = parallel.start_state(Net(config, tokenizer), work / FILE, workers, device, parallel.half(device))
     data.latents.share_memory_()
     parallel.spawn(worker, state, data, config, work, tokenizer)
 
@@ -66,15 +67,15 @@ def worker(
 ) -> None:
     settings, device = config.unet, state["weights"].device
     net = Net(config, tokenizer).to(device)
+    net.unet.set_attn_processor(AttnProcessor())  # for a few positions, the fused one's gradient is slow on a CPU
     levels = model.scheduler().alphas_cumprod.to(device)
 
     def loss(step: int, seed: int) -> tuple[Tensor, int]:
         del step
         batch = draw(data, settings.batch, seed, tokenizer, device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            return v_loss(net, batch, levels), settings.batch
+        return v_loss(net, batch, levels), settings.batch
 
-    schedule = parallel.Schedule("unet", settings.steps, settings.rate, settings.warmup, settings.ema)
+    schedule = parallel.Schedule("unet", settings.steps, settings.rate, settings.warmup, settings.ema, settings.muon)
     parallel.train(rank, barrier, state, net, loss, schedule, work / FILE)
 
 
@@ -119,7 +120,8 @@ def v_loss(net: Net, batch: Batch, levels: Tensor) -> Tensor:
     """Mean squared error of v = a·noise - s·x (arXiv 2202.00512), unweighted."""
     a = levels[batch.t].sqrt()[:, None, None, None]
     s = (1 - levels[batch.t]).sqrt()[:, None, None, None]
-    out = net(a * batch.latents + s * batch.noise, batch.t, batch.tokens, batch.sizes)
+    noisy = (a * batch.latents + s * batch.noise).to(net.unet.dtype)
+    out = net(noisy, batch.t, batch.tokens, batch.sizes)
     return F.mse_loss(out.float(), a * batch.noise - s * batch.latents)
 
 
