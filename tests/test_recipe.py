@@ -155,9 +155,25 @@ def test_workers_share_the_work(tmp_path: Path) -> None:
     torch.testing.assert_close(trained(2), trained(1), rtol=1e-3, atol=1e-5)  # Newton-Schulz magnifies rounding
 
 
-def test_muon_steps_are_near_orthogonal() -> None:
-    for shape in ((8, 20), (20, 8)):
-        values = torch.linalg.svdvals(
-            parallel.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-        )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_steps_are_near_orthogonal(dtype: torch.dtype) -> None:
+    for shape in ((3, 8, 20), (3, 20, 8)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        values = torch.linalg.svdvals(parallel.orthogonal(matrices).float())
         assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_half_precision_keeps_full_precision_weights(tmp_path: Path) -> None:
+    """Steps far below bfloat16's resolution must add up: the master copy is float32."""
+    linear, device = torch.nn.Linear(4, 4, bias=False), torch.device("cpu")
+    torch.nn.init.ones_(linear.weight)
+    state = parallel.start_state(linear, tmp_path / "x", 1, device, torch.bfloat16)
+    schedule = parallel.Schedule("x", 40, 1e-4, 1, 0.5)
+
+    def loss(step: int, seed: int) -> tuple[torch.Tensor, int]:
+        assert linear.weight.dtype == torch.bfloat16
+        return linear(torch.ones(1, 4, dtype=torch.bfloat16)).sum(), 1
+
+    parallel.train(0, threading.Barrier(1), state, linear, loss, schedule, tmp_path / "x")
+    moved = 1 - load_file(tmp_path / "x")["weights"]
+    assert torch.allclose(moved, torch.full_like(moved, 20.5e-4), rtol=0.05), "a linear decay from 1e-4 over 40 steps"

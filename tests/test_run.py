@@ -118,6 +118,42 @@ def test_learn_takes_several_images(v_base: Path, picture: Path, tmp_path: Path)
         assert file.metadata()["unbraid.method"] == "dreambooth" and len(list(file.keys())) == 3 * 88
 
 
+def test_learn_preserves_the_prior_and_reads_captions(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """The class is drawn by the base where no pictures are given; each picture's caption takes its prompt's place."""
+    image = Image.open(picture)
+    for name in ("a", "b"):
+        image.save(tmp_path / f"{name}.png")
+    (tmp_path / "b.txt").write_text("a sks dog in line style\n")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    options = {"out": tmp_path / "l", "base": str(v_base), "rank": 2, "steps": 6, "previews": 0, "seed": 1}
+    job = learn_job(files, prompt="a sks cat", class_prompt="a cat", **options)
+    steps = [event.step for event in run(job, device="cpu") if event.step]
+    assert all(len(step.losses) == 2 and abs(step.loss - sum(step.losses)) < 1e-5 for step in steps)
+    assert len(list((tmp_path / "l" / "drawn").glob("prior_*.png"))) == 16
+    record = tomllib.loads((tmp_path / "l" / "run.toml").read_text())
+    assert (
+        record["captions"] == {str(files[1]): "a sks dog in line style"} and record["dreambooth"]["prior_weight"] == 1
+    )
+    options["out"] = tmp_path / "plain"
+    (tmp_path / "b.txt").unlink()
+    list(run(learn_job(files, prompt="a sks cat", class_prompt="a cat", **options), device="cpu"))
+    with_caption, without = (load_file(tmp_path / name / "lora.safetensors") for name in ("l", "plain"))
+    assert not all(torch.equal(value, without[key]) for key, value in with_caption.items()), "the caption is read"
+    (tmp_path / "b.txt").write_text(" ")
+    with pytest.raises(UsageError, match="caption is empty"):
+        learn_job(files, prompt="a sks cat", base=str(v_base))
+    with pytest.raises(UsageError, match="--class-prompt"):
+        learn_job(files[:1], prompt="a sks cat", base=str(v_base), prior_weight=1.0)
+
+
+def test_learn_on_all_linear_layers(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    options = {"out": tmp_path / "l", "base": str(v_base), "rank": 2, "steps": 2, "previews": 0}
+    list(run(learn_job(picture, prompt="a sks cat", targets="transformers", **options), device="cpu"))
+    names = read(tmp_path / "l" / "lora.safetensors").modules
+    assert len(names) > 88 and any(name.endswith("ff.net.0.proj") for name in names)
+    assert any(name.endswith("attentions.0.proj_in") for name in names)
+
+
 @pytest.mark.parametrize("kind", ["eps_base", "sd15_base"])
 def test_other_kinds_of_base(kind: str, request: pytest.FixtureRequest, picture: Path, tmp_path: Path) -> None:
     base = str(request.getfixturevalue(kind))

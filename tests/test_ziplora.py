@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from unbraid import mergers
 from unbraid.adapters import Adapters
 from unbraid.api import zip_job
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
+from unbraid.bench.zip_cost import dense_layers, dense_loop
 from unbraid.errors import UsageError
 from unbraid.files import read, write
 from unbraid.lora import Factors, Lora
@@ -23,10 +22,9 @@ from unbraid.lowrank import delta
 from unbraid.methods.ziplora import ziplora
 from unbraid.render import attach
 from unbraid.run import run
-from unbraid.train import Sample, Shared, State, train
+from unbraid.train import Sample, Shared, State, lessons, train
 
 ROLES = ("content", "style")
-LAMBDA, LR = 0.01, 0.01
 
 
 @pytest.fixture
@@ -60,53 +58,23 @@ def two_loras(model: Base, disjoint: bool = False) -> Adapters:
     return adapters
 
 
-def dense_loop(studies: Studies, adapters: Adapters, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """The formulas with d×k matrices and four calls per step: m_c, m_s of every layer."""
-    unet, rng = studies.base.unet, torch.Generator().manual_seed(0)
-    parts = [adapters.of(role) for role in ROLES]
-    deltas = {
-        name: [part[name].scale * (part[name].up @ part[name].down).detach() for part in parts] for name in parts[0]
-    }
-    frozen = {name: layer.base.weight for name, layer in adapters.layers.items()}
-    m = {name: [torch.ones(w.shape[1]).double().requires_grad_() for _ in ROLES] for name, w in frozen.items()}
-    optimizer = torch.optim.AdamW([one for both in m.values() for one in both], lr=LR, weight_decay=0)
-
-    def call(change: dict[str, Tensor], i: int, role: str) -> Tensor:
-        weights = {f"{name}.base.weight": frozen[name] + change[name] for name in frozen}
-        sample, prompt = samples[i], studies.encoded[role]
-        assert prompt.pooled is not None
-        added = {"text_embeds": prompt.pooled[None], "time_ids": sample.sizes.double()}
-        return functional_call(
-            unet, weights, (sample.noisy, sample.t, prompt.embeds[None]), {"added_cond_kwargs": added}
-        ).sample
-
-    for _ in range(steps):
-        samples = studies.draw(ROLES, frozenset(("noise", "timestep")), rng)
-        merged = {name: sum(d * one for d, one in zip(deltas[name], m[name], strict=True)) for name in frozen}
-        loss = torch.zeros((), dtype=torch.float64)
-        for i, role in enumerate(ROLES):
-            with torch.no_grad():
-                teacher = call({name: deltas[name][i] for name in frozen}, i, role)
-            loss = loss + F.mse_loss(call(merged, i, role), teacher)  # type: ignore[arg-type]
-        loss = loss + LAMBDA * sum(F.cosine_similarity(a, b, dim=0).abs() for a, b in m.values())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([one for both in m.values() for one in both], 1.0)
-        optimizer.step()
-    return [(a.detach(), b.detach()) for a, b in m.values()]
-
-
-def zipped(studies: Studies, adapters: Adapters, steps: int, at_once: int = 2, **settings: object) -> State:
+def zipped(
+    studies: Studies, adapters: Adapters, steps: int, at_once: int = 2, cached: bool = False, **settings: object
+) -> State:
     (recipe,) = ziplora(BLOCKS["sdxl"], steps=steps, **settings)  # type: ignore[arg-type]
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    for _ in train(studies, recipe, state, at_once):
+    ahead = lessons(studies, recipe, adapters, state.rng, at_once=3) if cached else None
+    for _ in train(studies, recipe, state, at_once, ahead):
         pass
     return state
 
 
 def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
     adapters = two_loras(studies.base)
-    expected = dense_loop(studies, adapters, 100)
+    with dense_layers(studies.base.unet, adapters) as layers:
+        for _ in islice(dense_loop(studies, layers), 100):
+            pass
+    expected = [tuple(m.detach() for m in layer.m) for layer in layers.values()]
     zipped(studies, adapters, 100)
     got = [tuple(one.columns for one in layer.adapters.values()) for layer in adapters.layers.values()]  # type: ignore[union-attr]
     moved = 0.0
@@ -114,6 +82,18 @@ def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
         assert (a - c).abs().max() < 1e-8 and (b - d).abs().max() < 1e-8  # type: ignore[operator]
         moved = max(moved, float((c - 1).abs().max()))
     assert moved > 0.1, "at the paper's rate the coefficients must really move"
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_teachers_asked_ahead_say_the_same(studies: Studies, shared_noise: bool) -> None:
+    found = []
+    for at_once, cached in ((1, False), (2, True)):
+        adapters = two_loras(studies.base)
+        zipped(studies, adapters, 10, at_once, cached, shared_noise=shared_noise)
+        found.append([one.columns for role in ROLES for one in adapters.of(role).values()])
+        adapters.detach()
+    for live, ahead in zip(*found, strict=True):
+        assert (live - ahead).abs().max() < 1e-10 and (live != 1).any()  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("granularity", ["column", "rank", "row", "layer"])
@@ -246,16 +226,8 @@ def test_zip_makes_two_files_that_every_tool_reads(v_base: Path, picture: Path, 
             assert (new - old * ratio).norm() < 1e-3 * new.norm(), "one factor per column"
             moved = max(moved, float((ratio - 1).abs().max()))
         assert moved > 0.01
-    single = list(
-        run(
-            replace(
-                zip_job(
-                    content, style, images={"content": picture}, single=True, **{**options, "out": tmp_path / "one"}
-                )
-            ),
-            device="cpu",
-        )
-    )
+    options["out"] = tmp_path / "one"
+    single = list(run(zip_job(content, style, images={"content": picture}, single=True, **options), device="cpu"))
     (merged,) = [event.file for event in single if event.file and event.file.suffix == ".safetensors"]
     both = [read(out / f"{name}.safetensors").modules for name in ROLES]
     for module, one in read(merged).modules.items():
@@ -296,4 +268,4 @@ def test_bad_input_is_one_clear_line(v_base: Path, sd15_base: Path, tmp_path: Pa
     with pytest.raises(UsageError):
         zip_job(good, tmp_path / "missing.safetensors")
     assert not (tmp_path / "x").exists()
-    assert attach(base, {"a": (good, read(good))})
+    assert attach(base, {"a": (good, read(good).modules)})

@@ -13,6 +13,7 @@ from unbraid.errors import UsageError
 from unbraid.lora import Active, Factors, Lora
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
+TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 
 
@@ -116,8 +117,8 @@ class Adapters:
         down_std: float | None = None,
         within: str = "",
     ) -> None:
-        """Add a fresh adapter on every layer (whose name begins with `within`): down ~ N(0, 1/r) unless given,
-        up = 0, so that the base is unchanged."""
+        """Add a fresh adapter on every layer, or those whose names begin with `within`. down ~ N(0, 1/r) unless its deviation
+        is given; up = 0, so that the base is unchanged, unless its deviation is given."""
         layers = {name: layer for name, layer in self.layers.items() if name.startswith(within)}
         if not layers:
             raise UsageError("this base has no attention there", within, "The method needs another base.")

@@ -1,13 +1,15 @@
 """The verbs in Python, with the names and settings of the command line."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from unbraid.base import load
-from unbraid.data import list_images
+from unbraid.data import caption_of, list_images
+from unbraid.errors import UsageError
 from unbraid.files import read
 from unbraid.job import Job
 from unbraid.render import Use, own_prompt, render
@@ -36,9 +38,27 @@ def split_job(image: str | Path, *, subject: str, style: str, method: str = "unz
 
 
 def learn_job(
-    images: str | Path | Sequence[str | Path], *, prompt: str, method: str = "dreambooth", **options: Any
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    method: str = "dreambooth",
+    **options: Any,
 ) -> Job:
-    return job([images] if isinstance(images, str | Path) else images, {"prompt": prompt}, method=method, **options)
+    """Learn from images, each under `prompt`, or under the text of NAME.txt beside NAME.png. With a `class_prompt` the prior
+    is preserved: on `class_images`, or on pictures that the base draws of it."""
+    words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
+    if class_prompt:
+        words["class_prompt"] = class_prompt
+        options = {"prior_weight": 1.0, **options}
+    if class_images:
+        roles["prior"] = [class_images]
+    todo = job(roles, words, method=method, **options)
+    if bool(todo.settings.get("prior_weight")) != bool(class_prompt):
+        raise UsageError("prior preservation needs a prompt of the class", "--class-prompt", "For example: a dog.")
+    captions = {path: text for path in todo.images["image"] if (text := caption_of(path)) is not None}
+    return replace(todo, captions=captions)
 
 
 def zip_job(

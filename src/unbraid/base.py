@@ -55,6 +55,7 @@ class Picture:
     mean: Tensor
     std: Tensor
     sizes: Tensor
+    prompt: str | None = None  # role of its own caption
 
 
 @dataclass
@@ -169,13 +170,14 @@ class Studies:
         noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.base.noise.config["prediction_type"] == "v_prediction"
         target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
-        return Sample(noisy, t, target, picture.sizes[None])
+        return Sample(noisy, t, target, picture.sizes[None], picture.prompt)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])
         t = torch.cat([sample.t for sample in samples])
         sizes = torch.cat([sample.sizes for sample in samples])
-        return self.base.predict(noisy, t, [self.encoded[role] for role in prompts], sizes)
+        encoded = [self.encoded[sample.prompt or role] for sample, role in zip(samples, prompts, strict=True)]
+        return self.base.predict(noisy, t, encoded, sizes)
 
 
 def load(name: str = "icons", device: str | None = None) -> Base:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,7 +47,15 @@ def split(
 @app.command()
 def learn(
     images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
-    prompt: Annotated[str, typer.Option(help="What to call it: a sks dog.")],
+    prompt: Annotated[
+        str, typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own prompt.")
+    ],
+    class_prompt: Annotated[
+        str, typer.Option(help="What it is one of: a dog. Preserves what the base draws of it.")
+    ] = "",
+    class_images: Annotated[
+        Path | None, typer.Option(help="Pictures of the class; without, the base draws them.")
+    ] = None,
     out: Out = None,
     method: str = "dreambooth",
     base: BaseName = "icons",
@@ -62,7 +70,8 @@ def learn(
     from unbraid.api import learn_job
 
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    run_job(learn_job(list(images), prompt=prompt, method=method, **given), resume, quiet)
+    job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
+    run_job(job, resume, quiet)
 
 
 @app.command(name="zip")
@@ -112,6 +121,10 @@ def generate(
             help="What the LoRA of the same position reads in cross-attention; `own` is what it was trained with."
         ),
     ] = None,
+    combine: Annotated[
+        Literal["sum", "switch", "composite", "k-lora"],
+        typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
+    ] = "sum",
     negative: str = "",
     n: Annotated[int, typer.Option("--n", help="How many pictures, at seeds SEED, SEED+1, …")] = 1,
     seed: Seed = 0,
@@ -130,6 +143,7 @@ def generate(
     if n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     given: dict[str, Any] = {
+        "combine": combine,
         "negative": negative,
         "guidance": guidance,
         "steps": steps,

@@ -24,6 +24,11 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
+OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
+    (
+        "method image images words subject style content prompt prompts class_prompt class_images also loras roles single"
+    ).split()
+)
 
 
 def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
 
     settings = parse_set(pairs or [])
     for key in settings:
-        if key in (*common, "method", "image", "images", "words", "subject", "style", "prompt"):
+        if key in common or key in OTHERS:
             raise UsageError(
                 f"{key!r} is not a setting of the method", "--set", "It has an option of its own: see --help."
             )

@@ -50,6 +50,20 @@ def list_images(path: Path) -> list[Path]:
     return found
 
 
+def caption_of(path: Path) -> str | None:
+    """The text of NAME.txt beside NAME.png, as kohya's trainers have it; None without one."""
+    file = path.with_suffix(".txt")
+    if not file.is_file():
+        return None
+    try:
+        text = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("cannot be read as text", file, "Save it as UTF-8, or take it away.") from error
+    if not text:
+        raise UsageError("the caption is empty", file, "Write what the picture shows, or take the file away.")
+    return text
+
+
 def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
     """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred."""
     width, height = image.size

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from unbraid.errors import UsageError
 
+KEY = re.compile(r"[A-Za-z0-9_-]+")
 RECORD, EVENTS, STATE = "run.toml", "events.jsonl", "state.safetensors"
 
 
@@ -41,8 +43,12 @@ def write_record(out: Path, record: Mapping[str, Any]) -> None:
 
 
 def to_toml(record: Mapping[str, Any]) -> str:
-    """Scalars first, then one table per mapping. JSON strings are TOML strings."""
-    scalars = [f"{key} = {json.dumps(value)}" for key, value in record.items() if not isinstance(value, Mapping)]
+    """Scalars first, then one table per mapping. JSON strings are TOML strings, as keys too."""
+    scalars = [
+        f"{key if KEY.fullmatch(key) else json.dumps(key)} = {json.dumps(value)}"
+        for key, value in record.items()
+        if not isinstance(value, Mapping)
+    ]
     tables = [f"\n[{key}]\n{to_toml(value)}" for key, value in record.items() if isinstance(value, Mapping)]
     return "\n".join([*scalars, *tables]) + ("\n" if scalars else "")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from unbraid import folder
@@ -30,6 +31,7 @@ class Job:
     seed: int = 0
     previews: int = 3  # preview sheets during training; 0: no pictures at all
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
+    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompt, where it has one
 
 
 def prompts_of(job: Job) -> dict[str, str]:
@@ -37,9 +39,14 @@ def prompts_of(job: Job) -> dict[str, str]:
     words = {"rare": RARE, **job.words}
     for name, value in words.items():
         if not value.strip():
-            raise UsageError("is empty", f"--{name}", "Say in a word or two what it is.")
+            raise UsageError("is empty", f"--{name.replace('_', '-')}", "Say in a word or two what it is.")
     templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.words}
-    return {role: template.format(**words) for role, template in templates.items()}
+    known = {role: text for role, text in templates.items() if all(name in words for name in _fields(text))}
+    return {role: template.format(**words) for role, template in known.items()}
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
 
 
 def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -57,6 +64,7 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
         "images": images,
         "sha256": hashes,
         **({"loras": {role: str(path) for role, path in job.loras.items()}} if job.loras else {}),
+        **({"captions": {str(path): text for path, text in job.captions.items()}} if job.captions else {}),
         "prompts": dict(texts),
         job.method: dict(job.settings),
     }

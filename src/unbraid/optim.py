@@ -37,4 +37,4 @@ def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
                 groups.append({"params": parameters, "lr": rate.lr, "weight_decay": rate.weight_decay})
     if not groups:
         raise UsageError("nothing would be trained", "rates", "Give at least one part of one adapter a rate.")
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)

@@ -1,6 +1,7 @@
 """LoRA files and a prompt → pictures."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from PIL import Image
 
 from unbraid.adapters import Adapters
 from unbraid.base import Base
+from unbraid.combine import Combine, composite, k_lora_terms, sampling_times, switch
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read
-from unbraid.lora import Active, Factors
+from unbraid.lora import Active, Factors, Lora
 from unbraid.sample import NEGATIVE, classifier_free, generate
 
 OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
@@ -31,6 +33,7 @@ def render(
     prompt: str,
     uses: Sequence[Use] = (),
     *,
+    combine: Combine = "sum",
     negative: str = "",
     guidance: float = 4.0,
     seeds: Sequence[int] = (0,),
@@ -38,7 +41,8 @@ def render(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Image.Image]:
-    """One picture per seed with classifier-free guidance; the base is left as it was."""
+    """One picture per seed with classifier-free guidance; the base is left as it was. `combine`: how several LoRAs work
+    together, see `unbraid.combine`."""
     opened = [read(use.file) for use in uses]
     texts = {"main": prompt}
     active = []
@@ -50,10 +54,18 @@ def render(
         active.append(Active(f"lora{i}", use.scale, prompt=role))
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
     prompts[NEGATIVE] = base.encode_negative(negative)
-    terms = classifier_free(guidance, "main", tuple(active))
-    adapters = attach(
-        base, {f"lora{i}": (use.file, file) for i, (use, file) in enumerate(zip(uses, opened, strict=True))}
-    )
+    loras = {f"lora{i}": (use.file, file.modules) for i, (use, file) in enumerate(zip(uses, opened, strict=True))}
+    times = sampling_times(copy.deepcopy(base.pipe.scheduler), steps)
+    if combine == "sum" or not active:
+        terms = classifier_free(guidance, "main", tuple(active))
+    elif combine == "composite":
+        terms = composite(guidance, "main", active)
+    elif combine == "switch":
+        terms = switch(guidance, "main", active, times)
+    else:
+        parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
+        loras = {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
+    adapters = attach(base, loras)
     try:
         return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, height=height, width=width)
     finally:
@@ -61,28 +73,30 @@ def render(
             adapters.detach()
 
 
-def attach(base: Base, loras: dict[str, tuple[Path, LoraFile]]) -> Adapters | None:
-    """Put LoRA files on the base's UNet, each under its name; None if there are none."""
+def attach(base: Base, loras: Mapping[str, tuple[Path, Mapping[str, Lora]]]) -> Adapters | None:
+    """Put LoRAs (their files, for errors, and modules) on the base's UNet, each under its name; None if there are none."""
     names: set[str] = set()
-    for path, file in loras.values():
-        outside = [name for name in file.modules if not name.startswith("unet.")]
+    for path, modules in loras.values():
+        outside = [name for name in modules if not name.startswith("unet.")]
         if outside:
             what = f"{len(outside)} of its modules are not in the UNet, such as {outside[0]}"
             raise UsageError(what, path, "unbraid applies UNet LoRAs; drop the rest with `unbraid edit`.")
-        names |= {name.removeprefix("unet.") for name in file.modules}
+        names |= {name.removeprefix("unet.") for name in modules}
     if not names:
         return None
     linears = {name for name, module in base.unet.named_modules() if type(module).__name__ == "Linear"}
-    for path, file in loras.values():
-        missing = sorted({name.removeprefix("unet.") for name in file.modules} - linears)
+    for path, modules in loras.values():
+        missing = sorted({name.removeprefix("unet.") for name in modules} - linears)
         if missing:
-            what = f"{len(missing)} of its {len(file.modules)} modules are no linear layers of this base, such as {missing[0]}"
+            what = (
+                f"{len(missing)} of its {len(modules)} modules are no linear layers of this base, such as {missing[0]}"
+            )
             raise UsageError(what, path, f"It was made for another base than {base.name}.")
     adapters = Adapters.attach_named(base.unet, sorted(names))
     try:
-        for name, (path, file) in loras.items():
+        for name, (path, modules) in loras.items():
             made = {}
-            for module, lora in file.modules.items():
+            for module, lora in modules.items():
                 made[module.removeprefix("unet.")] = Factors(
                     lora.down.float(), lora.up.float(), lora.alpha / len(lora.down)
                 )
@@ -98,4 +112,4 @@ def own_prompt(path: Path, file: LoraFile) -> str:
     for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
         if file.metadata.get(key):
             return file.metadata[key]
-    raise UsageError("records no prompt of its own", path, "Give one: --lora-prompt, --content-prompt, --style-prompt.")
+    raise UsageError("records no prompt of its own", path, "Say what it was trained with: see --help for the option.")

@@ -1,8 +1,8 @@
 """One run: a method on images, into one folder with run.toml, events.jsonl, previews, pictures and the LoRA files."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 
 from unbraid import folder, mergers, pictures
 from unbraid.adapters import Adapters
-from unbraid.base import BLOCKS, Base, Studies, load
+from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.data import fit, open_image
 from unbraid.files import read, write
 from unbraid.job import Job, metadata, prompts_of, record
@@ -20,11 +20,13 @@ from unbraid.merger_plot import mergers_plot
 from unbraid.methods import METHODS, Output
 from unbraid.render import attach
 from unbraid.sample import NEGATIVE, classifier_free, generate
-from unbraid.train import Recipe, State, Step, train
+from unbraid.train import Recipe, State, Step, lessons, train
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, PREVIEW_GUIDANCE = 12, 4.0
-DRAWN = 4  # pictures of each LoRA that comes without any
+AT_ONCE = 2  # student branches in one forward pass of a zip: twice the activations, half the calls
+DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
+SHOWN = 8  # inputs in a row of the sheet
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
     for role in ready.images.keys() - opened.keys():
         for i, image in enumerate(ready.images[role]):
             pictures.save_image(image, job.out / "drawn" / f"{role}_{i}.png")
+    begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
         ready.state.restore(saved)
     events = folder.Events(job.out, ready.state.step)
-    yield from _train(ready, events)
+    yield from _train(ready, events, begin)
     total = ready.recipe.steps
     if mergers.collapsed(mergers.summary(ready.adapters)):
         warning = "the coefficients collapsed: all LoRAs were weakened alike. Lower lr or weight, or use similarity=cos"
@@ -78,37 +81,52 @@ def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image
     base = load(job.base, device)
     (recipe,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
-    started = attach(base, {role: (path, read(path)) for role, path in job.loras.items()})
-    adapters = started or Adapters.attach(base.unet)
-    images: dict[str, list[Image.Image]] = dict(opened)
-    for role in job.loras.keys() - opened.keys():
-        seeds = range(job.seed, job.seed + DRAWN)
-        images[role] = generate(
-            base, classifier_free(PREVIEW_GUIDANCE, role, (Active(role),)), prompts, adapters, seeds=seeds
-        )
-    pixels = {
+    started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
+    adapters = started or Adapters.attach(base.unet, recipe.targets)
+    images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
+    captions = {f"caption {path}": base.encode_prompt(text) for path, text in job.captions.items()}
+    encoded = {
         role: [
-            fit(image, base.size**2, base.step, where)
-            for image, where in zip(some, _names(job, role, some), strict=True)
+            _picture(base, image, where, f"caption {where}" if where in job.captions else None)
+            for image, where in zip(some, job.images.get(role) or [_source(job, role)] * len(some), strict=True)
         ]
         for role, some in images.items()
     }
-    encoded = {role: [base.encode_picture(one.values, one.sizes) for one in some] for role, some in pixels.items()}
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
-    return _Run(job, base, Studies(base, encoded, prompts), adapters, recipe, state, images)
+    return _Run(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
 
 
-def _names(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:
-    """What to call a role's pictures: their files, or how they came about."""
-    files = job.images.get(role)
-    return [path.name for path in files] if files else [f"drawn by {job.loras[role].name}"] * len(images)
+def _drawn(
+    job: Job, base: Base, adapters: Adapters, prompts: Mapping[str, Prompt], recipe: Recipe, given: Collection[str]
+) -> dict[str, list[Image.Image]]:
+    """Pictures for the roles that come without any: drawn under the role's prompt by its LoRA, or by the base alone."""
+    out = {}
+    for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
+        active, count = ((Active(role),), DRAWN) if role in job.loras else ((), DRAWN_OF_CLASS)
+        seeds = range(job.seed, job.seed + count)
+        terms = classifier_free(PREVIEW_GUIDANCE, role, active)
+        out[role] = generate(base, terms, prompts, adapters, seeds=seeds)
+    return out
 
 
-def _train(ready: _Run, events: folder.Events) -> Iterator[Progress]:
+def _source(job: Job, role: str) -> Path:
+    """Who drew a role's pictures, for errors and captions."""
+    return job.loras.get(role, Path("the base"))
+
+
+def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) -> Picture:
+    pixels = fit(image, base.size**2, base.step, where)
+    return replace(base.encode_picture(pixels.values, pixels.sizes), prompt=prompt)
+
+
+def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Iterator[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
+    taught = (
+        lessons(ready.studies, ready.recipe, state.adapters, begin, state.step) if ready.recipe.fixed_teachers else None
+    )
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved = time.monotonic()
-    for step in train(ready.studies, ready.recipe, state):
+    for step in train(ready.studies, ready.recipe, state, AT_ONCE if taught else 1, taught):
         events.add(
             step=step.index, loss=step.loss, losses=step.losses, norm=step.norm, **mergers.summary(ready.adapters)
         )
@@ -177,7 +195,7 @@ def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
     """The inputs, and every use at four seeds."""
     job = ready.job
     rows = [
-        (f"input: {texts.get(role, texts['both'])}", list(zip(_names(job, role, some), some, strict=True)))
+        (f"input: {texts.get(role, texts['both'])}", list(zip(_labels(job, role, some), some, strict=False))[:SHOWN])
         for role, some in ready.images.items()
     ]
     rows += [
@@ -185,3 +203,7 @@ def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
         for name, images in _uses(ready, (0, 1, 2, 3), 25)
     ]
     return pictures.save_image(pictures.contact_sheet(rows), job.out / "sheet.png")
+
+
+def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:
+    return [path.name for path in job.images.get(role, ())] or [f"drawn by {_source(job, role).name}"] * len(images)

@@ -4,14 +4,14 @@ It does not print, save or plot. The caller looks at each `Step`, and asks `Stat
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.adapters import Adapters
+from unbraid.adapters import ATTENTION, Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Branch
 from unbraid.optim import Rates, adamw
@@ -34,6 +34,8 @@ class Recipe:
     penalty: Callable[[Adapters, int], Tensor | None] | None = None
     after_backward: Hook | None = None
     after_step: Last | None = None  # True: this was the last step
+    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    fixed_teachers: bool = False  # no teacher uses what trains: all answers can be had before the first step
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Sample:
     t: Tensor  # [1], the scheduler's training timesteps
     target: Tensor  # as noisy: noise or velocity
     sizes: Tensor  # [1, 6]: original height and width, crop top and left, target height and width
+    prompt: str | None = None  # role of the picture's own caption, in place of the branch's prompt
+    taught: bool = False  # the target is its teacher's answer already
 
 
 @runtime_checkable
@@ -110,17 +114,38 @@ class State:
         return nn.ModuleDict(layers)
 
 
-def train(model: Denoiser, recipe: Recipe, state: State, at_once: int = 1) -> Iterator[Step]:
+def train(
+    model: Denoiser, recipe: Recipe, state: State, at_once: int = 1, lessons: Sequence[Sequence[Sample]] | None = None
+) -> Iterator[Step]:
     """Run `recipe` from `state.step` to its end, one optimiser step per item. `at_once` branches share a forward
-    pass (equal shapes only); the result is the same, memory and speed are not."""
+    pass (equal shapes only); the result is the same, memory and speed are not. `lessons`: see there."""
     while state.step < recipe.steps:
-        yield _step(model, recipe, state, at_once)
+        yield _step(model, recipe, state, at_once, lessons)
 
 
-def _step(model: Denoiser, recipe: Recipe, state: State, at_once: int) -> Step:
+def lessons(
+    model: Denoiser, recipe: Recipe, adapters: Adapters, rng: torch.Generator, begin: int = 0, at_once: int = 8
+) -> list[list[Sample]]:
+    """The samples of every step as a run would draw them, each with its teacher's answer as its target; for recipes with
+    `fixed_teachers`. Teachers are asked in batches of `at_once`; those of steps before `begin` are not asked."""
+    plan = [recipe.branches(i) for i in range(recipe.steps)]
+    drawn = [model.draw([branch.image for branch in branches], recipe.shared, rng) for branches in plan]
+    asked = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
+    for chunk in _chunks([drawn[i][j] for i, j in asked], at_once):
+        places = [asked[k] for k in chunk]
+        teachers = [teacher for i, j in places if (teacher := plan[i][j].teacher)]
+        answers = _answers(model, adapters, teachers, [drawn[i][j] for i, j in places])
+        for (i, j), answer in zip(places, answers.split(1), strict=True):
+            drawn[i][j] = replace(drawn[i][j], target=answer.to(drawn[i][j].target.dtype), taught=True)
+    return drawn
+
+
+def _step(
+    model: Denoiser, recipe: Recipe, state: State, at_once: int, lessons: Sequence[Sequence[Sample]] | None
+) -> Step:
     adapters, index = state.adapters, state.step
     branches = recipe.branches(index)
-    samples = model.draw([branch.image for branch in branches], recipe.shared, state.rng)
+    samples = lessons[index] if lessons else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
     losses: list[Tensor] = []
     for chunk in _chunks(samples, at_once):
         some = [branches[i] for i in chunk]
@@ -150,12 +175,11 @@ def _backward(
 ) -> list[Tensor]:
     """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
     target = torch.cat([sample.target for sample in samples])
-    taught = [i for i, branch in enumerate(branches) if branch.teacher]
-    if taught:
-        teachers = [teacher for branch in branches if (teacher := branch.teacher)]
-        with torch.no_grad(), adapters.activate([teacher.active for teacher in teachers], model.prompts):
-            answers = model.predict([samples[i] for i in taught], [teacher.prompt for teacher in teachers])
-        target = target.index_copy(0, torch.tensor(taught, device=target.device), answers.to(target.dtype))
+    asked_now = [i for i, branch in enumerate(branches) if branch.teacher and not samples[i].taught]
+    if asked_now:
+        teachers = [teacher for i in asked_now if (teacher := branches[i].teacher)]
+        answers = _answers(model, adapters, teachers, [samples[i] for i in asked_now])
+        target = target.index_copy(0, torch.tensor(asked_now, device=target.device), answers.to(target.dtype))
     with adapters.activate([branch.active for branch in branches], model.prompts):
         out = model.predict(samples, [branch.prompt for branch in branches])
         losses = F.mse_loss(
@@ -166,6 +190,12 @@ def _backward(
         if losses.requires_grad:  # a branch may have nothing that trains
             (losses * weights).sum().backward()
     return list(losses.detach())
+
+
+@torch.no_grad()
+def _answers(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
+    with adapters.activate([teacher.active for teacher in teachers], model.prompts):
+        return model.predict(samples, [teacher.prompt for teacher in teachers])
 
 
 def _chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:

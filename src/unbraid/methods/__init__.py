@@ -29,7 +29,9 @@ class Entry:
 
     verb: str
     make: Method
-    prompts: Mapping[str, str]  # role → template over the words given, {rare}; empty: the words are the prompts
+    prompts: Mapping[
+        str, str
+    ]  # role → template over the words given, {rare}; empty: the words are the prompts. Templates without their words are left out
     outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
     paper: str
 
@@ -65,6 +67,10 @@ METHODS: dict[str, Entry] = {
         "2403.14572",
     ),
     "dreambooth": Entry(
-        "learn", dreambooth, {"both": "{prompt}"}, lambda settings: {"lora": Output(("lora",), "both")}, "2208.12242"
+        "learn",
+        dreambooth,
+        {"both": "{prompt}", "prior": "{class_prompt}"},
+        lambda settings: {"lora": Output(("lora",), "both")},
+        "2208.12242",
     ),
 }

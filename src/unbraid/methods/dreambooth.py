@@ -1,24 +1,41 @@
 """DreamBooth-LoRA (arXiv 2208.12242 with arXiv 2106.09685): images of one thing → one LoRA."""
 
+from typing import Literal
+
+from unbraid.adapters import ATTENTION, TRANSFORMERS
 from unbraid.lora import Active, Branch, Part
 from unbraid.methods.unziplora import Blocks
 from unbraid.optim import Rate
 from unbraid.train import Recipe
 
+TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
+
 
 def dreambooth(
-    blocks: Blocks, *, rank: int = 64, steps: int = 1000, lr: float = 5e-5, weight_decay: float = 1e-4
+    blocks: Blocks,
+    *,
+    rank: int = 64,
+    steps: int = 1000,
+    lr: float = 5e-5,
+    weight_decay: float = 1e-4,
+    targets: Literal["attention", "transformers"] = "attention",
+    prior_weight: float = 0.0,
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style.
 
-    rank: of the adapter. steps: optimiser steps. lr, weight_decay: of AdamW.
+    rank: of the adapter. steps: optimiser steps. lr, weight_decay: of AdamW. targets: attention's projections, or all
+    linear layers of the transformers. prior_weight: of the loss on pictures of the class (prior preservation).
     """
     parts: tuple[Part, ...] = ("down", "up")
+    branches = [Branch("image", "both", (Active("lora"),))]
+    if prior_weight:
+        branches.append(Branch("prior", "prior", (Active("lora"),), weight=prior_weight))
     return (
         Recipe(
             lambda adapters, rng: adapters.new("lora", rank, rng),
-            lambda step: (Branch("image", "both", (Active("lora"),)),),
+            lambda step: tuple(branches),
             {("lora", part): Rate(lr, weight_decay) for part in parts},
             steps,
+            targets=TARGETS[targets],
         ),
     )

@@ -10,6 +10,7 @@ the paper's formula) shrinks all LoRAs together. The cosine, which is what the p
 `compat="official"` is the public re-implementation. Granularity `rank` is DuoLoRA's ZipRank.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import combinations
 from typing import Literal
@@ -26,10 +27,10 @@ from unbraid.optim import Rate
 from unbraid.train import Recipe
 
 Similarity = Literal["cos", "dot", "product"]
-SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {
-    "cos": lambda a, b: F.cosine_similarity(a, b, dim=0).abs(),
-    "dot": lambda a, b: (a @ b).abs(),
-    "product": lambda a, b: (a * b).abs().mean(),
+SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
+    "cos": lambda a, b: F.cosine_similarity(a, b, dim=1).abs(),
+    "dot": lambda a, b: (a * b).sum(1).abs(),
+    "product": lambda a, b: (a * b).abs().mean(1),
 }
 
 
@@ -75,7 +76,7 @@ def ziplora(
 
     def penalty(adapters: Adapters, step: int) -> Tensor | None:
         del step
-        total = weight * torch.stack(similarities(adapters, similarity)).sum()
+        total = weight * similarities(adapters, similarity).sum()
         return total if total.requires_grad else None
 
     def after_step(adapters: Adapters, step: int) -> bool:
@@ -85,7 +86,7 @@ def ziplora(
                 for factors in (one for layer in shared_layers(adapters) for one in layer):
                     for merger in factors.mergers():
                         merger.clamp_(0, 1)
-            return tolerance > 0 and bool(torch.stack(similarities(adapters, similarity)).mean() < tolerance)
+            return tolerance > 0 and bool(similarities(adapters, similarity).mean() < tolerance)
 
     return (
         Recipe(
@@ -96,6 +97,7 @@ def ziplora(
             shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(),
             penalty=penalty,
             after_step=after_step,
+            fixed_teachers=True,
         ),
     )
 
@@ -121,11 +123,19 @@ def open_coefficients(factors: Factors, granularity: str) -> None:
     setattr(factors, name, nn.Parameter(factors.down.new_ones(size)))
 
 
-def similarities(adapters: Adapters, kind: Similarity) -> list[Tensor]:
-    """Of every shared layer and pair of LoRAs. Ranks can differ: then there is nothing to compare, and it counts 0."""
+def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
+    """Of every shared layer and pair of LoRAs, `[pairs]`. Ranks can differ: then there is nothing to compare, and it
+    counts 0. Coefficients of one size are compared together: one operation for hundreds of layers."""
+    groups = defaultdict[int, list[tuple[Tensor, Tensor]]](list)
     out = []
     for layer in shared_layers(adapters):
         for first, second in combinations(layer, 2):
             ((a,), (b,)) = first.mergers(), second.mergers()
-            out.append(SIMILARITIES[kind](a, b) if len(a) == len(b) > 1 else a.new_zeros(()))
-    return out
+            if len(a) == len(b) > 1:
+                groups[len(a)].append((a, b))
+            else:
+                out.append(a.new_zeros(1))
+    for pairs in groups.values():
+        first, second = (torch.stack(side) for side in zip(*pairs, strict=True))
+        out.append(SIMILARITIES[kind](first, second))
+    return torch.cat(out)

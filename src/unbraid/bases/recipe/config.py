@@ -29,7 +29,7 @@ class UNet:
     head: int = 32
     text: int = 96  # width of each of the two text encoders
     batch: int = 32  # per worker
-    steps: int = 8_000
+    steps: int = 5_500
     rate: float = 1e-3
     muon: float | None = 0.02
     warmup: int = 200

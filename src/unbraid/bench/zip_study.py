@@ -1,0 +1,297 @@
+"""Does zipping help? LoRAs of held-out subjects and of styles (each from one picture) are put together in every way that
+unbraid knows, and the judge compares what they draw with the true counterpart: that subject in that style.
+
+    python -m unbraid.bench.zip_study --work DIR            # hours on a CPU; resumable; one process per --seed if you like
+    python -m unbraid.bench.zip_study --work DIR --report   # tables and sheet from what is there
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from unbraid import pictures
+from unbraid.api import learn_job, split_job, zip_job
+from unbraid.base import load
+from unbraid.bases.recipe.filters import HELD_OUT_FILTERS
+from unbraid.bases.recipe.subjects import TRAIN_SETS
+from unbraid.bench.art import held_out_art, known_art
+from unbraid.bench.judge import Judge, load_judge, similarity
+from unbraid.combine import Combine
+from unbraid.file_tools import Source, merge_files
+from unbraid.job import RARE, Job
+from unbraid.render import Use, render
+from unbraid.run import run
+
+SUBJECTS = ("fox", "guitar", "mushroom", "fish", "owl", "carrot")
+STYLES = {  # word → the picture that its LoRA is learnt from, and how true counterparts are made
+    "line art": ("cat", "openmoji", None),
+    "stencil": ("cat", "fluent-emoji-high-contrast", None),
+    "pencil": ("cat", "noto", "pencil"),  # a held-out filter
+}
+TUNING = ("horse", "house")  # subjects on which the direct sum's weights are chosen
+WEIGHTS = (0.5, 0.75, 1.0, 1.25)
+SEEDS = (0, 1)
+GUIDANCE = 4.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of the table: how two LoRAs become what is loaded together."""
+
+    zip: Mapping[str, Any] | None = None  # settings of `unbraid zip`
+    images: bool = True  # the training pictures are at hand; else the LoRAs draw their own
+    merge: str = ""  # a method of `unbraid merge`
+    combine: Combine = "sum"
+    lora: str = "lora"  # which LoRAs: those of learn, or of split's B-LoRA
+    tuned: bool = False
+    alone: bool = False  # there are two LoRAs afterwards, each of which should still draw its own
+
+
+WAYS = {
+    "direct sum (1, 1)": Way(alone=True),
+    "direct sum, weights tuned on other pairs": Way(tuned=True),
+    "ZipLoRA": Way({}, alone=True),
+    "ZipLoRA, data-free": Way({}, images=False, alone=True),
+    "ZipLoRA, public recipe": Way({"compat": "official"}, alone=True),
+    "ZipLoRA, dot": Way({"similarity": "dot"}, alone=True),
+    "ZipLoRA, product": Way({"similarity": "product"}, alone=True),
+    "ZipRank": Way({"granularity": "rank"}, alone=True),
+    "B-LoRA": Way(lora="blora", alone=True),
+    "NP-LoRA": Way(merge="np-lora"),
+    "K-LoRA": Way(combine="k-lora"),
+    "LoRA Switch": Way(combine="switch"),
+    "LoRA Composite": Way(combine="composite"),
+}
+BASE = "base alone"
+OTHER = known_art().names[0]  # what a style LoRA draws when it is alone
+
+
+def content_prompt(subject: str) -> str:
+    return f"a {RARE} {subject}"
+
+
+def style_prompt(style: str) -> str:
+    return f"a {STYLES[style][0]} in {style} style"
+
+
+def true(subject: str, style: str) -> Tensor:
+    """`[3, h, w]` in 0..1: the subject in the style, as the artist drew it."""
+    _, of, look = STYLES[style]
+    art = known_art() if subject in known_art().names else held_out_art()
+    picture = art.picture(subject, of)
+    return HELD_OUT_FILTERS[look](picture[None]).expand(1, 3, -1, -1)[0] if look else picture
+
+
+def inputs(work: Path, subject: str | None, style: str | None) -> list[Path]:
+    """The pictures that a LoRA is learnt from: the subject as four artists drew it, or the style's one picture."""
+    if subject:
+        images = {of: held_out_art().image(subject, of) for of in TRAIN_SETS}
+    else:
+        assert style
+        images = {STYLES[style][0]: _image(true(STYLES[style][0], style))}
+    files = [work / "inputs" / (subject or str(style)).replace(" ", "-") / f"{name}.png" for name in images]
+    for file, image in zip(files, images.values(), strict=True):
+        if not file.exists():
+            pictures.save_image(image, file)
+    return files
+
+
+def learnt(work: Path, way: Way, subject: str, style: str, seed: int) -> tuple[Path, Path]:
+    """The two LoRAs that everything starts from."""
+    out = []
+    for name, role in ((subject, "content"), (style, "style")):
+        files = inputs(work, name if role == "content" else None, name)
+        prompt = content_prompt(name) if role == "content" else style_prompt(name)
+        folder = work / "loras" / f"{name.replace(' ', '-')}-{way.lora}-{seed}"
+        common = {"out": folder, "seed": seed, "previews": 0}
+        if way.lora == "blora":
+            words = {"subject": subject, "style": style}  # its own prompt names neither
+            job, file = split_job(files[0], **words, method="blora", **common), folder / f"{role}.safetensors"
+        else:
+            job, file = learn_job(files, prompt=prompt, **common), folder / "lora.safetensors"
+        out.append(_made(job, file))
+    return out[0], out[1]
+
+
+def together(work: Path, name: str, subject: str, style: str, seed: int) -> tuple[tuple[Use, ...], tuple[Use, ...]]:
+    """What one way loads for the two in one picture; and for each alone, if it has files for that."""
+    way = WAYS[name]
+    content, own = learnt(work, way, subject, style, seed)
+    folder = work / name.replace(" ", "-") / f"{subject}-{style.replace(' ', '-')}-{seed}"
+    if way.zip is not None:
+        images = {"content": inputs(work, subject, None)[0].parent, "style": inputs(work, None, style)[0]}
+        job = zip_job(
+            content,
+            own,
+            images=images if way.images else None,
+            prompts={"both": joint_prompt(subject, style)},
+            out=folder,
+            seed=seed,
+            previews=0,
+            **way.zip,
+        )
+        content, own = (
+            _made(job, folder / "content.safetensors").with_name("content.safetensors"),
+            folder / "style.safetensors",
+        )
+    if way.merge:
+        merged = folder / "merged.safetensors"
+        if not merged.exists():
+            merge_files([Source(content), Source(own)], merged, way.merge)
+        return (Use(merged),), ()
+    a, b = tuned_weights(work, seed) if way.tuned else (1.0, 1.0)
+    both = (Use(content, a), Use(own, b))
+    return both, both if way.alone else ()
+
+
+def joint_prompt(subject: str, style: str) -> str:
+    return f"a {RARE} {subject} in {style} style"
+
+
+def _made(job: Job, file: Path) -> Path:
+    if not file.exists():
+        for _ in run(job, resume=(job.out / "run.toml").exists()):
+            pass
+    return file
+
+
+@cache
+def tuned_weights(work: Path, seed: int) -> tuple[float, float]:
+    """The weights of the direct sum with the best harmonic mean on pairs that are not in the table."""
+    file = work / f"weights-{seed}.txt"
+    if not file.exists():
+        judge, best = load_judge(), (0.0, 1.0, 1.0)
+        for a, b in product(WEIGHTS, WEIGHTS):
+            rows = []
+            for subject, style in product(TUNING, STYLES):
+                content, own = learnt(work, WAYS["direct sum (1, 1)"], subject, style, seed)
+                drawn = _draw(joint_prompt(subject, style), (Use(content, a), Use(own, b)), "sum", seed)
+                rows.append(_score(judge, drawn, true(subject, style)))
+            best = max(best, (statistics.mean(_harmonic(*row) for row in rows), a, b))
+        file.write_text(f"{best[1]} {best[2]}")
+    a, b = (float(word) for word in file.read_text().split())
+    return a, b
+
+
+def _draw(prompt: str, uses: tuple[Use, ...], combine: Combine, seed: int) -> Image.Image:
+    (image,) = render(load_base(), prompt, uses, combine=combine, guidance=GUIDANCE, seeds=(seed,))
+    return image
+
+
+@cache
+def load_base() -> Any:
+    return load()
+
+
+def _score(judge: Judge, image: Image.Image, truth: Tensor) -> tuple[float, float]:
+    """(content, style): cosines of a picture to the true counterpart `[3, h, w]`."""
+    array = np.asarray(image.convert("RGB"), np.float32) / 255
+    content, style = judge.embed(torch.stack([torch.from_numpy(array).permute(2, 0, 1), truth]))
+    return float(similarity(content[:1], content[1:])), float(similarity(style[:1], style[1:]))
+
+
+def cells(seeds: tuple[int, ...] = SEEDS) -> Iterator[tuple[str, str, int]]:
+    yield from product(SUBJECTS, STYLES, seeds)
+
+
+def study(work: Path, only: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+    """Learn, put together and draw everything that is not there yet."""
+    for subject, style, seed in cells(seeds):
+        for name in only:
+            folder, way = _folder(work, name, subject, style, seed), WAYS.get(name, Way())
+            if (folder / "both.png").exists():
+                continue
+            both, alone = ((), ()) if name == BASE else together(work, name, subject, style, seed)
+            todo = {"both": (joint_prompt(subject, style), both)}
+            if alone or name == BASE:
+                content = (content_prompt(subject), alone[:1])
+                todo = {"content": content, "style": (f"a {OTHER} in {style} style", alone[1:]), **todo}
+            for use, (prompt, uses) in todo.items():
+                image = _draw(prompt, uses, way.combine if use == "both" else "sum", seed)
+                pictures.save_image(image, folder / f"{use}.png")
+            print(f"{name}: {subject}, {style}, seed {seed}", flush=True)
+
+
+def _folder(work: Path, name: str, subject: str, style: str, seed: int) -> Path:
+    return work / "drawn" / name.replace(" ", "-") / f"{subject}-{style.replace(' ', '-')}-{seed}"
+
+
+def report(work: Path) -> str:
+    """Two tables: both LoRAs in one picture against the true counterpart, and each alone against its own concept."""
+    judge = load_judge()
+    joint = ["| together | content | style | harmonic mean | pictures |\n|---|---|---|---|---|"]
+    alone = ["| alone | subject LoRA: content | style LoRA: style | pictures |\n|---|---|---|---|"]
+    for name in (BASE, *WAYS):
+        rows, own = [], []
+        for subject, style, seed in cells():
+            folder = _folder(work, name, subject, style, seed)
+            if not (folder / "both.png").exists():
+                continue
+            rows.append(_score(judge, Image.open(folder / "both.png"), true(subject, style)))
+            if (folder / "content.png").exists():
+                drawn, artists = (
+                    Image.open(folder / "content.png"),
+                    [held_out_art().picture(subject, of) for of in TRAIN_SETS],
+                )
+                content = max(_score(judge, drawn, one)[0] for one in artists)
+                own.append((content, _score(judge, Image.open(folder / "style.png"), true(OTHER, style))[1]))
+        if rows:
+            full = [(c, s, _harmonic(c, s)) for c, s in rows]
+            values = " | ".join(_with_error(list(column)) for column in zip(*full, strict=True))
+            joint.append(f"| {name} | {values} | {len(rows)} |")
+        if own:
+            values = " | ".join(_with_error(list(column)) for column in zip(*own, strict=True))
+            alone.append(f"| {name} | {values} | {len(own)} |")
+    return "\n".join([*joint, "", *alone])
+
+
+def _harmonic(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
+
+
+def _with_error(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def sheet(work: Path, out: Path) -> None:
+    """A row per way, a column per pair, at the first seed; the true counterparts first."""
+    columns = list(cells(SEEDS[:1]))
+    truth = [(f"{subject}, {style}", _image(true(subject, style))) for subject, style, _ in columns]
+    rows: list[tuple[str, list[tuple[str, Image.Image]]]] = [("what the artists drew", truth)]
+    for name in (BASE, *WAYS):
+        files = [_folder(work, name, *one) / "both.png" for one in columns]
+        if all(file.exists() for file in files):
+            rows.append((name, [("", Image.open(file)) for file in files]))
+    pictures.save_image(pictures.contact_sheet(rows, cell=64), out)
+
+
+def _image(values: Tensor) -> Image.Image:
+    return Image.fromarray((values.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for LoRAs and drawings; reuse it to resume.")],
+    only: Annotated[list[str] | None, typer.Option(help="Rows; default all.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; default all.")] = None,
+    just_report: Annotated[bool, typer.Option("--report", help="Print the tables of what is there.")] = False,
+    out: Annotated[Path | None, typer.Option("--sheet", help="Write a contact sheet here.")] = None,
+) -> None:
+    if not just_report:
+        study(work, tuple(only or (BASE, *WAYS)), tuple(seed or SEEDS))
+    print(report(work))
+    if out:
+        sheet(work, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

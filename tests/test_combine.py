@@ -1,0 +1,105 @@
+"""LoRAs that take turns: schedules against their definitions, and pictures."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unbraid.base import load
+from unbraid.combine import ALPHA, BETA, composite, k_lora, k_lora_terms, sampling_times, scheduled, switch
+from unbraid.errors import UsageError
+from unbraid.files import write
+from unbraid.lora import Active, Lora
+from unbraid.lowrank import delta
+from unbraid.render import Use, render
+from unbraid.sample import Term
+
+STEPS = 8
+TIMES = [1 - i / STEPS for i in range(STEPS)]
+BOTH = [Active("a", 0.8), Active("b")]
+
+
+def lora(seed: int, size: float = 1.0, rank: int = 3, d: int = 12, k: int = 9) -> Lora:
+    rng = torch.Generator().manual_seed(seed)
+    return Lora(torch.randn(rank, k, generator=rng), size * torch.randn(d, rank, generator=rng), 2.0)
+
+
+def at(terms: tuple[Term, ...], time: float) -> list[Term]:
+    return [term for term in terms if term.t_min <= time <= term.t_max]
+
+
+def test_every_step_has_its_own_adapters() -> None:
+    steps = [(BOTH[0],), (BOTH[0],), (BOTH[1],), (), (BOTH[1],), (BOTH[0],), (BOTH[0],), (BOTH[0],)]
+    terms = scheduled(4.0, "main", steps, TIMES)
+    assert len(terms) == 2 * 5, "steps alike share their terms"
+    for time, step in zip(TIMES, steps, strict=True):
+        now = at(terms, time)
+        assert [term.active for term in now] == [step, step] and sum(term.weight for term in now) == 1
+
+
+def test_switch_and_composite() -> None:
+    terms = switch(4.0, "main", BOTH, TIMES)
+    assert [at(terms, time)[0].active[0].adapter for time in TIMES] == ["a", "b"] * (STEPS // 2)
+    every = composite(4.0, "main", BOTH)
+    assert [(term.weight, term.active) for term in every] == [
+        (-1.5, (BOTH[0],)), (2.0, (BOTH[0],)), (-1.5, (BOTH[1],)), (2.0, (BOTH[1],)),
+    ]  # fmt: skip
+
+
+def test_k_lora_is_its_formula() -> None:
+    """arXiv 2502.18461, written out anew: dense entries, step by step."""
+    content = {"x": lora(0), "y": lora(1, 3.0), "mine": lora(2)}
+    style = {"x": lora(3), "y": lora(4, rank=2), "yours": lora(5)}
+    turns = k_lora(content, style, STEPS)
+    common = ("x", "y")
+    gamma = sum(float(delta(content[n]).abs().sum()) for n in common) / sum(
+        float(delta(style[n]).abs().sum()) for n in common
+    )
+    for name in common:
+        count = len(content[name].down) * len(style[name].down)
+        s_c, s_s = (sorted(delta(one[name]).abs().flatten().tolist())[-count:] for one in (content, style))
+        chosen = [sum(s_c) / gamma > sum(s_s) * (ALPHA * i / STEPS + BETA) for i in range(STEPS)]
+        assert turns[name] == sum(chosen) and chosen == sorted(chosen, reverse=True)
+    assert 0 < turns["x"] < turns["y"] and turns["mine"] == STEPS and turns["yours"] == 0
+    parts, terms = k_lora_terms(4.0, "main", BOTH, [content, style], TIMES)
+    for i, time in enumerate(TIMES):
+        working = {
+            (module, active.adapter[0], active.scale)
+            for active in at(terms, time)[0].active
+            for module in parts[active.adapter]
+        }
+        assert working == {(m, "a", 0.8) for m in turns if i < turns[m]} | {
+            (m, "b", 1.0) for m in turns if i >= turns[m]
+        }
+    with pytest.raises(UsageError, match="no module in common"):
+        k_lora({"a": lora(0)}, {"b": lora(1)}, STEPS)
+    with pytest.raises(UsageError, match="3 LoRAs"):
+        k_lora_terms(4.0, "main", BOTH, [content] * 3, TIMES)
+
+
+def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
+    """A LoRA beside one of strength 0 is itself under sum; taking turns with it is another picture."""
+    base = load(str(v_base), "cpu")
+    files = []
+    for i in range(2):
+        rng = torch.Generator().manual_seed(i)
+        modules = {}
+        for name, layer in base.unet.named_modules():
+            if type(layer).__name__ == "Linear" and ".attn" in name:
+                d, k = layer.weight.shape
+                modules[f"unet.{name}"] = Lora(torch.randn(4, k, generator=rng), torch.randn(d, 4, generator=rng), 4.0)
+        files.append(tmp_path / f"{i}.safetensors")
+        write(files[-1], modules, family="sdxl")
+    times = sampling_times(base.pipe.scheduler, 4)
+    assert len(times) == 4 and all(a > b for a, b in pairwise(times)) and max(times) <= 1
+
+    def draw(combine: str, second: float) -> np.ndarray:
+        (image,) = render(base, "a cat", [Use(files[0]), Use(files[1], second)], combine=combine, steps=4)  # type: ignore[arg-type]
+        return np.asarray(image, np.int16)
+
+    (alone,) = render(base, "a cat", [Use(files[0])], steps=4)
+    assert np.abs(draw("sum", 0.0) - np.asarray(alone, np.int16)).max() == 0
+    pictures = [draw(combine, 1.0) for combine in ("sum", "switch", "composite", "k-lora")]
+    assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(pictures) for b in pictures[:i])
