@@ -44,6 +44,14 @@ def test_a_rare_token_is_never_in_a_caption() -> None:
     assert {"a fire engine in flat style", "a fire engine", "flat style"} <= set(texts)
 
 
+def test_a_tokenizer_that_is_there_stays(tmp_path: Path) -> None:
+    """Its trainer breaks ties at random: a resumed UNet would meet its words under other numbers."""
+    captions.train_tokenizer(("dog", "cat"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    captions.train_tokenizer(("dog", "teapot"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and "vocab.json" in before
+
+
 def test_words_are_single_tokens(tokenizer: CLIPTokenizer) -> None:
     ids = tokenizer("A sks Dog in line art style").input_ids
     assert tokenizer.convert_ids_to_tokens(ids)[1:-1] == [f"{w}</w>" for w in "a sks dog in line art style".split()]

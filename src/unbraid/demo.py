@@ -14,8 +14,8 @@ from unbraid.render import OWN, Use, render
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
-SUBJECTS = ("teapot", "strawberry", "panda", "umbrella")
-NEXT = 'unbraid generate --lora {out}/style.safetensors --prompt "a dragon in line art style" --n 4 --out {out}/dragons'
+SUBJECTS = ("teapot", "strawberry", "panda", "dragon")
+NEXT = 'unbraid generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
 
 
 def image() -> Path:

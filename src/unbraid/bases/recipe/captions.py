@@ -33,7 +33,11 @@ def caption(subject: str, style: str, rng: random.Random) -> str:
 
 
 def train_tokenizer(names: tuple[str, ...], out: Path) -> None:
-    """Byte-pair vocabulary over all names and style words, saved as a CLIP tokenizer folder."""
+    """Byte-pair vocabulary over all names and style words, saved as a CLIP tokenizer folder.
+
+    One that is there stays: the trainer breaks ties differently every time, and a resumed UNet knows its words by number."""
+    if (out / "vocab.json").exists():
+        return
     styles = [*STYLE_WORDS.values(), *TRAIN_FILTERS, *HELD_OUT_FILTERS]
     lines = [name.replace("-", " ") for name in names] + [*EXTRA_WORDS, *RARE_TOKENS, *styles]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -51,7 +55,6 @@ def train_tokenizer(names: tuple[str, ...], out: Path) -> None:
     vocab += [f"{letter}</w>" for letter in alphabet if f"{letter}</w>" not in trained["vocab"]]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}, ensure_ascii=False))
     merges = "\n".join(" ".join(pair) for pair in trained["merges"])
     (out / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     settings = {
@@ -64,3 +67,6 @@ def train_tokenizer(names: tuple[str, ...], out: Path) -> None:
         "do_lower_case": True,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    part = out / "vocab.part"  # last: a folder with a vocabulary is whole
+    part.write_text(json.dumps({token: i for i, token in enumerate(vocab)}, ensure_ascii=False))
+    part.rename(out / "vocab.json")

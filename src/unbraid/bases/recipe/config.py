@@ -18,8 +18,8 @@ class Vae:
     muon: float = 0.02  # AdamW alone is far slower here (docs/LOG.md)
     ema: float = 0.998
     kl: float = 1e-6
-    hardening: int = 3_000  # further steps of the decoder alone, on noised latents
-    noise: float = 0.5  # at most, relative to the latents' deviation
+    hardening: int = 8_000  # further steps of the decoder alone, on noised latents
+    noise: float = 0.3  # at most, relative to the latents' deviation
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def harden(art: np.ndarray, config: Config, work: Path, workers: int, device: to
     stays as noise in them, and a decoder that has never seen any draws it as texture."""
     saved = work / DECODER
     model, _ = parallel.smoothed(build(config), work / FILE)
-    state = parallel.start_state(decoder(model).requires_grad_(True), saved, workers, device)
+    part = decoder(model).requires_grad_(True)
+    state = parallel.start_state(part, saved, workers, device, parallel.half(device))
     pictures = torch.from_numpy(np.array(art)).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
     parallel.spawn(hardener, state, pictures.share_memory_(), config, work)
 
@@ -86,7 +87,9 @@ def hardener(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, c
             clean = model.encode(real).latent_dist.mode()
         strength = settings.noise * torch.rand(count, 1, 1, 1, generator=rng)
         noise = (strength * torch.randn(clean.shape, generator=rng)).to(device)
-        return distance(model.decode(clean + clean.std() * noise).sample, real), count
+        noisy = (clean + clean.std() * noise).to(state["compute"].dtype)
+        out = model.decode(noisy).sample.float()
+        return distance(out, real) + edge_distance(out, real), count
 
     schedule = parallel.Schedule("decoder", settings.hardening, settings.rate, 50, settings.ema, settings.muon)
     parallel.train(rank, barrier, state, part, loss, schedule, work / DECODER)
@@ -109,6 +112,12 @@ def distance(out: Tensor, real: Tensor) -> Tensor:
     """Mean absolute plus squared error, at full and at half size: sharp edges, right areas."""
     half = F.avg_pool2d(out - real, 2)
     return (out - real).abs().mean() + 2 * (out - real).square().mean() + half.abs().mean()
+
+
+def edge_distance(out: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute error of the differences between neighbours: what tells flat from shaded, and blur from an edge."""
+    error = out - real
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 def batch(pictures: Tensor, count: int, crop: int, seed: int) -> Tensor:
