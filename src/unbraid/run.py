@@ -103,9 +103,9 @@ def _drawn(
     out = {}
     for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
         active, count = ((Active(role),), DRAWN) if role in job.loras else ((), DRAWN_OF_CLASS)
-        seeds = range(job.seed, job.seed + count)
         terms = classifier_free(PREVIEW_GUIDANCE, role, active)
-        out[role] = generate(base, terms, prompts, adapters, seeds=seeds)
+        one_by_one = [generate(base, terms, prompts, adapters, seeds=(job.seed + i,)) for i in range(count)]
+        out[role] = [image for (image,) in one_by_one]  # sixteen at once do not fit beside a large base
     return out
 
 
