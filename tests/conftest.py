@@ -15,6 +15,13 @@ torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on ten
 WORDS = ("dog", "cat", "line", "teapot")
 
 
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on random weights draw nothing but noise: two sampling steps show that they draw."""
+    monkeypatch.setattr("unbraid.run.PREVIEW_STEPS", 2)
+    monkeypatch.setattr("unbraid.run.SHEET_STEPS", 2)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer")

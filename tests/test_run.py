@@ -87,7 +87,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, pictu
         "0",
         "--quiet",
     ]
-    arguments += [f"--set={key}={value}" for key, value in {**QUICK, "steps": 60}.items()]
+    arguments += [f"--set={key}={value}" for key, value in {**QUICK, "steps": 40}.items()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli(*arguments, "--out", str(whole)).returncode == 0
     script = "import unbraid.run; unbraid.run.SAVE_EVERY = 0.3; from unbraid.cli import main; main()"
@@ -106,7 +106,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, pictu
         one, other = load_file(whole / name), load_file(cut / name)
         assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
     steps = [json.loads(line)["step"] for line in (cut / "events.jsonl").read_text().splitlines()]
-    assert steps == list(range(60)) and not (cut / "state.safetensors").exists()
+    assert steps == list(range(40)) and not (cut / "state.safetensors").exists()
 
 
 def test_learn_takes_several_images(v_base: Path, picture: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from unbraid.sample import NEGATIVE, classifier_free, generate
 from unbraid.train import Recipe, State, Step, lessons, train
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
-PREVIEW_STEPS, PREVIEW_GUIDANCE = 12, 4.0
+PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
 AT_ONCE = 2  # student branches in one forward pass of a zip: twice the activations, half the calls
 DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
 SHOWN = 8  # inputs in a row of the sheet
@@ -103,9 +103,9 @@ def _drawn(
     out = {}
     for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
         active, count = ((Active(role),), DRAWN) if role in job.loras else ((), DRAWN_OF_CLASS)
-        terms = classifier_free(PREVIEW_GUIDANCE, role, active)
-        one_by_one = [generate(base, terms, prompts, adapters, seeds=(job.seed + i,)) for i in range(count)]
-        out[role] = [image for (image,) in one_by_one]  # sixteen at once do not fit beside a large base
+        terms = classifier_free(GUIDANCE, role, active)
+        seeds = range(job.seed, job.seed + count)  # one by one: sixteen at once do not fit beside a large base
+        out[role] = [generate(base, terms, prompts, adapters, seeds=(i,), steps=SHEET_STEPS)[0] for i in seeds]
     return out
 
 
@@ -160,7 +160,7 @@ def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str
             tuple(Active(name, prompt=role if name in own else None) for name, role in roles.items()),
         )
     for name, (role, active) in uses.items():
-        terms = classifier_free(PREVIEW_GUIDANCE, role, active)
+        terms = classifier_free(GUIDANCE, role, active)
         yield name, generate(ready.base, terms, texts, ready.adapters, seeds=seeds, steps=steps)
 
 
@@ -200,7 +200,7 @@ def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
     ]
     rows += [
         (name, [(f"seed {i}", image) for i, image in enumerate(images)])
-        for name, images in _uses(ready, (0, 1, 2, 3), 25)
+        for name, images in _uses(ready, (0, 1, 2, 3), SHEET_STEPS)
     ]
     return pictures.save_image(pictures.contact_sheet(rows), job.out / "sheet.png")
 
