@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -82,8 +81,7 @@ def merge_files(
     **settings: float | int,
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.merge`. Files of different families are refused."""
-    with ThreadPoolExecutor() as readers:
-        loras = list(readers.map(read, [source.path for source in sources]))
+    loras = [read(source.path) for source in sources]  # one after the other: torch has every core busy already
     families: set[Family] = {lora.family for lora in loras if lora.family != "unknown"}
     if len(families) > 1:
         what = f"the LoRAs are for different base models: {', '.join(sorted(families))}"
