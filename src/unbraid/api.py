@@ -1,5 +1,6 @@
 """The verbs in Python, with the names and settings of the command line."""
 
+import builtins
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 from PIL import Image
 
 from unbraid.base import load
-from unbraid.data import caption_of, list_images
+from unbraid.data import caption_of, list_images, matched
 from unbraid.errors import UsageError
 from unbraid.files import read
-from unbraid.job import Job
+from unbraid.job import RARE, Job
+from unbraid.methods.pair import numbered
 from unbraid.render import Use, own_prompt, render
 from unbraid.run import Progress, run
 from unbraid.settings import resolve
@@ -25,6 +27,12 @@ def split(image: str | Path, *, subject: str, style: str, **options: Any) -> Pat
 def learn(images: str | Path | Sequence[str | Path], *, prompt: str, **options: Any) -> Path:
     """Images of one thing → `lora.safetensors`; returns the run folder. Options as in `job`."""
     return _finish(learn_job(images, prompt=prompt, **options))
+
+
+def pair(before: str | Path, after: str | Path, *, subject: str, style: str, **options: Any) -> Path:
+    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the
+    run folder. Options as in `pair_job`."""
+    return _finish(pair_job(before, after, subject=subject, style=style, **options))
 
 
 def zip(content: str | Path, style: str | Path, **options: Any) -> Path:
@@ -58,6 +66,24 @@ def learn_job(
     if bool(todo.settings.get("prior_weight")) != bool(class_prompt):
         raise UsageError("prior preservation needs a prompt of the class", "--class-prompt", "For example: a dog.")
     captions = {path: text for path in todo.images["image"] if (text := caption_of(path)) is not None}
+    return replace(todo, captions=captions)
+
+
+def pair_job(
+    before: str | Path, after: str | Path, *, subject: str, style: str, method: str = "pair", **options: Any
+) -> Job:
+    """Learn what a style does to a picture. Folders are paired in name order; NAME.txt beside a picture before says in a word
+    or two what that one shows, in place of `subject`."""
+    couples = matched(Path(before), Path(after))
+    files: dict[str, Sequence[str | Path]] = {}
+    captions: dict[Path, str] = {}
+    for (first, second), number in builtins.zip(couples, numbered(len(couples)), strict=True):
+        files |= {f"before{number}": [first], f"after{number}": [second]}
+        if shown := caption_of(first):
+            captions |= {first: f"a {RARE} {shown}", second: f"a {RARE} {shown} in {style} style"}
+    where = options.pop("out", None) or Path("runs") / f"{couples[0][1].stem}-{method}"
+    words = {"subject": subject, "style": style}
+    todo = job(files, words, method=method, out=where, pairs=len(couples), **options)
     return replace(todo, captions=captions)
 
 

@@ -45,6 +45,32 @@ def split(
 
 
 @app.command()
+def pair(
+    before: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
+    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired in name order.")],
+    subject: Annotated[
+        str,
+        typer.Option(help="What is drawn, in a word or two. NAME.txt beside a picture before says it for that one."),
+    ],
+    style: Annotated[str, typer.Option(help="What to call the style: ink.")],
+    out: Out = None,
+    method: Annotated[str, typer.Option(help="pair or slider.")] = "pair",
+    base: BaseName = "icons",
+    seed: Seed = 0,
+    previews: Previews = 3,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
+    from unbraid.api import pair_job
+
+    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    run_job(pair_job(before, after, subject=subject, style=style, method=method, **given), resume, quiet)
+
+
+@app.command()
 def learn(
     images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
     prompt: Annotated[
@@ -121,6 +147,20 @@ def generate(
             help="What the LoRA of the same position reads in cross-attention; `own` is what it was trained with."
         ),
     ] = None,
+    style_guidance: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="A style LoRA that guides, and leaves the composition to the base; 1 is as trained. Repeatable.",
+        ),
+    ] = None,
+    style_prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="The style's words, if its file does not say: `ink` adds `in ink style` to the prompt."),
+    ] = None,
+    style_from: Annotated[
+        float, typer.Option(help="Styles guide once this much noise is left: 1 always, 0.8 keeps more of the layout.")
+    ] = 1.0,
     combine: Annotated[
         Literal["sum", "switch", "composite", "k-lora"],
         typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
@@ -143,6 +183,8 @@ def generate(
     if n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     given: dict[str, Any] = {
+        "styles": _uses(style_guidance or [], style_prompt or [], "--style-guidance"),
+        "style_from": style_from,
         "combine": combine,
         "negative": negative,
         "guidance": guidance,
@@ -179,13 +221,12 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
     print(f"Next:              {show.NEXT.format(out=out)}")
 
 
-def _uses(loras: list[str], prompts: list[str]) -> list[Any]:
+def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[Any]:
     from unbraid.render import Use
 
     if prompts and len(prompts) != len(loras):
-        raise UsageError(
-            f"{len(prompts)} prompts for {len(loras)} LoRAs", "--lora-prompt", "Give one per --lora, or none."
-        )
+        fix = f"Give one per {option}, or none."
+        raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", option, fix)
     uses = []
     for i, text in enumerate(loras):
         name, colon, scale = text.rpartition(":")

@@ -50,6 +50,32 @@ def list_images(path: Path) -> list[Path]:
     return found
 
 
+def matched(before: Path, after: Path) -> list[tuple[Path, Path]]:
+    """Two files, or the images of two folders in name order."""
+    if before.is_dir() != after.is_dir():
+        raise UsageError(
+            "one is a folder and the other is not", f"{before} and {after}", "Give two files or two folders."
+        )
+    first, second = list_images(before), list_images(after)
+    if len(first) != len(second):
+        what = f"{len(first)} pictures before and {len(second)} after"
+        raise UsageError(what, f"{before} and {after}", "Give every picture its counterpart, in the same name order.")
+    return list(zip(first, second, strict=True))
+
+
+def alignment(before: Image.Image, after: Image.Image) -> float:
+    """-1..1: the correlation of where two pictures have their edges, at 32×32. Aligned drawings of one thing in two styles
+    have 0.3 or more, of two things 0.2 at most on the average (docs/pair.md)."""
+    maps = []
+    for image in (before, after):
+        gray = np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX), np.float32)
+        down, right = np.gradient(gray)
+        maps.append(np.hypot(down, right).reshape(32, 2, 32, 2).mean((1, 3)).ravel())
+    if not all(one.std() > 0 for one in maps):
+        return 0.0
+    return float(np.corrcoef(*maps)[0, 1])
+
+
 def caption_of(path: Path) -> str | None:
     """The text of NAME.txt beside NAME.png, as kohya's trainers have it; None without one."""
     file = path.with_suffix(".txt")

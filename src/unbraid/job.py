@@ -83,5 +83,6 @@ def metadata(job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, s
         "unbraid.method": job.method,
         "unbraid.prompt": prompt,
         "unbraid.base": job.base,
+        **({"unbraid.style": job.words["style"]} if METHODS[job.method].prompts and "style" in job.words else {}),
         "unbraid.settings": json.dumps(job.settings),
     }

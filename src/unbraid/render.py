@@ -13,7 +13,7 @@ from unbraid.combine import Combine, composite, k_lora_terms, sampling_times, sw
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read
 from unbraid.lora import Active, Factors, Lora
-from unbraid.sample import NEGATIVE, classifier_free, generate
+from unbraid.sample import NEGATIVE, Style, generate, style_guidance
 
 OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
 
@@ -33,6 +33,8 @@ def render(
     prompt: str,
     uses: Sequence[Use] = (),
     *,
+    styles: Sequence[Use] = (),
+    style_from: float = 1.0,
     combine: Combine = "sum",
     negative: str = "",
     guidance: float = 4.0,
@@ -41,23 +43,35 @@ def render(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Image.Image]:
-    """One picture per seed with classifier-free guidance; the base is left as it was. `combine`: how several LoRAs work
-    together, see `unbraid.combine`."""
-    opened = [read(use.file) for use in uses]
+    """One picture per seed with classifier-free guidance; the base is left as it was.
+
+    `styles` guide beside it (style guidance, arXiv 2405.01536): a `scale` of 1 is w_L = `guidance`, which gives the style as it was
+    trained; their `prompt` is the style's words, by default those that their files record. They count from the time `style_from`,
+    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.combine`."""
+    if styles and combine != "sum":
+        raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
+    if not 0 <= style_from <= 1:
+        raise UsageError(f"a start of {style_from}", "--style-from", "Give 1 (always) to 0 (never).")
+    opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
+    guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
     texts = {"main": prompt}
-    active = []
-    for i, (use, file) in enumerate(zip(uses, opened, strict=True)):
-        role = None
-        if use.prompt is not None:
-            role = f"lora{i}"
-            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
-        active.append(Active(f"lora{i}", use.scale, prompt=role))
+    texts |= {
+        name: own_prompt(use.file, file) if use.prompt == OWN else use.prompt
+        for name, (use, file) in opened.items()
+        if use.prompt is not None
+    }
+    texts |= {
+        name: f"{prompt} in {use.prompt or style_words(use.file, file)} style" for name, (use, file) in guides.items()
+    }
+    active = [Active(name, use.scale, prompt=name if name in texts else None) for name, (use, _) in opened.items()]
+    guiding = [Style(Active(name), name, use.scale * guidance, style_from) for name, (use, _) in guides.items()]
+    loras = {name: (use.file, file.modules) for name, (use, file) in (opened | guides).items()}
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
     prompts[NEGATIVE] = base.encode_negative(negative)
-    loras = {f"lora{i}": (use.file, file.modules) for i, (use, file) in enumerate(zip(uses, opened, strict=True))}
     times = sampling_times(copy.deepcopy(base.pipe.scheduler), steps)
     if combine == "sum" or not active:
-        terms = classifier_free(guidance, "main", tuple(active))
+        unguided = "main" if negative == prompt else NEGATIVE
+        terms = style_guidance(guidance, "main", guiding, tuple(active), unguided)
     elif combine == "composite":
         terms = composite(guidance, "main", active)
     elif combine == "switch":
@@ -113,3 +127,10 @@ def own_prompt(path: Path, file: LoraFile) -> str:
         if file.metadata.get(key):
             return file.metadata[key]
     raise UsageError("records no prompt of its own", path, "Say what it was trained with: see --help for the option.")
+
+
+def style_words(path: Path, file: LoraFile) -> str:
+    """What a style LoRA calls its style."""
+    if file.metadata.get("unbraid.style"):
+        return file.metadata["unbraid.style"]
+    raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")

@@ -24,7 +24,7 @@ from unbraid.train import Recipe, State, Step, lessons, train
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
-AT_ONCE = 2  # student branches in one forward pass of a zip: twice the activations, half the calls
+AT_ONCE = 2  # branches in one forward pass: twice the activations, half the calls
 DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
 SHOWN = 8  # inputs in a row of the sheet
 
@@ -58,11 +58,14 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
     saved state and ends with the same files, bit for bit on a CPU."""
     texts = prompts_of(job)
     opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    warnings = METHODS[job.method].check(opened, job.images)
     ready = _prepare(job, texts, opened, device)
     folder.claim(job.out, record(job, texts), resume)
     for role in ready.images.keys() - opened.keys():
         for i, image in enumerate(ready.images[role]):
             pictures.save_image(image, job.out / "drawn" / f"{role}_{i}.png")
+    for warning in warnings:
+        yield Progress(0, ready.recipe.steps, warning=warning)
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
         ready.state.restore(saved)
@@ -126,7 +129,7 @@ def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Iterat
     )
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved = time.monotonic()
-    for step in train(ready.studies, ready.recipe, state, AT_ONCE if taught else 1, taught):
+    for step in train(ready.studies, ready.recipe, state, AT_ONCE, taught):
         events.add(
             step=step.index, loss=step.loss, losses=step.losses, norm=step.norm, **mergers.summary(ready.adapters)
         )

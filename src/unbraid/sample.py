@@ -8,6 +8,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import inf, nextafter
 from typing import Any
 
 import torch
@@ -33,12 +34,39 @@ class Term:
     t_min: float = 0.0
 
 
+@dataclass(frozen=True)
+class Style:
+    """One style in style guidance: its adapter, the role of its prompt, its w_L, and the time from which it counts (1: all
+    steps; 0.8: as published)."""
+
+    active: Active
+    prompt: str
+    scale: float
+    start: float = 1.0
+
+
+def style_guidance(
+    scale: float, prompt: str, styles: Sequence[Style], active: tuple[Active, ...] = (), negative: str = NEGATIVE
+) -> tuple[Term, ...]:
+    """e_u + w (e_c - e_u) + Σ w_i (e_i - e_c) (arXiv 2405.01536, Eq. 10 and 11), as (1 - w) e_u + (w - Σ w_i) e_c + Σ w_i e_i: where
+    w = Σ w_i, e_c is not asked for. `active` adapters are part of all three; those with their own prompt read the negative one
+    in e_u."""
+    blank = tuple(replace(one, prompt=negative) if one.prompt else one for one in active)
+    edges = sorted({1.0, *(style.start for style in styles)}, reverse=True)
+    out: list[Term] = []
+    for high, low in zip(edges, [*edges[1:], 0.0], strict=True):
+        window = {"t_max": high, "t_min": nextafter(low, inf) if low else 0.0}
+        now = [style for style in styles if style.start >= high and style.scale]
+        weights = {negative: 1 - scale}
+        weights[prompt] = weights.get(prompt, 0.0) + scale - sum(style.scale for style in now)
+        out += [Term(w, role, active if role == prompt else blank, **window) for role, w in weights.items() if w]
+        out += [Term(style.scale, style.prompt, (*active, style.active), **window) for style in now]
+    return tuple(out)
+
+
 def classifier_free(scale: float, prompt: str, active: tuple[Active, ...] = ()) -> tuple[Term, ...]:
     """e_u + w (e_c - e_u) (arXiv 2207.12598); adapters with their own prompt read the negative one in e_u."""
-    blank = tuple(replace(one, prompt=NEGATIVE) if one.prompt else one for one in active)
-    if scale == 1:
-        return (Term(1.0, prompt, active),)
-    return (Term(1 - scale, NEGATIVE, blank), Term(scale, prompt, active))
+    return style_guidance(scale, prompt, (), active)
 
 
 class Guided(nn.Module):

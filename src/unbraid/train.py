@@ -35,6 +35,7 @@ class Recipe:
     after_backward: Hook | None = None
     after_step: Last | None = None  # True: this was the last step
     targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    in_turn: bool = False  # one optimiser step after every branch, on samples drawn together
     fixed_teachers: bool = False  # no teacher uses what trains: all answers can be had before the first step
 
 
@@ -147,9 +148,14 @@ def _step(
     branches = recipe.branches(index)
     samples = lessons[index] if lessons else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
     losses: list[Tensor] = []
-    for chunk in _chunks(samples, at_once):
+    chunks = _chunks(samples, 1 if recipe.in_turn else at_once)
+    for chunk in chunks:
         some = [branches[i] for i in chunk]
         losses += _backward(model, adapters, some, [samples[i] for i in chunk])
+        if recipe.in_turn and chunk is not chunks[-1]:
+            _clip(state.optimizer, recipe.clip)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
     total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
     penalty = recipe.penalty(adapters, index) if recipe.penalty else None
     if penalty is not None:

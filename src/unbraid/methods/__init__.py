@@ -1,16 +1,22 @@
 """The methods. A new one is a file here, a line in METHODS, a test and a row in the docs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth
+from unbraid.methods.pair import check_pairs, pair
+from unbraid.methods.slider import slider
 from unbraid.methods.unziplora import ROLES, unziplora
 from unbraid.methods.ziplora import ziplora
 from unbraid.train import Recipe
 
 Method = Callable[..., tuple[Recipe, ...]]
+Check = Callable[[Mapping[str, Sequence[Image.Image]], Mapping[str, Sequence[Path]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,20 @@ class Entry:
     ]  # role → template over the words given, {rare}; empty: the words are the prompts. Templates without their words are left out
     outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
     paper: str
+    check: Check = lambda images, files: []  # of the opened pictures by role: raises UsageError, or returns warnings
 
 
 SPLIT_PROMPTS = {
     "both": "a {rare} {subject} in {style} style",
     "content": "a {rare} {subject}",
     "style": "a {subject} in {style} style",
+}
+
+
+PAIR_PROMPTS = {
+    "both": "a {rare} {subject} in {style} style",
+    "content": "a {rare} {subject}",
+    "style": "a {rare} {subject} in {style} style",
 }
 
 
@@ -56,9 +70,24 @@ def zip_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return {"merged": Output(roles, "both")} if settings["single"] else {role: Output((role,), role) for role in roles}
 
 
+def pair_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
+    """Several pairs: the content adapters, one for each, are of no use afterwards."""
+    content = {"content": Output(("content",), "content")} if settings["joint"] and settings["pairs"] == 1 else {}
+    return {"style": Output(("style",), "style"), **content}
+
+
 METHODS: dict[str, Entry] = {
     "unziplora": Entry("split", unziplora, SPLIT_PROMPTS, split_outputs, "2412.04465"),
     "ziplora": Entry("zip", ziplora, {}, zip_outputs, "2311.13600"),
+    "pair": Entry("pair", pair, PAIR_PROMPTS, pair_outputs, "2405.01536", check_pairs),
+    "slider": Entry(
+        "pair",
+        slider,
+        {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
+        lambda settings: {"style": Output(("style",), "content")},
+        "2311.12092",
+        check_pairs,
+    ),
     "blora": Entry(
         "split",
         blora,

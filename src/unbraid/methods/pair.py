@@ -1,0 +1,138 @@
+"""Pair Customization: a before/after pair → a style LoRA, and a content LoRA for the rest (arXiv 2405.01536).
+
+The content adapter learns the picture before; from a set step on, the style adapter learns what is left to say of the
+picture after, on top of the content adapter, which that loss does not train. Both read the layer's input through frozen
+orthonormal rows, each through its own, so that ΔW_content ΔW_styleᵀ = 0 whatever is learnt; only the ups train.
+
+What differs from the published code, and why, is in docs/pair.md; `compat="official"` keeps its order of updates.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import log
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image, ImageChops
+from torch import Tensor
+
+from unbraid.adapters import Adapters
+from unbraid.data import alignment
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Branch, Factors, Part
+from unbraid.methods.unziplora import Blocks
+from unbraid.optim import Rate
+from unbraid.train import Recipe
+
+ALIGNED = 0.2  # edges' correlation; below, a pair is probably none (docs/pair.md)
+STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
+BASIS_SEED = 123846  # the published one
+NOTHING: frozenset[Part] = frozenset()
+
+
+def pair(
+    blocks: Blocks,
+    *,
+    pairs: int = 1,
+    rank: int = 64,
+    steps: int = 750,
+    style_from: int = 250,
+    lr: float = 1e-5,
+    weight_decay: float = 1e-4,
+    slot: int = 0,
+    orthogonal: bool = True,
+    joint: bool = True,
+    compat: Literal["none", "official"] = "none",
+) -> tuple[Recipe, ...]:
+    """Learn a style from what it does to a picture.
+
+    pairs: how many (set by the command); each has a content adapter of its own, and they take turns. rank: of each adapter.
+    steps: optimiser steps. style_from: the step at which the style adapter joins. lr, weight_decay: of AdamW. slot: which
+    orthonormal rows are this style's; styles in different slots do not meet. orthogonal: off, both factors train and
+    nothing keeps the two apart. joint: off, the style adapter learns the picture after alone. compat: `official` updates
+    the content adapter before the style's loss is asked, as published, not both at once.
+    """
+    del blocks
+    if not 0 <= style_from < steps:
+        raise UsageError(f"style_from {style_from} leaves no step of {steps}", "pair", "Let the style join earlier.")
+    parts: tuple[Part, ...] = ("up",) if orthogonal else ("down", "up")
+    numbers = numbered(pairs)
+    contents = [f"content{number}" for number in numbers]
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        for content in contents if joint else ():
+            add(adapters, content, 0, rng)
+        add(adapters, "style", slot + 1, rng)
+
+    def add(adapters: Adapters, name: str, place: int, rng: torch.Generator) -> None:
+        if orthogonal:
+            fixed(adapters, name, rank, place)
+        else:
+            adapters.new(name, rank, rng)
+
+    def branches(step: int) -> tuple[Branch, ...]:
+        number = numbers[step % pairs]
+        content, trains = f"content{number}", frozenset(parts)
+        before = Branch(f"before{number}", "content", (Active(content, trains=trains),))
+        under = (Active(content, trains=NOTHING),) if joint else ()
+        after = Branch(f"after{number}", "style", (*under, Active("style", trains=trains)))
+        learning = (before,) if joint else ()
+        return (*learning, after) if step >= style_from or not joint else learning
+
+    rates: dict[tuple[str, Part], Rate] = {
+        (name, part): Rate(lr, weight_decay) for name in [*contents, "style"] for part in parts
+    }
+    shared = frozenset(("crop", "noise", "timestep"))
+    # no clipping, as published: a common norm would let the one loss scale the other's gradient
+    return (Recipe(prepare, branches, rates, steps, shared, clip=None, in_turn=compat == "official"),)
+
+
+def numbered(pairs: int) -> list[str]:
+    """What the roles of each pair end in: nothing, then 2, 3, …"""
+    return ["" if i == 0 else str(i + 1) for i in range(pairs)]
+
+
+def fixed(adapters: Adapters, name: str, rank: int, place: int) -> None:
+    """Add an adapter whose down is frozen: rows `place`·r to (`place` + 1)·r of the orthonormal basis of its input's width.
+    One tensor serves all layers of a width."""
+    bases: dict[int, Tensor] = {}
+    made: dict[str, Factors] = {}
+    for layer_name, layer in adapters.layers.items():
+        d, k = layer.base.weight.shape
+        if k not in bases:
+            bases[k] = rows(k, rank, place).to(layer.base.weight.device)
+        made[layer_name] = Factors(bases[k], bases[k].new_zeros(d, rank))
+    adapters.add(name, made)
+
+
+def rows(width: int, rank: int, place: int) -> Tensor:
+    """`[rank, width]` orthonormal rows; those of different places are orthogonal to each other. Only as many as are needed
+    are orthonormalised, and what comes before does not depend on how many follow."""
+    last = (place + 1) * rank
+    if not 1 <= last <= width:
+        what = f"rank {rank} in slot {place - 1} needs {last} orthonormal rows, this base has layers of {width}"
+        raise UsageError(what, "pair", f"At this rank there are {max(width // max(rank, 1) - 1, 0)} slots, from 0.")
+    rng = torch.Generator().manual_seed(BASIS_SEED)
+    gaussian = torch.randn(last, width, generator=rng, dtype=torch.float64)
+    return torch.linalg.qr(gaussian.T).Q.T[place * rank :].float().contiguous()
+
+
+def check_pairs(images: Mapping[str, Sequence[Image.Image]], files: Mapping[str, Sequence[Path]]) -> list[str]:
+    """Refuse pairs that cannot be any, and warn of those that hardly are."""
+    warnings = []
+    for role in (role for role in images if role.startswith("before")):
+        other = role.replace("before", "after")
+        (before,), (after,), (first,), (second,) = images[role], images[other], files[role], files[other]
+        where = f"{first} and {second}"
+        if abs(log(before.width * after.height / (before.height * after.width))) > 0.02:
+            what = f"a pair of different shapes, {before.width}×{before.height} and {after.width}×{after.height}"
+            raise UsageError(what, where, "Crop both to the same part of the picture.")
+        if before.size == after.size and ImageChops.difference(before, after).getbbox() is None:
+            raise UsageError("the same picture twice", where, "Give the picture before and after.")
+        if (found := alignment(before, after)) < ALIGNED:
+            warnings.append(
+                f"{where} hardly line up (edges correlate by {found:.2f}): a pair is one picture in two styles"
+            )
+        if any(word in first.stem.lower() for word in STYLED) or any(word in second.stem.lower() for word in PLAIN):
+            warnings.append(f"{where}: by their names, before and after are swapped")
+    return warnings

@@ -1,0 +1,44 @@
+"""Concept Sliders' visual slider: one LoRA that draws the picture after at +1 and the picture before at -1 (arXiv 2311.12092)."""
+
+import torch
+
+from unbraid.adapters import Adapters
+from unbraid.lora import Active, Branch, Part
+from unbraid.methods.pair import numbered
+from unbraid.methods.unziplora import Blocks
+from unbraid.optim import Rate
+from unbraid.train import Recipe
+
+SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
+
+
+def slider(
+    blocks: Blocks,
+    *,
+    pairs: int = 1,
+    rank: int = 4,
+    steps: int = 1000,
+    lr: float = 2e-4,
+    weight_decay: float = 1e-4,
+) -> tuple[Recipe, ...]:
+    """Learn a slider from pairs.
+
+    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr, weight_decay:
+    of AdamW.
+    """
+    del blocks
+    parts: tuple[Part, ...] = ("down", "up")
+    numbers = numbered(pairs)
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        adapters.new("style", rank, rng)
+
+    def branches(step: int) -> tuple[Branch, ...]:
+        number = numbers[step % pairs]
+        return (
+            Branch(f"after{number}", "content", (Active("style"),)),
+            Branch(f"before{number}", "content", (Active("style", scale=-1.0),)),
+        )
+
+    rates: dict[tuple[str, Part], Rate] = {("style", part): Rate(lr, weight_decay) for part in parts}
+    return (Recipe(prepare, branches, rates, steps, frozenset(("crop", "noise", "timestep")), targets=SELF_ATTENTION),)

@@ -1,0 +1,267 @@
+"""Pair Customization: what its training keeps apart, and style guidance's identities."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from unbraid import base as bases
+from unbraid.adapters import Adapters
+from unbraid.api import pair_job
+from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.data import alignment
+from unbraid.errors import UsageError
+from unbraid.files import read
+from unbraid.lora import Active
+from unbraid.lowrank import delta
+from unbraid.methods.pair import pair, rows
+from unbraid.optim import Rate
+from unbraid.render import Use, render
+from unbraid.run import run
+from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
+from unbraid.train import Denoiser, Recipe, Sample, Shared, State, train
+
+QUICK = {"rank": 4, "steps": 6, "style_from": 2, "lr": 1e-2}
+
+
+def studies(base: Base) -> Studies:
+    rng = torch.Generator().manual_seed(1)
+    base.unet.double()
+    zeros = torch.zeros(4, 4, 4).double()
+    images = {
+        role: [Picture(torch.randn(4, 4, 4, generator=rng).double(), zeros, torch.full((6,), 32.0))]
+        for role in ("before", "after")
+    }
+    prompts = {
+        role: Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
+        for role in ("content", "style")
+    }
+    return Studies(base, images, prompts)
+
+
+def trained(base: Base, model: Denoiser | None = None, **settings: object) -> Adapters:
+    model, adapters = model or studies(base), Adapters.attach(base.unet)
+    (recipe,) = pair(BLOCKS["sdxl"], **{**QUICK, **settings})  # type: ignore[arg-type]
+    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+    for layer in adapters.layers.values():
+        layer.adapters.double()
+    for _ in train(model, recipe, state):
+        pass
+    adapters.detach()
+    return adapters
+
+
+@pytest.fixture
+def couple(tmp_path: Path) -> tuple[Path, Path]:
+    """A drawing, and the same one in black and white."""
+    image = Image.new("RGB", (48, 48), "white")
+    ImageDraw.Draw(image).ellipse((8, 12, 40, 40), fill="#e07020", outline="black", width=3)
+    image.save(tmp_path / "cat.png")
+    image.convert("1", dither=Image.Dither.NONE).convert("RGB").save(tmp_path / "cat-ink.png")
+    return tmp_path / "cat.png", tmp_path / "cat-ink.png"
+
+
+def test_rows_are_orthonormal_and_slots_do_not_meet() -> None:
+    taken = torch.cat([rows(64, 8, place) for place in range(8)]).double()
+    assert torch.allclose(taken @ taken.T, torch.eye(64).double(), atol=1e-6)
+    with pytest.raises(UsageError, match="72 orthonormal rows"):
+        rows(64, 8, 8)
+
+
+def test_content_and_style_read_different_inputs_whatever_they_learn(v_model: Base) -> None:
+    adapters = trained(v_model)
+    moved = 0.0
+    for name, content in adapters.of("content").items():
+        style = adapters.of("style")[name]
+        width = content.down.shape[1]
+        assert torch.equal(content.down, rows(width, 4, 0).double()), "the rows are frozen"
+        assert torch.equal(style.down, rows(width, 4, 1).double())
+        product = content.up @ content.down @ style.down.T @ style.up.T
+        assert product.abs().max() < 1e-6 * content.up.norm() * style.up.norm() + 1e-30
+        moved = max(moved, float(style.up.detach().abs().max()))
+    assert moved > 1e-3
+
+
+def test_without_orthogonality_they_meet(v_model: Base) -> None:
+    adapters = trained(v_model, orthogonal=False)
+    content, style = (next(iter(adapters.of(name).values())) for name in ("content", "style"))
+    assert (content.down @ style.down.T).abs().max() > 1e-2
+
+
+class Same:
+    """The same samples at every step."""
+
+    def __init__(self, real: Studies) -> None:
+        self.real, self.prompts = real, real.prompts
+        self.samples = real.draw(
+            ["before", "after"], frozenset(("noise", "timestep")), torch.Generator().manual_seed(3)
+        )
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+        return [self.samples[("before", "after").index(image)] for image in images]
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
+        return self.real.predict(samples, prompts)
+
+
+def test_each_loss_trains_its_own_adapter(v_model: Base) -> None:
+    """Before the style joins nothing of it moves, and its loss leaves the content adapter as it is, bit for bit."""
+    model = Same(studies(v_model))
+    early, late = (trained(v_model, model, steps=3, style_from=start) for start in (2, 0))
+    assert max(float(one.up.detach().abs().max()) for one in early.of("style").values()) < 0.011, "one step at 0.01"
+    contents = [adapters.of("content").values() for adapters in (early, late)]
+    assert all(torch.equal(a.up, b.up) and a.up.any() for a, b in zip(*contents, strict=True))
+
+
+def test_official_order_is_content_first(v_model: Base) -> None:
+    """One official step = a step on the content alone, then one on the style, on the same samples; not both at once."""
+    model, found = Same(studies(v_model)), {}
+    for name in ("official", "none", "by hand"):
+        adapters = Adapters.attach(v_model.unet)
+        compat = "none" if name == "by hand" else name
+        (recipe,) = pair(BLOCKS["sdxl"], rank=4, steps=1, style_from=0, lr=1e-2, compat=compat)  # type: ignore[arg-type]
+        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+        for layer in adapters.layers.values():
+            layer.adapters.double()
+        for i in (0, 1) if name == "by hand" else ():
+            first = recipe.branches(0)[i : i + 1]
+            alone = Recipe(lambda adapters, rng: None, lambda step, b=first: b, recipe.rates, i + 1)
+            list(train(model, alone, state))
+        if name != "by hand":
+            list(train(model, recipe, state, at_once=2))
+        found[name] = torch.cat([one.up.flatten() for one in adapters.of("style").values()]).detach()
+        adapters.detach()
+    assert torch.equal(found["official"], found["by hand"]) and not torch.equal(found["official"], found["none"])
+
+
+def test_a_pair_makes_a_style_and_a_content_lora(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = pair_job(*couple, subject="cat", style="line", out=out, base=str(v_base), previews=1, **QUICK, slot=1)
+    events = list(run(job, device="cpu"))
+    assert not any(event.warning for event in events)
+    style, content = read(out / "style.safetensors"), read(out / "content.safetensors")
+    assert style.metadata["unbraid.style"] == "line" and '"slot": 1' in style.metadata["unbraid.settings"]
+    name = next(iter(style.modules))
+    product = delta(content.modules[name]) @ delta(style.modules[name]).T
+    assert product.abs().max() < 1e-3 * delta(content.modules[name]).norm() * delta(style.modules[name]).norm()
+    base = bases.load(str(v_base), "cpu")
+    plain, guided = (
+        render(base, "a dog", styles=[Use(out / "style.safetensors", scale)], steps=2)[0] for scale in (0.0, 3.0)
+    )
+    assert plain.tobytes() == render(base, "a dog", steps=2)[0].tobytes() != guided.tobytes()
+
+
+def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
+    for i, file in enumerate(couple):
+        folder = tmp_path / ("plain", "ink")[i]
+        folder.mkdir()
+        Image.open(file).save(folder / "a.png")
+        Image.open(file).rotate(90).save(folder / "b.png")
+    (tmp_path / "plain" / "b.txt").write_text("dog")
+    options = {"out": tmp_path / "run", "base": str(v_base), "previews": 0, **QUICK}
+    job = pair_job(tmp_path / "plain", tmp_path / "ink", subject="cat", style="line", **options)
+    assert set(job.captions.values()) == {"a sks dog", "a sks dog in line style"} and job.settings["pairs"] == 2
+    list(run(job, device="cpu"))
+    assert [file.name for file in (tmp_path / "run").glob("*.safetensors")] == ["style.safetensors"]
+
+
+def test_slider_is_signed(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"out": tmp_path / "run", "base": str(v_base), "previews": 0, "rank": 2, "steps": 3}
+    list(run(pair_job(*couple, subject="cat", style="line", method="slider", **options), device="cpu"))
+    names = read(tmp_path / "run" / "style.safetensors").modules
+    assert names and all(".attn1." in name for name in names)
+
+
+def test_bad_pairs_are_one_clear_line(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
+    before, after = couple
+    image = Image.open(before)
+    image.crop((0, 0, 48, 24)).save(tmp_path / "wide.png")
+    image.save(tmp_path / "copy.png")
+    image.rotate(180).resize((48, 48)).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "styled.png")
+    options = {"subject": "cat", "style": "line", "base": str(v_base), "out": tmp_path / "x", "previews": 0, **QUICK}
+    cases = [
+        ((before, tmp_path / "wide.png"), "different shapes"),
+        ((before, tmp_path / "copy.png"), "the same picture twice"),
+        ((before, tmp_path), "one is a folder"),
+        ((before, tmp_path / "none.png"), "no such image"),
+    ]
+    for (first, second), what in cases:
+        with pytest.raises(UsageError, match=what):
+            list(run(pair_job(first, second, **options), device="cpu"))
+    with pytest.raises(UsageError, match="slots, from 0"):
+        list(run(pair_job(before, after, **options, slot=20), device="cpu"))
+    with pytest.raises(UsageError, match="style_from"):
+        list(run(pair_job(before, after, **{**options, "style_from": 6}), device="cpu"))
+    assert not (tmp_path / "x").exists()
+    told = [e.warning for e in run(pair_job(tmp_path / "styled.png", before, **options), device="cpu") if e.warning]
+    assert any("swapped" in warning for warning in told)
+
+
+def test_alignment_tells_pairs_from_strangers(couple: tuple[Path, Path]) -> None:
+    before, after = (Image.open(path).convert("RGB") for path in couple)
+    other = Image.new("RGB", (48, 48), "white")
+    ImageDraw.Draw(other).rectangle((2, 2, 12, 46), fill="black")
+    assert alignment(before, after) > 0.4 > 0.2 > alignment(before, other)
+
+
+def guided(base: Base, terms: Sequence[Term], adapters: Adapters, prompts: dict[str, Prompt], time: float) -> Tensor:
+    rng = torch.Generator().manual_seed(9)
+    latent = torch.randn(2, 4, 4, 4, generator=rng).double()
+    step = torch.tensor(time * base.noise.config["num_train_timesteps"])
+    with torch.no_grad():
+        return Guided(base, terms, prompts, adapters)(latent, step)[0]
+
+
+@pytest.mark.parametrize("kind", ["v_base", "eps_base"])
+def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest) -> None:
+    base = bases.load(str(request.getfixturevalue(kind)), "cpu")
+    base.unet.double()
+    rng = torch.Generator().manual_seed(1)
+    adapters = Adapters.attach(base.unet)
+    for name in ("a", "b"):
+        adapters.new(name, 2, rng, up_std=0.1)
+    for layer in adapters.layers.values():
+        layer.adapters.double()
+    prompts = {
+        role: Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
+        for role in (NEGATIVE, "main", "a", "b")
+    }
+    w, a, b = 4.0, Active("a"), Active("b")
+
+    def ask(terms: Sequence[Term], time: float = 0.5) -> Tensor:
+        return guided(base, terms, adapters, prompts, time)
+
+    def one(role: str, *active: Active) -> Tensor:
+        return ask((Term(1.0, role, active),))
+
+    e_u, e_c, e_a, e_b = one(NEGATIVE), one("main"), one("a", a), one("b", b)
+    plain = e_u + w * (e_c - e_u)
+
+    def style(scale: float, start: float = 1.0) -> Style:
+        return Style(a, "a", scale, start)
+
+    def close(x: Tensor, y: Tensor) -> bool:
+        return bool((x - y).abs().max() < 1e-12 * y.abs().max())
+
+    assert close(ask(style_guidance(w, "main", [style(3.0)])), plain + 3.0 * (e_a - e_c))
+    both = [style(3.0), Style(b, "b", -1.5)]
+    assert close(ask(style_guidance(w, "main", both)), plain + 3.0 * (e_a - e_c) - 1.5 * (e_b - e_c))
+    assert torch.equal(ask(style_guidance(w, "main", [style(0.0)])), ask(style_guidance(w, "main", [])))
+    two = style_guidance(w, "main", [style(w)])
+    assert len(two) == 2 and close(ask(two), e_u + w * (e_a - e_u))
+    near = ask(style_guidance(w, "main", [style(w + 1e-9)]))
+    assert (near - ask(two)).abs().max() < 1e-7, "no jump where one evaluation falls away"
+    late = style_guidance(w, "main", [style(3.0, start=0.8)])
+    assert close(ask(late, 0.9), ask(style_guidance(w, "main", []), 0.9))
+    assert close(ask(late, 0.8), ask(style_guidance(w, "main", [style(3.0)]), 0.8))
+    editing = [style_guidance(scale, "main", [style(3.0)], (), "main") for scale in (1.0, 7.0)]
+    assert [len(terms) for terms in editing] == [2, 2] and close(ask(editing[0]), ask(editing[1])), "w cancels"
+
+
+def test_unknown_rates_are_not_needed() -> None:
+    """The frozen rows have no optimiser state: only the ups are in the recipe's rates."""
+    (recipe,) = pair(BLOCKS["sdxl"], rank=4, steps=2, style_from=1)
+    assert {part for _, part in recipe.rates} == {"up"} and all(isinstance(r, Rate) for r in recipe.rates.values())
