@@ -6,6 +6,7 @@ knows, for judging a style on other subjects.
 
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,11 @@ from unbraid.bases.recipe.subjects import SETS, held_out
 
 FOLDER = Path(__file__).parent
 HELD_OUT = held_out()[:100]
-KNOWN = ("dog", "umbrella", "violin", "strawberry")
-COLUMNS = 10  # subjects to a row of a sheet
+KNOWN = tuple(
+    "dog umbrella violin strawberry balloon bat bird bomb broccoli castle chicken crown doughnut dragon gorilla koala lime "
+    "melon mouse onion panda pineapple shark teapot".split()
+)
+COLUMNS = 10  # subjects to a row of a sheet, where that leaves no gap
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def write_sheets(art: np.ndarray, names: tuple[str, ...]) -> None:
     """Pack both sheets from all art, uint8 `[subject, set, 64, 64, 3]`, losslessly."""
     for file, wanted in (("held_out.webp", HELD_OUT), ("known.webp", KNOWN)):
         chosen = art[[names.index(name) for name in wanted]]
-        columns = min(COLUMNS, len(wanted))
+        columns = gcd(COLUMNS, len(wanted))
         rows, size = len(wanted) // columns, chosen.shape[2]
         tiles = chosen.reshape(rows, columns, len(SETS), size, size, 3).transpose(0, 3, 1, 2, 4, 5)
         sheet = Image.fromarray(tiles.reshape(rows * size, -1, 3))
@@ -60,7 +64,7 @@ def write_sheets(art: np.ndarray, names: tuple[str, ...]) -> None:
 
 def _read(path: Path, names: tuple[str, ...]) -> Art:
     sheet = np.asarray(Image.open(path).convert("RGB"))
-    columns = min(COLUMNS, len(names))
+    columns = gcd(COLUMNS, len(names))
     rows = len(names) // columns
     size = sheet.shape[0] // rows
     tiles = sheet.reshape(rows, size, columns, len(SETS), size, 3).transpose(0, 2, 3, 5, 1, 4)
