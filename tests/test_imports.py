@@ -22,6 +22,7 @@ LEVELS = {
     "sample": 6,
     "combine": 7,
     "render": 8,
+    "sweep": 9,
     "methods": 7,
     "settings": 8,
     "job": 9,

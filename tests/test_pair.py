@@ -22,6 +22,7 @@ from unbraid.optim import Rate
 from unbraid.render import Use, render
 from unbraid.run import run
 from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
+from unbraid.sweep import parse_sweep, sweep_sheet
 from unbraid.train import Denoiser, Recipe, Sample, Shared, State, train
 
 QUICK = {"rank": 4, "steps": 6, "style_from": 2, "lr": 1e-2}
@@ -261,7 +262,25 @@ def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest)
     assert [len(terms) for terms in editing] == [2, 2] and close(ask(editing[0]), ask(editing[1])), "w cancels"
 
 
-def test_unknown_rates_are_not_needed() -> None:
+def test_a_sweep_is_one_sheet(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    list(
+        run(
+            pair_job(*couple, subject="cat", style="line", out=out, base=str(v_base), previews=0, **QUICK), device="cpu"
+        )
+    )
+    base, style = bases.load(str(v_base), "cpu"), [Use(out / "style.safetensors")]
+    sheet = sweep_sheet(base, "a dog", parse_sweep("style=0:6:3"), (), style, (0, 1), steps=2)
+    cells = [sheet.crop((x, 28, x + 100, 128)).tobytes() for x in (6, 140, 274)]
+    assert len(set(cells)) == 3 and sheet.width > 3 * 128 and sheet.height > 2 * 128
+    for wrong in ("style", "style=0:1", "style=0:1:1", "seed=0:1:3", "style=0:nan:3", "lora=0:1:2.5"):
+        with pytest.raises(UsageError, match="is no sweep"):
+            parse_sweep(wrong)
+    with pytest.raises(UsageError, match="nothing to vary"):
+        sweep_sheet(base, "a dog", parse_sweep("lora=0:1:2"), (), style, (0,))
+
+
+def test_frozen_rows_have_no_optimiser_state() -> None:
     """The frozen rows have no optimiser state: only the ups are in the recipe's rates."""
     (recipe,) = pair(BLOCKS["sdxl"], rank=4, steps=2, style_from=1)
     assert {part for _, part in recipe.rates} == {"up"} and all(isinstance(r, Rate) for r in recipe.rates.values())

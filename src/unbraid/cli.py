@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,6 @@ from unbraid.cli_run import BaseName, Config, Out, Previews, Quiet, Resume, Seed
 from unbraid.errors import UsageError
 
 app = typer.Typer(
-    help="Take an image apart into a content LoRA and a style LoRA, and put LoRAs together again.",
     epilog="Try: unbraid demo. Then: unbraid split my.png --subject dog --style watercolour",
     no_args_is_help=True,
     add_completion=False,
@@ -19,6 +19,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.registered_commands += file_commands.registered_commands
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version("unbraid"))
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take an image apart into a content LoRA and a style LoRA, and put LoRAs together again."""
 
 
 @app.command()
@@ -165,6 +180,9 @@ def generate(
         Literal["sum", "switch", "composite", "k-lora"],
         typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
     ] = "sum",
+    sweep: Annotated[
+        str, typer.Option(metavar="WHAT=FROM:TO:N", help="One sheet over strengths: style=0:1.5:7, lora=…, guidance=…")
+    ] = "",
     negative: str = "",
     n: Annotated[int, typer.Option("--n", help="How many pictures, at seeds SEED, SEED+1, …")] = 1,
     seed: Seed = 0,
@@ -178,12 +196,11 @@ def generate(
     from unbraid.base import load
     from unbraid.pictures import save_image
     from unbraid.render import render
+    from unbraid.sweep import parse_sweep, sweep_sheet
 
     uses = _uses(lora or [], lora_prompt or [])
-    if n > 1 and out.suffix:
-        raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
+    styles = _uses(style_guidance or [], style_prompt or [], "--style-guidance")
     given: dict[str, Any] = {
-        "styles": _uses(style_guidance or [], style_prompt or [], "--style-guidance"),
         "style_from": style_from,
         "combine": combine,
         "negative": negative,
@@ -192,8 +209,16 @@ def generate(
         "height": height,
         "width": width,
     }
+    seeds = range(seed, seed + n)
+    if sweep:
+        over, file = parse_sweep(sweep), out if out.suffix else out / "sweep.png"
+        with console.status("drawing"):
+            print(save_image(sweep_sheet(load(base), prompt, over, uses, styles, seeds, **given), file))
+        return
+    if n > 1 and out.suffix:
+        raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     with console.status("drawing"):
-        images = render(load(base), prompt, uses, seeds=range(seed, seed + n), **given)
+        images = render(load(base), prompt, uses, styles=styles, seeds=seeds, **given)
     for i, image in enumerate(images):
         print(save_image(image, out if out.suffix else out / f"{seed + i:04d}.png"))
 
