@@ -17,6 +17,7 @@ from unbraid.api import zip_job
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.bench.zip_cost import dense_layers, dense_loop
 from unbraid.errors import UsageError
+from unbraid.file_tools import Source, merge_files
 from unbraid.files import read, write
 from unbraid.lora import Factors, Lora
 from unbraid.lowrank import delta
@@ -243,6 +244,29 @@ def test_zip_makes_two_files_that_every_tool_reads(v_base: Path, picture: Path, 
     for module, one in read(merged).modules.items():
         assert len(one.down) == 7
         assert torch.allclose(delta(one), sum(delta(half[module]) for half in both), atol=2e-3)  # type: ignore[arg-type]
+
+
+def test_np_lora_is_the_merge_in_two_files(v_base: Path, tmp_path: Path) -> None:
+    """Nothing is trained or drawn; the two files stacked are what `merge --method np-lora` writes as one."""
+    base = load(str(v_base), "cpu")
+    files = [make(tmp_path / f"{i}.safetensors", base, i, 4, "kohya", "a cat") for i in range(2)]
+    out = tmp_path / "run"
+    job = zip_job(*files, method="np-lora", base=str(v_base), out=out, previews=0)
+    assert not [event for event in run(job, device="cpu") if event.step]
+    assert {path.name for path in out.iterdir()} == {
+        "run.toml",
+        "events.jsonl",
+        "content.safetensors",
+        "style.safetensors",
+    }
+    merge_files([Source(file) for file in files], tmp_path / "one.safetensors", "np-lora")
+    merged = read(tmp_path / "one.safetensors").modules
+    content, style = (read(out / f"{role}.safetensors").modules for role in ROLES)
+    for name, one in read(files[1]).modules.items():
+        assert torch.allclose(delta(style[name]), delta(one), atol=1e-3), "the style is left as it is"
+        assert torch.allclose(delta(content[name]) + delta(style[name]), delta(merged[name]), atol=4e-3)
+    before = read(files[0]).modules
+    assert all((delta(content[name]) - delta(one)).norm() > 0.02 * delta(one).norm() for name, one in before.items())
 
 
 def test_a_killed_zip_ends_the_same(

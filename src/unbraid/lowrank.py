@@ -47,6 +47,13 @@ def norm(lora: Lora) -> float:
     return float(square.sqrt()) * abs(lora.alpha) / len(down)
 
 
+def outside(down: Float[Tensor, "r k"], protected: Float[Tensor, "q k"], mu: float) -> Float[Tensor, "r k"]:
+    """down (I − μ/(1+μ) QQᵀ), Q the input directions that `protected` reads (NP-LoRA, arXiv 2511.11051)."""
+    _, s, vt = torch.linalg.svd(wide(protected), full_matrices=False)
+    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would invent directions where there are too few
+    return down - mu / (1 + mu) * (down @ q) @ q.T
+
+
 def svd(lora: Lora) -> tuple[Float[Tensor, "d q"], Float[Tensor, " q"], Float[Tensor, "q k"]]:
     """U, S, Vᵀ of the change: QR of both factors and the SVD of an r×r core (ziplora.md E4). q = min(r, d, k)."""
     down, up = (wide(part) for part in matrices(lora))

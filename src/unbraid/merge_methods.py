@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbraid.lora import Lora
-from unbraid.lowrank import delta, from_dense, matrices, shaped, times_power_of_two, truncate, wide
+from unbraid.lowrank import delta, from_dense, matrices, outside, shaped, times_power_of_two, truncate, wide
 
 CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."  # B-LoRA, arXiv 2403.14572
 
@@ -96,14 +96,12 @@ def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) ->
     style = next((part for part in parts if part.source == -1), None)
     if style is None:
         return concat(name, parts, size)
-    _, s, vt = torch.linalg.svd(wide(matrices(style.lora)[0]), full_matrices=False)
-    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would invent directions where A_s has too few
+    protected = matrices(style.lora)[0]
     projected = []
     for part in parts:
         if part is not style:
             down, up = (wide(factor) for factor in matrices(part.lora))
-            down = down - mu / (1 + mu) * (down @ q) @ q.T
-            part = Part(shaped(down, up, part.lora.alpha, part.lora), part.weight, part.source)
+            part = Part(shaped(outside(down, protected, mu), up, part.lora.alpha, part.lora), part.weight, part.source)
         projected.append(part)
     return concat(name, projected, size)
 

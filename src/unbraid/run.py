@@ -180,9 +180,10 @@ def _finish(ready: _Run, texts: Mapping[str, str]) -> Iterator[Path]:
         )
         yield path
     events = folder.read_events(job.out)
-    yield pictures.loss_plot([event["loss"] for event in events], job.out / "loss.png")
-    if job.loras:
-        found = {name: mergers.values(ready.adapters, name) for name in ready.adapters.names}
+    if events:
+        yield pictures.loss_plot([event["loss"] for event in events], job.out / "loss.png")
+    found = {name: mergers.values(ready.adapters, name) for name in ready.adapters.names}
+    if job.loras and any(found.values()):
         yield mergers_plot(events, found, job.out / "coefficients.png")
     if job.previews:
         yield _sheet(ready, texts)
@@ -197,8 +198,9 @@ def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
 def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
     """The inputs, and every use at four seeds."""
     job = ready.job
+    said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
     rows = [
-        (f"input: {texts.get(role, texts['both'])}", list(zip(_labels(job, role, some), some, strict=False))[:SHOWN])
+        (f"input: {said.get(role, role)}", list(zip(_labels(job, role, some), some, strict=False))[:SHOWN])
         for role, some in ready.images.items()
     ]
     rows += [

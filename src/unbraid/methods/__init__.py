@@ -9,6 +9,7 @@ from PIL import Image
 
 from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth
+from unbraid.methods.nplora import nplora
 from unbraid.methods.pair import check_pairs, pair
 from unbraid.methods.slider import slider
 from unbraid.methods.unziplora import ROLES, unziplora
@@ -79,6 +80,7 @@ def pair_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
 METHODS: dict[str, Entry] = {
     "unziplora": Entry("split", unziplora, SPLIT_PROMPTS, split_outputs, "2412.04465"),
     "ziplora": Entry("zip", ziplora, {}, zip_outputs, "2311.13600"),
+    "np-lora": Entry("zip", nplora, {}, zip_outputs, "2511.11051"),
     "pair": Entry("pair", pair, PAIR_PROMPTS, pair_outputs, "2405.01536", check_pairs),
     "slider": Entry(
         "pair",
