@@ -6,6 +6,7 @@ results with what the artists really drew.
 """
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,16 +146,30 @@ def report(work: Path) -> str:
         + " | content | style | harmonic mean |"
     ]
     lines.append("|---" * (4 + 2 * len(USES)) + "|")
+    by_run: dict[str, dict[tuple[str, str, int], float]] = {}
     for name, contender in CONTENDERS.items():
-        rows, runs = [], 0
-        for subject, of, seed in RUNS:
-            folder = _folder(work, name, subject, of, seed)
-            found = scores(folder, items(contender, folder, subject, of), judge)
-            rows, runs = rows + found, runs + bool(found)
+        rows, by_run[name] = [], {}
+        for one in RUNS:
+            folder = _folder(work, name, *one)
+            found = scores(folder, items(contender, folder, *one[:2]), judge)
+            rows += found
+            if found:
+                by_run[name][one] = _harmonic(*_means(found))
         if rows:
-            lines.append(f"| {name} | {' | '.join(_cells(rows))} ({runs} runs) |")
+            lines.append(f"| {name} | {' | '.join(_cells(rows))} ({len(by_run[name])} runs) |")
     lines.append(f"| the true counterparts through the autoencoder | {' | '.join(_cells(_ceiling(judge)))} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_leads(by_run)])
+
+
+def _leads(by_run: dict[str, dict[tuple[str, str, int], float]]) -> Iterator[str]:
+    """Run by run, how far the last contender's harmonic mean is ahead of each other one's."""
+    *others, best = by_run
+    for name in others:
+        both = [by_run[best][one] - by_run[name][one] for one in RUNS if one in by_run[best] and one in by_run[name]]
+        if len(both) > 1:
+            error = statistics.stdev(both) / len(both) ** 0.5
+            ahead = sum(lead > 0 for lead in both)
+            yield f"{best} − {name}, run by run: {statistics.mean(both):+.3f} ± {error:.3f}, ahead in {ahead} of {len(both)}"
 
 
 def _ceiling(judge: Judge) -> list[tuple[str, float, float]]:
@@ -176,14 +191,20 @@ def _folder(work: Path, name: str, subject: str, of: str, seed: int) -> Path:
 
 
 def _cells(rows: list[tuple[str, float, float]]) -> list[str]:
-    cells, means = [], ([], [])
+    cells = []
     for use in USES:
-        for mean, column in zip(means, (1, 2), strict=True):
+        for column in (1, 2):
             values = [float(row[column]) for row in rows if row[0] == use]
-            mean.append(statistics.mean(values))
-            cells.append(f"{mean[-1]:.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
-    content, style = statistics.mean(means[0]), statistics.mean(means[1])
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
+    content, style = _means(rows)
     return [*cells, f"{content:.3f}", f"{style:.3f}", f"**{_harmonic(content, style):.3f}**"]
+
+
+def _means(rows: list[tuple[str, float, float]]) -> tuple[float, float]:
+    """Content and style: means over the three uses of their means."""
+    by_use = [[row[1:] for row in rows if row[0] == use] for use in USES]
+    content, style = (statistics.mean(statistics.mean(row[i] for row in use) for use in by_use) for i in (0, 1))
+    return content, style
 
 
 def write_sheets(work: Path, out: Path) -> None:
