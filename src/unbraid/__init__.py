@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import advises on torchvision, which is not used
 
 if TYPE_CHECKING:
-    from unbraid.api import generate, learn, split, zip
+    from unbraid.api import generate, learn, pair, split, zip
 
-__all__ = ["generate", "learn", "split", "zip"]
+__all__ = ["generate", "learn", "pair", "split", "zip"]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,12 +62,14 @@ LOOKS = {
 
 @dataclass(frozen=True)
 class Way:
-    """A row of the table: how the style is learnt, from how many pairs, and how it is applied."""
+    """A row of the table: how the style is learnt, from how many pairs, and how it is applied. Strengths were chosen on
+    another style (docs/LOG.md)."""
 
     method: str = "pair"
     settings: Mapping[str, Any] | None = None
     pairs: int = 1
     guided: bool = True  # by style guidance; else at LoRA scale, under the style's words
+    strength: float = 0.75
 
 
 WAYS = {
@@ -77,7 +79,7 @@ WAYS = {
     "Pair, 4 pairs": Way(pairs=4),
     "Pair, not orthogonal": Way(settings={"orthogonal": False}),
     "Pair, without the content adapter": Way(settings={"joint": False}),
-    "DreamBooth-LoRA of the picture after": Way("dreambooth", guided=False),
+    "DreamBooth-LoRA of the picture after": Way("dreambooth", guided=False, strength=1.0),
     "Concept Slider": Way("slider", guided=False),
 }
 BASE = "base alone"
@@ -107,9 +109,12 @@ def trained(work: Path, name: str, look: Look, seed: int) -> Path:
     return file
 
 
-def draw(name: str, file: Path | None, look: Look, subject: str, seed: int, strength: float = 1.0) -> Image.Image:
+def draw(
+    name: str, file: Path | None, look: Look, subject: str, seed: int, strength: float | None = None
+) -> Image.Image:
     """The subject, from the prompt that the base knows it by, with the style of `file`."""
     way, prompt = WAYS.get(name, Way()), f"a {subject} in {look.words} style"
+    strength = way.strength if strength is None else strength
     uses, styles = (), ()
     if file and way.guided:
         styles = (Use(file, strength, prompt=look.style),)
