@@ -21,6 +21,7 @@ LEVELS = {
     "data": 5,
     "sample": 6,
     "combine": 7,
+    "invert": 7,
     "render": 8,
     "sweep": 9,
     "methods": 7,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -12,9 +13,10 @@ from unbraid import base as bases
 from unbraid.adapters import Adapters
 from unbraid.api import pair_job
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
-from unbraid.data import alignment
+from unbraid.data import alignment, fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import read
+from unbraid.invert import invert, reconstruct, with_ddim
 from unbraid.lora import Active
 from unbraid.lowrank import delta
 from unbraid.methods.pair import pair, rows
@@ -260,6 +262,51 @@ def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest)
     assert close(ask(late, 0.8), ask(style_guidance(w, "main", [style(3.0)]), 0.8))
     editing = [style_guidance(scale, "main", [style(3.0)], (), "main") for scale in (1.0, 7.0)]
     assert [len(terms) for terms in editing] == [2, 2] and close(ask(editing[0]), ask(editing[1])), "w cancels"
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    x, y = (torch.from_numpy(np.asarray(one, np.float64) / 255) for one in (a, b))
+    return float(-10 * (x - y).square().mean().log10())
+
+
+def test_an_edit_at_strength_zero_gives_the_picture_back(couple: tuple[Path, Path], tmp_path: Path) -> None:
+    """On the embedded base, within 30 dB of what the autoencoder alone makes of it; a drawing from noise is far away."""
+    base, file = bases.load("icons", "cpu"), tmp_path / "wide.png"
+    Image.open(couple[0]).resize((64, 48)).save(file)
+    best = reconstruct(base, fit(open_image(file), base.size**2, base.step))
+    (back,) = render(base, "a ball", edit=file, steps=50)
+    (other,) = render(base, "a ball", steps=5, height=best.height, width=best.width)
+    assert back.size == best.size and psnr(back, best) > 30 > psnr(other, best)
+    with pytest.raises(UsageError, match="keeps what it is"):
+        render(base, "a ball", edit=file, seeds=(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["v_base", "eps_base", "sd15_base"])
+def test_inversion_undoes_ddim(
+    kind: str, request: pytest.FixtureRequest, couple: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model is the exact denoiser of Gaussian latents of deviation 1/2, for epsilon and for v."""
+    base = with_ddim(bases.load(str(request.getfixturevalue(kind)), "cpu"))
+    alphas = base.pipe.scheduler.alphas_cumprod
+
+    def predict(noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor) -> Tensor:
+        alpha = alphas[int(t[0])]
+        noise = (1 - alpha).sqrt() * noisy / (alpha / 4 + 1 - alpha)
+        if base.noise.config["prediction_type"] == "epsilon":
+            return noise
+        start = alpha.sqrt() / 4 * noisy / (alpha / 4 + 1 - alpha)
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * start
+
+    monkeypatch.setattr(base, "predict", predict)
+    pixels = fit(open_image(couple[0]), base.size**2, base.step)
+    latent = invert(base, pixels, base.encode_prompt("a cat"), 50)
+    begun = base.encode_picture(pixels.values, pixels.sizes).mean[None]
+    assert (latent - begun).norm() > begun.norm() / 2
+    base.pipe.scheduler.set_timesteps(50)
+    for t in base.pipe.scheduler.timesteps:
+        out = predict(latent, t[None], [], torch.empty(0))
+        latent = base.pipe.scheduler.step(out, t, latent).prev_sample
+    assert (latent - begun).norm() < 1e-3 * begun.norm()
 
 
 def test_a_sweep_is_one_sheet(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:

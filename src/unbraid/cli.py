@@ -176,6 +176,10 @@ def generate(
     style_from: Annotated[
         float, typer.Option(help="Styles guide once this much noise is left: 1 always, 0.8 keeps more of the layout.")
     ] = 1.0,
+    edit: Annotated[
+        Path | None,
+        typer.Option(help="A picture that the prompt describes: styles are applied to it. Take 50 steps or more."),
+    ] = None,
     combine: Annotated[
         Literal["sum", "switch", "composite", "k-lora"],
         typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
@@ -202,6 +206,7 @@ def generate(
     styles = _uses(style_guidance or [], style_prompt or [], "--style-guidance")
     given: dict[str, Any] = {
         "style_from": style_from,
+        "edit": edit,
         "combine": combine,
         "negative": negative,
         "guidance": guidance,

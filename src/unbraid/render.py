@@ -10,8 +10,10 @@ from PIL import Image
 from unbraid.adapters import Adapters
 from unbraid.base import Base
 from unbraid.combine import Combine, composite, k_lora_terms, sampling_times, switch
+from unbraid.data import fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read
+from unbraid.invert import invert, with_ddim
 from unbraid.lora import Active, Factors, Lora
 from unbraid.sample import NEGATIVE, Style, generate, style_guidance
 
@@ -42,16 +44,21 @@ def render(
     steps: int = 25,
     height: int | None = None,
     width: int | None = None,
+    edit: Path | None = None,
 ) -> list[Image.Image]:
     """One picture per seed with classifier-free guidance; the base is left as it was.
 
     `styles` guide beside it (style guidance, arXiv 2405.01536): a `scale` of 1 is w_L = `guidance`, which gives the style as it was
     trained; their `prompt` is the style's words, by default those that their files record. They count from the time `style_from`,
-    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.combine`."""
+    1 (pure noise) to 0. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
+    styles guide away from it; at strength 0 it comes back. `combine`: how several LoRAs work together, see `unbraid.combine`."""
     if styles and combine != "sum":
         raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
     if not 0 <= style_from <= 1:
         raise UsageError(f"a start of {style_from}", "--style-from", "Give 1 (always) to 0 (never).")
+    if edit and (uses or negative or len(seeds) > 1 or height or width):
+        fix = "Leave out LoRAs, negative prompt, size, and further seeds: styles alone change it."
+        raise UsageError("an edited picture keeps what it is", edit, fix)
     opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
     guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
     texts = {"main": prompt}
@@ -79,9 +86,16 @@ def render(
     else:
         parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
         loras = {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
+    latents = None
+    if edit:
+        pixels = fit(open_image(edit), base.size**2, base.step, edit)
+        (height, width), base = pixels.values.shape[1:], with_ddim(base)
+        latents, terms = invert(base, pixels, prompts["main"], steps), style_guidance(1.0, "main", guiding)
     adapters = attach(base, loras)
     try:
-        return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, height=height, width=width)
+        return generate(
+            base, terms, prompts, adapters, seeds=seeds, steps=steps, height=height, width=width, latents=latents
+        )
     finally:
         if adapters:
             adapters.detach()

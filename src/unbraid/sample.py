@@ -111,8 +111,10 @@ def generate(
     steps: int = 25,
     height: int | None = None,
     width: int | None = None,
+    latents: Tensor | None = None,
 ) -> list[Image.Image]:
-    """One image per seed. A seed gives the same image whatever it is batched with."""
+    """One image per seed. A seed gives the same image whatever it is batched with. `latents` `[seed, c, h, w]`: what to begin
+    with instead of the seeds' noise."""
     pipe = copy.copy(base.pipe)
     pipe.unet = Guided(base, terms, prompts, adapters)  # type: ignore[assignment]
     first = prompts[terms[-1].prompt]
@@ -127,5 +129,6 @@ def generate(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         height=height or base.size,
         width=width or base.size,
+        latents=latents,
     )
     return done.images  # type: ignore[union-attr]
