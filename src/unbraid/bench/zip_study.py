@@ -73,7 +73,7 @@ WAYS = {
     "LoRA Switch": Way(combine="switch"),
     "LoRA Composite": Way(combine="composite"),
 }
-BASE = "base alone"
+BASE, PLAIN = "base alone", "direct sum (1, 1)"
 OTHER = "dog"  # what a style LoRA draws when it is alone
 
 
@@ -175,7 +175,7 @@ def tuned_weights(work: Path, seed: int) -> tuple[float, float]:
         for a, b in product(WEIGHTS, WEIGHTS):
             rows = []
             for subject, style in product(TUNING, STYLES):
-                content, own = learnt(work, WAYS["direct sum (1, 1)"], subject, style, seed)
+                content, own = learnt(work, WAYS[PLAIN], subject, style, seed)
                 drawn = _draw(joint_prompt(subject, style), (Use(content, a), Use(own, b)), "sum", seed)
                 rows.append(_score(judge, drawn, true(subject, style)))
             best = max(best, (statistics.mean(_harmonic(*row) for row in rows), a, b))
@@ -227,33 +227,40 @@ def _folder(work: Path, name: str, subject: str, style: str, seed: int) -> Path:
     return work / "drawn" / name.replace(" ", "-") / f"{subject}-{style.replace(' ', '-')}-{seed}"
 
 
-def report(work: Path) -> str:
-    """Two tables: both LoRAs in one picture against the true counterpart, and each alone against its own concept."""
+def report(work: Path, seeds: tuple[int, ...] = SEEDS) -> str:
+    """Two tables: both LoRAs in one picture against the true counterpart, and each alone against its own concept. The lead is
+    the harmonic mean's over the plain sum's of the same pair and seed."""
     judge = load_judge()
-    joint = ["| together | content | style | harmonic mean | pictures |\n|---|---|---|---|---|"]
-    alone = ["| alone | subject LoRA: content | style LoRA: style | pictures |\n|---|---|---|---|"]
+    joint = ["| together | content | style | harmonic mean | lead over the plain sum | pictures |", "|---" * 6 + "|"]
+    alone = ["| alone | subject LoRA: content | style LoRA: style | pictures |", "|---" * 4 + "|"]
+    plain: dict[tuple[str, str, int], float] = {}
     for name in (BASE, *WAYS):
-        rows, own = [], []
-        for subject, style, seed in cells():
-            folder = _folder(work, name, subject, style, seed)
+        rows, own = {}, []
+        for cell in cells(seeds):
+            folder = _folder(work, name, *cell)
             if not (folder / "both.png").exists():
                 continue
-            rows.append(_score(judge, Image.open(folder / "both.png"), true(subject, style)))
+            rows[cell] = _score(judge, Image.open(folder / "both.png"), true(*cell[:2]))
             if (folder / "content.png").exists():
-                drawn, artists = (
-                    Image.open(folder / "content.png"),
-                    [held_out_art().picture(subject, of) for of in TRAIN_SETS],
-                )
-                content = max(_score(judge, drawn, one)[0] for one in artists)
-                own.append((content, _score(judge, Image.open(folder / "style.png"), true(OTHER, style))[1]))
+                own.append(_alone(judge, folder, *cell[:2]))
+        full = {cell: (c, s, _harmonic(c, s)) for cell, (c, s) in rows.items()}
+        if name == PLAIN:
+            plain = {cell: row[-1] for cell, row in full.items()}
+        leads = [row[-1] - plain[cell] for cell, row in full.items() if cell in plain and name != PLAIN]
         if rows:
-            full = [(c, s, _harmonic(c, s)) for c, s in rows]
-            values = " | ".join(_with_error(list(column)) for column in zip(*full, strict=True))
-            joint.append(f"| {name} | {values} | {len(rows)} |")
+            values = " | ".join(_with_error(list(column)) for column in zip(*full.values(), strict=True))
+            joint.append(f"| {name} | {values} | {_with_error(leads) if leads else '–'} | {len(rows)} |")
         if own:
             values = " | ".join(_with_error(list(column)) for column in zip(*own, strict=True))
             alone.append(f"| {name} | {values} | {len(own)} |")
     return "\n".join([*joint, "", *alone])
+
+
+def _alone(judge: Judge, folder: Path, subject: str, style: str) -> tuple[float, float]:
+    """How well each LoRA still draws its own: the subject, as the artist whom it is nearest to; another subject in the style."""
+    drawn = Image.open(folder / "content.png")
+    content = max(_score(judge, drawn, held_out_art().picture(subject, of))[0] for of in TRAIN_SETS)
+    return content, _score(judge, Image.open(folder / "style.png"), true(OTHER, style))[1]
 
 
 def _harmonic(a: float, b: float) -> float:
@@ -289,7 +296,7 @@ def main(
 ) -> None:
     if not just_report:
         study(work, tuple(only or (BASE, *WAYS)), tuple(seed or SEEDS))
-    print(report(work))
+    print(report(work, tuple(seed or SEEDS)))
     if out:
         sheet(work, out)
 
