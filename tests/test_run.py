@@ -269,6 +269,7 @@ def test_command_line_codes(tmp_path: Path) -> None:
     assert cli_in_process(["split"])[0] == 2
     assert cli_in_process(["nonsense"])[0] == 2
     assert cli_in_process(["explain", "unziplora"])[0] == 0
+    assert cli_in_process(["--version"])[0] == 0
     code, text = cli_in_process(
         ["generate", "--prompt", "a cat", "--out", "x.png", "--lora", "a", "--lora-prompt", "b", "--lora-prompt", "c"]
     )

@@ -21,10 +21,11 @@ app = typer.Typer(
 app.registered_commands += file_commands.registered_commands
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(version("unbraid"))
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

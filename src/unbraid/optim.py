@@ -23,7 +23,7 @@ Rates = Mapping[tuple[str, Part], Rate]
 
 def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
     """AdamW (betas 0.9, 0.999) with one group per (adapter, part). Parts without a rate stay as they are:
-    no gradient is kept for them, no decay, no moments. Without any rates (methods that train nothing) it is empty."""
+    no gradient is kept for them, no decay, no moments."""
     groups = []
     for adapter in adapters.names:
         parts: dict[Part, list[torch.nn.Parameter]] = {}
@@ -35,6 +35,6 @@ def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
             rate = rates.get((adapter, part))
             if rate is not None:
                 groups.append({"params": parameters, "lr": rate.lr, "weight_decay": rate.weight_decay})
-    if rates and not groups:
+    if not groups:
         raise UsageError("nothing would be trained", "rates", "Give at least one part of one adapter a rate.")
-    return torch.optim.AdamW(groups or [{"params": []}], fused=True)
+    return torch.optim.AdamW(groups, fused=True)

@@ -82,7 +82,8 @@ class State:
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
         recipe.prepare(adapters, rng)
-        return cls(adapters, adamw(adapters, recipe.rates), rng)
+        idle = torch.optim.AdamW([{"params": []}])  # of a recipe that is done when it is prepared
+        return cls(adapters, adamw(adapters, recipe.rates) if recipe.steps else idle, rng)
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
