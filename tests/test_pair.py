@@ -194,8 +194,10 @@ def test_bad_pairs_are_one_clear_line(v_base: Path, couple: tuple[Path, Path], t
     for (first, second), what in cases:
         with pytest.raises(UsageError, match=what):
             list(run(pair_job(first, second, **options), device="cpu"))
-    with pytest.raises(UsageError, match="slots, from 0"):
+    with pytest.raises(UsageError, match="or a lower slot"):
         list(run(pair_job(before, after, **options, slot=20), device="cpu"))
+    with pytest.raises(UsageError, match="no slot -1"):
+        list(run(pair_job(before, after, **options, slot=-1), device="cpu"))
     with pytest.raises(UsageError, match="style_from"):
         list(run(pair_job(before, after, **{**options, "style_from": 6}), device="cpu"))
     assert not (tmp_path / "x").exists()
@@ -260,6 +262,8 @@ def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest)
     late = style_guidance(w, "main", [style(3.0, start=0.8)])
     assert close(ask(late, 0.9), ask(style_guidance(w, "main", []), 0.9))
     assert close(ask(late, 0.8), ask(style_guidance(w, "main", [style(3.0)]), 0.8))
+    never = style_guidance(w, "main", [style(3.0, start=0.0)])
+    assert all(torch.equal(ask(never, t), ask(style_guidance(w, "main", []), t)) for t in (0.5, 0.0))
     editing = [style_guidance(scale, "main", [style(3.0)], (), "main") for scale in (1.0, 7.0)]
     assert [len(terms) for terms in editing] == [2, 2] and close(ask(editing[0]), ask(editing[1])), "w cancels"
 

@@ -52,7 +52,7 @@ def style_guidance(
     w = Σ w_i, e_c is not asked for. `active` adapters are part of all three; those with their own prompt read the negative one
     in e_u."""
     blank = tuple(replace(one, prompt=negative) if one.prompt else one for one in active)
-    edges = sorted({1.0, *(style.start for style in styles)}, reverse=True)
+    edges = sorted({1.0, *(style.start for style in styles if style.start > 0)}, reverse=True)
     out: list[Term] = []
     for high, low in zip(edges, [*edges[1:], 0.0], strict=True):
         window = {"t_max": high, "t_min": nextafter(low, inf) if low else 0.0}

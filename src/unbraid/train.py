@@ -82,8 +82,9 @@ class State:
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
         recipe.prepare(adapters, rng)
-        idle = torch.optim.AdamW([{"params": []}])  # of a recipe that is done when it is prepared
-        return cls(adapters, adamw(adapters, recipe.rates) if recipe.steps else idle, rng)
+        if not recipe.steps:  # done when it is prepared
+            return cls(adapters, torch.optim.AdamW([{"params": []}]), rng)
+        return cls(adapters, adamw(adapters, recipe.rates), rng)
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""

@@ -37,8 +37,12 @@ class Art:
         return self.values[self.names.index(subject), SETS.index(of)]
 
     def image(self, subject: str, of: str) -> Image.Image:
-        array = (self.picture(subject, of) * 255).round().byte().permute(1, 2, 0).numpy()
-        return Image.fromarray(array)
+        return to_image(self.picture(subject, of))
+
+
+def to_image(values: Float[Tensor, "3 h w"]) -> Image.Image:
+    """From 0..1."""
+    return Image.fromarray((values * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 @cache

@@ -22,7 +22,8 @@ from unbraid import pictures
 from unbraid.api import learn_job, pair_job
 from unbraid.base import Base, load
 from unbraid.bases.recipe.filters import HELD_OUT_FILTERS
-from unbraid.bench.art import known_art
+from unbraid.bench.art import known_art, to_image
+from unbraid.bench.figures import harmonic, with_error
 from unbraid.bench.judge import Judge, load_judge, similarity
 from unbraid.data import alignment
 from unbraid.job import RARE
@@ -94,7 +95,7 @@ def trained(work: Path, name: str, look: Look, seed: int) -> Path:
     for subject in TAUGHT[: way.pairs]:
         for side, values in zip((before, after), look.pair(subject), strict=True):
             if not (side / f"{subject}.png").exists():
-                pictures.save_image(_image(values), side / f"{subject}.png")
+                pictures.save_image(to_image(values), side / f"{subject}.png")
         (before / f"{subject}.txt").write_text(subject)
     options = {"out": folder, "seed": seed, "previews": 0, **(way.settings or {})}
     if way.method == "dreambooth":
@@ -186,13 +187,15 @@ def report(work: Path) -> str:
             for row in scores(judge, _drawn(work, name, look, seed), _drawn(work, BASE, look, seed), look, OTHERS)
         ]
         if rows:
-            cells = [_with_error([row[column] for row in rows]) for column in COLUMNS]
+            cells = [with_error([row[column] for row in rows]) for column in COLUMNS]
             style, structure = (statistics.mean(row[column] for row in rows) for column in COLUMNS[:2])
-            lines.append(f"| {name} | {' | '.join(cells)} | **{_harmonic(style, structure):.3f}** | {len(rows)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | **{harmonic(style, structure):.3f}** | {len(rows)} |")
     true = [
-        alignment(_image(before), _image(after)) for look in LOOKS.values() for before, after in map(look.pair, OTHERS)
+        alignment(to_image(before), to_image(after))
+        for look in LOOKS.values()
+        for before, after in map(look.pair, OTHERS)
     ]
-    return "\n".join([*lines, f"| the artists' own pairs | 1 | {_with_error(true)} | 1 | | | {len(true)} |"])
+    return "\n".join([*lines, f"| the artists' own pairs | 1 | {with_error(true)} | 1 | | | {len(true)} |"])
 
 
 def sweep_plot(work: Path, out: Path) -> Path:
@@ -239,8 +242,8 @@ def sheet(work: Path, look: Look, out: Path) -> Path:
     subjects = OTHERS[:10]
     before, after = look.pair(TAUGHT[0])
     rows: list[tuple[str, list[tuple[str, Image.Image]]]] = [
-        ("the pair", [("before", _image(before)), ("after", _image(after))]),
-        ("what the artists drew", [(subject, _image(look.pair(subject)[1])) for subject in subjects]),
+        ("the pair", [("before", to_image(before)), ("after", to_image(after))]),
+        ("what the artists drew", [(subject, to_image(look.pair(subject)[1])) for subject in subjects]),
     ]
     for name in (BASE, *WAYS):
         files = [_drawn(work, name, look, SEEDS[0]) / f"{subject}.png" for subject in subjects]
@@ -259,18 +262,6 @@ def _drawn(work: Path, name: str, look: Look, seed: int) -> Path:
 
 def _slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
-
-
-def _harmonic(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
-
-
-def _with_error(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
-
-
-def _image(values: Tensor) -> Image.Image:
-    return Image.fromarray((values.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def main(

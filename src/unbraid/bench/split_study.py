@@ -22,6 +22,7 @@ from unbraid.api import job
 from unbraid.base import Base, load
 from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
 from unbraid.bench.art import Art, held_out_art, known_art
+from unbraid.bench.figures import harmonic, with_error
 from unbraid.bench.judge import Judge, load_judge, similarity
 from unbraid.job import RARE
 from unbraid.render import Use, render
@@ -154,7 +155,7 @@ def report(work: Path) -> str:
             found = scores(folder, items(contender, folder, *one[:2]), judge)
             rows += found
             if found:
-                by_run[name][one] = _harmonic(*_means(found))
+                by_run[name][one] = harmonic(*_means(found))
         if rows:
             lines.append(f"| {name} | {' | '.join(_cells(rows))} ({len(by_run[name])} runs) |")
     lines.append(f"| the true counterparts through the autoencoder | {' | '.join(_cells(_ceiling(judge)))} |")
@@ -195,9 +196,9 @@ def _cells(rows: list[tuple[str, float, float]]) -> list[str]:
     for use in USES:
         for column in (1, 2):
             values = [float(row[column]) for row in rows if row[0] == use]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}")
+            cells.append(with_error(values))
     content, style = _means(rows)
-    return [*cells, f"{content:.3f}", f"{style:.3f}", f"**{_harmonic(content, style):.3f}**"]
+    return [*cells, f"{content:.3f}", f"{style:.3f}", f"**{harmonic(content, style):.3f}**"]
 
 
 def _means(rows: list[tuple[str, float, float]]) -> tuple[float, float]:
@@ -212,10 +213,6 @@ def write_sheets(work: Path, out: Path) -> None:
     for subject in SUBJECTS:
         for of in SETS:
             pictures.save_image(_sheet(work, subject, of), out / f"{subject}-{STYLE_WORDS[of].replace(' ', '-')}.webp")
-
-
-def _harmonic(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
 
 
 def _sheet(work: Path, subject: str, of: str) -> Image.Image:

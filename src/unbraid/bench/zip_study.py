@@ -24,7 +24,8 @@ from unbraid.api import learn_job, split_job, zip_job
 from unbraid.base import load
 from unbraid.bases.recipe.filters import HELD_OUT_FILTERS
 from unbraid.bases.recipe.subjects import TRAIN_SETS
-from unbraid.bench.art import held_out_art, known_art
+from unbraid.bench.art import held_out_art, known_art, to_image
+from unbraid.bench.figures import harmonic, with_error
 from unbraid.bench.judge import Judge, load_judge, similarity
 from unbraid.combine import Combine
 from unbraid.file_tools import Source, merge_files
@@ -99,7 +100,7 @@ def inputs(work: Path, subject: str | None, style: str | None) -> list[Path]:
         images = {of: held_out_art().image(subject, of) for of in TRAIN_SETS}
     else:
         assert style
-        images = {STYLES[style][0]: _image(true(STYLES[style][0], style))}
+        images = {STYLES[style][0]: to_image(true(STYLES[style][0], style))}
     files = [work / "inputs" / (subject or str(style)).replace(" ", "-") / f"{name}.png" for name in images]
     for file, image in zip(files, images.values(), strict=True):
         if not file.exists():
@@ -178,7 +179,7 @@ def tuned_weights(work: Path, seed: int) -> tuple[float, float]:
                 content, own = learnt(work, WAYS[PLAIN], subject, style, seed)
                 drawn = _draw(joint_prompt(subject, style), (Use(content, a), Use(own, b)), "sum", seed)
                 rows.append(_score(judge, drawn, true(subject, style)))
-            best = max(best, (statistics.mean(_harmonic(*row) for row in rows), a, b))
+            best = max(best, (statistics.mean(harmonic(*row) for row in rows), a, b))
         file.write_text(f"{best[1]} {best[2]}")
     a, b = (float(word) for word in file.read_text().split())
     return a, b
@@ -243,15 +244,15 @@ def report(work: Path, seeds: tuple[int, ...] = SEEDS) -> str:
             rows[cell] = _score(judge, Image.open(folder / "both.png"), true(*cell[:2]))
             if (folder / "content.png").exists():
                 own.append(_alone(judge, folder, *cell[:2]))
-        full = {cell: (c, s, _harmonic(c, s)) for cell, (c, s) in rows.items()}
+        full = {cell: (c, s, harmonic(c, s)) for cell, (c, s) in rows.items()}
         if name == PLAIN:
             plain = {cell: row[-1] for cell, row in full.items()}
         leads = [row[-1] - plain[cell] for cell, row in full.items() if cell in plain and name != PLAIN]
         if rows:
-            values = " | ".join(_with_error(list(column)) for column in zip(*full.values(), strict=True))
-            joint.append(f"| {name} | {values} | {_with_error(leads) if leads else '–'} | {len(rows)} |")
+            values = " | ".join(with_error(list(column)) for column in zip(*full.values(), strict=True))
+            joint.append(f"| {name} | {values} | {with_error(leads) if leads else '–'} | {len(rows)} |")
         if own:
-            values = " | ".join(_with_error(list(column)) for column in zip(*own, strict=True))
+            values = " | ".join(with_error(list(column)) for column in zip(*own, strict=True))
             alone.append(f"| {name} | {values} | {len(own)} |")
     return "\n".join([*joint, "", *alone])
 
@@ -263,28 +264,16 @@ def _alone(judge: Judge, folder: Path, subject: str, style: str) -> tuple[float,
     return content, _score(judge, Image.open(folder / "style.png"), true(OTHER, style))[1]
 
 
-def _harmonic(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
-
-
-def _with_error(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
-
-
 def sheet(work: Path, out: Path) -> None:
     """A row per way, a column per pair, at the first seed; the true counterparts first."""
     columns = list(cells(SEEDS[:1]))
-    truth = [(f"{subject}, {style}", _image(true(subject, style))) for subject, style, _ in columns]
+    truth = [(f"{subject}, {style}", to_image(true(subject, style))) for subject, style, _ in columns]
     rows: list[tuple[str, list[tuple[str, Image.Image]]]] = [("what the artists drew", truth)]
     for name in (BASE, *WAYS):
         files = [_folder(work, name, *one) / "both.png" for one in columns]
         if all(file.exists() for file in files):
             rows.append((name, [("", Image.open(file)) for file in files]))
     pictures.save_image(pictures.contact_sheet(rows, cell=64), out)
-
-
-def _image(values: Tensor) -> Image.Image:
-    return Image.fromarray((values.permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def main(

@@ -53,6 +53,8 @@ def pair(
     the content adapter before the style's loss is asked, as published, not both at once.
     """
     del blocks
+    if slot < 0:
+        raise UsageError(f"there is no slot {slot}", "pair", "Slots count from 0.")
     if not 0 <= style_from < steps:
         raise UsageError(f"style_from {style_from} leaves no step of {steps}", "pair", "Let the style join earlier.")
     parts: tuple[Part, ...] = ("up",) if orthogonal else ("down", "up")
@@ -110,8 +112,8 @@ def rows(width: int, rank: int, place: int) -> Tensor:
     are orthonormalised, and what comes before does not depend on how many follow."""
     last = (place + 1) * rank
     if not 1 <= last <= width:
-        what = f"rank {rank} in slot {place - 1} needs {last} orthonormal rows, this base has layers of {width}"
-        raise UsageError(what, "pair", f"At this rank there are {max(width // max(rank, 1) - 1, 0)} slots, from 0.")
+        what = f"{last} orthonormal rows are needed, this base has layers of {width}"
+        raise UsageError(what, "pair", f"Rank {width // (place + 1)} fits, or a lower slot.")
     rng = torch.Generator().manual_seed(BASIS_SEED)
     gaussian = torch.randn(last, width, generator=rng, dtype=torch.float64)
     return torch.linalg.qr(gaussian.T).Q.T[place * rank :].float().contiguous()
