@@ -34,7 +34,7 @@ TAUGHT, OTHERS = known_art().names[:4], known_art().names[4:]  # pairs are of th
 SEEDS = (0, 1)
 GUIDANCE = 4.0
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-SWEPT = ("Pair", "Pair, LoRA scale")
+SWEPT = ("Pair", "Pair, LoRA scale", "DreamBooth-LoRA of the picture after", "Concept Slider")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Look:
 
 LOOKS = {
     "stencil": Look("fluent-emoji-flat", "minimal", "fluent-emoji-high-contrast", "stencil"),
-    "pencil": Look("noto", "cartoon", "pencil", "pencil"),
+    "thermal": Look("fluent-emoji-flat", "minimal", "thermal", "thermal"),
 }
 
 
