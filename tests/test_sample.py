@@ -39,7 +39,7 @@ def stock(base: Base, prompt: str, seed: int, guidance: float) -> np.ndarray:
 def test_classifier_free_guidance_equals_the_stock_pipeline(kind: str, request: pytest.FixtureRequest) -> None:
     base = bases.load(str(request.getfixturevalue(kind)), "cpu")
     prompts = {"main": base.encode_prompt("a cat"), "negative": base.encode_negative()}
-    images = generate(base, classifier_free(5.0, "main"), prompts, seeds=(3, 4), steps=4, height=SIZE, width=SIZE)
+    images = generate(base, classifier_free(5.0, "main"), prompts, seeds=(3, 4), steps=4)
     for seed, image in zip((3, 4), images, strict=True):
         expected = stock(base, "a cat", seed, 5.0)
         assert expected.std() > 1, "the oracle's picture must not be blank"
@@ -60,7 +60,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
     path = tmp_path / "a.safetensors"
     write(path, modules, family="sdxl", dtype=torch.float32)
     plain = stock(base, "a cat", 1, 3.0)
-    (ours,) = render(base, "a cat", [Use(path)], guidance=3.0, seeds=(1,), steps=4, height=SIZE, width=SIZE)
+    (ours,) = render(base, "a cat", [Use(path)], guidance=3.0, seeds=(1,), steps=4)
     base.pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
     theirs = stock(base, "a cat", 1, 3.0)
     assert np.abs(theirs - plain).max() > 10, "the LoRA must matter"
@@ -95,8 +95,8 @@ def test_terms_are_a_weighted_sum_in_their_time(v_model: Base) -> None:
 def test_a_seed_means_the_same_in_any_batch(v_model: Base) -> None:
     prompts = {"main": v_model.encode_prompt("a cat"), "negative": v_model.encode_prompt("")}
     terms = classifier_free(3.0, "main")
-    many = generate(v_model, terms, prompts, seeds=(5, 6, 7), steps=3, height=SIZE, width=SIZE)
-    (one,) = generate(v_model, terms, prompts, seeds=(6,), steps=3, height=SIZE, width=SIZE)
+    many = generate(v_model, terms, prompts, seeds=(5, 6, 7), steps=3)
+    (one,) = generate(v_model, terms, prompts, seeds=(6,), steps=3)
     assert np.abs(as_array(many[1]) - as_array(one)).max() <= 1
 
 
@@ -146,9 +146,7 @@ def test_active_scale_zero_is_the_base(v_model: Base) -> None:
     adapters = Adapters.attach(v_model.unet)
     adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.5)
     on, off, none = (
-        as_array(
-            generate(v_model, (Term(1.0, "main", active),), prompts, adapters, steps=2, height=SIZE, width=SIZE)[0]
-        )
+        as_array(generate(v_model, (Term(1.0, "main", active),), prompts, adapters, steps=2)[0])
         for active in ((Active("a"),), (Active("a", 0.0),), ())
     )
     assert np.array_equal(off, none) and not np.array_equal(on, none)

@@ -125,22 +125,20 @@ class Base:
             raise UsageError("the VAE gave NaN latents", self.name, "Use another VAE (for SDXL: an fp16-safe one).")
         return Picture(mean, std, torch.tensor(sizes, dtype=torch.float32, device=self.device))
 
-    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor) -> Tensor:
-        """The UNet's raw prediction for a batch; `prompts` and `sizes [b, 6]` one per row."""
+    def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
+        """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
         dtype = self.unet.dtype
         added: dict[str, Tensor] | None = None
         if self.family == "sdxl":
             pooled = torch.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
             added = {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}
         embeds = torch.stack([prompt.embeds for prompt in prompts]).to(dtype)
-        return self.unet(noisy.to(dtype), t, embeds, added_cond_kwargs=added).sample
+        return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
 
-    def free_encoders(self) -> None:
-        """Take the VAE and the text encoders off the device: all they had to say is cached."""
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            part = getattr(self.pipe, name, None)
-            if part is not None and self.device.type != "cpu":
-                part.to("cpu")
+    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor, **residuals: Any) -> Tensor:
+        """The UNet's raw prediction for a batch; `residuals`: a ControlNet's, as the UNet calls them."""
+        told = self.conditions(prompts, sizes)
+        return self.unet(noisy.to(self.unet.dtype), t, **told, **residuals).sample
 
 
 class Studies:
@@ -185,18 +183,17 @@ def load(name: str = "icons", device: str | None = None) -> Base:
     where = torch.device(device or pick_device())
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     path = str(files("unbraid.bases").joinpath("icons")) if name == "icons" else name
-    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        fix = "Give icons, a diffusers folder, or a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
-        raise UsageError("there is no such base model", name, fix)
+    example = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+    known_model(path, "base model", f"Give icons, a diffusers folder, or {example}", name)
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipe: Any = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+            pipe: Any = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        fix = "Give icons, a complete diffusers folder, or a hub id (a first download needs a network)."
+        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
         raise UsageError(f"the base cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
     if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):
         raise UsageError(f"{type(pipe).__name__} is not an SDXL or SD1.5 type of model", name, "Choose another base.")
@@ -206,6 +203,12 @@ def load(name: str = "icons", device: str | None = None) -> Base:
         if part is not None:
             part.requires_grad_(False).eval()
     return Base(name, pipe, where)
+
+
+def known_model(path: str, what: str, fix: str, name: str = "") -> None:
+    """Refuse what is neither a path that exists nor looks like a hub id."""
+    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise UsageError(f"there is no such {what}", name or path, fix)
 
 
 def pick_device() -> str:

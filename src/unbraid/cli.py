@@ -181,6 +181,15 @@ def generate(
         Path | None,
         typer.Option(help="A picture that the prompt describes: styles are applied to it. Take 50 steps or more."),
     ] = None,
+    from_: Annotated[Path | None, typer.Option("--from", help="A picture to begin with, in place of noise.")] = None,
+    strength: Annotated[float, typer.Option(help="How much noise to put on it: 1 leaves nothing of it.")] = 0.6,
+    mask: Annotated[Path | None, typer.Option(help="What of it is drawn anew: white. The rest is kept.")] = None,
+    controlnet: Annotated[
+        str, typer.Option(metavar="NAME[:SCALE]", help="A ControlNet: a diffusers folder, or a hub id.")
+    ] = "",
+    control_image: Annotated[
+        Path | None, typer.Option(help="The map that it reads, ready-made: edges, depth, a pose.")
+    ] = None,
     combine: Annotated[
         Literal["sum", "switch", "composite", "k-lora"],
         typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
@@ -208,6 +217,8 @@ def generate(
     given: dict[str, Any] = {
         "style_from": style_from,
         "edit": edit,
+        "start": _start(from_, strength, mask),
+        "control": _control(controlnet, control_image),
         "combine": combine,
         "negative": negative,
         "guidance": guidance,
@@ -252,6 +263,24 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
     print(f"Next:              {show.NEXT.format(out=out)}")
 
 
+def _start(image: Path | None, strength: float, mask: Path | None) -> Any:
+    from unbraid.canvas import Start
+
+    if mask and not image:
+        raise UsageError("a mask of nothing", mask, "Give the picture: --from IMAGE.")
+    return Start(image, strength, mask) if image else None
+
+
+def _control(model: str, image: Path | None) -> Any:
+    from unbraid.canvas import Control
+
+    if bool(model) != bool(image):
+        fix = "Give both --controlnet NAME and --control-image IMAGE."
+        raise UsageError("a ControlNet and its map go together", model or image or "", fix)
+    name, scale = _scaled(model)
+    return Control(name, image, scale) if image else None
+
+
 def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[Any]:
     from unbraid.render import Use
 
@@ -260,13 +289,18 @@ def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[
         raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", option, fix)
     uses = []
     for i, text in enumerate(loras):
-        name, colon, scale = text.rpartition(":")
-        try:
-            use = (Path(name), float(scale)) if colon else (Path(text), 1.0)
-        except ValueError:
-            use = (Path(text), 1.0)
-        uses.append(Use(*use, prompt=prompts[i] if prompts else None))
+        name, scale = _scaled(text)
+        uses.append(Use(Path(name), scale, prompt=prompts[i] if prompts else None))
     return uses
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """NAME or NAME:SCALE; a colon may be part of a name."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        return (name, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def main() -> None:

@@ -90,8 +90,9 @@ def caption_of(path: Path) -> str | None:
     return text
 
 
-def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
-    """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred."""
+def cropped(image: Image.Image, area: int, step: int, where: object = "") -> tuple[Image.Image, int, int]:
+    """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred. Also: where the
+    crop begins, (top, left)."""
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE:
         raise UsageError(
@@ -108,6 +109,11 @@ def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
         (max(target_w, round(width * scale)), max(target_h, round(height * scale))), Image.Resampling.LANCZOS
     )
     left, top = (resized.width - target_w) // 2, (resized.height - target_h) // 2
-    array = np.asarray(resized.crop((left, top, left + target_w, top + target_h)), np.float32)
-    values = torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1
-    return Pixels(values, (height, width, top, left, target_h, target_w))
+    return resized.crop((left, top, left + target_w, top + target_h)), top, left
+
+
+def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
+    """`cropped`, as pixels with their micro-conditioning."""
+    done, top, left = cropped(image, area, step, where)
+    values = torch.from_numpy(np.array(done, np.float32)).permute(2, 0, 1) / 127.5 - 1
+    return Pixels(values, (image.height, image.width, top, left, done.height, done.width))

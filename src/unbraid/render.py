@@ -8,15 +8,17 @@ from pathlib import Path
 from PIL import Image
 
 from unbraid.adapters import Adapters
-from unbraid.base import Base
+from unbraid.base import Base, Prompt
+from unbraid.canvas import Canvas, Control, Start, prepare
 from unbraid.combine import Combine, composite, k_lora_terms, sampling_times, switch
 from unbraid.data import fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read
 from unbraid.invert import invert, with_ddim
 from unbraid.lora import Active, Factors, Lora
-from unbraid.sample import NEGATIVE, Style, generate, style_guidance
+from unbraid.sample import NEGATIVE, Style, Term, generate, style_guidance
 
+Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file, for errors, and its modules
 OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
 
 
@@ -28,6 +30,15 @@ class Use:
     file: Path
     scale: float = 1.0
     prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """The LoRAs of a drawing: role → the use and the opened file; and every prompt by role."""
+
+    loras: Mapping[str, tuple[Use, LoraFile]]
+    styles: Mapping[str, tuple[Use, LoraFile]]
+    texts: Mapping[str, str]
 
 
 def render(
@@ -44,65 +55,91 @@ def render(
     steps: int = 25,
     height: int | None = None,
     width: int | None = None,
+    start: Start | None = None,
+    control: Control | None = None,
     edit: Path | None = None,
 ) -> list[Image.Image]:
     """One picture per seed with classifier-free guidance; the base is left as it was.
 
     `styles` guide beside it (style guidance, arXiv 2405.01536): a `scale` of 1 is w_L = `guidance`, which gives the style as it was
     trained; their `prompt` is the style's words, by default those that their files record. They count from the time `style_from`,
-    1 (pure noise) to 0. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
-    styles guide away from it; at strength 0 it comes back. `combine`: how several LoRAs work together, see `unbraid.combine`."""
+    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.combine`. `start`, `control`: what to draw on, see
+    `unbraid.canvas`. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
+    styles guide away from it; at strength 0 it comes back."""
     if styles and combine != "sum":
         raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
     if not 0 <= style_from <= 1:
         raise UsageError(f"a start of {style_from}", "--style-from", "Give 1 (always) to 0 (never).")
-    if edit and (uses or negative or len(seeds) > 1 or height or width):
-        fix = "Leave out LoRAs, negative prompt, size, and further seeds: styles alone change it."
+    if edit and (uses or negative or len(seeds) > 1 or height or width or start or control):
+        fix = "Leave out LoRAs, negative prompt, size, seeds, --from and --controlnet: styles alone change it."
         raise UsageError("an edited picture keeps what it is", edit, fix)
-    opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
-    guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
-    texts = {"main": prompt}
-    texts |= {
-        name: own_prompt(use.file, file) if use.prompt == OWN else use.prompt
-        for name, (use, file) in opened.items()
-        if use.prompt is not None
-    }
-    texts |= {
-        name: f"{prompt} in {use.prompt or style_words(use.file, file)} style" for name, (use, file) in guides.items()
-    }
-    active = [Active(name, use.scale, prompt=name if name in texts else None) for name, (use, _) in opened.items()]
-    guiding = [Style(Active(name), name, use.scale * guidance, style_from) for name, (use, _) in guides.items()]
-    loras = {name: (use.file, file.modules) for name, (use, file) in (opened | guides).items()}
-    prompts = {role: base.encode_prompt(text) for role, text in texts.items()}
+    if start and (height or width):
+        fix = "Leave out --height and --width, or resize the picture."
+        raise UsageError("a drawing that starts from a picture has its size", start.image, fix)
+    if start and start.strength > 0 and int(steps * start.strength) < 1:
+        what = f"a strength of {start.strength} leaves none of {steps} steps"
+        raise UsageError(what, "--strength", "Raise it, or --steps.")
+    cast = _cast(prompt, uses, styles)
+    prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(negative)
-    times = sampling_times(copy.deepcopy(base.pipe.scheduler), steps)
-    if combine == "sum" or not active:
-        unguided = "main" if negative == prompt else NEGATIVE
-        terms = style_guidance(guidance, "main", guiding, tuple(active), unguided)
-    elif combine == "composite":
-        terms = composite(guidance, "main", active)
-    elif combine == "switch":
-        terms = switch(guidance, "main", active, times)
-    else:
-        parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
-        loras = {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
-    latents = None
+    guides = [Style(Active(role), role, use.scale * guidance, style_from) for role, (use, _) in cast.styles.items()]
+    loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.styles.items()}
     if edit:
-        pixels = fit(open_image(edit), base.size**2, base.step, edit)
-        (height, width), base = pixels.values.shape[1:], with_ddim(base)
-        latents, terms = invert(base, pixels, prompts["main"], steps), style_guidance(1.0, "main", guiding)
+        canvas, terms = _edited(base, edit, prompts["main"], steps), style_guidance(1.0, "main", guides)
+    else:
+        canvas = prepare(base, start, control, height, width)
+        unguided = "main" if negative == prompt else NEGATIVE
+        terms, parts = _together(base, cast, combine, guidance, guides, unguided, steps)
+        loras = {**loras, **parts}
     adapters = attach(base, loras)
     try:
-        return generate(
-            base, terms, prompts, adapters, seeds=seeds, steps=steps, height=height, width=width, latents=latents
-        )
+        return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, canvas=canvas)
     finally:
         if adapters:
             adapters.detach()
 
 
-def attach(base: Base, loras: Mapping[str, tuple[Path, Mapping[str, Lora]]]) -> Adapters | None:
-    """Put LoRAs (their files, for errors, and modules) on the base's UNet, each under its name; None if there are none."""
+def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
+    opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
+    guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
+    texts = {"main": prompt}
+    for role, (use, file) in opened.items():
+        if use.prompt is not None:
+            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
+    for role, (use, file) in guides.items():
+        texts[role] = f"{prompt} in {use.prompt or style_words(use.file, file)} style"
+    return _Cast(opened, guides, texts)
+
+
+def _together(
+    base: Base, cast: _Cast, combine: Combine, guidance: float, styles: Sequence[Style], unguided: str, steps: int
+) -> tuple[tuple[Term, ...], Loras]:
+    """The formula for the LoRAs that are no styles, and those LoRAs; K-LoRA cuts them into parts."""
+    active = [
+        Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
+    ]
+    loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.loras.items()}
+    if combine == "sum" or not active:
+        return style_guidance(guidance, "main", styles, tuple(active), unguided), loras
+    if combine == "composite":
+        return composite(guidance, "main", active), loras
+    times = sampling_times(copy.deepcopy(base.pipe.scheduler), steps)
+    if combine == "switch":
+        return switch(guidance, "main", active, times), loras
+    parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
+    return terms, {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
+
+
+def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
+    """The noise that gives a picture back, on the sampler that does so."""
+    pixels = fit(open_image(file), base.size**2, base.step, file)
+    height, width = pixels.values.shape[1:]
+    pipe = with_ddim(base).pipe
+    return Canvas(pipe, {"latents": invert(base, pixels, prompt, steps), "height": height, "width": width})
+
+
+def attach(base: Base, loras: Loras) -> Adapters | None:
+    """Put LoRAs on the base's UNet, each under its name; None if there are none."""
     names: set[str] = set()
     for path, modules in loras.values():
         outside = [name for name in modules if not name.startswith("unet.")]

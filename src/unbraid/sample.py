@@ -12,14 +12,20 @@ from math import inf, nextafter
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Prompt
+from unbraid.canvas import Canvas
 from unbraid.lora import Active
 
 NEGATIVE = "negative"  # the role of the negative prompt
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+)  # a ControlNet's, as the UNet calls them
 
 
 @dataclass(frozen=True)
@@ -83,21 +89,40 @@ class Guided(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **given: Any
     ) -> tuple[Tensor]:
-        """sample [b, c, h, w] → ([b, c, h, w],). The pipeline's own prompt embeddings are not looked at."""
-        time = float(timestep) / self.base.noise.config["num_train_timesteps"]
-        terms = [term for term in self.terms if term.weight and term.t_min <= time <= term.t_max]
-        b, k = len(sample), len(terms)
+        """sample [b, c, h, w] → ([b, c, h, w],). The pipeline's own prompt embeddings are not looked at; residuals are those of a
+        ControlNet that went through `ask_control`."""
+        b, terms = len(sample), self.counting(timestep)
         rows = [term for term in terms for _ in range(b)]
-        sizes = (given.get("added_cond_kwargs") or {}).get("time_ids")
-        sizes = sample.new_zeros(k * b, 6) if sizes is None else sizes[:b].repeat(k, 1)
-        roles = {role: prompt.embeds for role, prompt in self.prompts.items()}
+        k, roles = len(terms), {role: prompt.embeds for role, prompt in self.prompts.items()}
+        residuals = {name: given[name] for name in RESIDUALS if given.get(name) is not None}
         activity = self.adapters.activate([row.active for row in rows], roles) if self.adapters else nullcontext()
         with activity:
-            prompts = [self.prompts[row.prompt] for row in rows]
             t = torch.as_tensor(timestep, device=sample.device).expand(k * b)
-            out = self.base.predict(sample.repeat(k, 1, 1, 1), t, prompts, sizes)
+            prompts, sizes = [self.prompts[row.prompt] for row in rows], self._sizes(sample, k, given)
+            out = self.base.predict(sample.repeat(k, 1, 1, 1), t, prompts, sizes, **residuals)
         weights = torch.tensor([term.weight for term in terms], dtype=out.dtype, device=out.device)
         return (torch.einsum("k,kbchw->bchw", weights, out.unflatten(0, (k, b))),)
+
+    def counting(self, timestep: Tensor) -> list[Term]:
+        """The terms that count at a time."""
+        time = float(timestep) / self.base.noise.config["num_train_timesteps"]
+        return [term for term in self.terms if term.weight and term.t_min <= time <= term.t_max]
+
+    def ask_control(
+        self, control: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook for a pipeline's ControlNet: every term asks it under its own prompt, as the stock pipelines do for the
+        two of plain guidance."""
+        (sample, timestep), terms = args, self.counting(args[1])
+        k, prompts = len(terms), [self.prompts[term.prompt] for term in terms for _ in range(len(sample))]
+        told = self.base.conditions(prompts, self._sizes(sample, k, given))
+        given |= {**told, "controlnet_cond": given["controlnet_cond"].repeat(k, 1, 1, 1)}
+        return (sample.repeat(k, 1, 1, 1), timestep), given
+
+    def _sizes(self, sample: Tensor, k: int, given: Mapping[str, Any]) -> Tensor:
+        """`[k b, 6]`: SDXL's size numbers, as the pipeline gives them for each of b pictures."""
+        sizes = (given.get("added_cond_kwargs") or {}).get("time_ids")
+        return sample.new_zeros(k * len(sample), 6) if sizes is None else sizes[: len(sample)].repeat(k, 1)
 
 
 @torch.no_grad()
@@ -109,26 +134,29 @@ def generate(
     *,
     seeds: Sequence[int] = (0,),
     steps: int = 25,
-    height: int | None = None,
-    width: int | None = None,
-    latents: Tensor | None = None,
+    canvas: Canvas | None = None,
 ) -> list[Image.Image]:
-    """One image per seed. A seed gives the same image whatever it is batched with. `latents` `[seed, c, h, w]`: what to begin
-    with instead of the seeds' noise."""
-    pipe = copy.copy(base.pipe)
-    pipe.unet = Guided(base, terms, prompts, adapters)  # type: ignore[assignment]
-    first = prompts[terms[-1].prompt]
-    n = len(seeds)
+    """One image per seed. A seed gives the same image whatever it is batched with."""
+    canvas = canvas or Canvas(base.pipe, {"height": base.size, "width": base.size})
+    pipe, guided = copy.copy(canvas.pipe), Guided(base, terms, prompts, adapters)
+    pipe.unet = guided
+    if "mask_image" in canvas.given and base.unet.config["in_channels"] == base.vae.config["latent_channels"]:
+        guided.config = FrozenDict({**guided.config, "in_channels": 4})  # to the pipelines: no channels for a mask
+    first, n = prompts[terms[-1].prompt], len(seeds)
     given: dict[str, Any] = {"prompt_embeds": first.embeds.expand(n, -1, -1)}
     if first.pooled is not None:
         given["pooled_prompt_embeds"] = first.pooled.expand(n, -1)
-    done = pipe(
-        **given,
-        guidance_scale=1.0,
-        num_inference_steps=steps,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        height=height or base.size,
-        width=width or base.size,
-        latents=latents,
-    )
-    return done.images  # type: ignore[union-attr]
+    control = getattr(pipe, "controlnet", None)
+    hook = control.register_forward_pre_hook(guided.ask_control, with_kwargs=True) if control else None
+    try:
+        done = pipe(
+            **given,
+            **canvas.given,
+            guidance_scale=1.0,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
+    finally:
+        if hook:
+            hook.remove()
+    return done.images
