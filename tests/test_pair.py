@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from unbraid.files import read
 from unbraid.invert import invert, reconstruct, with_ddim
 from unbraid.lora import Active
 from unbraid.lowrank import delta
+from unbraid.merge import merge
 from unbraid.methods.pair import pair, rows
 from unbraid.optim import Rate
 from unbraid.render import Use, render
@@ -169,6 +171,31 @@ def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], 
     assert set(job.captions.values()) == {"a sks dog", "a sks dog in line style"} and job.settings["pairs"] == 2
     list(run(job, device="cpu"))
     assert [file.name for file in (tmp_path / "run").glob("*.safetensors")] == ["style.safetensors"]
+
+
+def test_styles_share_rows_or_keep_apart(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
+    """In one slot: their sum has the rank of one. Beside each other: they do not meet, and a claimed slot is refused."""
+    options: dict[str, Any] = {"base": str(v_base), "subject": "cat", "previews": 0, **QUICK}
+    files = {}
+    for name, more in (("a", {}), ("b", {"seed": 1}), ("c", {"beside": [tmp_path / "a" / "style.safetensors"]})):
+        list(run(pair_job(*couple, style=name, out=tmp_path / name, **options, **more), device="cpu"))
+        files[name] = tmp_path / name / "style.safetensors"
+    a, b, c = (read(file).modules for file in files.values())
+    for module in a:
+        product = delta(a[module]) @ delta(c[module]).T
+        assert product.norm() < 1e-3 * delta(a[module]).norm() * delta(c[module]).norm()
+    merged = {one.name: one.lora for one in merge([a, b], [0.7, -0.4], dtype=torch.float32)}
+    name = next(iter(a))
+    assert len(merged[name].down) == len(a[name].down) == merged[name].alpha / 0.7
+    assert torch.allclose(delta(merged[name]), 0.7 * delta(a[name]) - 0.4 * delta(b[name]), atol=1e-6)
+    assert len(next(iter(merge([a, c], [1.0, 1.0]))).lora.down) == 2 * len(a[name].down)
+    with pytest.raises(UsageError, match="slot 0 is claimed already"):
+        pair_job(*couple, style="d", slot=0, beside=[files["a"]], out=tmp_path / "d", **options)
+    with pytest.raises(UsageError, match="none of the"):
+        wide = {**options, "rank": 16}
+        pair_job(*couple, style="d", beside=[files["a"], files["c"]], out=tmp_path / "d", **wide)
+    with pytest.raises(UsageError, match="needs orthogonal rows"):
+        pair_job(*couple, style="d", beside=[files["a"]], orthogonal=False, out=tmp_path / "d", **options)
 
 
 def test_slider_is_signed(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:

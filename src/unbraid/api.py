@@ -13,7 +13,7 @@ from unbraid.data import caption_of, list_images, matched
 from unbraid.errors import UsageError
 from unbraid.files import read
 from unbraid.job import RARE, Job
-from unbraid.methods.pair import numbered
+from unbraid.methods.pair import free_slot, numbered
 from unbraid.render import Use, own_prompt, render
 from unbraid.run import Progress, run
 from unbraid.settings import resolve
@@ -70,10 +70,17 @@ def learn_job(
 
 
 def pair_job(
-    before: str | Path, after: str | Path, *, subject: str, style: str, method: str = "pair", **options: Any
+    before: str | Path,
+    after: str | Path,
+    *,
+    subject: str,
+    style: str,
+    beside: Sequence[str | Path] = (),
+    method: str = "pair",
+    **options: Any,
 ) -> Job:
     """Learn what a style does to a picture. Folders are paired in name order; NAME.txt beside a picture before says in a word
-    or two what that one shows, in place of `subject`."""
+    or two what that one shows, in place of `subject`. `beside`: other styles, which this one shall not meet."""
     couples = matched(Path(before), Path(after))
     files: dict[str, Sequence[str | Path]] = {}
     captions: dict[Path, str] = {}
@@ -84,6 +91,12 @@ def pair_job(
     where = options.pop("out", None) or Path("runs") / f"{couples[0][1].stem}-{method}"
     words = {"subject": subject, "style": style}
     todo = job(files, words, method=method, out=where, pairs=len(couples), **options)
+    if beside:
+        if not todo.settings.get("orthogonal"):
+            raise UsageError("needs orthogonal rows", "--beside", "Use --method pair with orthogonal=true.")
+        others = {Path(one): read(Path(one)).modules for one in beside}
+        slot = free_slot(others, todo.settings["rank"], options.get("slot"))
+        todo = replace(todo, settings={**todo.settings, "slot": slot})
     return replace(todo, captions=captions)
 
 

@@ -69,6 +69,10 @@ def pair(
         typer.Option(help="What is drawn, in a word or two. NAME.txt beside a picture before says it for that one."),
     ],
     style: Annotated[str, typer.Option(help="What to call the style: ink.")],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another style of `pair`, which this one shall not meet: a free slot is taken. Repeatable."),
+    ] = None,
     out: Out = None,
     method: Annotated[str, typer.Option(help="pair or slider.")] = "pair",
     base: BaseName = "icons",
@@ -83,7 +87,8 @@ def pair(
     from unbraid.api import pair_job
 
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    run_job(pair_job(before, after, subject=subject, style=style, method=method, **given), resume, quiet)
+    job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
+    run_job(job, resume, quiet)
 
 
 @app.command()

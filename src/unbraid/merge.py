@@ -16,7 +16,7 @@ import torch
 from unbraid.errors import UsageError
 from unbraid.lora import Lora
 from unbraid.lowrank import matrices, rescaled
-from unbraid.merge_methods import METHODS, Method, Part, Size
+from unbraid.merge_methods import METHODS, Method, Part, Size, one_down
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _common_strength(lora: Mapping[str, Lora], weight: float) -> float:
 
 
 def _common_rank(loras: Sequence[Mapping[str, Lora]]) -> int:
-    ranks: Counter[str] = Counter()
-    for lora in loras:
-        for name, one in lora.items():
-            ranks[name] += len(one.down)
-    return Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    ranks: Counter[int] = Counter()
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        downs = [lora[name].down for lora in loras if name in lora]
+        ranks[len(downs[0]) if one_down(downs) else sum(len(down) for down in downs)] += 1
+    return ranks.most_common(1)[0][0] if ranks else 1

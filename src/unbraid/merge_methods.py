@@ -39,8 +39,8 @@ Method = Callable[..., Made]
 
 
 def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
-    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r relative to the first LoRA's into up, the first's into alpha. Truncated by QR-SVD if a size is asked for."""
-    rank = sum(len(part.lora.down) for part in parts)
+    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r relative to the first LoRA's into up, the first's into alpha. LoRAs
+    of one down (styles of `pair` in one slot) keep it, and their ups are added. Truncated by QR-SVD if a size is asked for."""
     if len(parts) == 1:
         lora = parts[0].lora
         joined = Lora(lora.down, lora.up, lora.alpha * parts[0].weight)
@@ -48,7 +48,11 @@ def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
         downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
         first = _strength(parts[0])  # into alpha: LoRAs of one strength are joined as they are
         scaled = [_times(up, _strength(part) / first) for up, part in zip(ups, parts, strict=True)]
-        joined = shaped(torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1), first * rank, parts[0].lora)
+        if one_down(downs):
+            down, up = downs[0], torch.stack([wide(one) for one in scaled]).sum(0)
+        else:
+            down, up = torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1)
+        joined = shaped(down, up, first * len(down), parts[0].lora)
     return (joined, 1.0) if size == Size() else truncate(joined, size.rank, size.energy)
 
 
@@ -121,6 +125,11 @@ METHODS: dict[str, Method] = {
     "np-lora": np_lora,
     "blocks": blocks,
 }
+
+
+def one_down(downs: Sequence[Tensor]) -> bool:
+    """Whether several LoRAs read a layer's input through the very same rows."""
+    return all(other.shape == downs[0].shape and torch.equal(other, downs[0]) for other in downs[1:])
 
 
 def _strength(part: Part) -> float:

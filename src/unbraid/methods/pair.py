@@ -7,7 +7,7 @@ orthonormal rows, each through its own, so that ΔW_content ΔW_styleᵀ = 0 wha
 What differs from the published code, and why, is in docs/pair.md; `compat="official"` keeps its order of updates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import log
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from unbraid.adapters import Adapters
 from unbraid.data import alignment
 from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch, Factors, Part
+from unbraid.lora import Active, Branch, Factors, Lora, Part
 from unbraid.methods.unziplora import Blocks
 from unbraid.optim import Rate
 from unbraid.train import Recipe
@@ -117,6 +117,30 @@ def rows(width: int, rank: int, place: int) -> Tensor:
     rng = torch.Generator().manual_seed(BASIS_SEED)
     gaussian = torch.randn(last, width, generator=rng, dtype=torch.float64)
     return torch.linalg.qr(gaussian.T).Q.T[place * rank :].float().contiguous()
+
+
+def free_slot(others: Mapping[Path, Mapping[str, Lora]], rank: int, wanted: int | None = None) -> int:
+    """The first slot whose rows meet none of the other styles' (`wanted`: that one, if it is free). One layer of each width is
+    looked at: all layers of a width share their rows."""
+    downs = {(path, lora.down.shape[1]): lora.down for path, some in others.items() for lora in some.values()}
+    most = min((width for _, width in downs), default=rank) // rank - 1
+    if wanted is not None and (taken := [path for path, *_ in _meeting(downs, rank, wanted)]):
+        fix = "Take another slot, or leave slot out: a free one is taken then."
+        raise UsageError(f"slot {wanted} is claimed already", taken[0], fix)
+    free = (slot for slot in range(most) if not any(_meeting(downs, rank, slot)))
+    slot = next(free, None) if wanted is None else wanted
+    if slot is None:
+        what = f"none of the {most} slots of rank {rank} is free beside these styles"
+        fix = "Lower rank; styles must be of `pair`, orthogonal, each in a slot of its own."
+        raise UsageError(what, ", ".join(map(str, others)), fix)
+    return slot
+
+
+def _meeting(downs: Mapping[tuple[Path, int], Tensor], rank: int, slot: int) -> Iterator[tuple[Path, int]]:
+    """The files, and widths, whose rows the slot's rows meet; files may be in half precision."""
+    for (path, width), down in downs.items():
+        if (down.float() @ rows(width, rank, slot + 1).T).norm() > 0.01 * down.float().norm():
+            yield path, width
 
 
 def check_pairs(images: Mapping[str, Sequence[Image.Image]], files: Mapping[str, Sequence[Path]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -11,7 +12,8 @@ from unbraid.bases.recipe.filters import HELD_OUT_FILTERS, TRAIN_FILTERS
 from unbraid.bases.recipe.subjects import STYLE_WORDS
 
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
-RARE_TOKENS = ("sks", "monadikos", "unb")  # in the vocabulary, never trained: names for new subjects
+BLANK = 0.1  # share of subjects, and of styles, whose word is one that stands for nothing: so unknown words come to mean "any"
+RARE_TOKENS = ("sks", "monadikos", "unb")  # in the vocabulary, and of no meaning: names for new subjects
 PATTERNS = {  # what a caption says, and how often
     "a {subject} in {style} style": 8,
     "a {style} drawing of a {subject}": 2,
@@ -24,12 +26,19 @@ EXTRA_WORDS = tuple(
 )
 
 
-def caption(subject: str, style: str, rng: random.Random) -> str:
-    """One training caption; one in ten is empty."""
+def caption(subject: str, style: str, rng: random.Random, blanks: Sequence[str] = RARE_TOKENS) -> str:
+    """One training caption; one in ten is empty. `blanks`: words that stand for nothing, in place of a subject or style now and
+    then, or as the name of a subject (`a sks dog`)."""
     if rng.random() < EMPTY:
         return ""
     (pattern,) = rng.choices(list(PATTERNS), list(PATTERNS.values()))
-    return pattern.format(subject=subject.replace("-", " "), style=style)
+    if rng.random() < BLANK:
+        subject = f"{rng.choice(RARE_TOKENS)} {subject}"
+    elif rng.random() < BLANK:
+        subject = rng.choice(blanks)
+    if rng.random() < BLANK:
+        style = rng.choice(blanks)
+    return pattern.format(subject=subject.replace("-", " "), style=style.replace("-", " "))
 
 
 def train_tokenizer(names: tuple[str, ...], out: Path) -> None:

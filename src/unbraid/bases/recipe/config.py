@@ -8,8 +8,12 @@ SIZE_IDS = 32  # sinusoidal width of each of SDXL's six size and crop numbers
 
 @dataclass(frozen=True)
 class Vae:
-    channels: tuple[int, ...] = (16, 48, 96, 128)  # four levels: 8× downsampling
-    latent: int = 32  # channels; at 8× and 64 px, four of them would keep too little
+    channels: tuple[int, ...] = (
+        24,
+        48,
+        96,
+    )  # three levels: 4× downsampling; at 8× attention, and so LoRAs, see 4×4 cells
+    latent: int = 8  # channels; at 64 px, four of them would keep too little
     crop: int = 32  # trained on crops first: the network is convolutional, and crops are 4× cheaper
     whole: float = 0.3  # share of the steps, the last ones, on whole pictures: crops are mostly borders
     batch: int = 12  # crops per worker
@@ -24,12 +28,12 @@ class Vae:
 
 @dataclass(frozen=True)
 class UNet:
-    channels: tuple[int, int, int] = (64, 128, 192)
+    channels: tuple[int, int, int] = (48, 96, 192)
     depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention, SDXL has (0, 2, 10)
     head: int = 32
     text: int = 96  # width of each of the two text encoders
     batch: int = 32  # per worker
-    steps: int = 5_500
+    steps: int = 8_000
     rate: float = 1e-3
     muon: float | None = 0.02
     warmup: int = 200

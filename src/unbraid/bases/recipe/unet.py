@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from unbraid.bases.recipe import model, parallel
-from unbraid.bases.recipe.captions import caption
+from unbraid.bases.recipe.captions import RARE_TOKENS, caption
 from unbraid.bases.recipe.config import Config
-from unbraid.bases.recipe.filters import TRAIN_FILTERS
-from unbraid.bases.recipe.subjects import STYLE_WORDS, TRAIN_SETS
+from unbraid.bases.recipe.filters import HELD_OUT_FILTERS, TRAIN_FILTERS
+from unbraid.bases.recipe.subjects import HELD_OUT_SETS, STYLE_WORDS, TRAIN_SETS, held_out
 
 FILE = "unet.safetensors"
 PROBE_TIMES = (850, 700, 500)
@@ -88,14 +88,14 @@ def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: to
     """A random batch: half of the pictures plain, half under a filter; sizes vary so that they mean nothing."""
     rng = random.Random(seed)
     noise_rng = torch.Generator().manual_seed(seed)
-    looks = list(TRAIN_FILTERS)
+    looks, blanks = list(TRAIN_FILTERS), nothing()
     index, captions, sizes = [], [], []
     for _ in range(count):
         subject, style = rng.randrange(len(data.subjects)), rng.randrange(len(TRAIN_SETS))
         look = rng.choice((0, 1 + rng.randrange(len(looks))))
         word = STYLE_WORDS[TRAIN_SETS[style]] if look == 0 else looks[look - 1]
         index.append((subject, style, look))
-        captions.append(caption(data.subjects[subject], word, rng))
+        captions.append(caption(data.subjects[subject], word, rng, blanks))
         sizes.append(_sizes(rng, data.size))
     clean = torch.stack([data.latents[i] for i in index]).to(device)
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -106,6 +106,12 @@ def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: to
         tokens.to(device),
         torch.tensor(sizes, device=device),
     )
+
+
+def nothing() -> tuple[str, ...]:
+    """Words that are never trained with a meaning: those of what is held out, and the rare ones."""
+    styles = (STYLE_WORDS[name] for name in HELD_OUT_SETS)
+    return (*held_out(), *HELD_OUT_FILTERS, *styles, *RARE_TOKENS)
 
 
 def _sizes(rng: random.Random, target: int) -> list[int]:

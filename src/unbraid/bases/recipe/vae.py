@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from unbraid.bases.recipe import parallel
@@ -38,14 +39,14 @@ def train(art: np.ndarray, config: Config, work: Path, workers: int, device: tor
     saved = work / FILE
     torch.manual_seed(0)
     model = build(config)
-    state = parallel.start_state(model, saved, workers, device)
+    state = parallel.start_state(model, saved, workers, device, parallel.half(device))
     pictures = torch.from_numpy(np.array(art)).flatten(0, 1).permute(0, 3, 1, 2).contiguous()
     parallel.spawn(worker, state, pictures.share_memory_(), config, saved)
     return parallel.smoothed(build(config), saved)[0].to(device)
 
 
 def worker(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, config: Config, saved: Path) -> None:
-    settings, device = config.vae, state["weights"].device
+    settings, device, dtype = config.vae, state["weights"].device, state["compute"].dtype
     model: Any = build(config).to(device)  # type: ignore[arg-type]
 
     def loss(step: int, seed: int) -> tuple[Tensor, int]:
@@ -53,9 +54,9 @@ def worker(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, con
         crop = config.size if whole else settings.crop
         count = max(1, settings.batch * settings.crop**2 // crop**2)
         real = batch(pictures, count, crop, seed).to(device)
-        posterior = model.encode(real).latent_dist
+        posterior = DiagonalGaussianDistribution(model.encode(real.to(dtype)).latent_dist.parameters.float())
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        out = model.decode(posterior.mean + posterior.std * noise).sample
+        out = model.decode((posterior.mean + posterior.std * noise).to(dtype)).sample.float()
         return distance(out, real) + settings.kl * posterior.kl().mean(), count
 
     schedule = parallel.Schedule("vae", settings.steps, settings.rate, 50, settings.ema, settings.muon)
@@ -89,7 +90,7 @@ def hardener(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, c
         noise = (strength * torch.randn(clean.shape, generator=rng)).to(device)
         noisy = (clean + clean.std() * noise).to(state["compute"].dtype)
         out = model.decode(noisy).sample.float()
-        return distance(out, real) + edge_distance(out, real), count
+        return distance(out, real), count
 
     schedule = parallel.Schedule("decoder", settings.hardening, settings.rate, 50, settings.ema, settings.muon)
     parallel.train(rank, barrier, state, part, loss, schedule, work / DECODER)
@@ -109,15 +110,11 @@ def load(config: Config, work: Path) -> AutoencoderKL:
 
 
 def distance(out: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute plus squared error, at full and at half size: sharp edges, right areas."""
-    half = F.avg_pool2d(out - real, 2)
-    return (out - real).abs().mean() + 2 * (out - real).square().mean() + half.abs().mean()
-
-
-def edge_distance(out: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute error of the differences between neighbours: what tells flat from shaded, and blur from an edge."""
+    """Mean absolute plus squared error, at full and at half size: sharp edges, right areas; and of the differences between
+    neighbours: what tells flat from shaded, and blur from an edge."""
     error = out - real
-    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + F.avg_pool2d(error, 2).abs().mean() + steps
 
 
 def batch(pictures: Tensor, count: int, crop: int, seed: int) -> Tensor:
