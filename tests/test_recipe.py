@@ -36,12 +36,25 @@ def test_nothing_held_out_is_trained_on() -> None:
     assert subjects.held_out() == tuple(sorted(random.Random(subjects.SEED).sample(subjects.concrete(), 156)))
 
 
-def test_a_rare_token_is_never_in_a_caption() -> None:
+def test_captions_name_what_is_drawn_or_say_nothing() -> None:
+    """One in ten is empty; now and then a word that stands for nothing is in the place of the subject or style, or names the subject."""
     rng = random.Random(0)
-    texts = [captions.caption("fire-engine", "flat", rng) for _ in range(2000)]
+    texts = [captions.caption("fire-engine", "flat", rng, ("owl", "line art")) for _ in range(4000)]
     assert 0.07 < texts.count("") / len(texts) < 0.13
-    assert not any(rare in text.split() for rare in captions.RARE_TOKENS for text in texts)
     assert {"a fire engine in flat style", "a fire engine", "flat style"} <= set(texts)
+    assert {"a sks fire engine in flat style", "a owl in flat style", "a fire engine in line art style"} <= set(texts)
+    said = [text for text in texts if text]
+    assert (
+        0.75
+        < sum(not {"owl", "sks", "monadikos", "unb", "art"} & set(text.split()) for text in said) / len(said)
+        < 0.85
+    )
+
+
+def test_words_that_stand_for_nothing_are_never_trained_with_a_meaning() -> None:
+    every = subjects.trained(subjects.concrete(), None)
+    meant = {*every, *filters.TRAIN_FILTERS, *(subjects.STYLE_WORDS[name] for name in subjects.TRAIN_SETS)}
+    assert {"owl", "stencil", "pencil", "sks"} <= set(unet.nothing()) and not set(unet.nothing()) & meant
 
 
 def test_a_tokenizer_that_is_there_stays(tmp_path: Path) -> None:

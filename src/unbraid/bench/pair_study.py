@@ -57,6 +57,7 @@ class Look:
 
 LOOKS = {
     "stencil": Look("fluent-emoji-flat", "minimal", "fluent-emoji-high-contrast", "stencil"),
+    "pencil": Look("noto", "cartoon", "pencil", "pencil"),
     "thermal": Look("fluent-emoji-flat", "minimal", "thermal", "thermal"),
 }
 
