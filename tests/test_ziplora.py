@@ -55,7 +55,7 @@ def studies(v_model: Base) -> Iterator[Studies]:
     yield Studies(v_model, pictures, prompts)
 
 
-def two_loras(model: Base, disjoint: bool = False) -> Adapters:
+def two_loras(model: Base, disjoint: bool = False, ranks: tuple[int, int] = (3, 4)) -> Adapters:
     adapters, rng = Adapters.attach(model.unet), torch.Generator().manual_seed(2)
     for i, role in enumerate(ROLES):
         made = {}
@@ -63,8 +63,8 @@ def two_loras(model: Base, disjoint: bool = False) -> Adapters:
             if disjoint and j % 2 == i:
                 continue
             d, k = layer.base.weight.shape
-            down = torch.randn(3 + i, k, generator=rng).double() / k**0.5
-            made[name] = Factors(down, torch.randn(d, 3 + i, generator=rng).double() / 3, 0.5 + i)
+            down = torch.randn(ranks[i], k, generator=rng).double() / k**0.5
+            made[name] = Factors(down, torch.randn(d, ranks[i], generator=rng).double() / 3, 0.5 + i)
         adapters.add(role, made)
     return adapters
 
@@ -72,6 +72,7 @@ def two_loras(model: Base, disjoint: bool = False) -> Adapters:
 def zipped(
     studies: Studies, adapters: Adapters, steps: int, at_once: int = 2, cached: bool = False, **settings: object
 ) -> State:
+    settings = {"granularity": "column", **settings}
     (recipe,) = ziplora(BLOCKS["sdxl"], steps=steps, **settings)  # type: ignore[arg-type]
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
     ahead = lessons(studies, recipe, adapters, state.rng, at_once=3) if cached else None
@@ -109,7 +110,7 @@ def test_teachers_asked_ahead_say_the_same(studies: Studies, shared_noise: bool)
 
 @pytest.mark.parametrize("granularity", ["column", "rank", "row", "layer"])
 def test_coefficients_fold_exactly(studies: Studies, granularity: str) -> None:
-    adapters = two_loras(studies.base)
+    adapters = two_loras(studies.base, ranks=(3, 3))
     zipped(studies, adapters, 2, granularity=granularity)
     for layer in adapters.layers.values():
         for one in layer.adapters.values():
@@ -127,7 +128,7 @@ def test_coefficients_fold_exactly(studies: Studies, granularity: str) -> None:
 def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(studies: Studies) -> None:
     adapters = two_loras(studies.base)
     for similarity, pulls in (("cos", False), ("dot", True), ("product", True)):
-        (recipe,) = ziplora(BLOCKS["sdxl"], similarity=similarity)  # type: ignore[arg-type]
+        (recipe,) = ziplora(BLOCKS["sdxl"], similarity=similarity, granularity="column")  # type: ignore[arg-type]
         recipe.prepare(adapters, torch.Generator())
         assert recipe.penalty
         penalty = recipe.penalty(adapters, 0)
@@ -135,6 +136,16 @@ def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(studies: Studie
         penalty.backward()
         gradient = max(float(one.columns.grad.abs().max()) for one in adapters.of("content").values())  # type: ignore[union-attr]
         assert (gradient > 1e-6) is pulls, similarity
+
+
+@pytest.mark.parametrize("ranks", [(3, 3), (3, 4)])
+def test_the_default_is_per_rank_and_per_column_where_ranks_differ(studies: Studies, ranks: tuple[int, int]) -> None:
+    adapters = two_loras(studies.base, ranks=ranks)
+    (recipe,) = ziplora(BLOCKS["sdxl"])
+    recipe.prepare(adapters, torch.Generator())
+    for role in ROLES:
+        for one in adapters.of(role).values():
+            assert len(one.mergers()[0]) == (3 if ranks == (3, 3) else one.down.shape[1])
 
 
 class Toy(nn.Module):
@@ -172,7 +183,7 @@ def test_collapse_is_seen() -> None:
         adapters = Adapters.attach_named(toy, [f"layers.{i}" for i in range(6)])
         for role in ROLES:
             adapters.new(role, 8, rng, up_std=0.1)
-        (recipe,) = ziplora({}, **settings)  # type: ignore[arg-type]
+        (recipe,) = ziplora({}, **{"granularity": "column", **settings})  # type: ignore[arg-type]
         for _ in train(toy, recipe, State.fresh(adapters, recipe, rng), 2):
             pass
         found[name] = mergers.summary(adapters)

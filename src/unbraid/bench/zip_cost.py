@@ -4,54 +4,27 @@ FLOPs, and the bytes kept for gradients, are counted at SDXL's shapes (1024 px, 
 weights, with flash attention. Times are measured on the embedded base, the loops in turn within one process.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Studies, load
 from unbraid.bench.art import held_out_art
+from unbraid.bench.measure import Meter, encoder_flops, sdxl, side_by_side
 from unbraid.lora import Active, Factors
 from unbraid.lowrank import delta
 from unbraid.methods.ziplora import open_coefficients, ziplora
 from unbraid.train import Recipe, State, lessons, train
 
-aten = torch.ops.aten
-ATTENTION_FLOPS = {  # torch's own formulas for its flash attention, which it does not count on a CPU
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
-        sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
 ROLES = ("content", "style")
 STUDENT = tuple(Active(role, trains=frozenset({"merger"})) for role in ROLES)
 LAMBDA, RATE = 0.01, 0.01
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 class DenseLinear(nn.Module):
@@ -131,41 +104,15 @@ def random_loras(adapters: Adapters, rank: int) -> None:
         adapters.names.append(role)
 
 
-class Meter:
-    """FLOPs of what runs inside, and bytes of the tensors that are kept for gradients (weights apart)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        self.flops, self.kept = 0, 0
-
-    def __call__(self, run: Callable[[], Tensor], grad: bool, calls: int = 1) -> None:
-        seen: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.weights:
-                seen[storage._cdata] = storage.nbytes()
-            return tensor
-
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
-        with counter, torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = run()
-            kept = sum(seen.values())
-            if grad:
-                out.float().sum().backward()
-        self.flops += calls * counter.get_total_flops()
-        self.kept += kept
-
-
 def counted() -> list[tuple[str, float, float]]:
     """(name, TFLOP of one step, GB kept for gradients) at SDXL's shapes."""
-    rows, vae = [], _vae_flops()
+    rows, vae = [], encoder_flops(1024)
     for name, checkpointing, extra in (
         ("dense, four calls, gradient checkpointing", True, 0),
         ("the same, both pictures encoded at every step", True, 2 * vae),
         ("dense, four calls, no checkpointing", False, 0),
     ):
-        unet, call = _sdxl()
+        unet, call = sdxl(1024)
         adapters = Adapters.attach(unet)
         random_loras(adapters, 64)
         if checkpointing:
@@ -181,7 +128,7 @@ def counted() -> list[tuple[str, float, float]]:
             meter(lambda call=call: call(1), grad=False, calls=2)
         rows.append((name, meter.flops / 1e12, meter.kept / 1e9))
     for name, cached in (("ours, live teachers", False), ("ours, cached teachers", True)):
-        unet, call = _sdxl()
+        unet, call = sdxl(1024)
         adapters = Adapters.attach(unet)
         random_loras(adapters, 64)
         for factors in (one for role in ROLES for one in adapters.of(role).values()):
@@ -197,32 +144,6 @@ def counted() -> list[tuple[str, float, float]]:
     return rows
 
 
-def _vae_flops() -> int:
-    """Of SDXL's encoder on one picture of 1024 px."""
-    settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-    }
-    vae = AutoencoderKL(**settings)
-    meter = Meter(vae)
-    meter(lambda: vae.encode(torch.randn(1, 3, 1024, 1024)).latent_dist.mode(), grad=False)  # type: ignore[union-attr]
-    return meter.flops
-
-
-def _sdxl() -> tuple[UNet2DConditionModel, Callable[[int], Tensor]]:
-    unet = UNet2DConditionModel(**SDXL).requires_grad_(False).eval()  # type: ignore[arg-type]
-
-    def call(b: int) -> Tensor:
-        added = {"text_embeds": torch.randn(b, 1280), "time_ids": torch.randn(b, 6)}
-        noisy, prompt = torch.randn(b, 4, 128, 128), torch.randn(b, 77, 2048)
-        return unet(noisy, torch.zeros(b), prompt, added_cond_kwargs=added).sample
-
-    return unet, call
-
-
 def timed(steps: int = 10, rounds: int = 5) -> list[tuple[str, float]]:
     """(name, median seconds per step) on the embedded base, rank 16; teachers asked ahead are counted in."""
     torch.set_num_threads(1)
@@ -230,7 +151,7 @@ def timed(steps: int = 10, rounds: int = 5) -> list[tuple[str, float]]:
     picture = held_out_art().picture("fox", "openmoji") * 2 - 1
     pictures = {role: [base.encode_picture(picture, (64, 64, 0, 0, 64, 64))] for role in ROLES}
     studies = Studies(base, pictures, {role: base.encode_prompt(f"a {role}") for role in ROLES})
-    (recipe,) = ziplora(BLOCKS["sdxl"], steps=steps)
+    (recipe,) = ziplora(BLOCKS["sdxl"], granularity="column", steps=steps)
 
     def dense() -> Callable[[], None]:
         adapters = Adapters.attach(base.unet)
@@ -263,15 +184,7 @@ def timed(steps: int = 10, rounds: int = 5) -> list[tuple[str, float]]:
         "ours, live teachers, branches batched": lambda: ours(recipe, 2, False),
         "ours, cached teachers, branches batched": lambda: ours(recipe, 2, True),
     }
-    spent: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(rounds + 1):  # the first round warms up
-        for name, way in ways.items():
-            go = way()
-            began = time.perf_counter()
-            go()
-            if i:
-                spent[name].append((time.perf_counter() - began) / steps)
-    return [(name, statistics.median(values)) for name, values in spent.items()]
+    return side_by_side(ways, steps, rounds)
 
 
 def main() -> None:

@@ -1,0 +1,104 @@
+"""What benchmarks of training measure with: SDXL's shapes without weights, FLOPs, bytes kept for gradients, seconds side by side."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+ATTENTION_FLOPS = {  # torch's own formulas for its flash attention, which it does not count on a CPU
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+class Meter:
+    """FLOPs of what runs inside, and bytes of the tensors that are kept for gradients (weights apart)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.flops, self.kept = 0, 0
+
+    def __call__(self, run: Callable[[], Tensor], grad: bool, calls: int = 1) -> None:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.weights:
+                seen[storage._cdata] = storage.nbytes()
+            return tensor
+
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+        with counter, torch.set_grad_enabled(grad), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = run()
+            kept = sum(seen.values())
+            if grad:
+                out.float().sum().backward()
+        self.flops += calls * counter.get_total_flops()
+        self.kept += kept
+
+
+def encoder_flops(side: int) -> int:
+    """Of SDXL's autoencoder's first half on one square picture, in pixels."""
+    settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+    }
+    vae = AutoencoderKL(**settings)
+    meter = Meter(vae)
+    meter(lambda: vae.encode(torch.randn(1, 3, side, side)).latent_dist.mode(), grad=False)  # type: ignore[union-attr]
+    return meter.flops
+
+
+def sdxl(side: int) -> tuple[UNet2DConditionModel, Callable[[int], Tensor]]:
+    """The UNet with random weights, and a call of it on a batch of square pictures of `side` pixels."""
+    unet = UNet2DConditionModel(**SDXL).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+    def call(b: int) -> Tensor:
+        added = {"text_embeds": torch.randn(b, 1280), "time_ids": torch.randn(b, 6)}
+        noisy, prompt = torch.randn(b, 4, side // 8, side // 8), torch.randn(b, 77, 2048)
+        return unet(noisy, torch.zeros(b), prompt, added_cond_kwargs=added).sample
+
+    return unet, call
+
+
+def side_by_side(
+    ways: Mapping[str, Callable[[], Callable[[], None]]], steps: int, rounds: int
+) -> list[tuple[str, float]]:
+    """(name, median seconds per step) of ways to do `steps` steps, in turn, so that a slow minute slows all of them. Each way
+    prepares, and returns what is timed; the first round warms up."""
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, way in ways.items():
+            go = way()
+            began = time.perf_counter()
+            go()
+            if i:
+                spent[name].append((time.perf_counter() - began) / steps)
+    return [(name, statistics.median(values)) for name, values in spent.items()]
