@@ -23,11 +23,12 @@ from unbraid.lowrank import delta
 from unbraid.merge import merge
 from unbraid.methods.pair import pair, rows
 from unbraid.optim import Rate
+from unbraid.recipe import Denoiser, Recipe, Sample, Shared
 from unbraid.render import Use, render
 from unbraid.run import run
 from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
 from unbraid.sweep import parse_sweep, sweep_sheet
-from unbraid.train import Denoiser, Recipe, Sample, Shared, State, train
+from unbraid.train import State, train
 
 QUICK = {"rank": 4, "steps": 6, "style_from": 2, "lr": 1e-2}
 
@@ -192,7 +193,7 @@ def test_styles_share_rows_or_keep_apart(v_base: Path, couple: tuple[Path, Path]
     with pytest.raises(UsageError, match="slot 0 is claimed already"):
         pair_job(*couple, style="d", slot=0, beside=[files["a"]], out=tmp_path / "d", **options)
     with pytest.raises(UsageError, match="none of the"):
-        wide = {**options, "rank": 16}
+        wide: dict[str, Any] = {**options, "rank": 16}
         pair_job(*couple, style="d", beside=[files["a"], files["c"]], out=tmp_path / "d", **wide)
     with pytest.raises(UsageError, match="needs orthogonal rows"):
         pair_job(*couple, style="d", beside=[files["a"]], orthogonal=False, out=tmp_path / "d", **options)

@@ -11,7 +11,8 @@ from unbraid.base import Base, Picture, Prompt, Studies
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch
 from unbraid.optim import Rate
-from unbraid.train import Recipe, State, train
+from unbraid.recipe import Recipe
+from unbraid.train import State, train
 
 BRANCHES = (
     Branch("one", "p", (Active("a", prompt="q"), Active("b", 0.5))),

@@ -12,7 +12,8 @@ from unbraid.lora import ALL
 from unbraid.methods.unziplora import ROLES, Columns, Ledger, grant, ledger, pairs, unziplora
 from unbraid.methods.unziplora_official import _above, _count, _gated
 from unbraid.optim import Rate
-from unbraid.train import Recipe, State, train
+from unbraid.recipe import Recipe
+from unbraid.train import State, train
 
 STEPS, TIMES, RATIO, WINDOW = 12, 3, 0.1, 2
 SETTINGS = {

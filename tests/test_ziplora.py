@@ -22,9 +22,10 @@ from unbraid.files import read, write
 from unbraid.lora import Factors, Lora
 from unbraid.lowrank import delta
 from unbraid.methods.ziplora import ziplora
+from unbraid.recipe import Sample, Shared
 from unbraid.render import attach
 from unbraid.run import run
-from unbraid.train import Sample, Shared, State, lessons, train
+from unbraid.train import State, lessons, train
 
 ROLES = ("content", "style")
 

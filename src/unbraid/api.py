@@ -21,24 +21,24 @@ from unbraid.settings import resolve
 
 def split(image: str | Path, *, subject: str, style: str, **options: Any) -> Path:
     """One image → `content.safetensors` and `style.safetensors`; returns the run folder. Options as in `job`."""
-    return _finish(split_job(image, subject=subject, style=style, **options))
+    return finish(split_job(image, subject=subject, style=style, **options))
 
 
 def learn(images: str | Path | Sequence[str | Path], *, prompt: str, **options: Any) -> Path:
     """Images of one thing → `lora.safetensors`; returns the run folder. Options as in `job`."""
-    return _finish(learn_job(images, prompt=prompt, **options))
+    return finish(learn_job(images, prompt=prompt, **options))
 
 
 def pair(before: str | Path, after: str | Path, *, subject: str, style: str, **options: Any) -> Path:
     """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the
     run folder. Options as in `pair_job`."""
-    return _finish(pair_job(before, after, subject=subject, style=style, **options))
+    return finish(pair_job(before, after, subject=subject, style=style, **options))
 
 
 def zip(content: str | Path, style: str | Path, **options: Any) -> Path:
     """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`;
     returns the run folder. Options as in `zip_job`."""
-    return _finish(zip_job(content, style, **options))
+    return finish(zip_job(content, style, **options))
 
 
 def split_job(image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Any) -> Job:
@@ -157,7 +157,8 @@ def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
     return run(todo, resume=resume)
 
 
-def _finish(todo: Job) -> Path:
+def finish(todo: Job) -> Path:
+    """Run a job to its end; returns its folder."""
     for _ in run(todo):
         pass
     return todo.out

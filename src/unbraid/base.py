@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from unbraid.errors import UsageError
-from unbraid.train import Sample, Shared
+from unbraid.recipe import Sample, Shared
 
 Family = Literal["sdxl", "sd15"]
 Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from unbraid.cli_files import app as file_commands
-from unbraid.cli_run import BaseName, Config, Out, Previews, Quiet, Resume, Seed, Set, console, options, run_job
+from unbraid.cli_run import BaseName, Seed, console, run_job
+from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.registered_commands += file_commands.registered_commands
+app.registered_commands += [*training_commands.registered_commands, *file_commands.registered_commands]
 
 
 def _version(wanted: bool) -> bool:
@@ -35,124 +36,6 @@ def common(
     ] = False,
 ) -> None:
     """Take an image apart into a content LoRA and a style LoRA, and put LoRAs together again."""
-
-
-@app.command()
-def split(
-    image: Annotated[Path, typer.Argument(help="One picture.")],
-    subject: Annotated[str, typer.Option(help="What is drawn, in a word or two: octopus.")],
-    style: Annotated[str, typer.Option(help="How it is drawn: line art.")],
-    out: Out = None,
-    method: str = "unziplora",
-    base: BaseName = "icons",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> None:
-    """One image → content.safetensors and style.safetensors."""
-    from unbraid.api import split_job
-
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    job = split_job(image, subject=subject, style=style, method=method, **given)
-    run_job(job, resume, quiet)
-
-
-@app.command()
-def pair(
-    before: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
-    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired in name order.")],
-    subject: Annotated[
-        str,
-        typer.Option(help="What is drawn, in a word or two. NAME.txt beside a picture before says it for that one."),
-    ],
-    style: Annotated[str, typer.Option(help="What to call the style: ink.")],
-    beside: Annotated[
-        list[Path] | None,
-        typer.Option(help="Another style of `pair`, which this one shall not meet: a free slot is taken. Repeatable."),
-    ] = None,
-    out: Out = None,
-    method: Annotated[str, typer.Option(help="pair or slider.")] = "pair",
-    base: BaseName = "icons",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> None:
-    """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
-    from unbraid.api import pair_job
-
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
-    run_job(job, resume, quiet)
-
-
-@app.command()
-def learn(
-    images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
-    prompt: Annotated[
-        str, typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own prompt.")
-    ],
-    class_prompt: Annotated[
-        str, typer.Option(help="What it is one of: a dog. Preserves what the base draws of it.")
-    ] = "",
-    class_images: Annotated[
-        Path | None, typer.Option(help="Pictures of the class; without, the base draws them.")
-    ] = None,
-    out: Out = None,
-    method: str = "dreambooth",
-    base: BaseName = "icons",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> None:
-    """Images of one thing → lora.safetensors."""
-    from unbraid.api import learn_job
-
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
-    run_job(job, resume, quiet)
-
-
-@app.command(name="zip")
-def zip_(
-    content: Annotated[Path, typer.Argument(help="A LoRA of a subject.")],
-    style: Annotated[Path, typer.Argument(help="A LoRA of a style.")],
-    also: Annotated[list[Path] | None, typer.Option(help="A further LoRA; repeatable.")] = None,
-    content_images: Annotated[
-        Path | None, typer.Option(help="What it was trained on; without, the LoRA draws for itself.")
-    ] = None,
-    style_images: Annotated[Path | None, typer.Option(help="The same for the style.")] = None,
-    content_prompt: Annotated[str, typer.Option(help="What it was trained with, if its file does not say.")] = "",
-    style_prompt: Annotated[str, typer.Option(help="The same for the style.")] = "",
-    prompt: Annotated[str, typer.Option(help="What to draw in previews.")] = "",
-    single: Annotated[bool, typer.Option("--single", help="One file of the ranks' sum.")] = False,
-    out: Out = None,
-    method: str = "ziplora",
-    base: BaseName = "icons",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> None:
-    """Two LoRAs → the same two without interference, to be stacked at full strength."""
-    from unbraid.api import zip_job
-
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
-    given |= {"single": True} if single else {}
-    images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
-    prompts = {"content": content_prompt, "style": style_prompt, "both": prompt}
-    job = zip_job(content, style, also=also or (), images=images, prompts=prompts, method=method, **given)
-    run_job(job, resume, quiet)
 
 
 @app.command()

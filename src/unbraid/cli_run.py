@@ -26,7 +26,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors a
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
 OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
     (
-        "method image images words subject style content prompt prompts class_prompt class_images also loras roles single before after pairs beside"
+        "method image images words subject style content prompt prompts class_prompt class_images also loras roles single before after pairs beside kind fine_tune"
     ).split()
 )
 

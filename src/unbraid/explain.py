@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from unbraid.base import BLOCKS
 from unbraid.lora import ALL, Active, Branch
 from unbraid.methods import METHODS, Output
+from unbraid.recipe import Recipe
 from unbraid.settings import resolve, schema
-from unbraid.train import Recipe
 
 
 def explain(method: str, base: str = "icons") -> str:
     """Paper, steps, prompts, files and settings of a method, as they are on a base."""
     settings = resolve(method, base, None, {})
     entry = METHODS[method]
-    lines = [f"{method}: unbraid {entry.verb} (arXiv {entry.paper})", ""]
+    lines = [f"{method}: unbraid {entry.verb} ({entry.paper})", ""]
     for number, recipe in enumerate(entry.make(BLOCKS["sdxl"], **settings), 1):
         lines += [f"recipe {number}: {recipe.steps} steps{_shared(recipe)}", *_steps(recipe)]
     lines += ["", "prompts:", *(f"  {role}: {text}" for role, text in entry.prompts.items())]

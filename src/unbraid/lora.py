@@ -55,8 +55,34 @@ class Lora:
     alpha: float
 
 
+class Fixed(nn.Module):
+    """The part of one adapter's factors that is given (Break-for-Make): its values, and where the trained part may be other
+    than 0: in some ranks and columns of down, in some ranks and rows of up."""
+
+    down: Tensor  # [r, k]
+    up: Tensor  # [d, r]
+    down_ranks: Tensor  # [r], 0 or 1
+    columns: Tensor  # [k]
+    up_ranks: Tensor  # [r]
+    rows: Tensor  # [d]
+
+    def __init__(self, **values: Tensor) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_buffer(name, value)
+
+    def free(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a trained part, or of its gradient, counts."""
+        return down * (self.down_ranks[:, None] * self.columns), up * (self.rows[:, None] * self.up_ranks)
+
+    def complete(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Trained parts → factors."""
+        free_down, free_up = self.free(down, up)
+        return self.down + free_down, self.up + free_up
+
+
 class Factors(nn.Module):
-    """What one adapter adds to one layer. The mergers and the mask exist only when a method asks for them."""
+    """What one adapter adds to one layer. The mergers, the mask and the fixed part exist only when a method asks for them."""
 
     mask: Tensor | None  # [d], 0 or 1, multiplies g
 
@@ -69,6 +95,7 @@ class Factors(nn.Module):
         self.ranks: nn.Parameter | None = None  # n, [r]
         self.channels: nn.Parameter | None = None  # g, [d], or [1] for the whole layer
         self.register_buffer("mask", None)
+        self.fixed: Fixed | None = None
 
     def mergers(self) -> list[nn.Parameter]:
         return [merger for merger in (self.columns, self.ranks, self.channels) if merger is not None]
@@ -85,11 +112,16 @@ class Factors(nn.Module):
             return channels if self.mask is None else self.mask
         return channels * self.mask
 
+    def plain(self, trains: frozenset[Part] = ALL) -> tuple[Tensor, Tensor]:
+        """A and B, without mergers; what does not train is detached as a parameter."""
+        down: Tensor = self.down if "down" in trains else self.down.detach()
+        up: Tensor = self.up if "up" in trains else self.up.detach()
+        return self.fixed.complete(down, up) if self.fixed else (down, up)
+
     def merged(self, trains: frozenset[Part] = ALL, gates: bool = True) -> tuple[Tensor, Tensor]:
         """diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r]: mergers scale the small factors, never a d×k matrix
         or every token. What does not train is detached as a parameter. Without `gates`, g is left out."""
-        down: Tensor = self.down if "down" in trains else self.down.detach()
-        up: Tensor = self.up if "up" in trains else self.up.detach()
+        down, up = self.plain(trains)
         mergers = (self.columns, self.ranks, self.channels)
         if "merger" not in trains:
             mergers = tuple(None if merger is None else merger.detach() for merger in mergers)
@@ -104,8 +136,7 @@ class Factors(nn.Module):
         if active.merger:
             down, up = self.merged(active.trains)
         else:
-            down = self.down if "down" in active.trains else self.down.detach()
-            up = self.up if "up" in active.trains else self.up.detach()
+            down, up = self.plain(active.trains)
         return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * (active.scale * self.scale)
 
     def folded(self, gates: bool = True) -> Lora:

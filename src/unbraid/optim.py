@@ -1,13 +1,14 @@
 """The optimiser over adapter parts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
-from unbraid.lora import Part
+from unbraid.lora import Factors, Part
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,61 @@ def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
     if not groups:
         raise UsageError("nothing would be trained", "rates", "Give at least one part of one adapter a rate.")
     return torch.optim.AdamW(groups, fused=True)
+
+
+class Riemannian(torch.optim.Optimizer):
+    """Adam in the metric of ΔW = B A (Zhang & Pilanci, arXiv 2402.02347; one second moment per matrix: arXiv 1810.00760).
+
+    G_B (A Aᵀ + δ)⁻¹ and (Bᵀ B + δ)⁻¹ G_A, with δ relative to the mean of the diagonal. The size of a step is measured by what it does
+    to ΔW, so that it does not depend on how a product is shared out between its factors: (c B, A / c) makes the same step. `lr`
+    is the root mean square change of ΔW's entries by either factor.
+    """
+
+    def __init__(self, factors: Sequence[Factors], lr: float, delta: float, betas: tuple[float, float] = (0.9, 0.999)):
+        self.factors, self.delta, self.betas = factors, delta, betas
+        super().__init__([{"params": [part for one in factors for part in (one.down, one.up)], "lr": lr}], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        del closure
+        lr = self.param_groups[0]["lr"]
+        for one in self.factors:
+            if one.down.grad is None or one.up.grad is None:
+                continue
+            down, up = one.plain()
+            solved = (
+                torch.cholesky_solve(one.down.grad, self._gram(up.T @ up)),
+                torch.cholesky_solve(one.up.grad.T, self._gram(down @ down.T)).T,
+            )
+            for_down, for_up = one.fixed.free(*solved) if one.fixed else solved
+            self._move(one.down, for_down, up @ for_down, lr)
+            self._move(one.up, for_up, for_up @ down, lr)
+
+    def _gram(self, gram: Tensor) -> Tensor:
+        """The Cholesky factor of a Gram matrix `[r, r]` and δ; of an empty one (B = 0 at the start), of the unit matrix."""
+        mean = gram.diagonal().mean()
+        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return torch.linalg.cholesky(gram + self.delta * mean * unit if mean > 0 else unit)
+
+    def _move(self, p: Tensor, gradient: Tensor, change: Tensor, lr: float) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros((), dtype=p.dtype, device=p.device)
+        state["step"] += 1
+        first, second = self.betas
+        state["exp_avg"].lerp_(gradient, 1 - first)
+        state["exp_avg_sq"].lerp_(change.square().mean(), 1 - second)
+        count = float(state["step"])
+        size = (state["exp_avg_sq"] / (1 - second**count)).sqrt().clamp_min(1e-30)
+        p.sub_(state["exp_avg"] / (1 - first**count) / size, alpha=lr)
+
+
+def riemannian(adapters: Adapters, rates: Rates, delta: float = 1e-2) -> Riemannian:
+    """The optimiser over both factors of the one adapter that has rates, at its rate for `up`."""
+    ((name, rate),) = {(adapter, rates[adapter, "up"]) for adapter, _ in rates}
+    for adapter in adapters.names:
+        for factors in adapters.of(adapter).values():
+            for part, parameter in factors.parts():
+                parameter.requires_grad_((adapter, part) in rates)
+    return Riemannian(list(adapters.of(name).values()), rate.lr, delta)

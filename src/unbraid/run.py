@@ -18,9 +18,10 @@ from unbraid.lora import Active, Lora
 from unbraid.merge import merge
 from unbraid.merger_plot import mergers_plot
 from unbraid.methods import METHODS, Output
+from unbraid.recipe import Recipe
 from unbraid.render import attach
 from unbraid.sample import NEGATIVE, classifier_free, generate
-from unbraid.train import Recipe, State, Step, lessons, train
+from unbraid.train import State, Step, lessons, train
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0

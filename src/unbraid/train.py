@@ -3,63 +3,18 @@
 It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.adapters import ATTENTION, Adapters
+from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Branch
-from unbraid.optim import Rates, adamw
-
-Shared = Literal["noise", "timestep", "crop"]
-Hook = Callable[[Adapters, int], None]
-Last = Callable[[Adapters, int], bool | None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training run as data. Hooks are called with the adapters and the index of the step."""
-
-    prepare: Callable[[Adapters, torch.Generator], None]  # adds the adapters
-    branches: Callable[[int], tuple[Branch, ...]]
-    rates: Rates
-    steps: int
-    shared: frozenset[Shared] = frozenset()  # what the branches of one step have in common
-    clip: float | None = 1.0  # largest norm of all gradients together
-    penalty: Callable[[Adapters, int], Tensor | None] | None = None
-    after_backward: Hook | None = None
-    after_step: Last | None = None  # True: this was the last step
-    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
-    in_turn: bool = False  # one optimiser step after every branch, on samples drawn together
-    fixed_teachers: bool = False  # no teacher uses what trains: all answers can be had before the first step
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One noisy training example (b = 1)."""
-
-    noisy: Tensor  # [1, c, h, w]
-    t: Tensor  # [1], the scheduler's training timesteps
-    target: Tensor  # as noisy: noise or velocity
-    sizes: Tensor  # [1, 6]: original height and width, crop top and left, target height and width
-    prompt: str | None = None  # role of the picture's own caption, in place of the branch's prompt
-    taught: bool = False  # the target is its teacher's answer already
-
-
-@runtime_checkable
-class Denoiser(Protocol):
-    """What the trainer needs of a base model; `base.Studies` is the one for diffusers."""
-
-    prompts: Mapping[str, Tensor]  # role → [tokens, channels], for adapters that read their own prompt
-
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
-
-    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+from unbraid.recipe import Denoiser, Recipe, Sample, Stop
 
 
 @dataclass(frozen=True)
@@ -78,17 +33,24 @@ class State:
     optimizer: torch.optim.Optimizer
     rng: torch.Generator
     step: int = 0
+    least: float = (
+        inf  # the best loss that early stopping has seen, how often it was not bettered since, and the adapters then
+    )
+    waited: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
         recipe.prepare(adapters, rng)
         if not recipe.steps:  # done when it is prepared
             return cls(adapters, torch.optim.AdamW([{"params": []}]), rng)
-        return cls(adapters, adamw(adapters, recipe.rates), rng)
+        return cls(adapters, recipe.optimizer(adapters, recipe.rates), rng)
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
         out = {f"adapter/{key}": value for key, value in self._modules().state_dict().items()}
+        out |= {f"best/{key}": value for key, value in self.best.items()}
+        out["least"], out["waited"] = torch.tensor(self.least, dtype=torch.float64), torch.tensor(self.waited)
         for i, moments in self.optimizer.state_dict()["state"].items():
             out |= {f"optimizer/{i}/{key}": value for key, value in moments.items()}
         out["rng"], out["step"] = self.rng.get_state(), torch.tensor(self.step)
@@ -111,6 +73,20 @@ class State:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         self.step = int(tensors["step"])
+        self.least, self.waited = float(tensors["least"]), int(tensors["waited"])
+        self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+
+    def judged(self, loss: float, patience: int) -> bool:
+        """Take a loss of early stopping; whether to go on."""
+        self.waited += 1
+        if loss < self.least:
+            self.least, self.waited = loss, 0
+            self.best = {key: value.detach().clone() for key, value in self._modules().state_dict().items()}
+        return self.waited < patience
+
+    def take_best(self) -> None:
+        if self.best:
+            self._modules().load_state_dict(self.best)
 
     def _modules(self) -> nn.ModuleDict:
         layers = {name.replace(".", "/"): layer.adapters for name, layer in self.adapters.layers.items()}
@@ -123,7 +99,12 @@ def train(
     """Run `recipe` from `state.step` to its end, one optimiser step per item. `at_once` branches share a forward
     pass (equal shapes only); the result is the same, memory and speed are not. `lessons`: see there."""
     while state.step < recipe.steps:
-        yield _step(model, recipe, state, at_once, lessons)
+        step = _step(model, recipe, state, at_once, lessons)
+        if recipe.stop and state.step % recipe.stop.every == 0 and not _goes_on(model, recipe, recipe.stop, state):
+            state.step = recipe.steps
+        if state.step == recipe.steps:
+            state.take_best()
+        yield step
 
 
 def lessons(
@@ -204,6 +185,16 @@ def _backward(
 def _answers(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
     with adapters.activate([teacher.active for teacher in teachers], model.prompts):
         return model.predict(samples, [teacher.prompt for teacher in teachers])
+
+
+@torch.no_grad()
+def _goes_on(model: Denoiser, recipe: Recipe, stop: Stop, state: State) -> bool:
+    """Early stopping's look at the mean loss of its branches."""
+    rng, losses = torch.Generator().manual_seed(0), []
+    for branch in stop.branches:
+        for sample in [model.draw([branch.image], recipe.shared, rng)[0] for _ in range(stop.samples)]:
+            losses += _backward(model, state.adapters, [branch], [sample])
+    return state.judged(float(torch.stack(losses).mean()), stop.patience)
 
 
 def _chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:

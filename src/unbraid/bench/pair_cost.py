@@ -20,8 +20,9 @@ from unbraid.bench.measure import Meter, encoder_flops, sdxl, side_by_side
 from unbraid.lora import Active, Factors, Part
 from unbraid.methods.pair import pair
 from unbraid.optim import adamw
+from unbraid.recipe import Recipe
 from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
-from unbraid.train import Recipe, State, train
+from unbraid.train import State, train
 
 SIDE, RANK, STEPS, STYLE_FROM = 512, 64, 750, 250  # as published
 UP: frozenset[Part] = frozenset({"up"})

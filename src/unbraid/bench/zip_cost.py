@@ -20,7 +20,8 @@ from unbraid.bench.measure import Meter, encoder_flops, sdxl, side_by_side
 from unbraid.lora import Active, Factors
 from unbraid.lowrank import delta
 from unbraid.methods.ziplora import open_coefficients, ziplora
-from unbraid.train import Recipe, State, lessons, train
+from unbraid.recipe import Recipe
+from unbraid.train import State, lessons, train
 
 ROLES = ("content", "style")
 STUDENT = tuple(Active(role, trains=frozenset({"merger"})) for role in ROLES)

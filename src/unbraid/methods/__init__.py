@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from unbraid.methods.b4m import break_, make
 from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.nplora import nplora
@@ -14,7 +15,7 @@ from unbraid.methods.pair import check_pairs, pair
 from unbraid.methods.slider import slider
 from unbraid.methods.unziplora import ROLES, unziplora
 from unbraid.methods.ziplora import ziplora
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 Method = Callable[..., tuple[Recipe, ...]]
 Check = Callable[[Mapping[str, Sequence[Image.Image]], Mapping[str, Sequence[Path]]], list[str]]
@@ -78,16 +79,16 @@ def pair_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
 
 
 METHODS: dict[str, Entry] = {
-    "unziplora": Entry("split", unziplora, SPLIT_PROMPTS, split_outputs, "2412.04465"),
-    "ziplora": Entry("zip", ziplora, {}, zip_outputs, "2311.13600"),
-    "np-lora": Entry("zip", nplora, {}, zip_outputs, "2511.11051"),
-    "pair": Entry("pair", pair, PAIR_PROMPTS, pair_outputs, "2405.01536", check_pairs),
+    "unziplora": Entry("split", unziplora, SPLIT_PROMPTS, split_outputs, "arXiv 2412.04465"),
+    "ziplora": Entry("zip", ziplora, {}, zip_outputs, "arXiv 2311.13600"),
+    "np-lora": Entry("zip", nplora, {}, zip_outputs, "arXiv 2511.11051"),
+    "pair": Entry("pair", pair, PAIR_PROMPTS, pair_outputs, "arXiv 2405.01536", check_pairs),
     "slider": Entry(
         "pair",
         slider,
         {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
         lambda settings: {"style": Output(("style",), "content")},
-        "2311.12092",
+        "arXiv 2311.12092",
         check_pairs,
     ),
     "blora": Entry(
@@ -95,13 +96,21 @@ METHODS: dict[str, Entry] = {
         blora,
         {"both": "a {rare}"},
         lambda settings: {role: Output((role,), "both") for role in ROLES},
-        "2403.14572",
+        "arXiv 2403.14572",
     ),
+    "break": Entry(
+        "break",
+        break_,
+        {"both": "{prompt}"},
+        lambda settings: {"module": Output(("module",), "both")},
+        "doi 10.1145/3728461",
+    ),
+    "make": Entry("make", make, {}, lambda settings: {"merged": Output(("merged",), "both")}, "doi 10.1145/3728461"),
     "dreambooth": Entry(
         "learn",
         dreambooth,
         {"both": "{prompt}", "prior": "{class_prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
-        "2208.12242",
+        "arXiv 2208.12242",
     ),
 }

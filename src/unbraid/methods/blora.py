@@ -10,7 +10,7 @@ from unbraid.adapters import Adapters
 from unbraid.lora import Active, Branch, Part
 from unbraid.methods.unziplora import ROLES, Blocks
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 
 def blora(

@@ -6,7 +6,7 @@ from unbraid.adapters import ATTENTION, TRANSFORMERS
 from unbraid.lora import Active, Branch, Part
 from unbraid.methods.unziplora import Blocks
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
 

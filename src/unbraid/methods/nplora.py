@@ -5,7 +5,7 @@ import torch
 from unbraid.adapters import Adapters
 from unbraid.lowrank import outside
 from unbraid.methods.unziplora import Blocks
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 
 def nplora(

@@ -22,7 +22,7 @@ from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch, Factors, Lora, Part
 from unbraid.methods.unziplora import Blocks
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 ALIGNED = 0.2  # edges' correlation; below, a pair is probably none (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")

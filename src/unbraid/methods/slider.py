@@ -7,7 +7,7 @@ from unbraid.lora import Active, Branch, Part
 from unbraid.methods.pair import numbered
 from unbraid.methods.unziplora import Blocks
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
 

@@ -21,7 +21,7 @@ from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch, Factors, Part
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 ROLES = ("content", "style")
 Blocks = Mapping[str, tuple[str, ...]]

@@ -15,7 +15,7 @@ from unbraid.adapters import Adapters
 from unbraid.lora import Active, Branch, Factors, Part
 from unbraid.methods.unziplora import ROLES, Columns, Ledger, clamp_gates, ledger, pairs
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 LOSS_SCALE = 65536.0
 THRESHOLD = 1e-5

@@ -25,7 +25,7 @@ from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch, Factors
 from unbraid.methods.unziplora import Blocks
 from unbraid.optim import Rate
-from unbraid.train import Recipe
+from unbraid.recipe import Recipe
 
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]

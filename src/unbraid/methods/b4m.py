@@ -1,0 +1,224 @@
+"""Break-for-Make: content and style learned apart, as modules, and put together at will (Xu et al., ACM TOG 44(2), doi 10.1145/3728461).
+
+One LoRA of rank r is cut into blocks, by rows of up, columns of down, and ranks (the first half of the ranks A, the second B):
+
+    up = [ P  0 ; u_A  u_B ],   down = [ 0  d_A ; Q  d_B ]
+
+P and Q are frozen and orthonormal, so that the frozen halves do not meet and ΔW = 0 at the start, with live gradients. A content
+module learns d, a style module learns u, each beside pictures of the other kind (partners) which train the other factor and are
+thrown away. ΔW of both together, content's down with style's up, is
+
+    [ 0  P d_A ; u_B Q  u_A d_A + u_B d_B ]
+
+In the interaction-free form u_A = d_B = 0: then it is exactly the sum of the two modules, and nothing has to be trained. What
+differs from the published code, and why, is in docs/b4m.md; `compat="official"` is as much of it as can run.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unbraid.adapters import AdaptedLinear, Adapters
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Branch, Factors, Fixed, Lora, Part
+from unbraid.methods.pair import rows
+from unbraid.methods.unziplora import Blocks
+from unbraid.optim import Rate, Rates, adamw, riemannian
+from unbraid.recipe import Recipe, Stop
+
+Kind = Literal["content", "style"]
+Halves = Literal["heads", "first"]
+KINDS: tuple[Kind, ...] = ("content", "style")
+OWN: Mapping[str, Part] = {"content": "down", "style": "up"}
+CUT = ("rank", "split", "halves", "interaction", "orthogonal")  # what two modules must have in common
+
+
+def break_(
+    blocks: Blocks,
+    *,
+    kind: Kind = "content",
+    rank: int = 64,
+    steps: int = 1500,
+    lr: float = 1e-4,
+    partner_lr: float = 1e-5,
+    partner_count: int = 3,
+    split: float = 0.5,
+    halves: Halves = "heads",
+    interaction: bool = False,
+    orthogonal: bool = True,
+    compat: Literal["none", "official"] = "none",
+) -> tuple[Recipe, ...]:
+    """Learn a module.
+
+    kind: what it is of (set by the command). rank: even. steps: optimiser steps. lr, partner_lr: of AdamW, for the module's own
+    factor and for the partners' one. partner_count: pictures of the other kind at every step; 0: none. split: the share of rows and
+    columns that is frozen. halves: `heads` freezes some rows of every attention head, `first` the first rows, as published.
+    interaction: whether the modules may meet in a block of their own, to be fused by fine-tuning. orthogonal: off, the frozen
+    halves are as random as the published ones turn out to be. compat: `official` lets every loss train both factors.
+    """
+    del blocks
+    own: Part = OWN[kind]
+    other: Part = "up" if own == "down" else "down"
+    isolated = compat == "none"
+    everything: frozenset[Part] = frozenset((own, other))
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        cut = Cut(rank, split, halves, interaction, orthogonal)
+        made = {name: cut.fresh(layer) for name, layer in adapters.layers.items()}
+        del rng
+        adapters.add("module", made)
+
+    def active(part: Part) -> tuple[Active, ...]:
+        return (Active("module", trains=frozenset({part}) if isolated else everything),)
+
+    branches = [Branch("own", "both", active(own))]
+    branches += [
+        Branch(f"partner{i + 1}", "both", active(other), weight=1 / partner_count) for i in range(partner_count)
+    ]
+    rates: dict[tuple[str, Part], Rate] = {("module", own): Rate(lr)}
+    if partner_count:
+        rates["module", other] = Rate(partner_lr)
+    shared = frozenset(("noise", "timestep"))
+    return (
+        Recipe(prepare, lambda step: tuple(branches), rates, steps, shared, after_step=partial(_last, steps, other)),
+    )
+
+
+def make(
+    blocks: Blocks,
+    *,
+    roles: tuple[str, ...] = ("content", "style"),
+    rank: int = 64,
+    split: float = 0.5,
+    halves: Halves = "heads",
+    interaction: bool = False,
+    orthogonal: bool = True,
+    fine_tune: int = 300,
+    optimizer: Literal["riemannian", "adamw"] = "riemannian",
+    lr: float = 1e-4,
+    delta: float = 1e-2,
+    every: int = 25,
+    patience: int = 4,
+    compat: Literal["none", "official"] = "none",
+) -> tuple[Recipe, ...]:
+    """Put a content and a style module together.
+
+    roles, rank, split, halves, interaction, orthogonal: the modules' own (set by the command). fine_tune: steps of training on
+    both pictures, each under its own prompt. optimizer: `riemannian` steps by what changes in ΔW, `adamw` by entries.
+    lr: for AdamW of an entry of a factor, for the other one of an entry of ΔW. delta: damping, relative to the factors' size.
+    every, patience: early stopping, by the loss of both pictures under the joint prompt. compat: `official` draws the square
+    layers' content, and the frozen half of their up, anew before it begins, as the published code does.
+    """
+    del blocks
+    parts: tuple[Part, ...] = ("down", "up")
+    active = (Active("merged"),)
+    branches = tuple(Branch(role, role, active) for role in roles)
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        cut, made = Cut(rank, split, halves, interaction, orthogonal), {}
+        for name, content in adapters.folded("content").items():
+            lora = cut.joined(content, adapters.folded("style")[name], name)
+            made[name] = cut.opened(adapters.layers[name], lora)
+            if compat == "official" and len(content.up) == content.down.shape[1]:
+                _redraw(made[name], rng)
+        adapters.add("merged", made)
+
+    stop = Stop(tuple(Branch(role, "both", active) for role in roles), every, patience)
+    rates: Rates = {("merged", part): Rate(lr) for part in parts}
+    shared = frozenset(("noise", "timestep"))
+    way = partial(riemannian, delta=delta) if optimizer == "riemannian" else adamw
+    clip = (
+        None if optimizer == "riemannian" else 1.0
+    )  # a common norm would make the step depend on the factors' shares again
+    return (Recipe(prepare, lambda step: branches, rates, fine_tune, shared, clip=clip, optimizer=way, stop=stop),)
+
+
+class Cut:
+    """How a LoRA is cut into blocks: the same for every module that is to fit."""
+
+    def __init__(self, rank: int, split: float, halves: Halves, interaction: bool, orthogonal: bool) -> None:
+        if rank < 2 or rank % 2:
+            raise UsageError(f"rank {rank} cannot be halved", "rank", "Give an even rank.")
+        if not 0 < split < 1:
+            raise UsageError(
+                f"a split of {split}", "split", "Give more than 0 and less than 1: the share that is frozen."
+            )
+        self.rank, self.split, self.halves = rank, split, halves
+        self.interaction, self.orthogonal = interaction, orthogonal
+
+    def fixed(self, layer: AdaptedLinear) -> Fixed:
+        """The frozen part of one layer: P and Q, and what is free beside them."""
+        d, k = layer.base.weight.shape
+        half, like = self.rank // 2, layer.base.weight
+        frozen_rows, frozen_columns = self.frozen(d), self.frozen(k)
+        up, down = torch.zeros(d, self.rank), torch.zeros(self.rank, k)
+        if self.orthogonal:
+            up[frozen_rows, :half] = rows(int(frozen_rows.sum()), half, 0).T
+            down[half:, frozen_columns] = rows(int(frozen_columns.sum()), half, 0)
+        else:  # columns of one orthonormal matrix, cut by rows: as correlated as noise, and met in every rank
+            up[frozen_rows] = rows(d, self.rank, 0).T[frozen_rows]
+            down[:, frozen_columns] = rows(k, self.rank, 1)[:, frozen_columns]
+        ranks = torch.ones(self.rank)
+        first = (torch.arange(self.rank) < half).float()
+        free = (ranks, ranks) if self.interaction or not self.orthogonal else (first, 1 - first)
+        values = {"down": down, "up": up, "down_ranks": free[0], "up_ranks": free[1]}
+        values |= {"columns": (~frozen_columns).float(), "rows": (~frozen_rows).float()}
+        return Fixed(**{name: value.to(like.device) for name, value in values.items()})
+
+    def fresh(self, layer: AdaptedLinear) -> Factors:
+        """ΔW = 0 (where the frozen halves are orthonormal), with live gradients."""
+        d, k = layer.base.weight.shape
+        factors = Factors(torch.zeros(self.rank, k), torch.zeros(d, self.rank))
+        factors.fixed = self.fixed(layer)
+        return factors
+
+    def joined(self, content: Lora, style: Lora, name: str) -> Lora:
+        """Content's down with style's up. Errors: frozen halves that are not the same."""
+        rows, columns = self.frozen(len(style.up)), self.frozen(content.down.shape[1])
+        same = content.down.shape == style.down.shape and content.up.shape == style.up.shape
+        same = same and torch.equal(content.down[:, columns], style.down[:, columns])
+        if not same or not torch.equal(content.up[rows], style.up[rows]):
+            what = "the modules do not share their frozen halves"
+            raise UsageError(what, name, "Break both on one base, with the same rank, split and halves.")
+        return Lora(content.down, style.up * (style.alpha * content.alpha / self.rank**2), float(self.rank))
+
+    def opened(self, layer: AdaptedLinear, lora: Lora) -> Factors:
+        """A joined module for training: what is frozen stays as it is in the files."""
+        made = Factors(lora.down.detach().clone(), lora.up.detach().clone())
+        made.fixed = self.fixed(layer)
+        free_down, free_up = made.fixed.free(made.down.detach(), made.up.detach())
+        made.fixed.down, made.fixed.up = made.down.detach() - free_down, made.up.detach() - free_up
+        return made
+
+    def frozen(self, size: int) -> Tensor:
+        """`[size]`: which rows, or columns, are frozen: evenly spread, so that every head keeps some free, or the first ones."""
+        place = torch.arange(size)
+        if self.halves == "first":
+            return place < round(size * self.split)
+        return torch.floor((place + 1) * self.split) > torch.floor(place * self.split)
+
+
+def _last(steps: int, other: Part, adapters: Adapters, step: int) -> None:
+    """After the last step the partners' factor is thrown away."""
+    if step + 1 < steps:
+        return
+    with torch.no_grad():
+        for factors in adapters.of("module").values():
+            getattr(factors, other).zero_()
+
+
+def _redraw(factors: Factors, rng: torch.Generator) -> None:
+    """What the published constructor does to the square layers after it has loaded them: all of down, and up's frozen half."""
+    assert factors.fixed
+    rank, k = factors.down.shape
+    down = torch.randn(rank, k, generator=rng) / rank
+    frozen = torch.linalg.qr(torch.randn(len(factors.up), rank, generator=rng)).Q * (
+        1 - factors.fixed.rows[:, None].cpu()
+    )
+    with torch.no_grad():
+        factors.fixed.down, factors.fixed.up = torch.zeros_like(factors.down), frozen.to(factors.up)
+        factors.fixed.down_ranks, factors.fixed.columns = torch.ones(rank), torch.ones(k)
+        factors.down.copy_(down)

@@ -1,0 +1,318 @@
+"""Break-for-Make: blocks that stay apart, modules that fit, an optimiser that does not mind how a product is shared out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unbraid import base as bases
+from unbraid.adapters import Adapters
+from unbraid.api import learn_job
+from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.errors import UsageError
+from unbraid.files import read
+from unbraid.lora import Active, Branch, Factors, Fixed
+from unbraid.lowrank import delta
+from unbraid.methods.b4m import Cut, break_
+from unbraid.modules import break_job, join, make_job, matrix, together
+from unbraid.modules import opened as opened_module
+from unbraid.optim import Rate, Riemannian
+from unbraid.recipe import Denoiser, Recipe, Sample, Shared, Stop
+from unbraid.run import run
+from unbraid.train import State, train
+
+QUICK: dict[str, Any] = {"rank": 4, "steps": 4, "lr": 1e-2, "partner_lr": 1e-2, "partner_count": 1, "previews": 0}
+
+
+def studies(base: Base) -> Studies:
+    rng = torch.Generator().manual_seed(1)
+    base.unet.double()
+    zeros = torch.zeros(4, 4, 4).double()
+    images = {
+        role: [Picture(torch.randn(4, 4, 4, generator=rng).double(), zeros, torch.full((6,), 32.0))]
+        for role in ("own", "partner1")
+    }
+    prompt = Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
+    return Studies(base, images, {"both": prompt})
+
+
+def begun(base: Base, **settings: Any) -> tuple[Adapters, Recipe, State]:
+    adapters = Adapters.attach(base.unet)
+    (recipe,) = break_(BLOCKS["sdxl"], **{"rank": 4, "partner_count": 1, "lr": 1e-2, "partner_lr": 1e-2, **settings})
+    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+    for layer in adapters.layers.values():
+        layer.adapters.double()
+    return adapters, recipe, state
+
+
+def parts(adapters: Adapters) -> list[Factors]:
+    return list(adapters.of("module").values())
+
+
+@pytest.mark.parametrize("halves", ["heads", "first"])
+@pytest.mark.parametrize("split", [0.5, 0.25])
+@pytest.mark.parametrize("interaction", [False, True])
+def test_nothing_changes_at_the_start_and_everything_can(
+    v_model: Base, halves: str, split: float, interaction: bool
+) -> None:
+    settings = {"halves": halves, "split": split, "interaction": interaction}
+    adapters, recipe, _ = begun(v_model, steps=1, compat="official", **settings)
+    for one in parts(adapters):
+        assert isinstance(one.fixed, Fixed) and not (one.fixed.up @ one.fixed.down).any(), (
+            "the frozen halves do not meet"
+        )
+        down, up = one.plain()
+        assert not (up @ down).any()
+        for gram, there in (
+            (one.fixed.up.T @ one.fixed.up, [1, 1, 0, 0]),
+            (one.fixed.down @ one.fixed.down.T, [0, 0, 1, 1]),
+        ):
+            assert (gram - torch.diag(torch.tensor(there).double())).abs().max() < 1e-6
+    model = studies(v_model)
+    samples = model.draw(["own"], frozenset(), torch.Generator().manual_seed(0))
+    with adapters.activate([recipe.branches(0)[0].active], model.prompts):
+        model.predict(samples, ["both"]).square().mean().backward()
+    live = {name: one for name, one in adapters.of("module").items() if "to_q" not in name and "to_k" not in name}
+    for one in live.values():  # (at the deepest level there is one position, and nothing to attend to)
+        assert one.down.grad is not None and one.down.grad.any() and one.up.grad is not None and one.up.grad.any()
+
+
+def test_halves_spread_over_heads() -> None:
+    frozen = Cut(4, 0.5, "heads", False, True).frozen(64)
+    assert frozen.sum() == 32 and all(head.sum() == 4 for head in frozen.split(8))
+    assert Cut(4, 0.25, "heads", False, True).frozen(64).sum() == 16
+    assert Cut(4, 0.5, "first", False, True).frozen(64)[:32].all()
+
+
+class Alone:
+    """One kind of picture gives no gradient: its prediction is its target."""
+
+    def __init__(self, real: Studies, silent: str) -> None:
+        self.real, self.prompts, self.silent, self.roles = real, real.prompts, silent, [""]
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+        self.roles = list(images)
+        return self.real.draw(images, shared, rng)
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
+        out = self.real.predict(samples, prompts)
+        quiet = torch.tensor([role == self.silent for role in self.roles])[:, None, None, None]
+        return torch.where(quiet, out.detach(), out)
+
+
+@pytest.mark.parametrize("kind", ["content", "style"])
+def test_each_picture_trains_its_own_factor_and_the_frozen_halves_stay(v_model: Base, kind: str) -> None:
+    """The loss on the own picture leaves the other factor as it is, bit for bit, and the partners' loss the own one."""
+    for silent in ("own", "partner1"):
+        adapters, recipe, state = begun(v_model, kind=kind, steps=5)
+        before = [(one.fixed.down.clone(), one.fixed.up.clone()) for one in parts(adapters) if one.fixed]
+        for _, _ in zip(range(4), train(Alone(studies(v_model), silent), recipe, state, at_once=2), strict=False):
+            pass  # not the last step, which throws the partners' factor away
+        moved = {
+            "down": any(one.down.any() for one in parts(adapters)),
+            "up": any(one.up.any() for one in parts(adapters)),
+        }
+        own = "down" if kind == "content" else "up"
+        assert [part for part, did in moved.items() if did] == [
+            part for part in ("down", "up") if (part == own) == (silent == "partner1")
+        ]
+        for one, (down, up) in zip(parts(adapters), before, strict=True):
+            assert one.fixed and torch.equal(one.fixed.down, down) and torch.equal(one.fixed.up, up)
+            full_down, full_up = one.plain()
+            frozen = one.fixed.columns == 0, one.fixed.rows == 0
+            assert torch.equal(full_down[:, frozen[0]], down[:, frozen[0]])
+            assert torch.equal(full_up[frozen[1]], up[frozen[1]])
+        adapters.detach()
+
+
+@pytest.fixture(scope="module")
+def modules(v_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two contents and a style, and a style that may meet the content."""
+    folder = tmp_path_factory.mktemp("modules")
+    for name, colour in (("fox", "orange"), ("cat", "grey"), ("ink", "black")):
+        Image.new("RGB", (32, 32), colour).save(folder / f"{name}.png")
+    for kind, text in (("content", "a teapot"), ("style", "a teapot in red style")):
+        (folder / kind).mkdir()
+        Image.new("RGB", (32, 32), "red").save(folder / kind / "a.png")
+        (folder / kind / "a.txt").write_text(text)
+    out = {"folder": folder}
+    for name, kind, prompt, more in (
+        ("fox", "content", "a sks fox", {}),
+        ("cat", "content", "a sks cat", {}),
+        ("ink", "style", "a cat in ink style", {}),
+        ("met", "style", "a cat in ink style", {"interaction": True}),
+    ):
+        image = folder / f"{name if name != 'met' else 'ink'}.png"
+        partners = folder / ("style" if kind == "content" else "content")
+        options = {**QUICK, "base": str(v_base), "out": folder / name, **more}
+        job = break_job(image, kind=kind, prompt=prompt, partners=partners, **options)  # type: ignore[arg-type]
+        list(run(job, device="cpu"))
+        out[name] = folder / name / "module.safetensors"
+    return out
+
+
+def test_putting_together_is_the_sum_and_nothing_is_trained(modules: dict[str, Path], tmp_path: Path) -> None:
+    file = join(modules["fox"], modules["ink"].parent, tmp_path / "merged.safetensors")
+    fox, ink, both = (read(path).modules for path in (modules["fox"], modules["ink"], file))
+    assert read(file).metadata["unbraid.prompt"] == "a sks fox in ink style"
+    for name, one in both.items():
+        content, style = delta(fox[name]), delta(ink[name])
+        assert content.any() and style.any()
+        assert torch.allclose(delta(one), content + style, atol=1e-7)
+        assert not (content != 0).any(1)[(style != 0).any(1)].any(), "they write to different outputs"
+
+
+def test_fine_tuning_starts_from_the_graft_in_every_layer(
+    modules: dict[str, Path], v_base: Path, tmp_path: Path
+) -> None:
+    joined = read(join(modules["fox"], modules["ink"], tmp_path / "now.safetensors")).modules
+    images = {"content": modules["folder"] / "fox.png", "style": modules["folder"] / "ink.png"}
+    options: dict[str, Any] = {"base": str(v_base), "previews": 0, "every": 2, "images": images}
+    for lr, optimizer in ((0.0, "riemannian"), (0.0, "adamw"), (1e-3, "riemannian")):
+        out = tmp_path / f"{optimizer}-{lr}"
+        job = make_job(modules["fox"], modules["ink"], fine_tune=3, out=out, lr=lr, optimizer=optimizer, **options)
+        list(run(job, device="cpu"))
+        tuned = read(out / "merged.safetensors").modules
+        assert tuned.keys() == joined.keys()
+        same = [torch.allclose(delta(tuned[name]), delta(joined[name]), atol=2e-5) for name in joined]
+        assert all(same) if not lr else not all(same)
+
+
+def test_a_matrix_is_every_content_in_every_style(modules: dict[str, Path], v_base: Path, tmp_path: Path) -> None:
+    made = list(matrix([modules["fox"], modules["cat"]], [modules["ink"]], tmp_path, base=str(v_base)))
+    assert [file.name for file in made] == ["fox+ink.safetensors", "cat+ink.safetensors", "matrix.png"]
+    assert all(file.exists() for file in made)
+
+
+def test_the_joint_prompt(modules: dict[str, Path]) -> None:
+    fox, ink = (opened_module(modules[name]) for name in ("fox", "ink"))
+    assert together(fox, ink) == "a sks fox in ink style" and together(ink, fox) == "a cat in ink style, a sks fox"
+
+
+def test_bad_modules_are_one_clear_line(modules: dict[str, Path], v_base: Path, eps_base: Path, tmp_path: Path) -> None:
+    folder = modules["folder"]
+    options: dict[str, Any] = {**QUICK, "base": str(v_base), "kind": "style", "prompt": "a cat in ink style"}
+    for name, more in {"other": {"base": str(eps_base)}, "rank": {"rank": 2}, "split": {"split": 0.25}}.items():
+        given = {**options, **more, "partners": folder / "content", "steps": 1}
+        list(run(break_job(folder / "ink.png", out=tmp_path / name, **given), device="cpu"))
+    list(
+        run(
+            learn_job(
+                folder / "ink.png", prompt="x", base=str(v_base), out=tmp_path / "learnt", rank=2, steps=1, previews=0
+            ),
+            device="cpu",
+        )
+    )
+    out = tmp_path / "x.safetensors"
+    cases = [
+        ((modules["fox"], tmp_path / "other"), "modules of different bases"),
+        ((modules["fox"], tmp_path / "rank"), "modules of different rank, 4 and 2"),
+        ((modules["fox"], tmp_path / "split"), "modules of different split, 0.5 and 0.25"),
+        ((modules["fox"], modules["met"]), "modules of different interaction"),
+        ((modules["fox"], modules["fox"]), "the same module twice"),
+        ((modules["fox"], modules["cat"]), "this is a content module"),
+        ((tmp_path / "learnt" / "lora.safetensors", modules["ink"]), "this is not a module"),
+    ]
+    for pair, what in cases:
+        with pytest.raises(UsageError, match=what):
+            join(*pair, out)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="1 partner images, 3 at every step"):
+        break_job(folder / "ink.png", kind="style", prompt="x", base=str(v_base), partners=folder / "content")
+    with pytest.raises(UsageError, match="without a prompt of its own"):
+        given = {"kind": "style", "prompt": "x", "base": str(v_base), "out": tmp_path / "bad"}
+        break_job(folder / "ink.png", partners=folder, **given)
+    for key, value, what in (("rank", 3, "cannot be halved"), ("split", 1.0, "a split of 1.0")):
+        with pytest.raises(UsageError, match=what):
+            given = {**options, key: value, "partners": folder / "content", "out": tmp_path / "bad"}
+            list(run(break_job(folder / "ink.png", **given), device="cpu"))
+
+
+def product(scale: float, way: str, steps: int = 20) -> tuple[Tensor, list[float]]:
+    """Fit B A to a matrix from (c B, A / c)."""
+    rng = torch.Generator().manual_seed(0)
+    truth = torch.randn(12, 3, generator=rng).double() @ torch.randn(3, 10, generator=rng).double()
+    down, up = torch.randn(3, 10, generator=rng).double(), torch.randn(12, 3, generator=rng).double() * 0.1
+    one = Factors(down / scale, up * scale)
+    optimizer = Riemannian([one], 0.05, 1e-6) if way == "riemannian" else torch.optim.AdamW(one.parameters(), 0.05)
+    losses = []
+    for _ in range(steps):
+        loss = (one.up @ one.down - truth).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return (one.up @ one.down).detach(), losses
+
+
+def test_the_preconditioned_step_does_not_mind_how_a_product_is_shared_out() -> None:
+    for way, alike in (("riemannian", True), ("adamw", False)):
+        (plain, losses), (shared, _) = product(1.0, way), product(100.0, way)
+        assert losses[-1] < losses[0]
+        assert bool((plain - shared).abs().max() < 1e-8 * plain.abs().max()) is alike
+    assert product(100.0, "riemannian")[1][-1] < 0.5 * product(100.0, "adamw")[1][-1], (
+        "badly scaled, it is the faster one"
+    )
+
+
+class Bowl(nn.Module):
+    """The validation loss falls, and rises again, as the one number moves."""
+
+    prompts: Mapping[str, Tensor] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.line.weight)
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+        goal = {"train": 3.0, "valid": 1.0}
+        return [
+            Sample(torch.ones(1, 1), torch.zeros(1), torch.full((1, 1), goal[one]), torch.zeros(1, 6)) for one in images
+        ]
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
+        return self.line(torch.cat([sample.noisy for sample in samples]))
+
+
+def stopped(resume_at: int | None = None) -> tuple[State, list[int]]:
+    model = Bowl()
+    assert isinstance(model, Denoiser)
+    adapters, active = Adapters.attach_named(model, ["line"]), (Active("a"),)
+    recipe = Recipe(
+        lambda adapters, rng: adapters.new("a", 1, rng),
+        lambda step: (Branch("train", "x", active),),
+        {("a", "down"): Rate(0.05), ("a", "up"): Rate(0.05)},
+        200,
+        stop=Stop((Branch("valid", "x", active),), 5, 3),
+    )
+    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+    seen = []
+    for step in train(model, recipe, state):
+        seen.append(step.index)
+        if step.index == resume_at:
+            saved = state.tensors()
+            state.restore({key: value.clone() for key, value in saved.items()})
+    return state, seen
+
+
+def test_early_stopping_keeps_the_best() -> None:
+    state, seen = stopped()
+    assert 10 < len(seen) < 190 and state.least < 0.1
+    (lora,) = state.adapters.folded("a").values()
+    assert abs(float(lora.up @ lora.down) - 1) < 0.35, "not what the training picture wants, 3"
+    again, also = stopped(resume_at=10)
+    assert also == seen and again.least == state.least
+
+
+def test_the_embedded_base_takes_modules() -> None:
+    """Every attention layer of it, the square ones and the others."""
+    adapters, cut = Adapters.attach(bases.load("icons", "cpu").unet), Cut(8, 0.5, "heads", False, True)
+    assert len({d == k for d, k in (layer.base.weight.shape for layer in adapters.layers.values())}) == 2
+    for layer in adapters.layers.values():
+        down, up = cut.fresh(layer).plain()
+        assert down.any() and up.any() and not (up @ down).any()
