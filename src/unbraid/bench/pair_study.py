@@ -34,7 +34,13 @@ TAUGHT, OTHERS = known_art().names[:4], known_art().names[4:]  # pairs are of th
 SEEDS = (0, 1)
 GUIDANCE = 4.0
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-SWEPT = ("Pair", "Pair, LoRA scale", "DreamBooth-LoRA of the picture after", "Concept Slider")
+LABELS = {
+    "Pair": "style guidance",
+    "Pair, LoRA scale": "LoRA scale",
+    "DreamBooth-LoRA of the picture after": "DreamBooth-LoRA",
+    "Concept Slider": "slider",
+}
+SWEPT = tuple(LABELS)
 
 
 @dataclass(frozen=True)
@@ -200,39 +206,32 @@ def report(work: Path) -> str:
 
 
 def sweep_plot(work: Path, out: Path) -> Path:
-    """Style and content over strength, for guidance and for LoRA scale: the paper's claim in one picture."""
+    """Style and content over strength, a column per style: the paper's claim in one picture."""
     from matplotlib.figure import Figure
 
     judge, subjects = load_judge(), OTHERS[::4]
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in SWEPT:
-        means: dict[str, list[float]] = {"style": [], "structure": []}
-        for strength in STRENGTHS:
+    figure = Figure(figsize=(3 * len(LOOKS), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(LOOKS), sharex=True, sharey="row", squeeze=False)
+    for column, look in enumerate(LOOKS.values()):
+        for name in SWEPT:
             rows = [
-                row
-                for look in LOOKS.values()
-                for row in scores(
+                scores(
                     judge,
                     work / "sweep" / _slug(name) / look.style / f"{strength:g}",
                     _drawn(work, BASE, look, SEEDS[0]),
                     look,
                     subjects,
                 )
+                for strength in STRENGTHS
             ]
-            for what, some in means.items():
-                some.append(statistics.mean(row[what] for row in rows) if rows else float("nan"))
-        label = "style guidance" if WAYS[name].guided else "LoRA scale"
-        left.plot(STRENGTHS, means["style"], marker="o", label=label)
-        right.plot(STRENGTHS, means["structure"], marker="o", label=label)
-    for axes, what in (
-        (left, "style: cosine to the true counterpart"),
-        (right, "structure: edges as without the style"),
-    ):
-        axes.set_xlabel("strength")
-        axes.set_title(what, fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+            for row, what in enumerate(("style", "content")):
+                means = [statistics.mean(one[what] for one in some) if some else float("nan") for some in rows]
+                axes[row, column].plot(STRENGTHS, means, marker="o", markersize=3, label=LABELS[name])
+                axes[row, column].set_ylabel(f"{what}: cosine to the truth" if not column else "")
+                axes[row, column].grid(alpha=0.3)
+        axes[0, column].set_title(look.style, fontsize=10)
+        axes[1, column].set_xlabel("strength")
+    axes[0, 0].legend(fontsize=7)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     return out

@@ -13,36 +13,34 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
 from PIL import Image
-from torch import Tensor
 
 from unbraid import pictures
 from unbraid.api import learn_job, split_job, zip_job
-from unbraid.base import load
-from unbraid.bases.recipe.filters import HELD_OUT_FILTERS
 from unbraid.bases.recipe.subjects import TRAIN_SETS
-from unbraid.bench.art import held_out_art, known_art, to_image
+from unbraid.bench.art import held_out_art, to_image
+from unbraid.bench.counterparts import (
+    content_prompt,
+    draw,
+    inputs,
+    joint_prompt,
+    made,
+    score,
+    style_prompt,
+    true,
+)
 from unbraid.bench.figures import harmonic, with_error
-from unbraid.bench.judge import Judge, load_judge, similarity
+from unbraid.bench.judge import Judge, load_judge
 from unbraid.combine import Combine
 from unbraid.file_tools import Source, merge_files
-from unbraid.job import RARE, Job
-from unbraid.render import Use, render
-from unbraid.run import run
+from unbraid.render import Use
 
 SUBJECTS = ("fox", "guitar", "mushroom", "fish", "owl", "carrot")
-STYLES = {  # word → the picture that its LoRA is learnt from, and how true counterparts are made
-    "line art": ("cat", "openmoji", None),
-    "stencil": ("cat", "fluent-emoji-high-contrast", None),
-    "pencil": ("cat", "noto", "pencil"),  # a held-out filter
-}
+STYLES = ("line art", "stencil", "pencil")
 TUNING = ("horse", "house")  # subjects on which the direct sum's weights are chosen
 WEIGHTS = (0.5, 0.75, 1.0, 1.25)
 SEEDS = (0, 1)
-GUIDANCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -78,36 +76,6 @@ BASE, PLAIN = "base alone", "direct sum (1, 1)"
 OTHER = "dog"  # what a style LoRA draws when it is alone
 
 
-def content_prompt(subject: str) -> str:
-    return f"a {RARE} {subject}"
-
-
-def style_prompt(style: str) -> str:
-    return f"a {STYLES[style][0]} in {style} style"
-
-
-def true(subject: str, style: str) -> Tensor:
-    """`[3, h, w]` in 0..1: the subject in the style, as the artist drew it."""
-    _, of, look = STYLES[style]
-    art = known_art() if subject in known_art().names else held_out_art()
-    picture = art.picture(subject, of)
-    return HELD_OUT_FILTERS[look](picture[None]).expand(1, 3, -1, -1)[0] if look else picture
-
-
-def inputs(work: Path, subject: str | None, style: str | None) -> list[Path]:
-    """The pictures that a LoRA is learnt from: the subject as four artists drew it, or the style's one picture."""
-    if subject:
-        images = {of: held_out_art().image(subject, of) for of in TRAIN_SETS}
-    else:
-        assert style
-        images = {STYLES[style][0]: to_image(true(STYLES[style][0], style))}
-    files = [work / "inputs" / (subject or str(style)).replace(" ", "-") / f"{name}.png" for name in images]
-    for file, image in zip(files, images.values(), strict=True):
-        if not file.exists():
-            pictures.save_image(image, file)
-    return files
-
-
 def learnt(work: Path, way: Way, subject: str, style: str, seed: int) -> tuple[Path, Path]:
     """The two LoRAs that everything starts from."""
     out = []
@@ -121,7 +89,7 @@ def learnt(work: Path, way: Way, subject: str, style: str, seed: int) -> tuple[P
             job, file = split_job(files[0], **words, method="blora", **common), folder / f"{role}.safetensors"
         else:
             job, file = learn_job(files, prompt=prompt, **common), folder / "lora.safetensors"
-        out.append(_made(job, file))
+        out.append(made(job, file))
     return out[0], out[1]
 
 
@@ -143,7 +111,7 @@ def together(work: Path, name: str, subject: str, style: str, seed: int) -> tupl
             **way.zip,
         )
         content, own = (
-            _made(job, folder / "content.safetensors").with_name("content.safetensors"),
+            made(job, folder / "content.safetensors").with_name("content.safetensors"),
             folder / "style.safetensors",
         )
     if way.merge:
@@ -156,17 +124,6 @@ def together(work: Path, name: str, subject: str, style: str, seed: int) -> tupl
     return both, both if way.alone else ()
 
 
-def joint_prompt(subject: str, style: str) -> str:
-    return f"a {RARE} {subject} in {style} style"
-
-
-def _made(job: Job, file: Path) -> Path:
-    if not file.exists():
-        for _ in run(job, resume=(job.out / "run.toml").exists()):
-            pass
-    return file
-
-
 @cache
 def tuned_weights(work: Path, seed: int) -> tuple[float, float]:
     """The weights of the direct sum with the best harmonic mean on pairs that are not in the table."""
@@ -177,29 +134,12 @@ def tuned_weights(work: Path, seed: int) -> tuple[float, float]:
             rows = []
             for subject, style in product(TUNING, STYLES):
                 content, own = learnt(work, WAYS[PLAIN], subject, style, seed)
-                drawn = _draw(joint_prompt(subject, style), (Use(content, a), Use(own, b)), "sum", seed)
-                rows.append(_score(judge, drawn, true(subject, style)))
+                drawn = draw(joint_prompt(subject, style), (Use(content, a), Use(own, b)), "sum", seed)
+                rows.append(score(judge, drawn, true(subject, style)))
             best = max(best, (statistics.mean(harmonic(*row) for row in rows), a, b))
         file.write_text(f"{best[1]} {best[2]}")
     a, b = (float(word) for word in file.read_text().split())
     return a, b
-
-
-def _draw(prompt: str, uses: tuple[Use, ...], combine: Combine, seed: int) -> Image.Image:
-    (image,) = render(load_base(), prompt, uses, combine=combine, guidance=GUIDANCE, seeds=(seed,))
-    return image
-
-
-@cache
-def load_base() -> Any:
-    return load()
-
-
-def _score(judge: Judge, image: Image.Image, truth: Tensor) -> tuple[float, float]:
-    """(content, style): cosines of a picture to the true counterpart `[3, h, w]`."""
-    array = np.asarray(image.convert("RGB"), np.float32) / 255
-    content, style = judge.embed(torch.stack([torch.from_numpy(array).permute(2, 0, 1), truth]))
-    return float(similarity(content[:1], content[1:])), float(similarity(style[:1], style[1:]))
 
 
 def cells(seeds: tuple[int, ...] = SEEDS) -> Iterator[tuple[str, str, int]]:
@@ -219,7 +159,7 @@ def study(work: Path, only: tuple[str, ...], seeds: tuple[int, ...]) -> None:
                 content = (content_prompt(subject), alone[:1])
                 todo = {"content": content, "style": (f"a {OTHER} in {style} style", alone[1:]), **todo}
             for use, (prompt, uses) in todo.items():
-                image = _draw(prompt, uses, way.combine if use == "both" else "sum", seed)
+                image = draw(prompt, uses, way.combine if use == "both" else "sum", seed)
                 pictures.save_image(image, folder / f"{use}.png")
             print(f"{name}: {subject}, {style}, seed {seed}", flush=True)
 
@@ -241,7 +181,7 @@ def report(work: Path, seeds: tuple[int, ...] = SEEDS) -> str:
             folder = _folder(work, name, *cell)
             if not (folder / "both.png").exists():
                 continue
-            rows[cell] = _score(judge, Image.open(folder / "both.png"), true(*cell[:2]))
+            rows[cell] = score(judge, Image.open(folder / "both.png"), true(*cell[:2]))
             if (folder / "content.png").exists():
                 own.append(_alone(judge, folder, *cell[:2]))
         full = {cell: (c, s, harmonic(c, s)) for cell, (c, s) in rows.items()}
@@ -260,8 +200,8 @@ def report(work: Path, seeds: tuple[int, ...] = SEEDS) -> str:
 def _alone(judge: Judge, folder: Path, subject: str, style: str) -> tuple[float, float]:
     """How well each LoRA still draws its own: the subject, as the artist whom it is nearest to; another subject in the style."""
     drawn = Image.open(folder / "content.png")
-    content = max(_score(judge, drawn, held_out_art().picture(subject, of))[0] for of in TRAIN_SETS)
-    return content, _score(judge, Image.open(folder / "style.png"), true(OTHER, style))[1]
+    content = max(score(judge, drawn, held_out_art().picture(subject, of))[0] for of in TRAIN_SETS)
+    return content, score(judge, Image.open(folder / "style.png"), true(OTHER, style))[1]
 
 
 def sheet(work: Path, out: Path) -> None:
