@@ -87,7 +87,7 @@ def modules(work: Path, subject: str, style: str, way: Way) -> Uses:
     if way.tune is None:
         return (Use(join(content, own, file)),)
     images = {"content": inputs(work, subject, None)[0].parent, "style": inputs(work, None, style)[0]}
-    options = {"fine_tune": 300, "out": out, "seed": SEED, "previews": 0, **way.tune}
+    options = {"fine_tune": 150, "out": out, "seed": SEED, "previews": 0, **way.tune}
     return (Use(made(make_job(content, own, images=images, prompt=joint_prompt(subject, style), **options), file)),)
 
 
@@ -122,7 +122,7 @@ def joint(work: Path, subject: str, style: str, way: Way) -> Uses:
                 pictures.save_image(Image.open(file).convert("RGB"), copy)
             copy.with_suffix(".txt").write_text(prompt)
             copies.append(copy)
-    job = learn_job(copies, prompt=joint_prompt(subject, style), out=folder, seed=SEED, previews=0, steps=600)
+    job = learn_job(copies, prompt=joint_prompt(subject, style), out=folder, seed=SEED, previews=0)
     return (Use(made(job, folder / "lora.safetensors")),)
 
 
@@ -135,14 +135,14 @@ BASE = "base alone"
 WAYS = {
     BASE: Way(nothing),
     "direct sum of DreamBooth-LoRAs": Way(loras),
-    "ZipLoRA": Way(loras, {"granularity": "column"}),
-    "ZipRank": Way(loras, {}),
-    "joint training": Way(joint),
     "Break-for-Make, at once": Way(modules),
     "… fine-tuned, Riemannian": Way(modules, tune={}),
-    "… fine-tuned, AdamW": Way(modules, tune={"optimizer": "adamw", "lr": 1e-3}),
+    "… fine-tuned, AdamW": Way(modules, tune={"optimizer": "adamw"}),
     "… at once, without partners": Way(modules, {"partner_count": 0}),
     "… at once, no orthonormal start": Way(modules, {"orthogonal": False}),
+    "joint training": Way(joint),
+    "ZipRank": Way(loras, {}),
+    "ZipLoRA": Way(loras, {"granularity": "column"}),
     "… halves that may meet, fine-tuned": Way(modules, {"interaction": True}, {}),
 }
 
