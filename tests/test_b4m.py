@@ -88,6 +88,16 @@ def test_halves_spread_over_heads() -> None:
     assert Cut(4, 0.5, "first", False, True).frozen(64)[:32].all()
 
 
+def test_every_shape_of_sdxl_is_cut() -> None:
+    """Square layers and others, at rank 64: what the published code left out."""
+    cut = Cut(64, 0.5, "heads", False, True)
+    for d, k in ((1280, 1280), (1280, 2048), (640, 640), (640, 2048)):
+        (layer,) = Adapters.attach_named(nn.Sequential(nn.Linear(k, d)), ["0"]).layers.values()
+        fixed = cut.fixed(layer)
+        assert fixed.rows.sum() == d // 2 and fixed.columns.sum() == k // 2
+        assert torch.linalg.matrix_rank(fixed.up) == torch.linalg.matrix_rank(fixed.down) == 32
+
+
 class Alone:
     """One kind of picture gives no gradient: its prediction is its target."""
 
