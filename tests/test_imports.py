@@ -21,6 +21,7 @@ LEVELS = {
     "data": 5,
     "base": 6,
     "canvas": 7,
+    "samplers": 7,
     "sample": 8,
     "combine": 9,
     "invert": 9,

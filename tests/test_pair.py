@@ -17,7 +17,7 @@ from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
 from unbraid.data import alignment, fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import read
-from unbraid.invert import invert, reconstruct, with_ddim
+from unbraid.invert import invert, reconstruct
 from unbraid.lora import Active
 from unbraid.lowrank import delta
 from unbraid.merge import merge
@@ -27,6 +27,7 @@ from unbraid.recipe import Denoiser, Recipe, Sample, Shared
 from unbraid.render import Use, render
 from unbraid.run import run
 from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
+from unbraid.samplers import with_sampler
 from unbraid.sweep import parse_sweep, sweep_sheet
 from unbraid.train import State, train
 
@@ -177,11 +178,17 @@ def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], 
 def test_styles_share_rows_or_keep_apart(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
     """In one slot: their sum has the rank of one. Beside each other: they do not meet, and a claimed slot is refused."""
     options: dict[str, Any] = {"base": str(v_base), "subject": "cat", "previews": 0, **QUICK}
-    files = {}
-    for name, more in (("a", {}), ("b", {"seed": 1}), ("c", {"beside": [tmp_path / "a" / "style.safetensors"]})):
+    files, a_style = {}, tmp_path / "a" / "style.safetensors"
+    runs: list[tuple[str, dict[str, Any]]] = [
+        ("a", {}),
+        ("b", {"seed": 1}),
+        ("c", {"beside": [a_style]}),
+        ("free", {"orthogonal": False}),
+    ]
+    for name, more in runs:
         list(run(pair_job(*couple, style=name, out=tmp_path / name, **options, **more), device="cpu"))
         files[name] = tmp_path / name / "style.safetensors"
-    a, b, c = (read(file).modules for file in files.values())
+    a, b, c, _ = (read(file).modules for file in files.values())
     for module in a:
         product = delta(a[module]) @ delta(c[module]).T
         assert product.norm() < 1e-3 * delta(a[module]).norm() * delta(c[module]).norm()
@@ -193,8 +200,7 @@ def test_styles_share_rows_or_keep_apart(v_base: Path, couple: tuple[Path, Path]
     with pytest.raises(UsageError, match="slot 0 is claimed already"):
         pair_job(*couple, style="d", slot=0, beside=[files["a"]], out=tmp_path / "d", **options)
     with pytest.raises(UsageError, match="none of the"):
-        wide: dict[str, Any] = {**options, "rank": 16}
-        pair_job(*couple, style="d", beside=[files["a"], files["c"]], out=tmp_path / "d", **wide)
+        pair_job(*couple, style="d", beside=[files["free"]], out=tmp_path / "d", **options)
     with pytest.raises(UsageError, match="needs orthogonal rows"):
         pair_job(*couple, style="d", beside=[files["a"]], orthogonal=False, out=tmp_path / "d", **options)
 
@@ -318,7 +324,7 @@ def test_inversion_undoes_ddim(
     kind: str, request: pytest.FixtureRequest, couple: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the model is the exact denoiser of Gaussian latents of deviation 1/2, for epsilon and for v."""
-    base = with_ddim(bases.load(str(request.getfixturevalue(kind)), "cpu"))
+    base = with_sampler(bases.load(str(request.getfixturevalue(kind)), "cpu"), "ddim")
     alphas = base.pipe.scheduler.alphas_cumprod
 
     def predict(noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor) -> Tensor:

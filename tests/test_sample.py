@@ -14,6 +14,7 @@ from unbraid.files import write
 from unbraid.lora import Active, Lora
 from unbraid.render import OWN, Use, render
 from unbraid.sample import Term, classifier_free, generate
+from unbraid.samplers import SAMPLERS, with_sampler
 
 SIZE = 32
 
@@ -44,6 +45,18 @@ def test_classifier_free_guidance_equals_the_stock_pipeline(kind: str, request: 
         expected = stock(base, "a cat", seed, 5.0)
         assert expected.std() > 1, "the oracle's picture must not be blank"
         assert np.abs(as_array(image) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_equals_the_stock_pipeline(sampler: str, v_model: Base) -> None:
+    (ours,) = render(v_model, "a cat", guidance=5.0, seeds=(3,), steps=4, sampler=sampler)
+    expected = stock(with_sampler(v_model, sampler), "a cat", 3, 5.0)
+    assert expected.std() > 1 and np.abs(as_array(ours) - expected).max() <= 1
+
+
+def test_an_unknown_sampler_is_one_clear_line(v_model: Base) -> None:
+    with pytest.raises(UsageError, match="Did you mean euler"):
+        render(v_model, "a cat", sampler="eular")
 
 
 @pytest.mark.parametrize("kind", ["v_base", "eps_base"])

@@ -89,6 +89,7 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="How many pictures, at seeds SEED, SEED+1, …")] = 1,
     seed: Seed = 0,
     steps: int = 25,
+    sampler: Annotated[str, typer.Option(help="ddim, euler, euler-a, dpm++ or unipc; without, the base's own.")] = "",
     guidance: float = 4.0,
     height: int | None = None,
     width: int | None = None,
@@ -111,6 +112,7 @@ def generate(
         "negative": negative,
         "guidance": guidance,
         "steps": steps,
+        "sampler": sampler,
         "height": height,
         "width": width,
     }

@@ -1,8 +1,6 @@
 """Editing a real picture: the noise that sampling would have made it from, found by DDIM inversion with a fixed point per
 step (arXiv 2010.02502; the iteration as in ReNoise, arXiv 2403.14602)."""
 
-import copy
-
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
@@ -51,13 +49,6 @@ def reconstruct(base: Base, pixels: Pixels) -> Image.Image:
         scale, shift = base.vae.config["scaling_factor"], base.vae.config.get("shift_factor") or 0.0
         decoded = base.vae.decode(mean / scale + shift).sample  # type: ignore[union-attr]
     return base.pipe.image_processor.postprocess(decoded)[0]  # type: ignore[return-value]
-
-
-def with_ddim(base: Base) -> Base:
-    """The same base with the sampler that inversion needs."""
-    pipe = copy.copy(base.pipe)
-    pipe.scheduler = DDIMScheduler.from_config(base.pipe.scheduler.config)
-    return Base(base.name, pipe, base.device)
 
 
 def _signal_noise(alpha: Tensor) -> tuple[float, float]:

@@ -14,9 +14,10 @@ from unbraid.combine import Combine, composite, k_lora_terms, sampling_times, sw
 from unbraid.data import fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read
-from unbraid.invert import invert, with_ddim
+from unbraid.invert import invert
 from unbraid.lora import Active, Factors, Lora
 from unbraid.sample import NEGATIVE, Style, Term, generate, style_guidance
+from unbraid.samplers import with_sampler
 
 Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file, for errors, and its modules
 OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
@@ -53,6 +54,7 @@ def render(
     guidance: float = 4.0,
     seeds: Sequence[int] = (0,),
     steps: int = 25,
+    sampler: str = "",
     height: int | None = None,
     width: int | None = None,
     start: Start | None = None,
@@ -63,15 +65,15 @@ def render(
 
     `styles` guide beside it (style guidance, arXiv 2405.01536): a `scale` of 1 is w_L = `guidance`, which gives the style as it was
     trained; their `prompt` is the style's words, by default those that their files record. They count from the time `style_from`,
-    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.combine`. `start`, `control`: what to draw on, see
-    `unbraid.canvas`. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
+    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.combine`. `sampler`: one of `unbraid.samplers`, or the base's own. `start`, `control`:
+    what to draw on, see `unbraid.canvas`. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
     styles guide away from it; at strength 0 it comes back."""
     if styles and combine != "sum":
         raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
     if not 0 <= style_from <= 1:
         raise UsageError(f"a start of {style_from}", "--style-from", "Give 1 (always) to 0 (never).")
-    if edit and (uses or negative or len(seeds) > 1 or height or width or start or control):
-        fix = "Leave out LoRAs, negative prompt, size, seeds, --from and --controlnet: styles alone change it."
+    if edit and (uses or negative or len(seeds) > 1 or height or width or start or control or sampler):
+        fix = "Leave out LoRAs, negative prompt, size, seeds, sampler, --from and --controlnet: styles alone change it."
         raise UsageError("an edited picture keeps what it is", edit, fix)
     if start and (height or width):
         fix = "Leave out --height and --width, or resize the picture."
@@ -79,6 +81,7 @@ def render(
     if start and start.strength > 0 and int(steps * start.strength) < 1:
         what = f"a strength of {start.strength} leaves none of {steps} steps"
         raise UsageError(what, "--strength", "Raise it, or --steps.")
+    base = with_sampler(base, sampler) if sampler else base
     cast = _cast(prompt, uses, styles)
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(negative)
@@ -134,7 +137,7 @@ def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
     """The noise that gives a picture back, on the sampler that does so."""
     pixels = fit(open_image(file), base.size**2, base.step, file)
     height, width = pixels.values.shape[1:]
-    pipe = with_ddim(base).pipe
+    pipe = with_sampler(base, "ddim").pipe
     return Canvas(pipe, {"latents": invert(base, pixels, prompt, steps), "height": height, "width": width})
 
 
