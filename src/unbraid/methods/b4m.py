@@ -15,7 +15,7 @@ differs from the published code, and why, is in docs/b4m.md; `compat="official"`
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -33,6 +33,7 @@ Kind = Literal["content", "style"]
 Halves = Literal["heads", "first"]
 KINDS: tuple[Kind, ...] = ("content", "style")
 OWN: Mapping[str, Part] = {"content": "down", "style": "up"}
+basis = cache(rows)  # the same for every layer of a width
 CUT = ("rank", "split", "halves", "interaction", "orthogonal")  # what two modules must have in common
 
 
@@ -66,10 +67,9 @@ def break_(
     everything: frozenset[Part] = frozenset((own, other))
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
-        cut = Cut(rank, split, halves, interaction, orthogonal)
-        made = {name: cut.fresh(layer) for name, layer in adapters.layers.items()}
         del rng
-        adapters.add("module", made)
+        cut = Cut(rank, split, halves, interaction, orthogonal)
+        adapters.add("module", {name: cut.fresh(layer) for name, layer in adapters.layers.items()})
 
     def active(part: Part) -> tuple[Active, ...]:
         return (Active("module", trains=frozenset({part}) if isolated else everything),)
@@ -82,9 +82,9 @@ def break_(
     if partner_count:
         rates["module", other] = Rate(partner_lr)
     shared = frozenset(("noise", "timestep"))
-    return (
-        Recipe(prepare, lambda step: tuple(branches), rates, steps, shared, after_step=partial(_last, steps, other)),
-    )
+    last = partial(_last, steps, other)
+    # no clipping: a common norm would let the partners' loss scale the module's gradient
+    return (Recipe(prepare, lambda step: tuple(branches), rates, steps, shared, clip=None, after_step=last),)
 
 
 def make(
@@ -118,10 +118,9 @@ def make(
     branches = tuple(Branch(role, role, active) for role in roles)
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
-        cut, made = Cut(rank, split, halves, interaction, orthogonal), {}
+        cut, made, styles = Cut(rank, split, halves, interaction, orthogonal), {}, adapters.folded("style")
         for name, content in adapters.folded("content").items():
-            lora = cut.joined(content, adapters.folded("style")[name], name)
-            made[name] = cut.opened(adapters.layers[name], lora)
+            made[name] = cut.opened(adapters.layers[name], cut.joined(content, styles[name], name))
             if compat == "official" and len(content.up) == content.down.shape[1]:
                 _redraw(made[name], rng)
         adapters.add("merged", made)
@@ -130,9 +129,8 @@ def make(
     rates: Rates = {("merged", part): Rate(lr) for part in parts}
     shared = frozenset(("noise", "timestep"))
     way = partial(riemannian, delta=delta) if optimizer == "riemannian" else adamw
-    clip = (
-        None if optimizer == "riemannian" else 1.0
-    )  # a common norm would make the step depend on the factors' shares again
+    # one norm over all factors would make the step depend again on how a product is shared out
+    clip = None if optimizer == "riemannian" else 1.0
     return (Recipe(prepare, lambda step: branches, rates, fine_tune, shared, clip=clip, optimizer=way, stop=stop),)
 
 
@@ -156,11 +154,11 @@ class Cut:
         frozen_rows, frozen_columns = self.frozen(d), self.frozen(k)
         up, down = torch.zeros(d, self.rank), torch.zeros(self.rank, k)
         if self.orthogonal:
-            up[frozen_rows, :half] = rows(int(frozen_rows.sum()), half, 0).T
-            down[half:, frozen_columns] = rows(int(frozen_columns.sum()), half, 0)
+            up[frozen_rows, :half] = basis(int(frozen_rows.sum()), half, 0).T
+            down[half:, frozen_columns] = basis(int(frozen_columns.sum()), half, 0)
         else:  # columns of one orthonormal matrix, cut by rows: as correlated as noise, and met in every rank
-            up[frozen_rows] = rows(d, self.rank, 0).T[frozen_rows]
-            down[:, frozen_columns] = rows(k, self.rank, 1)[:, frozen_columns]
+            up[frozen_rows] = basis(d, self.rank, 0).T[frozen_rows]
+            down[:, frozen_columns] = basis(k, self.rank, 1)[:, frozen_columns]
         ranks = torch.ones(self.rank)
         first = (torch.arange(self.rank) < half).float()
         free = (ranks, ranks) if self.interaction or not self.orthogonal else (first, 1 - first)
@@ -177,10 +175,10 @@ class Cut:
 
     def joined(self, content: Lora, style: Lora, name: str) -> Lora:
         """Content's down with style's up. Errors: frozen halves that are not the same."""
-        rows, columns = self.frozen(len(style.up)), self.frozen(content.down.shape[1])
+        outputs, inputs = self.frozen(len(style.up)), self.frozen(content.down.shape[1])
         same = content.down.shape == style.down.shape and content.up.shape == style.up.shape
-        same = same and torch.equal(content.down[:, columns], style.down[:, columns])
-        if not same or not torch.equal(content.up[rows], style.up[rows]):
+        same = same and torch.equal(content.down[:, inputs], style.down[:, inputs])
+        if not same or not torch.equal(content.up[outputs], style.up[outputs]):
             what = "the modules do not share their frozen halves"
             raise UsageError(what, name, "Break both on one base, with the same rank, split and halves.")
         return Lora(content.down, style.up * (style.alpha * content.alpha / self.rank**2), float(self.rank))
