@@ -200,8 +200,12 @@ def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
     """The inputs, and every use at four seeds."""
     job = ready.job
     said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
+    captioned = {role for role, files in job.images.items() if all(file in job.captions for file in files)}
     rows = [
-        (f"input: {said.get(role, role)}", list(zip(_labels(job, role, some), some, strict=False))[:SHOWN])
+        (
+            "input, under its own prompt" if role in captioned else f"input: {said.get(role, role)}",
+            list(zip(_labels(job, role, some), some, strict=False))[:SHOWN],
+        )
         for role, some in ready.images.items()
     ]
     rows += [
@@ -212,4 +216,7 @@ def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
 
 
 def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:
-    return [path.name for path in job.images.get(role, ())] or [f"drawn by {_source(job, role).name}"] * len(images)
+    """What stands under each picture: its own prompt, else its file, else which LoRA drew it."""
+    return [job.captions.get(path, path.name) for path in job.images.get(role, ())] or [
+        f"drawn by {_source(job, role).name}"
+    ] * len(images)
