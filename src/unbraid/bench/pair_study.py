@@ -183,52 +183,71 @@ COLUMNS = ("style", "structure", "content", "leak")
 
 
 def report(work: Path) -> str:
-    """One row per way, over both styles: means ± standard errors, and the harmonic mean of style and structure."""
+    """Three tables: every way over all styles, the harmonic means of style and structure by style and seed, and style over strength."""
     judge = load_judge()
     lines = [f"| | {' | '.join(COLUMNS)} | style × structure | pictures |", "|---" * (len(COLUMNS) + 3) + "|"]
+    by_style = [f"| | {' | '.join(LOOKS)} |", "|---" * (len(LOOKS) + 1) + "|"]
     for name in (BASE, *WAYS):
-        rows = [
-            row
-            for seed in SEEDS
+        cells = {
+            (look.style, seed): scores(
+                judge, _drawn(work, name, look, seed), _drawn(work, BASE, look, seed), look, OTHERS
+            )
             for look in LOOKS.values()
-            for row in scores(judge, _drawn(work, name, look, seed), _drawn(work, BASE, look, seed), look, OTHERS)
-        ]
-        if rows:
-            cells = [with_error([row[column] for row in rows]) for column in COLUMNS]
-            style, structure = (statistics.mean(row[column] for row in rows) for column in COLUMNS[:2])
-            lines.append(f"| {name} | {' | '.join(cells)} | **{harmonic(style, structure):.3f}** | {len(rows)} |")
+            for seed in SEEDS
+        }
+        if rows := [row for some in cells.values() for row in some]:
+            values = [with_error([row[column] for row in rows]) for column in COLUMNS]
+            lines.append(f"| {name} | {' | '.join(values)} | **{_mean(rows):.3f}** | {len(rows)} |")
+            seeds = [" / ".join(f"{_mean(cells[style, seed]):.3f}" for seed in SEEDS) for style in LOOKS]
+            by_style.append(f"| {name} | {' | '.join(seeds)} |")
     true = [
         alignment(to_image(before), to_image(after))
         for look in LOOKS.values()
         for before, after in map(look.pair, OTHERS)
     ]
-    return "\n".join([*lines, f"| the artists' own pairs | 1 | {with_error(true)} | 1 | | | {len(true)} |"])
+    lines.append(f"| the artists' own pairs | 1 | {with_error(true)} | 1 | | | {len(true)} |")
+    strengths = ["| style at strength | " + " | ".join(f"{one:g}" for one in STRENGTHS) + " |", "|---" * 8 + "|"]
+    for look in LOOKS.values():
+        for name, label in LABELS.items():
+            strengths.append(
+                f"| {look.style}, {label} | {' | '.join(f'{x:.2f}' for x in _curve(work, name, look)['style'])} |"
+            )
+    return "\n".join([*lines, "", *by_style, "", *strengths])
+
+
+def _mean(rows: list[dict[str, float]]) -> float:
+    """The harmonic mean of mean style and mean structure."""
+    if not rows:
+        return float("nan")
+    style, structure = (statistics.mean(row[column] for row in rows) for column in COLUMNS[:2])
+    return harmonic(style, structure)
+
+
+@cache
+def _curve(work: Path, name: str, look: Look) -> dict[str, list[float]]:
+    """Column → its mean at every strength; NaN where nothing is drawn."""
+    plain, subjects = _drawn(work, BASE, look, SEEDS[0]), OTHERS[::4]
+    folders = [work / "sweep" / _slug(name) / look.style / f"{strength:g}" for strength in STRENGTHS]
+    rows = [scores(load_judge(), folder, plain, look, subjects) for folder in folders]
+    return {
+        what: [statistics.mean(one[what] for one in some) if some else float("nan") for some in rows]
+        for what in COLUMNS
+    }
 
 
 def sweep_plot(work: Path, out: Path) -> Path:
     """Style and content over strength, a column per style: the paper's claim in one picture."""
     from matplotlib.figure import Figure
 
-    judge, subjects = load_judge(), OTHERS[::4]
     figure = Figure(figsize=(3 * len(LOOKS), 5.2), layout="constrained")
     axes = figure.subplots(2, len(LOOKS), sharex=True, sharey="row", squeeze=False)
     for column, look in enumerate(LOOKS.values()):
-        for name in SWEPT:
-            rows = [
-                scores(
-                    judge,
-                    work / "sweep" / _slug(name) / look.style / f"{strength:g}",
-                    _drawn(work, BASE, look, SEEDS[0]),
-                    look,
-                    subjects,
-                )
-                for strength in STRENGTHS
-            ]
-            for row, what in enumerate(("style", "content")):
-                means = [statistics.mean(one[what] for one in some) if some else float("nan") for some in rows]
-                axes[row, column].plot(STRENGTHS, means, marker="o", markersize=3, label=LABELS[name])
-                axes[row, column].set_ylabel(f"{what}: cosine to the truth" if not column else "")
-                axes[row, column].grid(alpha=0.3)
+        for row, what in enumerate(("style", "content")):
+            for name, label in LABELS.items():
+                values = _curve(work, name, look)[what]
+                axes[row, column].plot(STRENGTHS, values, marker="o", markersize=3, label=label)
+            axes[row, column].set_ylabel(f"{what}: cosine to the truth" if not column else "")
+            axes[row, column].grid(alpha=0.3)
         axes[0, column].set_title(look.style, fontsize=10)
         axes[1, column].set_xlabel("strength")
     axes[0, 0].legend(fontsize=7)

@@ -163,14 +163,18 @@ def report(work: Path) -> str:
 
 
 def _leads(by_run: dict[str, dict[tuple[str, str, int], float]]) -> Iterator[str]:
-    """Run by run, how far the last contender's harmonic mean is ahead of each other one's."""
+    """Run by run, how far the last contender's harmonic mean is ahead of each other one's; over all seeds, and by seed."""
     *others, best = by_run
     for name in others:
-        both = [by_run[best][one] - by_run[name][one] for one in RUNS if one in by_run[best] and one in by_run[name]]
-        if len(both) > 1:
-            error = statistics.stdev(both) / len(both) ** 0.5
-            ahead = sum(lead > 0 for lead in both)
-            yield f"{best} − {name}, run by run: {statistics.mean(both):+.3f} ± {error:.3f}, ahead in {ahead} of {len(both)}"
+        leads = {
+            one: by_run[best][one] - by_run[name][one] for one in RUNS if one in by_run[best] and one in by_run[name]
+        }
+        groups = {"": list(leads.values())}
+        groups |= {f", seed {seed}": [lead for one, lead in leads.items() if one[2] == seed] for seed in SEEDS}
+        for title, some in groups.items():
+            if len(some) > 1:
+                ahead = sum(lead > 0 for lead in some)
+                yield f"{best} − {name}, run by run{title}: {with_error(some)}, ahead in {ahead} of {len(some)}"
 
 
 def _ceiling(judge: Judge) -> list[tuple[str, float, float]]:
