@@ -69,7 +69,7 @@ class Adapters:
     """The adapters on one model: attach, activate, detach."""
 
     layers: dict[str, AdaptedLinear]
-    _model: nn.Module
+    model: nn.Module
     _activity: _Activity
     names: list[str] = field(default_factory=list)
 
@@ -89,14 +89,16 @@ class Adapters:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             layers[name] = AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
-        for name, layer in layers.items():
-            _set(model, name, layer)
+        place(model, layers)
         return cls(layers, model, activity)
 
     def detach(self) -> None:
         """Take every adapted layer out again; the model is what it was, bit for bit."""
-        for name, layer in self.layers.items():
-            _set(self._model, name, layer.base)
+        place(self.model, {name: layer.base for name, layer in self.layers.items()})
+
+    def attach_again(self) -> None:
+        """Undo `detach`."""
+        place(self.model, self.layers)
 
     def add(self, adapter: str, factors: Mapping[str, Factors], where: object = None) -> None:
         """Add an adapter: layer name → factors. Shapes must fit; `where` names its file in an error."""
@@ -172,6 +174,11 @@ class Adapters:
             self._activity.work = before
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in their places. Jobs that take turns on one model do it at every step: hence no walk along each name."""
+    parents: dict[str, nn.Module] = {"": model}
+    for name, module in modules.items():
+        path, _, leaf = name.rpartition(".")
+        if path not in parents:
+            parents[path] = model.get_submodule(path)
+        parents[path]._modules[leaf] = module

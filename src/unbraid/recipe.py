@@ -68,3 +68,14 @@ class Denoiser(Protocol):
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a step wants to know: the losses of some branches, and, if it `learns`, their weighted gradients in the adapters."""
+
+    model: Denoiser
+    adapters: Adapters
+    branches: Sequence[Branch]
+    samples: Sequence[Sample]
+    learns: bool = True

@@ -1,11 +1,13 @@
 """The trainer: a recipe says what every step is; `train` yields the steps and does nothing else.
 
-It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save.
+It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save. `course` is the same
+without the passes through the model: it asks for them, so that several courses can have theirs together (unbraid.many).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Branch
-from unbraid.recipe import Denoiser, Recipe, Sample, Stop
+from unbraid.recipe import Ask, Denoiser, Recipe, Sample, Stop
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,46 @@ def train(
 ) -> Iterator[Step]:
     """Run `recipe` from `state.step` to its end, one optimiser step per item. `at_once` branches share a forward
     pass (equal shapes only); the result is the same, memory and speed are not. `lessons`: see there."""
+    return alone(course(model, recipe, state, lessons), at_once)
+
+
+def course(
+    model: Denoiser, recipe: Recipe, state: State, lessons: Sequence[Sequence[Sample]] | None = None
+) -> Generator[Step | Ask, list[Tensor], None]:
+    """`train`, but for the passes: whoever runs it answers each `Ask` with its losses."""
     while state.step < recipe.steps:
-        step = _step(model, recipe, state, at_once, lessons)
-        if recipe.stop and state.step % recipe.stop.every == 0 and not _goes_on(model, recipe, recipe.stop, state):
-            state.step = recipe.steps
+        step = yield from _step(model, recipe, state, lessons)
+        if recipe.stop and state.step % recipe.stop.every == 0:
+            goes_on = yield from _goes_on(model, recipe, recipe.stop, state)
+            if not goes_on:
+                state.step = recipe.steps
         if state.step == recipe.steps:
             state.take_best()
         yield step
+
+
+def alone(script: Generator[T | Ask, list[Tensor], None], at_once: int) -> Iterator[T]:
+    """Run what asks for passes by itself; what else it yields is handed on."""
+    try:
+        said = next(script)
+        while True:
+            if isinstance(said, Ask):
+                said = script.send(answer(said, at_once))
+            else:
+                yield said
+                said = script.send([])
+    except StopIteration:
+        return
+
+
+def answer(ask: Ask, at_once: int) -> list[Tensor]:
+    """The losses of each branch, unweighted; `at_once` of them share a pass."""
+    losses: list[Tensor] = []
+    with torch.set_grad_enabled(ask.learns):
+        for chunk in _chunks(ask.samples, at_once):
+            some, samples = [ask.branches[i] for i in chunk], [ask.samples[i] for i in chunk]
+            losses += _backward(ask.model, ask.adapters, some, samples)
+    return losses
 
 
 def lessons(
@@ -125,17 +162,16 @@ def lessons(
 
 
 def _step(
-    model: Denoiser, recipe: Recipe, state: State, at_once: int, lessons: Sequence[Sequence[Sample]] | None
-) -> Step:
+    model: Denoiser, recipe: Recipe, state: State, lessons: Sequence[Sequence[Sample]] | None
+) -> Generator[Ask, list[Tensor], Step]:
     adapters, index = state.adapters, state.step
     branches = recipe.branches(index)
     samples = lessons[index] if lessons else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
     losses: list[Tensor] = []
-    chunks = _chunks(samples, 1 if recipe.in_turn else at_once)
-    for chunk in chunks:
-        some = [branches[i] for i in chunk]
-        losses += _backward(model, adapters, some, [samples[i] for i in chunk])
-        if recipe.in_turn and chunk is not chunks[-1]:
+    size = 1 if recipe.in_turn else max(len(branches), 1)
+    for i in range(0, len(branches), size):
+        losses += yield Ask(model, adapters, branches[i : i + size], samples[i : i + size])
+        if i + size < len(branches):
             _clip(state.optimizer, recipe.clip)
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -187,13 +223,12 @@ def _answers(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], sa
         return model.predict(samples, [teacher.prompt for teacher in teachers])
 
 
-@torch.no_grad()
-def _goes_on(model: Denoiser, recipe: Recipe, stop: Stop, state: State) -> bool:
+def _goes_on(model: Denoiser, recipe: Recipe, stop: Stop, state: State) -> Generator[Ask, list[Tensor], bool]:
     """Early stopping's look at the mean loss of its branches."""
-    rng, losses = torch.Generator().manual_seed(0), []
-    for branch in stop.branches:
-        for sample in [model.draw([branch.image], recipe.shared, rng)[0] for _ in range(stop.samples)]:
-            losses += _backward(model, state.adapters, [branch], [sample])
+    rng = torch.Generator().manual_seed(0)
+    branches = [branch for branch in stop.branches for _ in range(stop.samples)]
+    samples = [model.draw([branch.image], recipe.shared, rng)[0] for branch in branches]
+    losses = yield Ask(model, state.adapters, branches, samples, learns=False)
     return state.judged(float(torch.stack(losses).mean()), stop.patience)
 
 
