@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from unbraid.errors import UsageError
-from unbraid.recipe import Sample, Shared
+from unbraid.recipe import Denoiser, Sample, Shared
 
 Family = Literal["sdxl", "sd15"]
 Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline
@@ -176,6 +176,13 @@ class Studies:
         sizes = torch.cat([sample.sizes for sample in samples])
         encoded = [self.encoded[sample.prompt or role] for sample, role in zip(samples, prompts, strict=True)]
         return self.base.predict(noisy, t, encoded, sizes)
+
+
+def joined(models: Mapping[str, Denoiser]) -> Studies:
+    """Studies of one base as one, with prompts by KEY/ROLE; it draws nothing."""
+    found = {key: model for key, model in models.items() if isinstance(model, Studies)}
+    prompts = {f"{key}/{role}": prompt for key, one in found.items() for role, prompt in one.encoded.items()}
+    return Studies(next(iter(found.values())).base, {}, prompts)
 
 
 def load(name: str = "icons", device: str | None = None) -> Base:

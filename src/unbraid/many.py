@@ -1,0 +1,147 @@
+"""Many jobs over one frozen base: each goes its own way, and their passes through the model are one.
+
+A job is a generator that asks for passes (`train.course`, or a whole run). It is run up to its next question with its own
+adapters in the model; then all questions are answered together, by a batch in which every row has its own job's adapters. So
+each job keeps its own random numbers, optimiser, state, penalty, hooks and clipping, and comes out as if it had run by itself, up to rounding.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from unbraid.adapters import Adapters
+from unbraid.errors import UsageError
+from unbraid.lora import Active, Branch
+from unbraid.recipe import Ask, Denoiser, Recipe
+from unbraid.rows import RowAdapters
+from unbraid.train import State, Step, answer, course
+
+T = TypeVar("T")
+Script = Generator[T | Ask, list[Tensor], None]
+Join = Callable[[Mapping[str, Denoiser]], Denoiser]  # models of several jobs → one, with prompts by JOB/ROLE
+
+
+def train_many(
+    jobs: Sequence[tuple[Denoiser, Recipe, State]], join: Join, at_once: int
+) -> Generator[tuple[int, Step | UsageError]]:
+    """`train` of several jobs, `at_once` of them at a time: (which job, its step). A job that fails ends with its error.
+    Its state may be saved when its own step comes; at other times its next samples are drawn already."""
+    for _, _, state in jobs:
+        state.adapters.detach()
+    return together([course(model, recipe, state) for model, recipe, state in jobs], join, lambda: at_once)
+
+
+def together(
+    scripts: Iterable[Script[T]], join: Join, at_once: Callable[[], int]
+) -> Generator[tuple[int, T | UsageError]]:
+    """Run scripts, as many at a time as `at_once` says; yields (which, what it yields) and, if it fails, its error. Those on
+    one model share their passes. At the start no adapters may be in the models."""
+    waiting, alive, joint = enumerate(scripts), list[_Job[T]](), _Joint(join)
+    while True:
+        for job in alive:
+            yield from job.on()
+        alive = [job for job in alive if job.ask]
+        while len(alive) < at_once() and (found := next(waiting, None)):
+            job = _Job(*found)
+            yield from job.on()
+            alive += [job] if job.ask else []
+        if not alive:
+            return
+        joint.answer(alive)
+
+
+@dataclass
+class _Job(Generic[T]):
+    number: int
+    script: Script[T]
+    ask: Ask | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def adapters(self) -> Adapters:
+        assert self.ask and isinstance(self.ask.adapters, Adapters)
+        return self.ask.adapters
+
+    def on(self) -> Generator[tuple[int, T | UsageError]]:
+        """Up to its next question, or to its end."""
+        adapters = self.adapters if self.ask else None
+        if adapters:
+            adapters.attach_again()
+        try:
+            said = self.script.send(self.losses) if self.ask else next(self.script)
+            while not isinstance(said, Ask):
+                yield self.number, said
+                said = self.script.send([])
+            self.ask = said
+            adapters = self.adapters
+        except StopIteration:
+            self.ask = None
+        except UsageError as error:
+            self.ask = None
+            yield self.number, error
+        finally:
+            if adapters:
+                adapters.detach()
+
+
+class _Joint:
+    """What the jobs at work have in common; made anew when one comes or goes."""
+
+    def __init__(self, join: Join) -> None:
+        self.join = join
+        self.made: dict[tuple[int, ...], tuple[Denoiser, RowAdapters]] = {}
+
+    def answer(self, jobs: Sequence[_Job[T]]) -> None:
+        groups: dict[tuple[int, bool], list[_Job[T]]] = {}
+        for job in jobs:
+            assert job.ask
+            groups.setdefault((id(job.adapters.model), job.ask.learns), []).append(job)
+        used = [tuple(job.number for job in group) for group in groups.values()]
+        self.made = {key: made for key, made in self.made.items() if key in used}
+        for key, group in zip(used, groups.values(), strict=True):
+            if key not in self.made:
+                self.made[key] = self._make(group)
+            _answer(group, *self.made[key])
+
+    def _make(self, jobs: Sequence[_Job[T]]) -> tuple[Denoiser, RowAdapters]:
+        model = self.join({str(job.number): job.ask.model for job in jobs if job.ask})
+        return model, RowAdapters({str(job.number): job.adapters for job in jobs})
+
+
+def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: RowAdapters) -> None:
+    """All branches of all jobs in one batch per shape of latents, like ones side by side."""
+    asked = [(job, job.ask, i) for job in jobs if job.ask for i in range(len(job.ask.branches))]
+    asked.sort(key=lambda one: (tuple(one[1].samples[one[2]].noisy.shape), _kind(one[1].branches[one[2]])))
+    branches = [_named(ask.branches[i], job.number) for job, ask, i in asked]
+    samples = [
+        replace(sample, prompt=f"{job.number}/{sample.prompt}") if (sample := ask.samples[i]).prompt else sample
+        for job, ask, i in asked
+    ]
+    with adapters.attached():
+        losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+    for job in jobs:
+        job.losses = [losses[0]] * len(job.ask.branches) if job.ask else []
+    for (job, _, i), loss in zip(asked, losses, strict=True):
+        job.losses[i] = loss
+
+
+@lru_cache(4096)
+def _kind(branch: Branch) -> str:
+    return repr(branch)
+
+
+@lru_cache(4096)
+def _named(branch: Branch, job: int) -> Branch:
+    """The branch with the names of one job."""
+
+    def active(one: Active) -> Active:
+        return replace(
+            one, adapter=f"{job}/{one.adapter}", prompt=None if one.prompt is None else f"{job}/{one.prompt}"
+        )
+
+    teacher = branch.teacher and _named(branch.teacher, job)
+    named = tuple(active(one) for one in branch.active)
+    return replace(branch, prompt=f"{job}/{branch.prompt}", active=named, teacher=teacher)
