@@ -5,7 +5,7 @@ adapters in the model; then all questions are answered together, by a batch in w
 each job keeps its own random numbers, optimiser, state, penalty, hooks and clipping, and comes out as if it had run by itself, up to rounding.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -15,12 +15,11 @@ from torch import Tensor
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch
-from unbraid.recipe import Ask, Denoiser, Recipe
+from unbraid.recipe import Ask, Denoiser, Recipe, Script, go_on
 from unbraid.rows import RowAdapters
 from unbraid.train import State, Step, answer, course
 
 T = TypeVar("T")
-Script = Generator[T | Ask, list[Tensor], None]
 Join = Callable[[Mapping[str, Denoiser]], Denoiser]  # models of several jobs → one, with prompts by JOB/ROLE
 
 
@@ -71,14 +70,12 @@ class _Job(Generic[T]):
         if adapters:
             adapters.attach_again()
         try:
-            said = self.script.send(self.losses) if self.ask else next(self.script)
-            while not isinstance(said, Ask):
+            said = go_on(self.script, self.losses) if self.ask else next(self.script, None)
+            while said is not None and not isinstance(said, Ask):
                 yield self.number, said
-                said = self.script.send([])
+                said = go_on(self.script, [])
             self.ask = said
-            adapters = self.adapters
-        except StopIteration:
-            self.ask = None
+            adapters = self.adapters if said else adapters
         except UsageError as error:
             self.ask = None
             yield self.number, error

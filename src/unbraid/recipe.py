@@ -1,9 +1,9 @@
 """A training run as data: what every step is, and what the trainer needs of a base model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from unbraid.adapters import ATTENTION, Adapters
 from unbraid.lora import Active, Branch
 from unbraid.optim import Rates, adamw
 
+T = TypeVar("T")
 Shared = Literal["noise", "timestep", "crop"]
 Hook = Callable[[Adapters, int], None]
 Last = Callable[[Adapters, int], bool | None]
@@ -89,3 +90,14 @@ class Ask:
     branches: Sequence[Branch]
     samples: Sequence[Sample]
     learns: bool = True
+
+
+Script = Generator[T | Ask, list[Tensor], None]
+
+
+def go_on(script: Script[T], losses: list[Tensor]) -> T | Ask | None:
+    """Send an answer, or an empty one where nothing was asked; what comes next, None at the end."""
+    try:
+        return script.send(losses)
+    except StopIteration:
+        return None

@@ -1,8 +1,9 @@
 """One run: a method on images, into one folder with run.toml, events.jsonl, previews, pictures and the LoRA files."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,16 +13,17 @@ from unbraid import folder, mergers, pictures
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.data import fit, open_image
+from unbraid.errors import UsageError
 from unbraid.files import read, write
 from unbraid.job import Job, metadata, prompts_of, record
 from unbraid.lora import Active, Lora
 from unbraid.merge import merge
 from unbraid.merger_plot import mergers_plot
 from unbraid.methods import METHODS, Output
-from unbraid.recipe import Recipe
+from unbraid.recipe import Ask, Recipe, Script, go_on
 from unbraid.render import attach
 from unbraid.sample import NEGATIVE, classifier_free, generate
-from unbraid.train import State, Step, lessons, train
+from unbraid.train import State, Step, alone, course, lessons
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
@@ -57,22 +59,35 @@ class _Run:
 def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterator[Progress]:
     """Train `job` into its folder, yielding what happens. Killed at any moment, `resume=True` goes on from the last
     saved state and ends with the same files, bit for bit on a CPU."""
+    return alone(script(job, resume, partial(load, device=device)), AT_ONCE)
+
+
+def script(job: Job, resume: bool, find: Callable[[str], Base]) -> Script[Progress]:
+    """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`:
+    name → base, with nothing in its model; at the end it is so again."""
     texts = prompts_of(job)
     opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
     warnings = METHODS[job.method].check(opened, job.images)
-    ready = _prepare(job, texts, opened, device)
-    folder.claim(job.out, record(job, texts), resume)
-    for role in ready.images.keys() - opened.keys():
+    ready = _prepare(job, texts, opened, find(job.base))
+    try:
+        folder.claim(job.out, record(job, texts), resume)
+        for warning in warnings:
+            yield Progress(0, ready.recipe.steps, warning=warning)
+        yield from _conduct(ready, texts, resume)
+    finally:
+        ready.adapters.detach()
+
+
+def _conduct(ready: _Run, texts: Mapping[str, str], resume: bool) -> Script[Progress]:
+    job, total = ready.job, ready.recipe.steps
+    for role in ready.images.keys() - job.images.keys():
         for i, image in enumerate(ready.images[role]):
             pictures.save_image(image, job.out / "drawn" / f"{role}_{i}.png")
-    for warning in warnings:
-        yield Progress(0, ready.recipe.steps, warning=warning)
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
         ready.state.restore(saved)
     events = folder.Events(job.out, ready.state.step)
     yield from _train(ready, events, begin)
-    total = ready.recipe.steps
     if mergers.collapsed(mergers.summary(ready.adapters)):
         warning = "the coefficients collapsed: all LoRAs were weakened alike. Lower lr or weight, or use similarity=cos"
         yield Progress(total, total, warning=warning)
@@ -81,22 +96,25 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
     (job.out / folder.STATE).unlink(missing_ok=True)
 
 
-def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], device: str | None) -> _Run:
-    base = load(job.base, device)
+def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> _Run:
     (recipe,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
     adapters = started or Adapters.attach(base.unet, recipe.targets)
-    images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
-    captions = {f"caption {path}": base.encode_prompt(text) for path, text in job.captions.items()}
-    encoded = {
-        role: [
-            _picture(base, image, where, f"caption {where}" if where in job.captions else None)
-            for image, where in zip(some, job.images.get(role) or [_source(job, role)] * len(some), strict=True)
-        ]
-        for role, some in images.items()
-    }
-    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
+    try:
+        images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
+        captions = {f"caption {path}": base.encode_prompt(text) for path, text in job.captions.items()}
+        encoded = {
+            role: [
+                _picture(base, image, where, f"caption {where}" if where in job.captions else None)
+                for image, where in zip(some, job.images.get(role) or [_source(job, role)] * len(some), strict=True)
+            ]
+            for role, some in images.items()
+        }
+        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
+    except UsageError:
+        adapters.detach()
+        raise
     return _Run(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
 
 
@@ -123,24 +141,29 @@ def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) ->
     return replace(base.encode_picture(pixels.values, pixels.sizes), prompt=prompt)
 
 
-def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Iterator[Progress]:
+def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     taught = (
         lessons(ready.studies, ready.recipe, state.adapters, begin, state.step) if ready.recipe.fixed_teachers else None
     )
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
-    saved = time.monotonic()
-    for step in train(ready.studies, ready.recipe, state, AT_ONCE, taught):
+    saved, training = time.monotonic(), course(ready.studies, ready.recipe, state, taught)
+    said = next(training, None)
+    while said:
+        if isinstance(said, Ask):
+            said = go_on(training, (yield said))
+            continue
         events.add(
-            step=step.index, loss=step.loss, losses=step.losses, norm=step.norm, **mergers.summary(ready.adapters)
+            step=said.index, loss=said.loss, losses=said.losses, norm=said.norm, **mergers.summary(ready.adapters)
         )
-        yield Progress(state.step, steps, step=step)
+        yield Progress(state.step, steps, step=said)
         if state.step in preview_at:
             yield Progress(state.step, steps, file=_preview(ready))
         if time.monotonic() - saved > SAVE_EVERY or state.step == steps:
             events.flush()
             folder.save_state(job.out, state.tensors())
             saved = time.monotonic()
+        said = go_on(training, [])
 
 
 def _preview(ready: _Run) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Branch
-from unbraid.recipe import Activates, Ask, Denoiser, Recipe, Sample, Stop
+from unbraid.recipe import Activates, Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ def train(
 
 def course(
     model: Denoiser, recipe: Recipe, state: State, lessons: Sequence[Sequence[Sample]] | None = None
-) -> Generator[Step | Ask, list[Tensor], None]:
+) -> Script[Step]:
     """`train`, but for the passes: whoever runs it answers each `Ask` with its losses."""
     while state.step < recipe.steps:
         step = yield from _step(model, recipe, state, lessons)
@@ -120,18 +120,15 @@ def course(
         yield step
 
 
-def alone(script: Generator[T | Ask, list[Tensor], None], at_once: int) -> Iterator[T]:
+def alone(script: Script[T], at_once: int) -> Iterator[T]:
     """Run what asks for passes by itself; what else it yields is handed on."""
-    try:
-        said = next(script)
-        while True:
-            if isinstance(said, Ask):
-                said = script.send(answer(said, at_once))
-            else:
-                yield said
-                said = script.send([])
-    except StopIteration:
-        return
+    said = next(script, None)
+    while said is not None:
+        if isinstance(said, Ask):
+            said = go_on(script, answer(said, at_once))
+        else:
+            yield said
+            said = go_on(script, [])
 
 
 def answer(ask: Ask, at_once: int) -> list[Tensor]:
