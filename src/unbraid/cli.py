@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from unbraid.cli_batch import app as batch_commands
 from unbraid.cli_files import app as file_commands
-from unbraid.cli_run import BaseName, Seed, console, run_job
+from unbraid.cli_run import BaseName, Seed, Todo, console, run_job
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 
@@ -19,7 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.registered_commands += [*training_commands.registered_commands, *file_commands.registered_commands]
+app.registered_commands += [
+    command
+    for commands in (training_commands, batch_commands, file_commands)
+    for command in commands.registered_commands
+]
 
 
 def _version(wanted: bool) -> bool:
@@ -196,7 +201,10 @@ def _scaled(text: str) -> tuple[str, float]:
 def main() -> None:
     """Entry point. 0 done, 1 UsageError, 2 wrong command line, 130 interrupted (resumable)."""
     try:
-        code = app(standalone_mode=False) or 0
+        done = app(standalone_mode=False)
+        if isinstance(done, Todo):
+            run_job(done.job, done.resume, done.quiet)
+        code = done if isinstance(done, int) else 0
     except UsageError as error:
         print(f"unbraid: {error}", file=sys.stderr)
         code = 1

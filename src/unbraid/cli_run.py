@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,15 @@ OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
         "method image images words subject style content prompt prompts class_prompt class_images also loras roles single before after pairs beside kind fine_tune"
     ).split()
 )
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What a training verb returns: `main` runs it, `batch` puts it beside others."""
+
+    job: Any
+    resume: bool
+    quiet: bool
 
 
 def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unbraid.cli_run import BaseName, Config, Out, Previews, Quiet, Resume, Seed, Set, console, options, run_job
+from unbraid.cli_run import BaseName, Config, Out, Previews, Quiet, Resume, Seed, Set, Todo, console, options
 from unbraid.errors import UsageError
 
 app = typer.Typer()
@@ -25,13 +25,13 @@ def split(
     set_: Set = None,
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> Todo:
     """One image → content.safetensors and style.safetensors."""
     from unbraid.api import split_job
 
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     job = split_job(image, subject=subject, style=style, method=method, **given)
-    run_job(job, resume, quiet)
+    return Todo(job, resume, quiet)
 
 
 @app.command()
@@ -56,13 +56,13 @@ def pair(
     set_: Set = None,
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> Todo:
     """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
     from unbraid.api import pair_job
 
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
-    run_job(job, resume, quiet)
+    return Todo(job, resume, quiet)
 
 
 @app.command()
@@ -86,13 +86,13 @@ def learn(
     set_: Set = None,
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> Todo:
     """Images of one thing → lora.safetensors."""
     from unbraid.api import learn_job
 
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
-    run_job(job, resume, quiet)
+    return Todo(job, resume, quiet)
 
 
 @app.command(name="zip")
@@ -117,7 +117,7 @@ def zip_(
     set_: Set = None,
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> Todo:
     """Two LoRAs → the same two without interference, to be stacked at full strength."""
     from unbraid.api import zip_job
 
@@ -126,7 +126,7 @@ def zip_(
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     prompts = {"content": content_prompt, "style": style_prompt, "both": prompt}
     job = zip_job(content, style, also=also or (), images=images, prompts=prompts, method=method, **given)
-    run_job(job, resume, quiet)
+    return Todo(job, resume, quiet)
 
 
 @app.command(name="break")
@@ -146,7 +146,7 @@ def break_(
     set_: Set = None,
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> Todo:
     """One content, or one style → module.safetensors, for `make`."""
     from unbraid.modules import break_job
 
@@ -155,7 +155,7 @@ def break_(
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     kind = "content" if content else "style"
     job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
-    run_job(job, resume, quiet)
+    return Todo(job, resume, quiet)
 
 
 @app.command()
@@ -177,17 +177,17 @@ def make(
     set_: Set = None,
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> Todo | None:
     """A content and a style module → one LoRA, merged.safetensors."""
     from unbraid.modules import join, make_job
 
     if not fine_tune:
         print(join(content, style, out / "merged.safetensors"))
-        return
+        return None
     given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)
-    run_job(job, resume, quiet)
+    return Todo(job, resume, quiet)
 
 
 @app.command()

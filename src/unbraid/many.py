@@ -7,10 +7,12 @@ each job keeps its own random numbers, optimiser, state, penalty, hooks and clip
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
-from torch import Tensor
+import psutil
+import torch
+from torch import Tensor, nn
 
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
@@ -20,6 +22,7 @@ from unbraid.rows import RowAdapters
 from unbraid.train import State, Step, answer, course
 
 T = TypeVar("T")
+MOST, SHARE = 8, 0.5  # jobs at once, beyond which little is gained (docs/batch.md); of the free memory
 Join = Callable[[Mapping[str, Denoiser]], Denoiser]  # models of several jobs → one, with prompts by JOB/ROLE
 
 
@@ -30,26 +33,48 @@ def train_many(
     Its state may be saved when its own step comes; at other times its next samples are drawn already."""
     for _, _, state in jobs:
         state.adapters.detach()
-    return together([course(model, recipe, state) for model, recipe, state in jobs], join, lambda: at_once)
+    return together([course(model, recipe, state) for model, recipe, state in jobs], join, at_once)
 
 
 def together(
-    scripts: Iterable[Script[T]], join: Join, at_once: Callable[[], int]
+    scripts: Iterable[Script[T]], join: Join, at_once: int | None = None
 ) -> Generator[tuple[int, T | UsageError]]:
-    """Run scripts, as many at a time as `at_once` says; yields (which, what it yields) and, if it fails, its error. Those on
-    one model share their passes. At the start no adapters may be in the models."""
+    """Run scripts, `at_once` of them at a time, or as many as there is memory for; yields (which, what it yields) and, if it
+    fails, its error. Those on one model share their passes. At the start no adapters may be in the models."""
     waiting, alive, joint = enumerate(scripts), list[_Job[T]](), _Joint(join)
+    most, known = at_once or 1, bool(at_once)  # if not given, 1 until its passes have shown what they take
     while True:
         for job in alive:
             yield from job.on()
         alive = [job for job in alive if job.ask]
-        while len(alive) < at_once() and (found := next(waiting, None)):
+        while len(alive) < most and (found := next(waiting, None)):
             job = _Job(*found)
             yield from job.on()
             alive += [job] if job.ask else []
         if not alive:
             return
-        joint.answer(alive)
+        if known:
+            joint.answer(alive)
+        else:
+            most, known = fitting(alive[0].adapters.model, partial(joint.answer, alive)), True
+
+
+def fitting(model: nn.Module, passes: Callable[[], None]) -> int:
+    """How many jobs, 1 to MOST, there is memory for beside each other, by what the passes of one keep for their gradients."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passes()
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(MOST, int(SHARE * free / max(sum(seen.values()), 1))))
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,16 +58,16 @@ class _Run:
 def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterator[Progress]:
     """Train `job` into its folder, yielding what happens. Killed at any moment, `resume=True` goes on from the last
     saved state and ends with the same files, bit for bit on a CPU."""
-    return alone(script(job, resume, partial(load, device=device)), AT_ONCE)
+    return alone(script(job, resume, lambda job: load(job.base, device)), AT_ONCE)
 
 
-def script(job: Job, resume: bool, find: Callable[[str], Base]) -> Script[Progress]:
-    """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`:
-    name → base, with nothing in its model; at the end it is so again."""
+def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
+    """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`: the
+    job's base, with nothing in its model; at the end it is so again."""
     texts = prompts_of(job)
     opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
     warnings = METHODS[job.method].check(opened, job.images)
-    ready = _prepare(job, texts, opened, find(job.base))
+    ready = _prepare(job, texts, opened, find(job))
     try:
         folder.claim(job.out, record(job, texts), resume)
         for warning in warnings:

@@ -1,0 +1,242 @@
+"""`unbraid batch`: whole runs together equal the same runs alone, and one that fails is one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_run import cli_in_process
+
+import unbraid
+from unbraid.api import learn_job, pair_job, split_job, zip_job
+from unbraid.cli_batch import read
+from unbraid.errors import UsageError
+from unbraid.job import Job
+from unbraid.run import run
+from unbraid.runs import recorded, run_many
+
+SPLIT = {"rank": 4, "steps": 6, "window": 1, "content_lr": 1e-3, "style_lr": 1e-3}
+
+
+@pytest.fixture
+def pictures(picture: Path, tmp_path: Path) -> list[Path]:
+    """A square, a wide and a tall one."""
+    files = []
+    for i, size in enumerate(((48, 48), (64, 32), (32, 64))):
+        files.append(tmp_path / f"picture{i}.png")
+        Image.open(picture).resize(size).rotate(20 * i).save(files[-1])
+    return files
+
+
+def jobs(out: Path, base: Path, pictures: list[Path]) -> list[Job]:
+    """Two splits, a pair, a LoRA; other shapes, seeds and lengths."""
+    common = {"base": str(base), "previews": 0}
+    words = {"subject": "cat", "style": "line"}
+    after = pictures[0].with_name("other.png")
+    Image.open(pictures[0]).convert("L").save(after)
+    return [
+        split_job(pictures[0], **words, out=out / "a", seed=1, **common, **SPLIT),
+        split_job(pictures[1], **words, out=out / "b", seed=2, **common, **{**SPLIT, "steps": 9}),
+        pair_job(pictures[0], after, **words, out=out / "c", rank=4, steps=5, style_from=2, lr=1e-3, **common),
+        learn_job(pictures[2], prompt="a sks cat", out=out / "d", rank=2, steps=4, **common),
+    ]
+
+
+def same(one: Path, other: Path) -> None:
+    """The same LoRAs but for rounding. AdamW can make a whole step of a gradient that is nothing but rounding."""
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    assert (one / "run.toml").read_text() == (other / "run.toml").read_text()
+    for path in one.glob("*.safetensors"):
+        first, second = load_file(path), load_file(other / path.name)
+        assert first.keys() == second.keys()
+        a, b = (torch.cat([value.flatten().float() for value in some.values()]) for some in (first, second))
+        assert (a - b).norm() < 1e-4 * a.norm(), path
+
+
+def test_runs_together_equal_runs_alone(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
+    for job in jobs(tmp_path / "alone", v_base, pictures):
+        list(run(job, device="cpu"))
+    loras = [tmp_path / "alone" / name / "content.safetensors" for name in "ab"]
+    zipped = [
+        zip_job(*loras, out=tmp_path / name / "z", base=str(v_base), previews=0, steps=3) for name in ("alone", "many")
+    ]
+    list(run(zipped[0], device="cpu"))
+    many = [*jobs(tmp_path / "many", v_base, pictures), zipped[1]]
+    assert unbraid.batch(many, device="cpu") == [job.out for job in many]
+    for name in "abcdz":
+        same(tmp_path / "alone" / name, tmp_path / "many" / name)
+
+
+def test_previews_are_drawn_by_each_run_alone(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    def job(out: str, seed: int) -> Job:
+        options = {**SPLIT, "steps": 4, "base": str(v_base), "previews": 2, "seed": seed}
+        return split_job(picture, subject="cat", style="line", out=tmp_path / out, **options)
+
+    list(run(job("alone", 0), device="cpu"))
+    unbraid.batch([job("many", 0), job("other", 1)], device="cpu")
+    for name in ("sheet.png", "previews/step_000002.png", "previews/step_000004.png"):
+        one, two, other = (Image.open(tmp_path / folder / name).convert("L") for folder in ("alone", "many", "other"))
+        pixels = [torch.tensor(list(image.tobytes()), dtype=torch.float) for image in (one, two, other)]
+        assert (pixels[0] - pixels[1]).abs().max() <= 2, "but for rounding"
+        assert (pixels[0] - pixels[2]).abs().max() > 2, "and the other run's are not the same"
+
+
+def test_a_run_that_fails_is_one_line(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
+    table = f"""
+base = {str(v_base)!r}
+previews = 0
+subject = "cat"
+style = "line"
+[[run]]
+verb = "split"
+image = {str(pictures[0])!r}
+out = {str(tmp_path / "good")!r}
+set = {{ rank = 4, steps = 3, window = 1 }}
+[[run]]
+verb = "split"
+image = {str(pictures[1])!r}
+out = {str(tmp_path / "nan")!r}
+seed = 3
+[run.set]
+rank = 4
+steps = 4
+window = 1
+content_lr = 1e30
+[[run]]
+verb = "learn"
+images = [{str(tmp_path / "none.png")!r}]
+prompt = "a sks cat"
+out = {str(tmp_path / "none")!r}
+"""
+    file = tmp_path / "runs.toml"
+    file.write_text(table)
+    code, text = cli_in_process(["batch", str(file), "--quiet"])
+    lines = text.strip().splitlines()
+    assert code == 1 and len(lines) == 3 and "2 of 3 runs failed" in lines[2]
+    assert any("no such image" in line for line in lines[:2]) and any("the loss is nan" in line for line in lines[:2])
+    assert (tmp_path / "good" / "style.safetensors").exists() and not (tmp_path / "none").exists()
+    with pytest.raises(UsageError, match="2 of 3 runs failed"):
+        unbraid.batch(read(file), resume=True, device="cpu")
+
+
+def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """SIGKILL while some runs are at work and others wait; what is done stays as it is."""
+    run_tables = "".join(
+        f"[[run]]\nverb = 'split'\nout = {str(tmp_path / 'OUT' / str(i))!r}\nseed = {i}\n"
+        f"set = {{ rank = 4, steps = {steps}, window = 1 }}\n"
+        for i, steps in enumerate((3, 16, 16, 4))
+    )
+    common = f"base = {str(v_base)!r}\nprevious = 0\nimage = {str(picture)!r}\nsubject = 'cat'\nstyle = 'line'\n"
+    files = {}
+    for name in ("whole", "cut"):
+        files[name] = tmp_path / f"{name}.toml"
+        files[name].write_text((common + run_tables).replace("OUT", name).replace("previous", "previews"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    script = "import unbraid.run; unbraid.run.SAVE_EVERY = 0.3; from unbraid.cli import main; main()"
+    command = [sys.executable, "-c", script, "batch", "--quiet", "--at-once", "3"]
+    done = subprocess.run([*command, str(files["whole"])], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 8, done.stderr
+    process = subprocess.Popen([*command, str(files["cut"])], env=environment, stdout=subprocess.DEVNULL)
+    deadline, cut = time.monotonic() + 60, tmp_path / "cut"
+    while not ((cut / "1" / "state.safetensors").exists() and finished(cut / "0")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it must still be going when it is killed"
+    before = (cut / "0" / "style.safetensors").stat().st_mtime_ns
+    done = subprocess.run([*command, str(files["cut"]), "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (cut / "0" / "style.safetensors").stat().st_mtime_ns == before
+    for i in range(4):
+        same(tmp_path / "whole" / str(i), cut / str(i))
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "loss.png").exists() and not (folder / "state.safetensors").exists()
+
+
+def test_run_toml_is_a_run_of_a_batch(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
+    todo = jobs(tmp_path / "r", v_base, pictures)
+    for job in todo:
+        steps = run(job, device="cpu")
+        next(steps)
+        steps.close()  # type: ignore[attr-defined]
+        assert recorded(job.out / "run.toml") == job
+    files = [str(job.out / "run.toml") for job in todo]
+    assert cli_in_process(["batch", *files, "--quiet"])[1].count("holds a run already") == 4
+    assert cli_in_process(["batch", *files, "--quiet", "--resume"])[0] == 0
+    assert all((job.out / "loss.png").exists() for job in todo)
+
+
+def test_more_memory_is_not_taken_than_there_is(
+    v_base: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --at-once the first step of the first run says how many fit: with half the memory, half as many."""
+    from unbraid import many
+
+    counts = []
+    for share in (0.5, 1e-9):
+        monkeypatch.setattr(many, "SHARE", share)
+        begun: set[int] = set()
+        for which, event in run_many(jobs(tmp_path / str(share), v_base, pictures), device="cpu"):
+            assert not isinstance(event, UsageError)
+            if event.step and event.step.index == 1:
+                begun.add(which)
+            if event.file:
+                break
+        counts.append(len(begun))
+    assert counts == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ("[[run]]\nverb = 'spilt'", "run 1: there is no training verb 'spilt'"),
+        ("[[run]]\nverb = 'matrix'", "no training verb"),
+        ("[[run]]\nverb = 'split'\nimage = 'IMAGE'\nsubjct = 'cat'\nstyle = 'x'", "Did you mean 'subject'"),
+        ("[[run]]\nverb = 'split'\nimage = 'IMAGE'\nsubject = 'cat'", "style: Field required"),
+        ("[[run]]\nverb = 'split'\nimage = 'IMAGE'\nsubject = 7\nstyle = 'x'", "subject: Input should be"),
+        (
+            "[[run]]\nverb = 'split'\nimage = 'IMAGE'\nsubject = 'c'\nstyle = 'x'\nset = {rnak = 1}",
+            "Did you mean 'rank'",
+        ),
+        ("[[run]]\nverb = 'split'\nimage = 'IMAGE'\nsubject = 'c'\nstyle = 'x'\nresume = true", "has no 'resume'"),
+        ("bsae = 'icons'\n[[run]]\nverb = 'split'", "no verb has 'bsae'"),
+        ("base = 'icons'", "there are no runs in it"),
+        ("base = ", "not a TOML file"),
+        ("method = 'unziplora'", "no whole run.toml"),
+        (
+            2 * "[[run]]\nverb = 'split'\nimage = 'IMAGE'\nsubject = 'c'\nstyle = 'x'\n",
+            "run 1 and run 2 have one folder",
+        ),
+    ],
+)
+def test_bad_batches_are_one_line(table: str, what: str, picture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "runs.toml"
+    file.write_text(table.replace("IMAGE", str(picture)))
+    code, text = cli_in_process(["batch", str(file)])
+    assert code == 1 and what in text and len(text.strip().splitlines()) == 1, text
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.toml"]
+
+
+def test_the_example_of_the_docs_is_read(picture: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "batch.md").read_text()
+    example = text.split("```toml\n")[1].split("```")[0]
+    assert len(tomllib.loads(example)["run"]) >= 3
+    for name in ("fox.png", "owl.png", "photo.png", "photo-in-ink.png"):
+        Image.open(picture).save(tmp_path / name)
+    file = tmp_path / "runs.toml"
+    file.write_text(example)
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        found = read(file)
+    finally:
+        os.chdir(here)
+    assert [job.method for job in found][:2] == ["unziplora", "unziplora"]
