@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
 LEVELS = {
     "errors": 0,
+    "factorised": 0,
     "lora": 1,
     "folder": 1,
     "adapters": 2,
@@ -43,7 +44,7 @@ LEVELS = {
     "bench": 14,
     "making": 15,
 }
-TORCH_ALONE = ("lora", "adapters", "optim", "merge", "recipe", "train")
+TORCH_ALONE = ("factorised", "lora", "adapters", "optim", "merge", "recipe", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unbraid.errors import UsageError
+from unbraid.factorised import Change, Place, Rows, add_changes
 from unbraid.lora import Active, Factors, Lora
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
@@ -17,13 +18,12 @@ TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention gro
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Work:
-    """One distinct Active, the batch rows that it works on (None: all), and its prompt's embedding."""
+    """Rows of the batch that have the same adapters, and these, with each one's own prompt."""
 
-    active: Active
-    rows: Tensor | None
-    prompt: Tensor | None
+    rows: Rows
+    active: tuple[tuple[Active, Tensor | None], ...]
 
 
 @dataclass
@@ -51,17 +51,21 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         y = self.base(x)
+        work = list(self._work())
+        return add_changes(y, x, work) if work else y
+
+    def _work(self) -> Iterator[tuple[Place, list[Change]]]:
+        """What is to be added, by what it is added to."""
         for work in self.activity.work:
-            if work.active.adapter not in self.adapters:
-                continue
-            factors = self.adapters[work.active.adapter]
-            assert isinstance(factors, Factors)
-            seen = x if work.rows is None else x[work.rows]
-            if self.own_prompt and work.prompt is not None:
-                seen = work.prompt.to(x.dtype).expand(len(seen), -1, -1)
-            delta = factors.delta(seen, work.active)
-            y = y + delta if work.rows is None else y.index_add(0, work.rows, delta)
-        return y
+            here: dict[int, tuple[Place, list[Change]]] = {}
+            for active, prompt in work.active:
+                if active.adapter not in self.adapters:
+                    continue
+                factors = self.adapters[active.adapter]
+                assert isinstance(factors, Factors)
+                own = prompt if self.own_prompt else None
+                here.setdefault(id(own), (Place(work.rows, own), []))[1].append(factors.change(active))
+            yield from here.values()
 
 
 @dataclass
@@ -148,23 +152,20 @@ class Adapters:
     ) -> Iterator[None]:
         """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
         checkpointing the layers run again there."""
-        before = self._activity.work
-        device = next(iter(self.layers.values())).weight.device
-        wanted: dict[Active, list[int]] = {}
+        before, device = self._activity.work, next(iter(self.layers.values())).weight.device
+        wanted: dict[tuple[Active, ...], list[int]] = {}
         for i, row in enumerate(rows):
-            for active in row:
-                if active.adapter not in self.names:
-                    there = ", ".join(self.names)
-                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {there}.")
-                if active.scale:
-                    wanted.setdefault(active, []).append(i)
+            if unknown := [active.adapter for active in row if active.adapter not in self.names]:
+                there = ", ".join(self.names)
+                raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
+            if some := tuple(active for active in row if active.scale):
+                wanted.setdefault(some, []).append(i)
         self._activity.work = tuple(
             _Work(
-                active,
-                None if where == list(range(len(rows))) else torch.tensor(where, device=device),
-                (prompts or {})[active.prompt] if active.prompt is not None else None,
+                _rows(where, len(rows), device),
+                tuple((one, None if one.prompt is None else (prompts or {})[one.prompt]) for one in some),
             )
-            for active, where in wanted.items()
+            for some, where in wanted.items()
         )
         try:
             yield
@@ -175,3 +176,10 @@ class Adapters:
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def _rows(where: list[int], b: int, device: torch.device) -> Rows:
+    first, last = where[0], where[-1]
+    if len(where) == b:
+        return slice(None)
+    return slice(first, last + 1) if len(where) == last + 1 - first else torch.tensor(where, device=device)
