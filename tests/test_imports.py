@@ -8,8 +8,8 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
 LEVELS = {
     "errors": 0,
-    "factorised": 0,
     "lora": 1,
+    "stacked": 1.5,
     "folder": 1,
     "adapters": 2,
     "optim": 3,
@@ -44,7 +44,7 @@ LEVELS = {
     "bench": 14,
     "making": 15,
 }
-TORCH_ALONE = ("factorised", "lora", "adapters", "optim", "merge", "recipe", "train")
+TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "merge", "recipe", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

@@ -10,35 +10,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unbraid.errors import UsageError
-from unbraid.factorised import Change, Place, Rows, add_changes
 from unbraid.lora import Active, Factors, Lora
+from unbraid.stacked import Added, stacked
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
 TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Rows of the batch that have the same adapters, and these, with each one's own prompt."""
-
-    rows: Rows
-    active: tuple[tuple[Active, Tensor | None], ...]
-
-
 @dataclass
 class _Activity:
-    """What is active now; every layer of one `Adapters` looks at the same object."""
+    """What every layer adds now, by its name; every layer of one `Adapters` looks at the same object."""
 
-    work: tuple[_Work, ...] = ()
+    added: Mapping[str, Added] = field(default_factory=dict)
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and the adapters on it."""
 
-    def __init__(self, base: nn.Linear, activity: _Activity, own_prompt: bool) -> None:
+    def __init__(self, base: nn.Linear, activity: _Activity, name: str) -> None:
         super().__init__()
-        self.base, self.activity, self.own_prompt = base, activity, own_prompt
+        self.base, self.activity, self.name = base, activity, name
+        self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
         self.adapters = nn.ModuleDict()
 
     @property
@@ -51,21 +44,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         y = self.base(x)
-        work = list(self._work())
-        return add_changes(y, x, work) if work else y
-
-    def _work(self) -> Iterator[tuple[Place, list[Change]]]:
-        """What is to be added, by what it is added to."""
-        for work in self.activity.work:
-            here: dict[int, tuple[Place, list[Change]]] = {}
-            for active, prompt in work.active:
-                if active.adapter not in self.adapters:
-                    continue
-                factors = self.adapters[active.adapter]
-                assert isinstance(factors, Factors)
-                own = prompt if self.own_prompt else None
-                here.setdefault(id(own), (Place(work.rows, own), []))[1].append(factors.change(active))
-            yield from here.values()
+        added = self.activity.added.get(self.name)
+        return y if added is None else added.to(y, x)
 
 
 @dataclass
@@ -92,7 +72,7 @@ class Adapters:
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            layers[name] = AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
+            layers[name] = AdaptedLinear(linear, activity, name)
         for name, layer in layers.items():
             _set(model, name, layer)
         return cls(layers, model, activity)
@@ -152,34 +132,21 @@ class Adapters:
     ) -> Iterator[None]:
         """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
         checkpointing the layers run again there."""
-        before, device = self._activity.work, next(iter(self.layers.values())).weight.device
-        wanted: dict[tuple[Active, ...], list[int]] = {}
-        for i, row in enumerate(rows):
-            if unknown := [active.adapter for active in row if active.adapter not in self.names]:
-                there = ", ".join(self.names)
-                raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
-            if some := tuple(active for active in row if active.scale):
-                wanted.setdefault(some, []).append(i)
-        self._activity.work = tuple(
-            _Work(
-                _rows(where, len(rows), device),
-                tuple((one, None if one.prompt is None else (prompts or {})[one.prompt]) for one in some),
-            )
-            for some, where in wanted.items()
-        )
+        if unknown := [one.adapter for row in rows for one in row if one.adapter not in self.names]:
+            there = ", ".join(self.names)
+            raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
+        before = self._activity.added
+        awake = [tuple(one for one in row if one.scale) for row in rows]
+        layers = {name: dict(layer.adapters.items()) for name, layer in self.layers.items()}
+        own = frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
+        dtype = next(self._model.parameters()).dtype
+        self._activity.added = stacked(layers, own, awake, prompts or {}, dtype)
         try:
             yield
         finally:
-            self._activity.work = before
+            self._activity.added = before
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
-
-
-def _rows(where: list[int], b: int, device: torch.device) -> Rows:
-    first, last = where[0], where[-1]
-    if len(where) == b:
-        return slice(None)
-    return slice(first, last + 1) if len(where) == last + 1 - first else torch.tensor(where, device=device)

@@ -17,8 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unbraid.factorised import Change
-
 Part = Literal["down", "up", "merger"]
 ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
 
@@ -118,22 +116,6 @@ class Factors(nn.Module):
         down: Tensor = self.down if "down" in trains else self.down.detach()
         up: Tensor = self.up if "up" in trains else self.up.detach()
         return self.fixed.complete(down, up) if self.fixed else (down, up)
-
-    def _mergers(self, trains: frozenset[Part]) -> tuple[Tensor | None, ...]:
-        mergers = (self.columns, self.ranks, self.channels)
-        if "merger" in trains:
-            return mergers
-        return tuple(None if merger is None else merger.detach() for merger in mergers)
-
-    def change(self, active: Active) -> Change:
-        """scale · g ⊙ B (n ⊙ A (m ⊙ x)), as a layer adds it. What does not train is detached as a parameter: gradients reach
-        x through it all the same."""
-        down, up = self.plain(active.trains)
-        scale = active.scale * self.scale
-        if not active.merger:
-            return Change(down, up, scale=scale)
-        columns, ranks, channels = self._mergers(active.trains)
-        return Change(down if columns is None else down * columns, up, ranks, self.gate(channels), scale)
 
     def folded(self, gates: bool = True) -> Lora:
         """The same change as plain factors, alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r], so that no d×k matrix is
