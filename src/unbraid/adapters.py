@@ -15,6 +15,7 @@ from unbraid.stacked import Added, stacked
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
 TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 
 
@@ -139,7 +140,7 @@ class Adapters:
         awake = [tuple(one for one in row if one.scale) for row in rows]
         layers = {name: dict(layer.adapters.items()) for name, layer in self.layers.items()}
         own = frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
-        dtype = next(self._model.parameters()).dtype
+        dtype = next(p.dtype for p in self._model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
         self._activity.added = stacked(layers, own, awake, prompts or {}, dtype)
         try:
             yield

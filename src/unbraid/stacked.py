@@ -116,7 +116,7 @@ def _chosen(slots: Sequence[Slot], wanted: Callable[[Active], bool]) -> list[Slo
 def _stack(layers: Sequence[Mapping[str, Factors]], slot: Slot) -> Stack:
     """One slot of several layers. Where a share has no adapter in it, and in ranks that only others have: zeros."""
     pairs = [(layer[one.adapter], one) if one else None for layer in layers for one in slot]
-    shape, rank = (len(layers), len(slot)), max(len(pair[0].down) for pair in pairs if pair)
+    shape, rank = (len(layers), len(slot)), max(pair[0].down.shape[0] for pair in pairs if pair)
     factors = [_padded(*pair[0].plain(pair[1].trains), rank) if pair else None for pair in pairs]
     empty = next([torch.zeros_like(part.detach()) for part in pair] for pair in factors if pair)
     down, up = (torch.stack([pair[i] if pair else empty[i] for pair in factors]).unflatten(0, shape) for i in (0, 1))
@@ -137,7 +137,7 @@ def _stack(layers: Sequence[Mapping[str, Factors]], slot: Slot) -> Stack:
 
 
 def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    more = rank - len(down)
+    more = rank - down.shape[0]
     return (F.pad(down, (0, 0, 0, more)), F.pad(up, (0, more))) if more else (down, up)
 
 
@@ -148,13 +148,15 @@ def _mergers(
     found = [of(pair[0]) if pair and pair[1].merger else None for pair in pairs]
     if all(one is None for one in found):
         return None
-    ones, size = torch.ones_like(like), len(like)
-    full = [
-        ones if one is None else one.expand(size) if len(one) == 1 else F.pad(one, (0, size - len(one)), value=1.0)
-        for one in found
-    ]
+    ones, (size,) = torch.ones_like(like), like.shape
+    full = [ones if one is None else one if one.shape[0] == size else _widened(one, size) for one in found]
     trains = [bool(pair and "merger" in pair[1].trains) for pair in pairs]
     return torch.stack([one if learns else one.detach() for one, learns in zip(full, trains, strict=True)])
+
+
+def _widened(merger: Tensor, size: int) -> Tensor:
+    """One value is for all; what ranks are missing get ones."""
+    return merger.expand(size) if len(merger) == 1 else F.pad(merger, (0, size - len(merger)), value=1.0)
 
 
 def _joined(stacks: Sequence[Stack]) -> Stack:
