@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
 LEVELS = {
     "errors": 0,
     "lora": 1,
+    "stacked": 1.5,
     "folder": 1,
     "adapters": 2,
     "rows": 3,
@@ -47,7 +48,7 @@ LEVELS = {
     "bench": 14,
     "making": 15,
 }
-TORCH_ALONE = ("lora", "adapters", "optim", "merge", "recipe", "train")
+TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "merge", "recipe", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

@@ -242,5 +242,11 @@ def _chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:
 
 
 def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
+    """The norm of all gradients, scaled down to `largest`: torch's clip_grad_norm_ without its grouping of tensors by device."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if largest is not None:
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
