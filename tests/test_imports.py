@@ -12,7 +12,6 @@ LEVELS = {
     "stacked": 1.5,
     "folder": 1,
     "adapters": 2,
-    "rows": 3,
     "optim": 3,
     "files": 2,
     "pictures": 2,

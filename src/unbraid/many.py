@@ -18,7 +18,6 @@ from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch
 from unbraid.recipe import Ask, Denoiser, Recipe, Script, go_on
-from unbraid.rows import RowAdapters
 from unbraid.train import State, Step, answer, course
 
 T = TypeVar("T")
@@ -56,7 +55,7 @@ def together(
         if known:
             joint.answer(alive)
         else:
-            most, known = fitting(alive[0].adapters.model, partial(joint.answer, alive)), True
+            most, known = fitting(alive[0].asked.adapters.model, partial(joint.answer, alive)), True
 
 
 def fitting(model: nn.Module, passes: Callable[[], None]) -> int:
@@ -85,13 +84,13 @@ class _Job(Generic[T]):
     losses: list[Tensor] = field(default_factory=list)
 
     @property
-    def adapters(self) -> Adapters:
-        assert self.ask and isinstance(self.ask.adapters, Adapters)
-        return self.ask.adapters
+    def asked(self) -> Ask:
+        assert self.ask
+        return self.ask
 
     def on(self) -> Generator[tuple[int, T | UsageError]]:
         """Up to its next question, or to its end."""
-        adapters = self.adapters if self.ask else None
+        adapters = self.ask.adapters if self.ask else None
         if adapters:
             adapters.attach_again()
         try:
@@ -100,7 +99,7 @@ class _Job(Generic[T]):
                 yield self.number, said
                 said = go_on(self.script, [])
             self.ask = said
-            adapters = self.adapters if said else adapters
+            adapters = said.adapters if said else adapters
         except UsageError as error:
             self.ask = None
             yield self.number, error
@@ -114,13 +113,12 @@ class _Joint:
 
     def __init__(self, join: Join) -> None:
         self.join = join
-        self.made: dict[tuple[int, ...], tuple[Denoiser, RowAdapters]] = {}
+        self.made: dict[tuple[int, ...], tuple[Denoiser, Adapters]] = {}
 
     def answer(self, jobs: Sequence[_Job[T]]) -> None:
         groups: dict[tuple[int, bool], list[_Job[T]]] = {}
         for job in jobs:
-            assert job.ask
-            groups.setdefault((id(job.adapters.model), job.ask.learns), []).append(job)
+            groups.setdefault((id(job.asked.adapters.model), job.asked.learns), []).append(job)
         used = [tuple(job.number for job in group) for group in groups.values()]
         self.made = {key: made for key, made in self.made.items() if key in used}
         for key, group in zip(used, groups.values(), strict=True):
@@ -128,24 +126,36 @@ class _Joint:
                 self.made[key] = self._make(group)
             _answer(group, *self.made[key])
 
-    def _make(self, jobs: Sequence[_Job[T]]) -> tuple[Denoiser, RowAdapters]:
-        model = self.join({str(job.number): job.ask.model for job in jobs if job.ask})
-        return model, RowAdapters({str(job.number): job.adapters for job in jobs})
+    def _make(self, jobs: Sequence[_Job[T]]) -> tuple[Denoiser, Adapters]:
+        model = self.join({str(job.number): job.asked.model for job in jobs})
+        return model, common({str(job.number): job.asked.adapters for job in jobs})
 
 
-def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: RowAdapters) -> None:
+def common(jobs: Mapping[str, Adapters]) -> Adapters:
+    """The adapters of several jobs as one, by JOB/NAME, over the same factors; not in the model."""
+    names = dict.fromkeys(name for job in jobs.values() for name in job.layers)
+    made = Adapters.attach_named(next(iter(jobs.values())).model, list(names))
+    for key, job in jobs.items():
+        for name in job.names:
+            made.add(f"{key}/{name}", job.of(name))
+    made.detach()
+    return made
+
+
+def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: Adapters) -> None:
     """All branches of all jobs in one batch per shape of latents, like ones side by side."""
-    asked = [(job, job.ask, i) for job in jobs if job.ask for i in range(len(job.ask.branches))]
+    asked = [(job, job.asked, i) for job in jobs for i in range(len(job.asked.branches))]
     asked.sort(key=lambda one: (tuple(one[1].samples[one[2]].noisy.shape), _kind(one[1].branches[one[2]])))
     branches = [_named(ask.branches[i], job.number) for job, ask, i in asked]
     samples = [
         replace(sample, prompt=f"{job.number}/{sample.prompt}") if (sample := ask.samples[i]).prompt else sample
         for job, ask, i in asked
     ]
-    with adapters.attached():
-        losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+    adapters.attach_again()
+    losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+    adapters.detach()
     for job in jobs:
-        job.losses = [losses[0]] * len(job.ask.branches) if job.ask else []
+        job.losses = [losses[0]] * len(job.asked.branches)
     for (job, _, i), loss in zip(asked, losses, strict=True):
         job.losses[i] = loss
 

@@ -1,7 +1,6 @@
 """A training run as data: what every step is, and what the trainer needs of a base model."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unbraid.adapters import ATTENTION, Adapters
-from unbraid.lora import Active, Branch
+from unbraid.lora import Branch
 from unbraid.optim import Rates, adamw
 
 T = TypeVar("T")
@@ -72,21 +71,12 @@ class Denoiser(Protocol):
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
 
 
-@runtime_checkable
-class Activates(Protocol):
-    """Adapters of one job (`Adapters`) or of several (`rows.RowAdapters`)."""
-
-    def activate(
-        self, rows: Sequence[tuple[Active, ...]], prompts: Mapping[str, Tensor] | None = None
-    ) -> AbstractContextManager[None]: ...
-
-
 @dataclass(frozen=True)
 class Ask:
     """What a step wants to know: the losses of some branches, and, if it `learns`, their weighted gradients in the adapters."""
 
     model: Denoiser
-    adapters: Activates
+    adapters: Adapters
     branches: Sequence[Branch]
     samples: Sequence[Sample]
     learns: bool = True

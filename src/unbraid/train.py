@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Branch
-from unbraid.recipe import Activates, Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
+from unbraid.recipe import Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
 
 T = TypeVar("T")
 
@@ -193,7 +193,7 @@ def _step(
 
 
 def _backward(
-    model: Denoiser, adapters: Activates, branches: Sequence[Branch], samples: Sequence[Sample]
+    model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]
 ) -> list[Tensor]:
     """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
     target = torch.cat([sample.target for sample in samples])
@@ -215,7 +215,7 @@ def _backward(
 
 
 @torch.no_grad()
-def _answers(model: Denoiser, adapters: Activates, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
+def _answers(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
     with adapters.activate([teacher.active for teacher in teachers], model.prompts):
         return model.predict(samples, [teacher.prompt for teacher in teachers])
 
