@@ -17,6 +17,7 @@ ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 1
 TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
+MOST_PROMPTS, MOST_ROWS = 8, 8  # whose keys and values are kept: 26 MB each in SDXL
 
 
 @dataclass
@@ -34,6 +35,7 @@ class AdaptedLinear(nn.Module):
         self.base, self.activity, self.name = base, activity, name
         self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
         self.adapters = nn.ModuleDict()
+        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # of a prompt: itself, its version, W0 x
 
     @property
     def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
@@ -44,9 +46,20 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
-        y = self.base(x)
+        y = self._frozen(x)
         added = self.activity.added.get(self.name)
         return y if added is None else added.to(y, x)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once."""
+        if not self.own_prompt or x.requires_grad or len(x) > MOST_ROWS:
+            return self.base(x)
+        known = self._known.get(id(x))
+        if known is None or known[0] is not x or known[1] != x._version:
+            if len(self._known) == MOST_PROMPTS:
+                self._known.clear()
+            known = self._known[id(x)] = (x, x._version, self.base(x))
+        return known[2]
 
 
 @dataclass

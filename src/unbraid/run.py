@@ -152,9 +152,8 @@ def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Script
         if isinstance(said, Ask):
             said = go_on(training, (yield said))
             continue
-        events.add(
-            step=said.index, loss=said.loss, losses=said.losses, norm=said.norm, **mergers.summary(ready.adapters)
-        )
+        loss, norm, losses = said.figures[0], said.figures[1], said.figures[2:]
+        events.add(step=said.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
         yield Progress(state.step, steps, step=said)
         if state.step in preview_at:
             yield Progress(state.step, steps, file=_preview(ready))

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from unbraid.lora import Active, Factors
 
-Slot = tuple[Active | None, ...]  # at most one adapter for every share of the rows
+Share = tuple[Active, ...]  # the adapters of equal rows
+Item = tuple[Factors, Active] | int  # an adapter in a layer and a share; or a number of ranks in which there is nothing
 Prompts = Mapping[str, Float[Tensor, "n k"]]
-Stack = tuple[
-    Tensor, Tensor, Tensor | None
-]  # A [L, g, r, k], scale · diag(g) B [L, g, d, r], n [L, g, 1, r] of L layers
 
 
 @dataclass(frozen=True)
@@ -66,26 +64,22 @@ def stacked(
     if not busy:
         return {}
     within = slice(busy[0], busy[-1] + 1)
-    told = rows[within]
-    silent = [tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in told]
+    told = _shares(rows[within])
+    silent = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
     out: dict[str, Added] = {}
     for own, names in _alike(layers, own_prompt):
         some = [layers[name] for name in names]
-        slots = _slots([tuple(one for one in row if one.adapter in some[0]) for row in (told if own else silent)])
+        shares = [tuple(one for one in share if one.adapter in some[0]) for share in (told if own else silent)]
         fields: dict[str, tuple[Tensor, ...]] = {}
-        if from_x := _chosen(slots, lambda one: one.prompt is None):
-            down, up, ranks = _joined([_stack(some, slot) for slot in from_x])
-            fields["down"], fields["up"] = down.to(dtype).mT.unbind(0), up.to(dtype).mT.unbind(0)
-            fields |= {} if ranks is None else {"ranks": ranks.to(dtype).unbind(0)}
-        if from_prompts := _chosen(slots, lambda one: one.prompt is not None):
-            fields["said"] = (
-                _said([_stack(some, slot) for slot in from_prompts], from_prompts, prompts).to(dtype).unbind(0)
-            )
-        out |= {
-            name: Added(within, **{key: value[i] for key, value in fields.items()})
-            for i, name in enumerate(names)
-            if fields
-        }
+        if from_x := _chosen(shares, lambda one: one.prompt is None):
+            down = _downs(some, from_x).to(dtype)
+            fields["down"], fields["up"] = down.mT.unbind(0), _ups(some, from_x).to(dtype).unbind(0)
+            if (ranks := _ranks(some, from_x)) is not None:
+                fields["ranks"] = ranks.to(dtype).unbind(0)
+        if from_prompts := _chosen(shares, lambda one: one.prompt is not None):
+            fields["said"] = _said(some, from_prompts, prompts).to(dtype).unbind(0)
+        for i, name in enumerate(names if fields else ()):
+            out[name] = Added(within, **{key: value[i] for key, value in fields.items()})
     return out
 
 
@@ -99,86 +93,107 @@ def _alike(layers: Mapping[str, Mapping[str, Factors]], own_prompt: frozenset[st
         yield bool(own), names
 
 
-def _slots(rows: Sequence[tuple[Active, ...]]) -> list[Slot]:
-    """Rows side by side: the i-th adapter of every share. Neighbours that are alike are one share where that makes equal shares."""
+def _shares(rows: Sequence[Share]) -> list[Share]:
+    """Neighbours that are alike are one share, where that makes equal shares."""
     runs = [(row, len(list(same))) for row, same in groupby(rows)]
-    shares = [row for row, _ in runs] if len({n for _, n in runs}) == 1 else list(rows)
-    return [tuple(row[i] if i < len(row) else None for row in shares) for i in range(max(map(len, shares)))]
+    return [row for row, _ in runs] if len({n for _, n in runs}) == 1 else list(rows)
 
 
-def _chosen(slots: Sequence[Slot], wanted: Callable[[Active], bool]) -> list[Slot]:
-    """The adapters of a kind. Where all shares have the same ones, one share stands for all."""
-    chosen = [tuple(one if one and wanted(one) else None for one in slot) for slot in slots]
-    chosen = [slot for slot in chosen if any(slot)]
-    return [slot[:1] for slot in chosen] if all(len(set(slot)) == 1 for slot in chosen) else chosen
+def _chosen(shares: Sequence[Share], wanted: Callable[[Active], bool]) -> list[Share]:
+    """The adapters of a kind, if there are any. Where all shares have the same ones, one stands for all."""
+    chosen = [tuple(one for one in share if wanted(one)) for share in shares]
+    if not any(chosen):
+        return []
+    return chosen[:1] if len(set(chosen)) == 1 else chosen
 
 
-def _stack(layers: Sequence[Mapping[str, Factors]], slot: Slot) -> Stack:
-    """One slot of several layers. Where a share has no adapter in it, and in ranks that only others have: zeros."""
-    pairs = [(layer[one.adapter], one) if one else None for layer in layers for one in slot]
-    shape, rank = (len(layers), len(slot)), max(pair[0].down.shape[0] for pair in pairs if pair)
-    factors = [_padded(*pair[0].plain(pair[1].trains), rank) if pair else None for pair in pairs]
-    empty = next([torch.zeros_like(part.detach()) for part in pair] for pair in factors if pair)
-    down, up = (torch.stack([pair[i] if pair else empty[i] for pair in factors]).unflatten(0, shape) for i in (0, 1))
-    columns = _mergers(pairs, lambda one: one.columns, down[0, 0, 0].detach())
-    ranks = _mergers(pairs, lambda one: one.ranks, down[0, 0, :, 0].detach())
-    down = down if columns is None else down * columns.unflatten(0, shape)[..., None, :]
-    for gate in (
-        _mergers(pairs, lambda one: one.channels, up[0, 0, :, 0].detach()),
-        _mergers(pairs, lambda one: one.mask, up[0, 0, :, 0].detach()),
-    ):
-        up = up if gate is None else up * gate.unflatten(0, shape)[..., None]
-    scales = [pair[0].scale * pair[1].scale if pair else 0.0 for pair in pairs]
-    if len(set(scales)) > 1:
-        up = up * up.new_tensor(scales).view(*shape, 1, 1)
-    elif scales[0] != 1:
-        up = up * scales[0]
-    return down, up, None if ranks is None else ranks.unflatten(0, shape)[..., None, :]
+def _items(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> tuple[list[Item], tuple[int, int, int]]:
+    """What is stacked, share by share and layer by layer, and the numbers of layers, shares, and ranks of a share."""
+    sizes = [sum(layers[0][one.adapter].down.shape[0] for one in share) for share in shares]
+    most, items = max(sizes), list[Item]()
+    for layer in layers:
+        for share, size in zip(shares, sizes, strict=True):
+            items += [(layer[one.adapter], one) for one in share]
+            items += [most - size] if size < most else []
+    return items, (len(layers), len(shares), most)
 
 
-def _padded(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    more = rank - down.shape[0]
-    return (F.pad(down, (0, 0, 0, more)), F.pad(up, (0, more))) if more else (down, up)
+def _downs(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> Float[Tensor, "l g r k"]:
+    items, shape = _items(layers, shares)
+    like = next(iter(layers[0].values())).down.detach()
+    downs = [like.new_zeros(item, like.shape[1]) if isinstance(item, int) else _down(*item) for item in items]
+    return torch.cat(downs).unflatten(0, shape)
 
 
-def _mergers(
-    pairs: Sequence[tuple[Factors, Active] | None], of: Callable[[Factors], Tensor | None], like: Tensor
-) -> Tensor | None:
-    """`[layers · shares, size]`, ones where there is none; None where there is none at all."""
-    found = [of(pair[0]) if pair and pair[1].merger else None for pair in pairs]
+def _down(factors: Factors, active: Active) -> Tensor:
+    down, columns = factors.plain(active.trains)[0], factors.columns
+    if columns is None or not active.merger:
+        return down
+    return down * (columns if "merger" in active.trains else columns.detach())
+
+
+def _ups(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> Float[Tensor, "l g r d"]:
+    """scale · diag(g · mask) B, transposed."""
+    items, shape = _items(layers, shares)
+    like = next(iter(layers[0].values())).up.detach()
+    ups = [like.new_zeros(len(like), item) if isinstance(item, int) else _up(*item) for item in items]
+    gates = [None if isinstance(item, int) else _gate(*item) for item in items]
+    if all(gate is None for gate in gates):
+        up = torch.cat(ups, 1)
+    elif len({one.shape[1] for one in ups}) == 1:  # all gates in one go
+        ones = like.new_ones(len(like))
+        gate = torch.stack([ones if one is None else one for one in gates], 1)[..., None]
+        up = (torch.cat(ups, 1).unflatten(1, (len(items), -1)) * gate).flatten(1)
+    else:
+        up = torch.cat([one if gate is None else one * gate[:, None] for one, gate in zip(ups, gates, strict=True)], 1)
+    return up.unflatten(1, shape).permute(1, 2, 3, 0)
+
+
+def _up(factors: Factors, active: Active) -> Tensor:
+    up, scale = factors.plain(active.trains)[1], active.scale * factors.scale
+    return up if scale == 1 else up * scale
+
+
+def _gate(factors: Factors, active: Active) -> Tensor | None:
+    """g · mask, [d], or None where every channel is simply on."""
+    channels = factors.channels
+    if not active.merger or (channels is None and factors.mask is None):
+        return None
+    if channels is not None and "merger" not in active.trains:
+        channels = channels.detach()
+    gate = factors.gate(channels)
+    return None if gate is None else gate.expand(factors.up.shape[0])
+
+
+def _ranks(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | None:
+    items, shape = _items(layers, shares)
+    found = [None if isinstance(item, int) or not item[1].merger else item[0].ranks for item in items]
     if all(one is None for one in found):
         return None
-    ones, (size,) = torch.ones_like(like), like.shape
-    full = [ones if one is None else one if one.shape[0] == size else _widened(one, size) for one in found]
-    trains = [bool(pair and "merger" in pair[1].trains) for pair in pairs]
-    return torch.stack([one if learns else one.detach() for one, learns in zip(full, trains, strict=True)])
+    like = next(iter(layers[0].values())).down.detach()
+    parts = []
+    for item, ranks in zip(items, found, strict=True):
+        if ranks is None:
+            parts.append(like.new_ones(item if isinstance(item, int) else item[0].down.shape[0]))
+        else:
+            parts.append(ranks if not isinstance(item, int) and "merger" in item[1].trains else ranks.detach())
+    return torch.cat(parts).unflatten(0, shape)[:, :, None]
 
 
-def _widened(merger: Tensor, size: int) -> Tensor:
-    """One value is for all; what ranks are missing get ones."""
-    return merger.expand(size) if len(merger) == 1 else F.pad(merger, (0, size - len(merger)), value=1.0)
-
-
-def _joined(stacks: Sequence[Stack]) -> Stack:
-    """Slots side by side: their ranks together."""
-    downs, ups, ranks = zip(*stacks, strict=True)
-    down, up = (parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts, dim in ((downs, 2), (ups, 3)))
-    if all(one is None for one in ranks):
-        return down, up, None
-    sizes = [down.shape[2] for down in downs]
-    full = [
-        down.new_ones(*down.shape[:2], 1, size) if one is None else one for one, size in zip(ranks, sizes, strict=True)
-    ]
-    return down, up, torch.cat(full, 3)
-
-
-def _said(stacks: Sequence[Stack], slots: Sequence[Slot], prompts: Prompts) -> Tensor:
-    """What the adapters of all slots read from their prompts, `[L, g, n, d]`; in a share without one, zeros are read."""
-    inner = []
-    for (down, _, ranks), slot in zip(stacks, slots, strict=True):
-        texts = [prompts[one.prompt] if one and one.prompt else None for one in slot]
-        zeros = torch.zeros_like(next(text for text in texts if text is not None))
-        text = torch.stack([zeros if text is None else text for text in texts])
-        read = text.to(down.dtype) @ down.mT
-        inner.append(read if ranks is None else read * ranks)
-    return torch.cat(inner, 3) @ torch.cat([up for _, up, _ in stacks], 3).mT
+def _said(
+    layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share], prompts: Prompts
+) -> Float[Tensor, "l g n d"]:
+    """What the adapters read from their own prompts: for each of them all layers in one product, then all of them layer by layer."""
+    up, read = _ups(layers, shares), []
+    tokens = len(next(prompts[one.prompt or ""] for share in shares for one in share))
+    for share in shares:
+        parts = []
+        for one in share:
+            down, ranks = _downs(layers, [(one,)]), _ranks(layers, [(one,)])
+            down = down if ranks is None else down * ranks.mT
+            inner = F.linear(prompts[one.prompt or ""].to(down.dtype), down.flatten(0, 2))
+            parts.append(inner.unflatten(1, (len(layers), -1)))
+        if missing := up.shape[2] - sum(one.shape[2] for one in parts):
+            parts.append(up.new_zeros(tokens, len(layers), missing))
+        read.append(torch.cat(parts, 2))
+    return torch.stack(read, 1).permute(2, 1, 0, 3) @ up

@@ -157,24 +157,25 @@ def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
 
 
 def open_books(adapters: Adapters, columns: Columns) -> None:
-    """Give every layer its gates g = 1 and its ledger. No mask is needed: `up` starts at zero and only owned rows
+    """Give every layer its ledger, and its gates g = 1 where channels can be contested. No mask is needed: `up` starts at zero and only owned rows
     of it ever change, so every other channel adds exactly nothing, and still has a gradient by which it can be
     scored without disturbing the model."""
     for name, both in pairs(adapters).items():
         for role, factors in zip(ROLES, both, strict=True):
             like = factors.up.detach()[:, 0]
-            factors.channels = nn.Parameter(torch.ones_like(like))
+            if columns.exempt(name):
+                factors.channels = nn.Parameter(torch.ones_like(like))
             factors.add_module("ledger", Ledger(like, owned=columns.exempt(name) == role))
 
 
 def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
     every = [factors for both in pairs(adapters).values() for factors in both]
-    books, ups = [ledger(factors) for factors in every], [_gradient(factors.up) for factors in every]
     if columns.scoring(step):
-        for one, up in zip(books, ups, strict=True):
-            one.score += up.norm(dim=1)
-    torch._foreach_mul_(ups, [one.owned[:, None] for one in books])
-    torch._foreach_mul_([_gradient(factors.channels) for factors in every], [one.losing for one in books])
+        for factors in every:
+            ledger(factors).score += _gradient(factors.up).norm(dim=1)
+    torch._foreach_mul_([_gradient(one.up) for one in every], [ledger(one).owned[:, None] for one in every])
+    if gated := [one for one in every if one.channels is not None]:
+        torch._foreach_mul_([_gradient(one.channels) for one in gated], [ledger(one).losing for one in gated])
     if columns.granting(step):
         for name, (content, style) in pairs(adapters).items():
             grant(ledger(content), ledger(style), columns.ratio, columns.exempt(name))
@@ -216,13 +217,16 @@ def _take_best(books: Ledger, n: int, taken: Tensor) -> Tensor:
 
 def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
     """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels; all layers in one go."""
-    layers = pairs(adapters).values()
-    content, style = (torch.cat([gates(both[i]) for both in layers]) for i in (0, 1))
-    lost, won = (torch.cat([ledger(both[i]).losing for both in layers]) for i in (0, 1))
-    sizes = torch.tensor([gates(both[0]).numel() for both in layers], device=content.device)
+    every = pairs(adapters).values()
+    gated = [both for both in every if both[0].channels is not None]
+    if not gated:
+        return None
+    content, style = (torch.cat([gates(both[i]) for both in gated]) for i in (0, 1))
+    lost, won = (torch.cat([ledger(both[i]).losing for both in gated]) for i in (0, 1))
+    sizes = torch.tensor([gates(both[0]).numel() for both in gated], device=content.device)
     share = torch.repeat_interleave(1 / sizes.to(content.dtype), sizes, output_size=len(content))
     contested = content * style.detach() * lost + style * content.detach() * won
-    return weight / len(layers) * (contested.abs() * share).sum()
+    return weight / len(every) * (contested.abs() * share).sum()
 
 
 def gates(factors: Factors) -> nn.Parameter:
@@ -232,6 +236,8 @@ def gates(factors: Factors) -> nn.Parameter:
 
 @torch.no_grad()
 def clamp_gates(adapters: Adapters) -> None:
-    every = [gates(factors) for both in pairs(adapters).values() for factors in both]
-    torch._foreach_clamp_min_(every, 0.0)
-    torch._foreach_clamp_max_(every, 1.0)
+    every = (one for both in pairs(adapters).values() for one in both)
+    gated: list[Tensor] = [one.channels for one in every if one.channels is not None]
+    if gated:
+        torch._foreach_clamp_min_(gated, 0.0)
+        torch._foreach_clamp_max_(gated, 1.0)
