@@ -138,11 +138,6 @@ class Adapters:
         found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
         return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
 
-    def at(self, layer: str) -> dict[str, Factors]:
-        """One layer's factors by adapter name; none where it is not adapted."""
-        found = self.layers[layer].adapters.items() if layer in self.layers else ()
-        return {adapter: factors for adapter, factors in found if isinstance(factors, Factors)}
-
     def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
         """One adapter as plain low-rank changes, mergers folded in."""
         return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
