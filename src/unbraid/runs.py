@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from unbraid import folder
 from unbraid.base import Base, joined, load
 from unbraid.errors import UsageError
@@ -47,7 +49,11 @@ def run_many(
     def find(job: Job) -> Base:
         return copy.copy(opened(job.base))
 
-    return together([_script(job, resume, find) for job in jobs], joined, at_once)
+    try:
+        yield from together([_script(job, resume, find) for job in jobs], joined, at_once)
+    except torch.OutOfMemoryError as error:
+        fix = "Give a lower --at-once, and --resume."
+        raise UsageError("there is not enough memory for so many runs at once", "batch", fix) from error
 
 
 def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:

@@ -41,7 +41,7 @@ Start = Callable[[int], tuple[Studies, Recipe, State]]
 
 
 def recipes(rank: int, steps: int) -> dict[str, Recipe]:
-    (split,) = unziplora(BLOCKS["sdxl"], rank=rank, steps=steps, window=1, content_alone=0.5)
+    (split,) = unziplora(BLOCKS["sdxl"], rank=rank, steps=steps, window=1, sample_times=1, content_alone=0.5)
     (learn,) = dreambooth(BLOCKS["sdxl"], rank=rank, steps=steps)
     (pairs,) = pair(BLOCKS["sdxl"], rank=rank, steps=steps, style_from=0)
     return {"split": split, "learn": learn, "pair": pairs}
@@ -143,8 +143,8 @@ def compare(title: str, start: Start, jobs: int, steps: int, numbers: list[int],
 def main(
     jobs: Annotated[int, typer.Option(help="How many jobs.")] = 8,
     numbers: Annotated[list[int], typer.Option("--at-once", help="How many of them at once; repeatable.")] = [8],  # noqa: B006
-    steps: int = 6,
-    rounds: int = 5,
+    steps: int = 8,
+    rounds: int = 3,
     rank: int = 16,
     only: Annotated[str, typer.Option(help="Of icons, small and sdxl, one.")] = "",
     methods: Annotated[list[str], typer.Option("--method", help="split, learn, pair; repeatable.")] = ["split", "pair"],  # noqa: B006
