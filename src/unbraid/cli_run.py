@@ -75,7 +75,9 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
         for event in chain((first,), events):
             if event.step:
                 shown = event.step.index % SHOWN == 0 or event.step.figures.device.type == "cpu"
-                bar.update(task, completed=event.done, **({"loss": f"loss {event.step.loss:.4f}"} if shown else {}))
+                bar.update(task, completed=event.done)
+                if shown:
+                    bar.update(task, loss=f"loss {event.step.loss:.4f}")
             if event.warning:
                 bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
             if event.file:
