@@ -49,8 +49,12 @@ def run_many(
     def find(job: Job) -> Base:
         return copy.copy(opened(job.base))
 
+    return _told([_script(job, resume, find) for job in jobs], at_once)
+
+
+def _told(scripts: Sequence[Script[Progress]], at_once: int | None) -> Generator[tuple[int, Progress | UsageError]]:
     try:
-        yield from together([_script(job, resume, find) for job in jobs], joined, at_once)
+        yield from together(scripts, joined, at_once)
     except torch.OutOfMemoryError as error:
         fix = "Give a lower --at-once, and --resume."
         raise UsageError("there is not enough memory for so many runs at once", "batch", fix) from error

@@ -79,34 +79,41 @@ def starter(base: Base, recipe: Recipe) -> Start:
     return start
 
 
-def clock(state: State) -> float:
+def clock(device: torch.device) -> float:
     """Seconds, by the processor's time where it does the work."""
-    device = next(iter(state.adapters.layers.values())).weight.device
-    return time.process_time() if device.type == "cpu" else time.perf_counter()
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def in_turn(start: Start, jobs: int) -> tuple[float, list[dict[str, Tensor]]]:
-    """Seconds of training, and what came out."""
-    ready, out, spent = [start(i) for i in range(jobs)], [], 0.0
+    """Seconds per step, without each job's first, in which memory is asked for; and what came out."""
+    ready, spent = [start(i) for i in range(jobs)], 0.0
     for studies, recipe, state in ready:
         state.adapters.attach_again()
-        began = clock(state)
-        for _ in train(studies, recipe, state, 2):
+        steps = train(studies, recipe, state, 2)
+        next(steps)
+        began = clock(studies.base.device)
+        for _ in steps:
             pass
-        out.append(state.tensors())  # waits for the device
-        spent += clock(state) - began
+        spent += clock(studies.base.device) - began
         state.adapters.detach()
-    return spent, out
+    return spent / jobs / (ready[0][1].steps - 1), [state.tensors() for _, _, state in ready]
 
 
 def at_once(start: Start, jobs: int, number: int) -> tuple[float, list[dict[str, Tensor]]]:
+    """The same, without the first step of the first `number` jobs."""
     ready = [start(i) for i in range(jobs)]
-    began = clock(ready[0][2])
-    for _, event in train_many(ready, joined, number):
+    events, device = train_many(ready, joined, number), ready[0][0].base.device
+    for _ in range(number):
+        next(events)
+    began = clock(device)
+    for _, event in events:
         if isinstance(event, UsageError):
             raise event
-    out = [state.tensors() for _, _, state in ready]
-    return clock(ready[0][2]) - began, out
+    spent = clock(device) - began
+    return spent / (jobs * ready[0][1].steps - number), [state.tensors() for _, _, state in ready]
 
 
 def difference(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float:
@@ -137,7 +144,7 @@ def compare(title: str, start: Start, jobs: int, steps: int, numbers: list[int],
     for number, some in seconds.items():
         median = statistics.median(some)
         how, off = (f"{number} at once", f"{apart[number]:.0e}") if number > 1 else ("in turn", "")
-        print(f"| {how} | {median / jobs / steps * 1e3:.1f} | {first / median:.2f} | {off} |", flush=True)
+        print(f"| {how} | {median * 1e3:.1f} | {first / median:.2f} | {off} |", flush=True)
 
 
 def main(
