@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
-LEVELS = {
+LEVELS: dict[str, float] = {
     "errors": 0,
+    "presets": 1,
+    "clip_tokenizer": 1,
     "lora": 1,
     "folder": 1,
     "adapters": 2,
     "optim": 3,
     "files": 2,
     "pictures": 2,
+    "sniff": 3,
+    "checkpoint_config": 4,
+    "single_file": 5,
+    "pipeline": 5.5,
     "mergers": 3,
     "merger_plot": 3,
     "recipe": 4,

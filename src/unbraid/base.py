@@ -1,29 +1,23 @@
 """Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from unbraid.errors import UsageError
+from unbraid.pipeline import Pipeline, open_pipeline
+from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Sample, Shared
 
 Family = Literal["sdxl", "sd15"]
-Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline
 
 # Which attention groups hold what, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv 2412.04465): in the
 # blocks of a role that role's adapter uses every channel and the other one only its selected ones.
@@ -87,9 +81,10 @@ class Base:
 
     @property
     def step(self) -> int:
-        """Pictures must be a multiple of this many pixels: the VAE's factor times the UNet's."""
+        """Sides of pictures are multiples of this many pixels: 64, as in the buckets that the large bases were trained in; for smaller
+        ones what they can take, the VAE's factor times the UNet's."""
         unet_factor = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-        return self.pipe.vae_scale_factor * unet_factor
+        return 64 if self.size >= 512 else self.pipe.vae_scale_factor * unet_factor
 
     @property
     def size(self) -> int:
@@ -178,37 +173,14 @@ class Studies:
         return self.base.predict(noisy, t, encoded, sizes)
 
 
-def load(name: str = "icons", device: str | None = None) -> Base:
-    """Load a base: `icons` (embedded), a diffusers folder, or a hub id. fp32 on CPU and MPS, bf16 on CUDA."""
+def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:
+    """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. fp32 on CPU and MPS, bf16 on
+    CUDA, unless `loading` says something else."""
     where = torch.device(device or pick_device())
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    path = str(files("unbraid.bases").joinpath("icons")) if name == "icons" else name
-    example = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
-    known_model(path, "base model", f"Give icons, a diffusers folder, or {example}", name)
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe: Any = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
-        raise UsageError(f"the base cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
-    if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):
-        raise UsageError(f"{type(pipe).__name__} is not an SDXL or SD1.5 type of model", name, "Choose another base.")
-    pipe.set_progress_bar_config(disable=True)
+    dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
+    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
     pipe.to(where)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if part is not None:
-            part.requires_grad_(False).eval()
     return Base(name, pipe, where)
-
-
-def known_model(path: str, what: str, fix: str, name: str = "") -> None:
-    """Refuse what is neither a path that exists nor looks like a hub id."""
-    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise UsageError(f"there is no such {what}", name or path, fix)
 
 
 def pick_device() -> str:
