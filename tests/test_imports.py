@@ -14,6 +14,7 @@ LEVELS: dict[str, float] = {
     "folder": 1,
     "adapters": 2,
     "optim": 3,
+    "optim8": 4,
     "files": 2,
     "pictures": 2,
     "sniff": 3,
@@ -49,7 +50,7 @@ LEVELS: dict[str, float] = {
     "bench": 14,
     "making": 15,
 }
-TORCH_ALONE = ("lora", "adapters", "optim", "merge", "recipe", "train")
+TORCH_ALONE = ("lora", "adapters", "optim", "optim8", "merge", "recipe", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 
