@@ -37,6 +37,8 @@ LEVELS: dict[str, float] = {
     "methods": 7,
     "settings": 8,
     "job": 9,
+    "savings": 5,
+    "memory": 10.5,
     "run": 11,
     "api": 12,
     "modules": 13,

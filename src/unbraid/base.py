@@ -16,6 +16,7 @@ from unbraid.errors import UsageError
 from unbraid.pipeline import Pipeline, open_pipeline
 from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Sample, Shared
+from unbraid.savings import save_memory
 
 Family = Literal["sdxl", "sd15"]
 
@@ -32,6 +33,9 @@ BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
         "style": ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.", "up_blocks.3.attentions."),
     },
 }
+
+
+TILE = 512  # pixels
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Base:
     @torch.no_grad()
     def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:
         """Moments of the scaled latent of an image in -1..1. The VAE runs in full precision: fp16 ones overflow."""
-        vae = self.vae.float()
+        vae = self.vae.to(self.device, torch.float32)  # type: ignore[call-arg]
         posterior = vae.encode(pixels[None].to(self.device)).latent_dist  # type: ignore[union-attr]
         shift = vae.config.get("shift_factor") or 0.0
         scale = vae.config["scaling_factor"]
@@ -119,6 +123,19 @@ class Base:
         if not bool(torch.isfinite(mean).all()):
             raise UsageError("the VAE gave NaN latents", self.name, "Use another VAE (for SDXL: an fp16-safe one).")
         return Picture(mean, std, torch.tensor(sizes, dtype=torch.float32, device=self.device))
+
+    def release(self, tiles: bool = False) -> None:
+        """For training, once all prompts and pictures are encoded: the text encoders are dropped, and the VAE leaves the
+        accelerator, to which `sample.generate` brings it back for as long as something is drawn; in `tiles`, if wanted."""
+        for part in ("text_encoder", "text_encoder_2"):
+            if part in self.pipe.components:
+                setattr(self.pipe, part, None)
+        self.vae.to("cpu")  # type: ignore[arg-type]
+        if tiles:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = TILE, TILE // self.pipe.vae_scale_factor
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
         """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
@@ -179,6 +196,7 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
     where = torch.device(device or pick_device())
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
     pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
+    save_memory(pipe.unet, where, loading.preset)
     pipe.to(where)
     return Base(name, pipe, where)
 

@@ -31,7 +31,7 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
     if prediction and prediction not in PREDICTIONS:
         raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
     path = location(name)
-    with _quiet():
+    with quiet():
         other = _open_vae(vae, path) if vae else None
         pipe = load_single_file(Path(path), dtype, other) if Path(path).is_file() else _folder(name, path, dtype, other)
     _check(pipe, name, vae)
@@ -131,7 +131,8 @@ def _mind_precision(vae: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without the libraries' own remarks."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -26,9 +26,9 @@ PRESETS: Mapping[str, Preset] = {
     one.name: one
     for one in (
         MAX,
-        Preset("24", adam8=False),
-        Preset("16"),
-        Preset("12", fp8=True, rank=32),
+        Preset("24", checkpointing=False, adam8=False),
+        Preset("16", adam8=False),
+        Preset("12", rank=32),
         Preset("8", fp8=True, rank=16),
     )
 }
