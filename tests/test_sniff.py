@@ -44,7 +44,7 @@ SD21 = {
     "use_linear_projection": True,
     "upcast_attention": True,
 }
-STOCK = {"sdxl": SDXL, "sd15": SD15, "sd21": SD21}  # as in the models' own config.json
+STOCK: dict[str, dict[str, Any]] = {"sdxl": SDXL, "sd15": SD15, "sd21": SD21}  # as in the models' own config.json
 PARAMETERS = {"sdxl": 2_567_463_684, "sd15": 859_520_964, "sd21": 865_910_724}  # of the published UNets
 TEXT_PARAMETERS = {"sdxl": [123_060_480, 694_659_840], "sd15": [123_060_480], "sd21": [340_387_840]}
 VAE_PARAMETERS = 83_653_863
@@ -69,8 +69,8 @@ def real_size(kind: str) -> State:
 
 def stock_vae() -> AutoencoderKL:
     settings: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-    types = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(**settings, **types)
+    settings |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(**settings)
 
 
 def clip_l() -> CLIPTextConfig:

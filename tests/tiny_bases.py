@@ -53,7 +53,7 @@ def sdxl(v: bool = False) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         unet=unet(
             ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            transformer_layers_per_block=(1, 1, 2),
+            transformer_layers_per_block=(1, 1, 1),
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 64,
