@@ -1,6 +1,8 @@
 """Bases as people have them: folders and single files of SDXL, SD1.5, SD2.1, with other VAEs; and what is no base."""
 
 import pickle
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,21 @@ import numpy as np
 import pytest
 import torch
 from ldm import vae_state
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_bases import SIDE, Tiny, save_both, sd15
+from tiny_bases import SIDE, Tiny, save_both, sd15, sdxl
 
+from unbraid import run as running
+from unbraid.api import learn_job
 from unbraid.base import Base, load
+from unbraid.cli import main
+from unbraid.data import open_image
 from unbraid.errors import UsageError
+from unbraid.files import read
+from unbraid.job import prompts_of
 from unbraid.presets import Loading
 from unbraid.render import render
+from unbraid.train import train
 
 KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
 
@@ -162,3 +172,78 @@ def test_inpainting_bases_are_refused(tmp_path: Path) -> None:
     for where in (both.folder, both.file):
         with pytest.raises(UsageError, match="its UNet takes 9 channels"):
             load(str(where), "cpu")
+
+
+def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> None:
+    """A base of 512 px or more: the UNet hears of the original size, of where the crop begins, and of what it got."""
+    pipe: Any = sdxl()
+    pipe.unet.register_to_config(sample_size=64)
+    pipe.save_pretrained(tmp_path / "base")
+    Image.new("RGB", (700, 500), "red").save(tmp_path / "wide.png")
+    job = learn_job(tmp_path / "wide.png", prompt="a cat", base=str(tmp_path / "base"), rank=2, steps=1)
+    opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    ready = running._prepare(job, prompts_of(job), opened, "cpu")
+    assert (ready.base.size, ready.base.step) == (512, 64)
+    told: list[Any] = []
+    ready.base.unet.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)
+    next(train(ready.studies, ready.recipe, ready.state, 1))
+    ((noisy, _), given) = told[0]
+    assert noisy.shape == (1, 4, 448 // 8, 576 // 8)
+    assert given["added_cond_kwargs"]["time_ids"].tolist() == [[500, 700, 0, 25, 448, 576]]
+
+
+def test_small_bases_take_what_they_can(tiny_sdxl: Tiny, tiny_sd15: Tiny) -> None:
+    assert (load(str(tiny_sdxl.file), "cpu").step, load(str(tiny_sd15.file), "cpu").step) == (32, 64)
+
+
+def test_the_command_line_takes_files_and_says_what_they_need(
+    tiny_v: Tiny, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that does not say that it predicts v, with another VAE, on a small card: all of it is in run.toml."""
+    state = {key: value for key, value in load_file(tiny_v.file).items() if key not in ("v_pred", "ztsnr")}
+    silent = str(tmp_path / "silent.safetensors")
+    save_file(state, silent, {"modelspec.resolution": "64x64"})
+    words = [
+        "split",
+        str(picture),
+        "--subject",
+        "cat",
+        "--style",
+        "ink",
+        "--out",
+        str(tmp_path / "r"),
+        "--previews",
+        "0",
+    ]
+    words += ["--base", silent, "--prediction", "v", "--vae", str(tiny_v.folder / "vae")]
+    words += ["--vram", "16", *(f"--set={one}" for one in ("rank=2", "steps=2", "window=1", "sample_times=1"))]
+    assert called(*words) == 0
+    said = capsys.readouterr().err
+    assert "memory, estimated: " in said and "with --vram 16" in said and "half precision takes less memory" in said
+    record = tomllib.loads((tmp_path / "r" / "run.toml").read_text())
+    assert (record["prediction"], record["vram"], record["vae"]) == ("v", "16", str(tiny_v.folder / "vae"))
+    drawn = ["generate", "--prompt", "a cat", "--steps", "2", "--out", str(tmp_path / "x.png"), "--base", silent]
+    assert called(*drawn, "--prediction", "v", "--vae", str(tiny_v.folder)) == 0 and (tmp_path / "x.png").exists()
+    capsys.readouterr()
+    assert called(*drawn[:-1], str(tmp_path / "r" / "style.safetensors")) == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and "this is a LoRA, not a base model" in said
+
+
+def called(*words: str) -> int:
+    """The command line, in this process."""
+    argv, sys.argv = sys.argv, ["unbraid", *words]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        sys.argv = argv
+    return stop.value.code if isinstance(stop.value.code, int) else int(stop.value.code is not None)
+
+
+def test_loras_say_that_they_are_for_sd21(tiny_sd21: Tiny, picture: Path, tmp_path: Path) -> None:
+    job = learn_job(picture, prompt="a cat", base=str(tiny_sd21.file), rank=2, steps=1, previews=0, out=tmp_path / "r")
+    list(running.run(job, device="cpu"))
+    told = read(tmp_path / "r" / "lora.safetensors").metadata
+    assert told["ss_v2"] == "True" and told["ss_base_model_version"] == "sd_v2_v"
+    assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"

@@ -95,6 +95,16 @@ class Base:
         """The side, in pixels, of the square pictures that the base was trained on."""
         return self.unet.config["sample_size"] * self.pipe.vae_scale_factor
 
+    @property
+    def told(self) -> dict[str, str]:
+        """What a LoRA for this base says of it beyond its family: SD2.x has SD1.5's modules, and linear projections."""
+        if self.family == "sdxl" or not self.unet.config["use_linear_projection"]:
+            return {}
+        v = self.noise.config["prediction_type"] == "v_prediction"
+        architecture = f"stable-diffusion-v2-{'768-v' if v else '512'}/lora"
+        version = f"sd_v2{'_v' if v else ''}"
+        return {"ss_v2": "True", "ss_base_model_version": version, "modelspec.architecture": architecture}
+
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
         """Encode as the pipeline does: last hidden state (SD1.5), penultimate ones and pooled vector (SDXL)."""

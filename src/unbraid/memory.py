@@ -3,7 +3,7 @@
 A step is gone through on torch's meta device, which has shapes and no values, and what autograd would keep is added up.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unbraid.adapters import Adapters
-from unbraid.base import BLOCKS
+from unbraid.base import BLOCKS, pick_device
 from unbraid.errors import UsageError
 from unbraid.files import read
 from unbraid.job import Job
@@ -26,7 +26,7 @@ from unbraid.lora import Branch
 from unbraid.methods import METHODS
 from unbraid.optim import groups
 from unbraid.pipeline import location, quiet
-from unbraid.presets import PRESETS, Preset
+from unbraid.presets import Preset
 from unbraid.recipe import Recipe
 from unbraid.render import attach_to
 from unbraid.savings import save_memory
@@ -55,20 +55,23 @@ def memory_line(job: Job) -> str:
     """What a run is going to take, for people; and which preset takes less, if its own takes more than its name says."""
     preset = job.loading.preset
     found = estimate(job)
-    parts = ", ".join(f"{name} {getattr(found, name) / GIB:.1f}" for name in ("weights", "adapters", "activations"))
-    text = f"memory, estimated: {found.total / GIB:.1f} GiB ({parts}) with --vram {preset.name}"
+    unit, name = (GIB, "GiB") if found.total > GIB else (2**20, "MiB")
+    parts = {"weights": found.weights, "adapters": found.adapters, "activations": found.activations}
+    shares = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
+    text = f"memory, estimated: {found.total / unit:.1f} {name} ({shares}) with --vram {preset.name}"
     rank = job.settings.get("rank")
     if isinstance(rank, int) and rank > preset.rank:
         text += f"; at this preset, ranks up to {preset.rank} are advised: --set rank={preset.rank}"
     return text
 
 
-def estimate(job: Job) -> Estimate:
-    """UsageError for a base whose configuration cannot be read."""
+def estimate(job: Job, device: str | None = None) -> Estimate:
+    """On `device` (cuda, mps, cpu; none: the one that the run would take). UsageError for a base whose configuration cannot be read."""
     preset = job.loading.preset
+    dtype = torch.bfloat16 if preset.half or (device or pick_device()) == "cuda" else torch.float32
     config = unet_config(job.base)
     with quiet():
-        unet, resting = (_typed(config, preset) for _ in range(2))
+        unet, resting = (empty_unet(config).requires_grad_(False).to(dtype) for _ in range(2))
         save_memory(resting, torch.device("cpu"), preset)
     weights = sum(p.numel() * p.element_size() for p in resting.parameters())
     (recipe,) = METHODS[job.method].make(
@@ -84,7 +87,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(weights, round(4 * kept + (4 + moments) * trained), _activations(unet, adapters, recipe, preset))
 
 
-def unet_config(base: str) -> Mapping[str, Any]:
+def unet_config(base: str) -> dict[str, Any]:
     """A UNet's configuration: of a folder, a hub id (which downloads it), or made from a checkpoint's header."""
     path = location(base)
     if Path(path).is_file():
@@ -97,14 +100,9 @@ def unet_config(base: str) -> Mapping[str, Any]:
     return found
 
 
-def _typed(config: Mapping[str, Any], preset: Preset) -> Any:
-    unet: Any = empty_unet(dict(config)).requires_grad_(False)
-    return unet.to(torch.bfloat16 if preset.half or torch.cuda.is_available() else torch.float32)
-
-
 def _activations(unet: nn.Module, adapters: Adapters, recipe: Recipe, preset: Preset) -> int:
     """Of the largest group of branches that share a forward pass, late in the run, when all take part."""
-    branches = recipe.branches(max(recipe.steps - 1, 0))[: preset.at_once]
+    branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.in_turn else preset.at_once]
     if not recipe.steps or not branches:
         return 0
     ledger = _Ledger({id(p.untyped_storage()) for p in unet.parameters()})
@@ -195,8 +193,3 @@ class _Fused(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
         return func(*args, **(kwargs or {}))
-
-
-def table(job: Callable[[str], Job]) -> list[tuple[str, Estimate]]:
-    """The estimate of a job at every preset."""
-    return [(name, estimate(job(name))) for name in PRESETS]

@@ -193,7 +193,7 @@ def _finish(ready: _Run, texts: Mapping[str, str]) -> Iterator[Path]:
             path,
             modules,
             family=ready.base.family,
-            metadata=metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts),
+            metadata={**metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts), **ready.base.told},
         )
         yield path
     events = folder.read_events(job.out)
