@@ -22,6 +22,7 @@ from unbraid.methods import METHODS, Output
 from unbraid.recipe import Ask, Recipe, Script, go_on
 from unbraid.render import attach
 from unbraid.sample import NEGATIVE, classifier_free, generate
+from unbraid.savings import fitting, memory_error, notes, spared
 from unbraid.train import State, Step, alone, course, lessons
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
@@ -58,7 +59,11 @@ class _Run:
 def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterator[Progress]:
     """Train `job` into its folder, yielding what happens. Killed at any moment, `resume=True` goes on from the last
     saved state and ends with the same files, bit for bit on a CPU."""
-    return alone(script(job, resume, lambda job: load(job.base, device)), AT_ONCE)
+    try:
+        at_once = min(AT_ONCE, job.loading.preset.at_once)
+        yield from alone(script(job, resume, lambda job: load(job.base, device, job.loading)), at_once)
+    except torch.OutOfMemoryError as error:
+        raise memory_error(job.out, job.loading.preset) from error
 
 
 def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
@@ -69,6 +74,8 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
     warnings = METHODS[job.method].check(opened, job.images)
     ready = _prepare(job, texts, opened, find(job))
     try:
+        ready.base.release(tiles=job.loading.preset.fp8)
+        warnings += notes(ready.base.device, job.loading.preset)
         folder.claim(job.out, record(job, texts), resume)
         for warning in warnings:
             yield Progress(0, ready.recipe.steps, warning=warning)
@@ -84,7 +91,10 @@ def _conduct(ready: _Run, texts: Mapping[str, str], resume: bool) -> Script[Prog
             pictures.save_image(image, job.out / "drawn" / f"{role}_{i}.png")
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
-        ready.state.restore(saved)
+        kept, told = fitting(saved, job.loading.preset)
+        ready.state.restore(kept)
+        for warning in told:
+            yield Progress(ready.state.step, ready.recipe.steps, warning=warning)
     events = folder.Events(job.out, ready.state.step)
     yield from _train(ready, events, begin)
     if mergers.collapsed(mergers.summary(ready.adapters)):
@@ -96,7 +106,8 @@ def _conduct(ready: _Run, texts: Mapping[str, str], resume: bool) -> Script[Prog
 
 
 def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> _Run:
-    (recipe,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
+    (made,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
+    recipe = spared(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
     adapters = started or Adapters.attach(base.unet, recipe.targets)
@@ -142,9 +153,10 @@ def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) ->
 
 def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
-    taught = (
-        lessons(ready.studies, ready.recipe, state.adapters, begin, state.step) if ready.recipe.fixed_teachers else None
-    )
+    taught = None
+    if ready.recipe.fixed_teachers:
+        at_once = 4 * min(AT_ONCE, job.loading.preset.at_once)
+        taught = lessons(ready.studies, ready.recipe, state.adapters, begin, state.step, at_once)
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved, training = time.monotonic(), course(ready.studies, ready.recipe, state, taught)
     said = next(training, None)
@@ -186,7 +198,9 @@ def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str
         )
     for name, (role, active) in uses.items():
         terms = classifier_free(GUIDANCE, role, active)
-        yield name, generate(ready.base, terms, texts, ready.adapters, seeds=seeds, steps=steps)
+        some = [seeds] if ready.job.loading.preset.at_once > 1 else [(seed,) for seed in seeds]
+        made = [generate(ready.base, terms, texts, ready.adapters, seeds=now, steps=steps) for now in some]
+        yield name, [image for images in made for image in images]
 
 
 def _finish(ready: _Run, texts: Mapping[str, str]) -> Iterator[Path]:
@@ -198,7 +212,7 @@ def _finish(ready: _Run, texts: Mapping[str, str]) -> Iterator[Path]:
             path,
             modules,
             family=ready.base.family,
-            metadata=metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts),
+            metadata={**metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts), **ready.base.told},
         )
         yield path
     events = folder.read_events(job.out)

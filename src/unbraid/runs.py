@@ -3,6 +3,7 @@
 import copy
 import tomllib
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from unbraid.errors import UsageError
 from unbraid.job import Job, prompts_of, record
 from unbraid.many import together
 from unbraid.methods import METHODS
+from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Script
 from unbraid.run import Progress, script
 from unbraid.settings import resolve
@@ -43,11 +45,14 @@ def run_many(
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
 
     @cache
-    def opened(name: str) -> Base:
-        return load(name, device)
+    def opened(name: str, loading: Loading) -> Base:
+        return load(name, device, loading)
 
     def find(job: Job) -> Base:
-        return copy.copy(opened(job.base))
+        """The common base, of which a run can release its text encoders while others still need them."""
+        base = copy.copy(opened(job.base, job.loading))
+        base.pipe = copy.copy(base.pipe)
+        return base
 
     return _told([_script(job, resume, find) for job in jobs], at_once)
 
@@ -93,6 +98,7 @@ def recorded(file: Path) -> Job:
             table["previews"],
             {role: Path(path) for role, path in loras.items()},
             {Path(path): text for path, text in table.get("captions", {}).items()},
+            Loading(**{name: table[name] for name in asdict(AS_IT_IS) if name in table}),
         )
     except (KeyError, AttributeError, TypeError) as error:
         raise UsageError(
