@@ -25,6 +25,7 @@ LEVELS: dict[str, float] = {
     "mergers": 3,
     "merger_plot": 3,
     "recipe": 4,
+    "passes": 4.5,
     "train": 5,
     "many": 6,
     "data": 5,
@@ -56,7 +57,7 @@ LEVELS: dict[str, float] = {
     "bench": 14,
     "making": 15,
 }
-TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "optim8", "merge", "recipe", "train")
+TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "optim8", "merge", "recipe", "passes", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

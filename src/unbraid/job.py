@@ -15,6 +15,7 @@ from unbraid.formats.metadata import card
 from unbraid.methods import METHODS
 from unbraid.presets import AS_IT_IS, Loading
 from unbraid.settings import Settings
+from unbraid.train import Step
 
 RARE = "sks"
 
@@ -34,6 +35,17 @@ class Job:
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
     captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompt, where it has one
     loading: Loading = AS_IT_IS
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One thing that happened: a training step, a file that is there now, or something to be told."""
+
+    done: int
+    total: int
+    step: Step | None = None
+    file: Path | None = None
+    warning: str = ""
 
 
 def prompts_of(job: Job) -> dict[str, str]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Branch
+from unbraid.passes import answer
 from unbraid.recipe import Ask, Denoiser, Recipe, Script, go_on
-from unbraid.train import State, Step, answer, course
+from unbraid.train import State, Step, course
 
 T = TypeVar("T")
 MOST, SHARE = 8, 0.5  # jobs at once, beyond which little is gained (docs/batch.md); of the free memory

@@ -14,7 +14,7 @@ from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.data import fit, open_image
 from unbraid.errors import UsageError
 from unbraid.files import read, write
-from unbraid.job import Job, metadata, prompts_of, record
+from unbraid.job import Job, Progress, metadata, prompts_of, record
 from unbraid.lora import Active, Lora
 from unbraid.merge import merge
 from unbraid.merger_plot import mergers_plot
@@ -23,24 +23,13 @@ from unbraid.recipe import Ask, Recipe, Script, go_on
 from unbraid.render import attach
 from unbraid.sample import NEGATIVE, classifier_free, generate
 from unbraid.savings import fitting, memory_error, notes, spared
-from unbraid.train import State, Step, alone, course, lessons
+from unbraid.train import State, alone, course, lessons
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
 AT_ONCE = 2  # branches in one forward pass: twice the activations, half the calls
 DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
 SHOWN = 8  # inputs in a row of the sheet
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One thing that happened: a training step, a file that is there now, or something to be told."""
-
-    done: int
-    total: int
-    step: Step | None = None
-    file: Path | None = None
-    warning: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 from unbraid import folder
 from unbraid.base import Base, joined, load
 from unbraid.errors import UsageError
-from unbraid.job import Job, prompts_of, record
+from unbraid.job import Job, Progress, prompts_of, record
 from unbraid.many import together
 from unbraid.methods import METHODS
 from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Script
-from unbraid.run import Progress, script
+from unbraid.run import script
 from unbraid.settings import resolve
 
 

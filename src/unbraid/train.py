@@ -10,12 +10,11 @@ from math import inf
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unbraid.adapters import Adapters
 from unbraid.errors import UsageError
-from unbraid.lora import Branch
+from unbraid.passes import answer, chunks, taught
 from unbraid.recipe import Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
 
 T = TypeVar("T")
@@ -154,16 +153,6 @@ def alone(script: Script[T], at_once: int) -> Iterator[T]:
             said = go_on(script, [])
 
 
-def answer(ask: Ask, at_once: int) -> list[Tensor]:
-    """The losses of each branch, unweighted; `at_once` of them share a pass."""
-    losses: list[Tensor] = []
-    with torch.set_grad_enabled(ask.learns):
-        for chunk in _chunks(ask.samples, at_once):
-            some, samples = [ask.branches[i] for i in chunk], [ask.samples[i] for i in chunk]
-            losses += _backward(ask.model, ask.adapters, some, samples)
-    return losses
-
-
 def lessons(
     model: Denoiser, recipe: Recipe, adapters: Adapters, rng: torch.Generator, begin: int = 0, at_once: int = 8
 ) -> list[list[Sample]]:
@@ -172,12 +161,12 @@ def lessons(
     plan = [recipe.branches(i) for i in range(recipe.steps)]
     drawn = [model.draw([branch.image for branch in branches], recipe.shared, rng) for branches in plan]
     asked = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
-    for chunk in _chunks([drawn[i][j] for i, j in asked], at_once):
+    for chunk in chunks([drawn[i][j] for i, j in asked], at_once):
         places = [asked[k] for k in chunk]
         teachers = [teacher for i, j in places if (teacher := plan[i][j].teacher)]
-        answers = _answers(model, adapters, teachers, [drawn[i][j] for i, j in places])
-        for (i, j), answer in zip(places, answers.split(1), strict=True):
-            drawn[i][j] = replace(drawn[i][j], target=answer.to(drawn[i][j].target.dtype), taught=True)
+        answers = taught(model, adapters, teachers, [drawn[i][j] for i, j in places])
+        for (i, j), target in zip(places, answers.split(1), strict=True):
+            drawn[i][j] = replace(drawn[i][j], target=target.to(drawn[i][j].target.dtype), taught=True)
     return drawn
 
 
@@ -218,34 +207,6 @@ def _step(
     return done
 
 
-def _backward(
-    model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]
-) -> list[Tensor]:
-    """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
-    target = torch.cat([sample.target for sample in samples])
-    asked_now = [i for i, branch in enumerate(branches) if branch.teacher and not samples[i].taught]
-    if asked_now:
-        teachers = [teacher for i in asked_now if (teacher := branches[i].teacher)]
-        answers = _answers(model, adapters, teachers, [samples[i] for i in asked_now])
-        target = target.index_copy(0, torch.tensor(asked_now, device=target.device), answers.to(target.dtype))
-    with adapters.activate([branch.active for branch in branches], model.prompts):
-        out = model.predict(samples, [branch.prompt for branch in branches])
-        losses = F.mse_loss(
-            out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, target, reduction="none"
-        )
-        losses = losses.flatten(1).mean(1)
-        weights = torch.tensor([branch.weight for branch in branches], dtype=losses.dtype, device=losses.device)
-        if losses.requires_grad:  # a branch may have nothing that trains
-            (losses * weights).sum().backward()
-    return list(losses.detach())
-
-
-@torch.no_grad()
-def _answers(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
-    with adapters.activate([teacher.active for teacher in teachers], model.prompts):
-        return model.predict(samples, [teacher.prompt for teacher in teachers])
-
-
 def _goes_on(model: Denoiser, recipe: Recipe, stop: Stop, state: State) -> Generator[Ask, list[Tensor], bool]:
     """Early stopping's look at the mean loss of its branches."""
     rng = torch.Generator().manual_seed(0)
@@ -253,18 +214,6 @@ def _goes_on(model: Denoiser, recipe: Recipe, stop: Stop, state: State) -> Gener
     samples = [model.draw([branch.image], recipe.shared, rng)[0] for branch in branches]
     losses = yield Ask(model, state.adapters, branches, samples, learns=False)
     return state.judged(float(torch.stack(losses).mean()), stop.patience)
-
-
-def _chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:
-    """Neighbours of equal shape, at most `at_once` together."""
-    chunks: list[list[int]] = []
-    for i, sample in enumerate(samples):
-        last = chunks[-1] if chunks else []
-        if last and len(last) < at_once and samples[last[0]].noisy.shape == sample.noisy.shape:
-            last.append(i)
-        else:
-            chunks.append([i])
-    return chunks
 
 
 def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
