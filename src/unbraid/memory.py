@@ -52,7 +52,7 @@ class Estimate:
 
 
 def memory_line(job: Job) -> str:
-    """What a run is going to take, for people; and which preset takes less, if its own takes more than its name says."""
+    """What a run is going to take, for people; and the preset's advice on its rank."""
     preset = job.loading.preset
     found = estimate(job)
     unit, name = (GIB, "GiB") if found.total > GIB else (2**20, "MiB")
