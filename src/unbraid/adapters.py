@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -44,6 +45,10 @@ class AdaptedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
+
+    def factors(self) -> dict[str, Factors]:
+        """Adapter → what it has here."""
+        return cast(dict[str, Factors], dict(self.adapters.items()))
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         y = self._frozen(x)
@@ -153,7 +158,7 @@ class Adapters:
             raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
         before = self._activity.added
         awake = [tuple(one for one in row if one.scale) for row in rows]
-        layers = {name: dict(layer.adapters.items()) for name, layer in self.layers.items()}
+        layers = {name: layer.factors() for name, layer in self.layers.items()}
         own = frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
         dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
         self._activity.added = stacked(layers, own, awake, prompts or {}, dtype)

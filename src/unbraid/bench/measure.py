@@ -95,13 +95,15 @@ def side_by_side(
     ways: Mapping[str, Callable[[], Callable[[], None]]], steps: int, rounds: int
 ) -> list[tuple[str, float]]:
     """(name, median seconds per step) of ways to do `steps` steps, in turn, so that a slow minute slows all of them. Each way
-    prepares, and returns what is timed; the first round warms up."""
+    prepares, and returns what is timed; the first round warms up. Without a GPU these are seconds of the processor, not of the wall:
+    with one thread the two are the same on an idle machine, and on a busy one only the former mean something."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for name, way in ways.items():
             go = way()
-            began = time.perf_counter()
+            began = clock()
             go()
             if i:
-                spent[name].append((time.perf_counter() - began) / steps)
+                spent[name].append((clock() - began) / steps)
     return [(name, statistics.median(values)) for name, values in spent.items()]

@@ -9,7 +9,7 @@ from torch import nn
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS
 from unbraid.bench.published import Form, dense_product, dense_sum, factorised
-from unbraid.lora import Factors, Part
+from unbraid.lora import ALL, Factors, Part
 from unbraid.methods.b4m import break_
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.pair import pair
@@ -48,7 +48,7 @@ CASES: Mapping[str, Case] = {
         dense_product,
         False,
         ("content", "style"),
-        BOTH | {"merger"},
+        ALL,
         600,
     ),
     "zip": Case(
