@@ -56,10 +56,10 @@ def together(
         if known:
             joint.answer(alive)
         else:
-            most, known = fitting(alive[0].asked.adapters.model, partial(joint.answer, alive)), True
+            most, known = room_for(alive[0].asked.adapters.model, partial(joint.answer, alive)), True
 
 
-def fitting(model: nn.Module, passes: Callable[[], None]) -> int:
+def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
     """How many jobs, 1 to MOST, there is memory for beside each other, by what the passes of one keep for their gradients."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     seen: dict[int, int] = {}
