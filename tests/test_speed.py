@@ -9,8 +9,11 @@ import torch
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Picture, Prompt, Studies
 from unbraid.bench.published import Form, dense_product, factorised, published
+from unbraid.bench.speed import gpu
 from unbraid.bench.speed_cases import CASES, SDXL
 from unbraid.bench.speed_count import _kinds
+from unbraid.bench.speed_time import timed, whole_run
+from unbraid.bench.speed_world import icons
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.pair import pair
 from unbraid.methods.unziplora import unziplora
@@ -83,3 +86,17 @@ def test_every_case_says_what_a_run_is_made_of() -> None:
     for name, case in CASES.items():
         kinds = _kinds(case.ours(4, case.steps).branches(i) for i in range(case.steps))
         assert [round(share, 3) for _, share in kinds] == ([0.333, 0.667] if name == "pair" else [1.0])
+
+
+def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the embedded base, a few steps each; what is timed leaves the base as it was."""
+    world = icons("cpu")
+    before = {key: value.clone() for key, value in world.base.unet.state_dict().items()}
+    ways = [way for way, _ in timed("zip", world, 1, 1)]
+    assert ways == ["published", "published, no gradient checkpointing", "ours", "ours, teachers asked ahead"]
+    seconds, _ = whole_run("pair", world, 3, checkpointing=True)
+    assert seconds > 0 and not world.base.unet.is_gradient_checkpointing
+    after = world.base.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    gpu(["split"])
+    assert torch.cuda.is_available() or "No GPU here" in capsys.readouterr().out

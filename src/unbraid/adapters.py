@@ -56,8 +56,9 @@ class AdaptedLinear(nn.Module):
         return y if added is None else added.to(y, x)
 
     def _frozen(self, x: Tensor) -> Tensor:
-        """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once."""
-        if not self.own_prompt or x.requires_grad or len(x) > MOST_ROWS:
+        """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once. (torch.compile
+        cannot ask which tensor it has.)"""
+        if not self.own_prompt or x.requires_grad or len(x) > MOST_ROWS or torch.compiler.is_compiling():
             return self.base(x)
         known = self._known.get(id(x))
         if known is None or known[0] is not x or known[1] != x._version:

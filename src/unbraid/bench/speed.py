@@ -35,8 +35,9 @@ def count(names: list[str]) -> None:
 
 def clock(names: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    unit = "s" if device == "cuda" else "processor s"
     for world, steps, rounds, warm in ((icons(device), 9, 5, 17), (half(device), 3, 3, 2)):
-        print(f"\n| {world.said} | s per step | times as fast |\n|---|---|---|", flush=True)
+        print(f"\n| {world.said} | {unit} per step | times as fast |\n|---|---|---|", flush=True)
         for name in names:
             times = timed(name, world, steps, rounds, warm)
             for way, seconds in times:
@@ -60,7 +61,7 @@ def gpu(names: list[str]) -> None:
 
 def sampling(names: list[str]) -> None:
     del names
-    print("\n| style guidance, icons, one thread | s per sampling step | times as fast |\n|---|---|---|")
+    print("\n| style guidance, icons, one thread | processor s per sampling step | times as fast |\n|---|---|---|")
     times = evaluations()
     for way, seconds in times:
         print(f"| {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |")
