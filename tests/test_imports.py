@@ -38,9 +38,10 @@ LEVELS = {
     "cli_files": 13,
     "cli_run": 13,
     "cli_train": 14,
-    "cli": 15,
+    "cli": 16,
     "bases": 13,
     "bench": 14,
+    "cli_bench": 15,
     "making": 15,
 }
 TORCH_ALONE = ("lora", "adapters", "optim", "merge", "recipe", "train")

@@ -1,0 +1,80 @@
+"""`unbraid bench`: parse, call, print."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from unbraid.cli_run import BaseName, Quiet, console
+from unbraid.errors import UsageError
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
+    ] = False,
+    work: Annotated[Path, typer.Option(help="Folder for everything; the same folder again resumes.")] = Path("bench"),
+    task: Annotated[
+        list[str] | None, typer.Option(help="separate, combine, transfer or recombine; repeatable. Default: all.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A row by its name, ablations too; repeatable. Default: all but ablations.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
+    processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
+    report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
+    base: BaseName = "icons",
+    quiet: Quiet = False,
+) -> None:
+    """Every method on tasks with right answers → a table, a page and pictures that show which one works."""
+    from unbraid.bench import grid
+    from unbraid.bench.registry import chosen
+    from unbraid.bench.tasks import FULL, QUICK, TASKS
+
+    for name in task or ():
+        if name not in TASKS:
+            raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
+    scale = (FULL if full else QUICK).limited(tuple(seed or ()))
+    todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
+    failed = [] if report else _run(todos, processes or _processes(), quiet)
+    _report(work, todos)
+    if failed:
+        what = f"{len(failed)} of {len(todos)} drawings of rows failed, such as {failed[0]}"
+        raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
+
+
+def _run(todos: list, processes: int, quiet: bool) -> list[str]:
+    from unbraid.bench import grid
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    failed = []
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        progress = bar.add_task("benchmark", total=len(todos))
+        for done in grid.run(todos, processes):
+            bar.update(progress, advance=1)
+            name = f"{done.todo.row}: {done.todo.cell}"
+            if done.unit is None:
+                failed.append(f"{name} ({done.error})")
+                bar.console.print(f"  failed: {failed[-1]}", markup=False, highlight=False, soft_wrap=True)
+    return failed
+
+
+def _processes() -> int:
+    from unbraid.base import pick_device
+
+    return 1 if pick_device() != "cpu" else os.cpu_count() or 1
+
+
+def _report(work: Path, todos: list) -> None:
+    del work, todos
