@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_models import SIZE, VIEW, save_clip, save_dino
 from torch import Tensor, nn
 from transformers import (
     BitImageProcessorPil,
-    CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
@@ -23,7 +23,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
-    ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
 )
@@ -32,10 +31,7 @@ from unbraid.bench.field import TEXT, diversity, embed, embed_texts, lpips, meas
 from unbraid.bench.field_models import FieldModels, load_models
 from unbraid.errors import UsageError
 
-SIZE = 28
 PROMPTS = ("a dog in line style", "a cat", "a red teapot on a table in cartoon style", "a cat")
-SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-VIEW: dict[str, Any] = {**SMALL, "image_size": SIZE, "patch_size": 7}
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 40)) -> Image.Image:
@@ -50,28 +46,12 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    out = tmp_path_factory.mktemp("clip")
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**SMALL, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    torch.manual_seed(0)
-    CLIPModel(
-        CLIPConfig(text_config=text, vision_config={**VIEW, "initializer_factor": 4.0}, projection_dim=16)
-    ).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(out)
-    return out
+    return save_clip(tmp_path_factory.mktemp("clip"), tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(1)
-    ViTModel(ViTConfig(**VIEW, initializer_range=0.3), add_pooling_layer=False).save_pretrained(
-        out
-    )  # as facebook/dino-vits16 is stored
-    ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(out)
-    return out
+    return save_dino(tmp_path_factory.mktemp("dino"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from unbraid.bench.scores import harmonic, likeness
 from unbraid.bench.shop import Shop
 from unbraid.bench.tasks import PLACE, TAUGHT, Cell, content_prompt, items, joint_prompt, style_prompt
 from unbraid.bench.world import BEFORE, TRAINED, Truth
+from unbraid.errors import UsageError
 from unbraid.file_tools import Source, merge_files
 from unbraid.merge import Size
 from unbraid.methods.b4m import Kind
@@ -132,7 +133,7 @@ def modules(shop: Shop, cell: Cell, settings: Settings) -> Hands:
 
 def joint(shop: Shop, cell: Cell, settings: Settings) -> Hands:
     """One LoRA of all pictures, each under its own prompt, the style's as often as the subject's."""
-    told = [(Truth(cell.subject, word), content_prompt(cell.subject)) for word in TRAINED]
+    told = [(truth, content_prompt(cell.subject)) for truth in shop.subject(cell.subject)]
     folder = shop.told(
         [*told, *[(cell.style, style_prompt(cell.style))] * len(told)], f"joint {cell.subject} {cell.style}"
     )
@@ -177,6 +178,11 @@ def pairs(shop: Shop, style: str, count: int) -> tuple[Path, Path]:
 
 def partners(shop: Shop, kind: str) -> Path:
     """The folder of a module's partner pictures, with their prompts."""
+    if shop.subjects:
+        if not shop.partners.get(kind):
+            what = f"a {kind} module needs pictures of the other kind beside its own"
+            raise UsageError(what, "partners", "See docs/field-metrics.md for where to put them.")
+        return shop.told(shop.partners[kind], f"partners {kind}")
     folder = shop.work / "inputs" / f"partners-{kind}"
     for subject, look in PARTNERS[kind]:
         picture = known_art().picture(subject, "noto")

@@ -39,9 +39,10 @@ BAD = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what the
 
 @dataclass(frozen=True)
 class Encoder:
-    """Pictures → vectors. `label`: what a score of it is called in tables."""
+    """Pictures → vectors. `label`: what a score of it is called in tables; `name`: which model it is, as the user named it."""
 
     label: str
+    name: str
     prepare: Callable[[Sequence[Image.Image]], Float[Tensor, "n 3 h w"]]
     vectors: Callable[[Tensor], Float[Tensor, "n d"]]
     device: torch.device
@@ -61,6 +62,7 @@ class Lpips:
     """Two batches of pictures in -1..1 → distances `[n]`. arXiv 1801.03924."""
 
     label: str
+    name: str
     distance: Callable[[Tensor, Tensor], Float[Tensor, " n"]]
     device: torch.device
 
@@ -73,6 +75,11 @@ class FieldModels:
     dino: Encoder | None = None
     csd: Encoder | None = None
     lpips: Lpips | None = None
+
+    def names(self) -> dict[str, str]:
+        """Label → which model; figures of different models are not comparable."""
+        some = (self.clip and self.clip.image, self.dino, self.csd, self.lpips)
+        return {one.label: one.name for one in some if one}
 
 
 def load_models(
@@ -109,7 +116,7 @@ def load_clip(name: str, device: torch.device) -> Clip:
     def vectors(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixel_values=pixels).pooler_output
 
-    return Clip(Encoder("CLIP-I", _processor(name, "CLIP model"), vectors, device=device), text)
+    return Clip(Encoder("CLIP-I", name, _processor(name, "CLIP model"), vectors, device), text)
 
 
 def load_dino(name: str, device: torch.device) -> Encoder:
@@ -127,7 +134,7 @@ def load_dino(name: str, device: torch.device) -> Encoder:
     def patches(pixels: Tensor) -> Tensor:
         return model(pixel_values=pixels).last_hidden_state[:, first:]
 
-    return Encoder("DINO", _processor(name, kind), vectors, device, patches)
+    return Encoder("DINO", name, _processor(name, kind), vectors, device, patches)
 
 
 def load_csd(name: str, device: torch.device) -> Encoder:
@@ -144,7 +151,7 @@ def load_csd(name: str, device: torch.device) -> Encoder:
     else:
         model, prepare = _whole(CLIPVisionModelWithProjection, name, kind, device), _processor(name, kind)
         label = NOT_CSD
-    return Encoder(label, prepare, lambda pixels: model(pixel_values=pixels).image_embeds, device=device)
+    return Encoder(label, name, prepare, lambda pixels: model(pixel_values=pixels).image_embeds, device)
 
 
 def load_lpips(name: str, device: torch.device) -> Lpips:
@@ -170,7 +177,7 @@ def load_lpips(name: str, device: torch.device) -> Lpips:
             raise UsageError(f"these are not the weights of {net}: see features.{inside}", file, fix)
         parameter.data = tensor.float()
     model.to(device)
-    return Lpips(f"LPIPS ({net})", lambda a, b: model(a, b).flatten(), device)
+    return Lpips(f"LPIPS ({net})", name, lambda a, b: model(a, b).flatten(), device)
 
 
 def _whole(kind: Any, name: str, what: str, device: torch.device) -> Any:

@@ -3,7 +3,7 @@ is killed. Processes that share a folder wait for each other's files, and do not
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,6 @@ from unbraid.job import Job
 from unbraid.render import Use, render
 from unbraid.run import run
 
-GUIDANCE = 4.0
 Hand = Callable[[Item, Sequence[int]], list[Image.Image]]  # draws an item at some seeds
 
 
@@ -38,6 +37,8 @@ class Shop:
     scale: Scale
     base_name: str = "icons"
     used: list[Cost] = field(default_factory=list)
+    subjects: Mapping[str, Sequence[Truth]] = field(default_factory=dict)  # a user's own, and their pictures
+    partners: Mapping[str, Sequence[tuple[Truth, str]]] = field(default_factory=dict)  # kind → with prompts, of a user
 
     @cached_property
     def base(self) -> Base:
@@ -58,9 +59,14 @@ class Shop:
             file.with_suffix(".txt").write_text(text)
         return self.work / "inputs" / slug(name)
 
+    def subject(self, name: str) -> Sequence[Truth]:
+        """The pictures of a subject, as four artists drew it, or as a user gave them."""
+        return self.subjects.get(name) or [Truth(name, word) for word in TRAINED]
+
     def contents(self, cell: Cell) -> list[Path]:
-        """The pictures of a cell's subject: of `combine`, as four artists drew it."""
-        return [self.picture(Truth(cell.subject, word), f"{slug(cell.subject)}-pictures/{word}") for word in TRAINED]
+        """The pictures of a cell's subject, in a folder of their own."""
+        folder = f"{slug(cell.subject)}-pictures"
+        return [self.picture(truth, f"{folder}/{truth.style}") for truth in self.subject(cell.subject)]
 
     def train(self, job: Job) -> Path:
         """Run a job (whose `out` does not matter) to its end; its folder."""
@@ -112,7 +118,8 @@ class Shop:
         file = self.work / "plain" / f"{key}.png"
         with self._lock(file.with_suffix(".lock")):
             if not file.exists():
-                (drawn,) = render(self.base, item.prompt, guidance=GUIDANCE, steps=self.scale.steps, seeds=(seed,))
+                told = {"guidance": self.scale.guidance, "steps": self.scale.steps}
+                (drawn,) = render(self.base, item.prompt, seeds=(seed,), **told)
                 pictures.save_image(drawn, file)
         return open_image(file)
 
@@ -140,7 +147,7 @@ class Shop:
         self.used.append(Cost(file=sum(file.stat().st_size for file in files)))
 
         def draw(item: Item, seeds: Sequence[int]) -> list[Image.Image]:
-            told = {"guidance": GUIDANCE, "steps": self.scale.steps, **options}
+            told = {"guidance": self.scale.guidance, "steps": self.scale.steps, **options}
             return render(self.base, item.prompt + suffix, uses, styles=styles, combine=combine, seeds=seeds, **told)
 
         return draw

@@ -33,6 +33,7 @@ class Scale:
     others: int = len(OTHERS)  # subjects drawn in each transferred style
     draws: int = 2  # pictures of one prompt, where diversity is measured
     steps: int = 25  # of sampling
+    guidance: float = 4.0
     training: Mapping[str, Settings] = field(default_factory=dict, hash=False)  # method → settings in place of its own
 
     def limited(self, seeds: tuple[int, ...] | None) -> "Scale":
