@@ -385,7 +385,8 @@ def test_lpips_takes_a_local_backbone(
 
     torch.manual_seed(5)
     backbone = getattr(torchvision.models, name)(weights=None)
-    save_file({key: t.contiguous() for key, t in backbone.state_dict().items()}, tmp_path / "model.safetensors")
+    features = {f"features.{key}": t.contiguous() for key, t in backbone.features.state_dict().items()}
+    save_file(features, tmp_path / "model.safetensors")
     model = load_models(lpips=str(tmp_path), device="cpu").lpips
     assert model and model.label == f"LPIPS ({net})"
     found = lpips(model, pictures[:2], pictures[2:])

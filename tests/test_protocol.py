@@ -16,13 +16,14 @@ from tiny_models import save_clip, save_dino
 
 from unbraid.bench import results
 from unbraid.bench.contenders import ROWS
+from unbraid.bench.cost import Cost
 from unbraid.bench.field import embed, measure
 from unbraid.bench.field_models import FieldModels, load_models
-from unbraid.bench.field_table import HARMONIC, cell_means, markdown, tables
+from unbraid.bench.field_report import HARMONIC, cell_means, markdown, tables, write
 from unbraid.bench.given import read_given, words
 from unbraid.bench.grid import Done
 from unbraid.bench.protocol import NEED_TRUTH, PROTOCOLS, Protocol, cells, chosen_rows, items, protocol
-from unbraid.bench.results import Unit
+from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import BASE, CEILING, COPY
 from unbraid.data import open_image
 from unbraid.errors import UsageError
@@ -289,6 +290,28 @@ def test_tables(run_once: tuple[Path, list[Done]]) -> None:
     text = markdown(units(done))
     assert "DINO patch distance to content ↓" in text and "diversity ↓" not in text
     assert "| base alone |" in text
+
+
+def test_the_harmonic_mean_is_np_lora_s() -> None:
+    """Its published row gives its published value (arXiv 2511.11051, v1): 0.73, 0.59, 0.52, 0.33 → 0.50."""
+    names = ("CLIP-I to content", "CLIP-I to style", "DINO to content", "DINO to style")
+    scores: dict[str, float] = dict(zip(names, (0.73, 0.59, 0.52, 0.33), strict=True))
+    drawing = Drawing("both", "a dog", "dog", "ink", 0, "0.png", scores)
+    unit = Unit("", "combine", "NP-LoRA", "", 0, (drawing,), None, Cost(), {})
+    assert cell_means(unit, "both")[HARMONIC] == pytest.approx(0.50, abs=0.005)
+
+
+def test_the_report_names_the_models_and_quotes_the_papers(
+    run_once: tuple[Path, list[Done]], clip_folder: Path, tmp_path: Path
+) -> None:
+    work, done = run_once
+    files = write(units(done), PROTOCOLS["tiny"], work, tmp_path / "report")
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert f"CLIP-I: {clip_folder}" in text and "a test" in text
+    assert "not comparable" in text and "UnZipLoRA, alignment" in text
+    assert len(results.read(tmp_path / "report" / "results.jsonl")) == len(units(done))
+    sheets = [file for file in files if file.suffix == ".webp"]
+    assert len(sheets) == 2 and all(open_image(file).width > 128 for file in sheets)
 
 
 def test_break_for_make_says_where_partners_go(

@@ -87,10 +87,10 @@ def protocol(
     seeds: Sequence[int] = (0,),
     training: Mapping[str, Settings] | None = None,
 ) -> Iterator[Done]:
-    """Every unit, as it comes; those that were there first. `images`: a folder as `unbraid.bench.given` describes it. `tasks`, `rows`:
-    by name; default all that need no true counterpart. `training`: method → settings in place of its own.
+    """Every unit, as it comes; `unbraid.bench.field_report` shows them. `images`: a folder as `unbraid.bench.given` describes it.
+    `tasks`, `rows`: by name; default all that need no true counterpart. `training`: method → settings in place of its own.
 
-    What a user can mend fails one unit (`Done.error`), not the rest. `collect` and `table` read what is there."""
+    What a user can mend fails one unit (`Done.error`), not the rest."""
     way, given = _protocol(name), read_given(images)
     scale = Scale((), draws=way.draws, steps=way.steps, guidance=way.guidance, training=training or {})
     shop = Shop(work, scale, base, subjects=given.contents, partners=given.partners)
@@ -179,7 +179,7 @@ def _unit(shop: Shop, given: Given, way: Protocol, models: FieldModels, row: Row
     made = {"code": code_digest(), "base": base_digest(shop.base_name), "models": told}
     unit = replace(unit, drawings=tuple(scored), made=made)
     results.write(unit, file)
-    return unit
+    return results.read(file)[0]  # as a later run will find it, to the same place
 
 
 def _drawn(shop: Shop, way: Protocol, row: Row, cell: Cell, file: Path) -> Unit:

@@ -1,13 +1,23 @@
-"""What a run on a user's own pictures found, as tables: a row per method, a column per score."""
+"""What a run on a user's own pictures found: tables with a row per method and a column per score, and contact sheets."""
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from PIL import Image
+
+from unbraid import pictures
+from unbraid.bench import published
 from unbraid.bench.field import LOWER_IS_NEARER
-from unbraid.bench.results import Unit
+from unbraid.bench.protocol import Protocol
+from unbraid.bench.results import Drawing, Unit, save
+from unbraid.data import open_image
+from unbraid.folder import atomic
 
 ALL_FOUR = ("CLIP-I to content", "CLIP-I to style", "DINO to content", "DINO to style")
+SHOWN = 8  # drawings of a row on a sheet
 HARMONIC = "harmonic mean"  # of those four, as NP-LoRA reports it (arXiv 2511.11051)
 
 
@@ -76,3 +86,37 @@ def markdown(units: Iterable[Unit]) -> str:
             "\n".join([f"**{table.task}: {table.use}**", "", head, "|---" * (len(table.columns) + 2) + "|", *rows])
         )
     return "\n\n".join(parts)
+
+
+def write(units: Sequence[Unit], way: Protocol, work: Path, out: Path) -> list[Path]:
+    """Into `out`: table.md with the models, the protocol and what papers report; results.jsonl; a sheet per cell."""
+    models = {told for unit in units for told in json.loads(unit.made["models"]).items()}
+    parts = [
+        "Measured with " + "; ".join(f"{label}: {name}" for label, name in sorted(models)) + ".",
+        f"Protocol: {way.source}. {way.draws} pictures per prompt and seed, {way.steps} steps, guidance {way.guidance:g}. {way.note}",
+        "Means over cells ± standard error; ↓: lower is nearer. Near is not good: a copy of the input is nearest to it.",
+        markdown(units),
+        "## What papers report",
+        published.markdown(),
+    ]
+    with atomic(out / "table.md") as part:
+        part.write_text("\n\n".join(parts) + "\n", "utf-8")
+    return [out / "table.md", save(units, out / "results.jsonl"), *sheets(units, work, out)]
+
+
+def sheets(units: Sequence[Unit], work: Path, out: Path) -> list[Path]:
+    """A contact sheet per cell: a row per method."""
+    files = []
+    for i, (task, cell) in enumerate(dict.fromkeys((unit.task, unit.cell) for unit in units)):
+        rows = [(unit.row, _shown_of(unit.drawings, work)) for unit in units if (unit.task, unit.cell) == (task, cell)]
+        titled = [(f"{task}: {cell}. {rows[0][0]}", rows[0][1]), *rows[1:]]
+        files.append(pictures.save_image(pictures.contact_sheet(titled), out / f"{task}-{i:03d}.webp"))
+    return files
+
+
+def _shown_of(drawings: Sequence[Drawing], work: Path) -> list[tuple[str, Image.Image]]:
+    """The first drawings of every prompt, as many of each."""
+    prompts = dict.fromkeys(drawing.prompt for drawing in drawings)
+    each = max(1, SHOWN // max(1, len(prompts)))
+    some = [one for prompt in prompts for one in [one for one in drawings if one.prompt == prompt][:each]]
+    return [(one.prompt, open_image(work / one.file)) for one in some]
