@@ -19,10 +19,11 @@ from unbraid.bench.contenders import ROWS
 from unbraid.bench.cost import Cost
 from unbraid.bench.field import embed, measure
 from unbraid.bench.field_models import FieldModels, load_models
-from unbraid.bench.field_report import HARMONIC, cell_means, markdown, tables, write
+from unbraid.bench.field_report import ALL_FOUR, HARMONIC, cell_means, markdown, tables, write
 from unbraid.bench.given import read_given, words
 from unbraid.bench.grid import Done
 from unbraid.bench.protocol import NEED_TRUTH, PROTOCOLS, Protocol, cells, chosen_rows, items, protocol
+from unbraid.bench.published import published
 from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import BASE, CEILING, COPY
 from unbraid.data import open_image
@@ -292,13 +293,18 @@ def test_tables(run_once: tuple[Path, list[Done]]) -> None:
     assert "| base alone |" in text
 
 
-def test_the_harmonic_mean_is_np_lora_s() -> None:
-    """Its published row gives its published value (arXiv 2511.11051, v1): 0.73, 0.59, 0.52, 0.33 → 0.50."""
-    names = ("CLIP-I to content", "CLIP-I to style", "DINO to content", "DINO to style")
-    scores: dict[str, float] = dict(zip(names, (0.73, 0.59, 0.52, 0.33), strict=True))
+(NP_LORA,) = (table for table in published() if table.paper == "NP-LoRA" and "alignment" in table.title)
+
+
+@pytest.mark.parametrize("row", NP_LORA.rows)
+def test_the_harmonic_mean_is_np_lora_s(row: str) -> None:
+    """Its published columns give its published mean, to its two places."""
+    *four, mean, _ = NP_LORA.rows[row]
+    scores: dict[str, float] = dict(zip(ALL_FOUR, four, strict=True))
     drawing = Drawing("both", "a dog", "dog", "ink", 0, "0.png", scores)
-    unit = Unit("", "combine", "NP-LoRA", "", 0, (drawing,), None, Cost(), {})
-    assert cell_means(unit, "both")[HARMONIC] == pytest.approx(0.50, abs=0.005)
+    unit = Unit("", "combine", row, "", 0, (drawing,), None, Cost(), {})
+    assert NP_LORA.columns[:5] == ("content CLIP", "style CLIP", "content DINO", "style DINO", "harmonic mean")
+    assert cell_means(unit, "both")[HARMONIC] == pytest.approx(mean, abs=0.01)
 
 
 def test_the_report_names_the_models_and_quotes_the_papers(
