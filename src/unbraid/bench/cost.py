@@ -83,7 +83,7 @@ def counted(job: Job) -> Cost:
     kinds = Counter(ready.recipe.branches(i) for i in range(ready.recipe.steps))
     flops = sum(count * _step_flops(ready, branches) for branches, count in kinds.items())
     parameters = sum(p.numel() for group in ready.state.optimizer.param_groups for p in group["params"])
-    return Cost(flops=flops, parameters=parameters)
+    return Cost(flops=float(flops), parameters=parameters)
 
 
 def _step_flops(ready: Ready, branches: tuple[Branch, ...]) -> int:

@@ -10,7 +10,7 @@ import unbraid
 
 PACKAGE = Path(unbraid.__file__).parent
 FRONTS = ("cli", "cli_bench", "cli_files", "cli_run", "cli_train", "demo", "explain", "__main__")  # parse and print
-SHOWN = ("report", "tables", "plots", "published", "stats", "results")  # of the bench: how figures are shown
+SHOWN = ("report", "tables", "plots", "published", "stats", "claims", "results")  # of the bench: how figures are shown
 NOT_OURS = ("recipe", "studio", "formats")  # making the base (it has a digest of its own), other programs' spellings
 
 
