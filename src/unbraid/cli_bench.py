@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,12 +27,17 @@ def bench(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
+    known: Annotated[
+        Path | None,
+        typer.Option("--results", help="A results.jsonl: units in it are done, if code, base and settings are these."),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
     base: BaseName = "icons",
     quiet: Quiet = False,
 ) -> None:
     """Every method on tasks with right answers → a table, a page and pictures that show which one works."""
-    from unbraid.bench import grid
+    from unbraid.bench import grid, results
     from unbraid.bench.registry import chosen
     from unbraid.bench.tasks import FULL, QUICK, TASKS
 
@@ -41,14 +46,15 @@ def bench(
             raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
     scale = (FULL if full else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
-    failed = [] if report else _run(todos, processes or _processes(), quiet)
-    _report(work, todos)
+    given = results.read(known) if known else []
+    failed = [] if report else _run(todos, processes or _processes(), given, quiet)
+    _report(todos, given, work, out or work / "report")
     if failed:
-        what = f"{len(failed)} of {len(todos)} drawings of rows failed, such as {failed[0]}"
+        what = f"{len(failed)} of {len(todos)} units failed, such as {failed[0]}"
         raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
 
 
-def _run(todos: list, processes: int, quiet: bool) -> list[str]:
+def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> list[str]:
     from unbraid.bench import grid
 
     columns = (
@@ -61,7 +67,7 @@ def _run(todos: list, processes: int, quiet: bool) -> list[str]:
     failed = []
     with Progress(*columns, console=console, disable=quiet) as bar:
         progress = bar.add_task("benchmark", total=len(todos))
-        for done in grid.run(todos, processes):
+        for done in grid.run(todos, processes, given):
             bar.update(progress, advance=1)
             name = f"{done.todo.row}: {done.todo.cell}"
             if done.unit is None:
@@ -76,5 +82,13 @@ def _processes() -> int:
     return 1 if pick_device() != "cpu" else os.cpu_count() or 1
 
 
-def _report(work: Path, todos: list) -> None:
-    del work, todos
+def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
+    from unbraid.bench import report, results
+    from unbraid.bench.version import code_digest
+
+    planned = [(todo.cell.task, todo.row, str(todo.cell)) for todo in todos]
+    units = results.wanted([*given, *results.collect(work)], planned, code_digest())
+    if not units:
+        raise UsageError("there is nothing to report", work, "Run it without --report first.")
+    for file in report.write(units, len(todos), work, out):
+        print(file)

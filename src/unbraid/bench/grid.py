@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -56,13 +56,16 @@ def plan(work: Path, scale: Scale, rows: Sequence[Row], base: str = "icons") -> 
     return [Todo(work, scale, base, row.name, cell) for cell in cells(scale) for row in rows if row.task == cell.task]
 
 
-def run(todos: Sequence[Todo], processes: int = 1) -> Iterator[Done]:
-    """Do what is not there yet, yielding every unit as it comes; those that were there come first."""
-    waiting = []
+def run(todos: Sequence[Todo], processes: int = 1, known: Iterable[Unit] = ()) -> Iterator[Done]:
+    """Do what is not there yet, yielding every unit as it comes; those that were there come first. `known`: units that were made
+    elsewhere."""
+    waiting, elsewhere = [], {unit.key: unit for unit in known}
     for todo in todos:
         file = unit_file(todo)
         if file.exists():
             yield Done(todo, results.read(file)[0])
+        elif key(todo) in elsewhere:
+            yield Done(todo, elsewhere[key(todo)])
         else:
             waiting.append(todo)
     if processes == 1:
@@ -109,7 +112,7 @@ def _do(todo: Todo) -> Unit:
     made = {"code": code_digest(), "base": base_digest(todo.base)}
     unit = Unit(key(todo), cell.task, row.name, str(cell), cell.seed, tuple(drawings), spread, cost, made)
     results.write(unit, file)
-    return unit
+    return results.read(file)[0]  # as a later run will find it, to the same place
 
 
 def unit_file(todo: Todo) -> Path:

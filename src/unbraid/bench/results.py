@@ -46,8 +46,12 @@ def write(unit: Unit, file: Path) -> None:
 
 def read(file: Path) -> list[Unit]:
     """The units of a file, one to a line."""
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("cannot be read", file, "Give a results.jsonl of `unbraid bench`.") from error
     units = []
-    for i, line in enumerate(file.read_text("utf-8").splitlines()):
+    for i, line in enumerate(lines):
         try:
             units.append(_unit(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
@@ -60,6 +64,16 @@ def read(file: Path) -> list[Unit]:
 def collect(work: Path) -> list[Unit]:
     """All units of a benchmark's folder."""
     return [unit for file in sorted((work / "units").glob("*/unit.json")) for unit in read(file)]
+
+
+def wanted(units: Iterable[Unit], planned: Iterable[tuple[str, str, str]], code: str) -> list[Unit]:
+    """One unit for every (task, row, cell) that is planned and there: this code's where there is one, else another's."""
+    found: dict[tuple[str, str, str], Unit] = {}
+    for unit in units:
+        place = (unit.task, unit.row, unit.cell)
+        if place not in found or unit.made["code"] == code:
+            found[place] = unit
+    return [found[place] for place in planned if place in found]
 
 
 def save(units: Iterable[Unit], file: Path) -> Path:

@@ -24,8 +24,9 @@ def harmonic(a: float, b: float) -> float:
 
 def likeness(image: Image.Image, truth: Truth) -> tuple[float, float]:
     """(content, style): cosines of a picture to a true one."""
-    content, style = judge().embed(torch.stack([values_of(image), truth.values]))
-    return float(content[0] @ content[1]), float(style[0] @ style[1])
+    content, style = (part[0] for part in judge().embed(values_of(image)[None]))
+    true = _embedded(truth)
+    return float(content @ true["content"]), float(style @ true["style"])
 
 
 def scored(item: Item, image: Image.Image, base: Base) -> dict[str, float]:

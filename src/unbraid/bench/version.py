@@ -10,15 +10,8 @@ import unbraid
 
 PACKAGE = Path(unbraid.__file__).parent
 FRONTS = ("cli", "cli_bench", "cli_files", "cli_run", "cli_train", "demo", "explain", "__main__")  # parse and print
-SHOWN = ("report", "tables", "plots", "published", "stats", "results")  # of the bench: how figures are shown
-FIELD = (
-    "field",
-    "field_models",
-    "csd",
-    "given",
-    "protocol",
-    "field_table",
-)  # scores of a user's own pictures, which are taken anew
+SHOWN = ("report", "tables", "plots", "published", "stats", "claims", "results")  # of the bench: how figures are shown
+FIELD = ("field", "field_models", "field_report", "csd", "given", "protocol")  # scores of a user's pictures, taken anew
 NOT_OURS = ("recipe", "studio", "formats")  # making the base (it has a digest of its own), other programs' spellings
 
 
