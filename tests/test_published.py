@@ -2,10 +2,14 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
+from unbraid.bench.cost import Cost
 from unbraid.bench.published import Table, _table, caption, cells, markdown, published, values
+from unbraid.bench.report import write
+from unbraid.bench.results import Drawing, Unit
 
 SOURCE = re.compile(r"arXiv \d{4}\.\d{5}|[A-Z]{2,}[A-Za-z]* \d{4}")
 
@@ -77,3 +81,11 @@ def test_a_row_of_another_length_is_refused() -> None:
         _table(columns=["p", "q"], rows=[["x", 1.0]], evidence="paper", **rest)
     with pytest.raises(ValueError, match="evidence 'hearsay'"):
         _table(columns=["p"], rows=[["x", 1.0]], evidence="hearsay", **rest)  # type: ignore[arg-type]
+
+
+def test_the_report_shows_every_table_as_not_comparable(tmp_path: Path) -> None:
+    drawing = Drawing("both", "a dog", "dog", "ink", 0, "0.png", {"content": 0.5, "style": 0.5})
+    write([Unit("", "none", "a row", "", 0, (drawing,), None, Cost(), {"code": "", "base": ""})], 1, tmp_path, tmp_path)
+    html = (tmp_path / "report.html").read_text("utf-8")
+    assert html.count("not comparable") == len(published())
+    assert "UnZipLoRA, alignment (arXiv 2412.04465" in html and "<td>0.265</td>" in html

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from unbraid.bench import claims, plots, tables
+from unbraid.bench import claims, plots, published, tables
 from unbraid.bench.results import Unit, save
 from unbraid.bench.tables import Table
 from unbraid.bench.tasks import TASKS
@@ -37,7 +37,7 @@ def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Pa
     about = _about(units, planned)
     page = Environment(loader=PackageLoader("unbraid.bench", "."), autoescape=True).get_template("report.html.j2")
     told = [_embedded(section) for section in sections]
-    html = page.render(about=about, tasks=told, claims=verdicts, published=())
+    html = page.render(about=about, tasks=told, claims=verdicts, published=_published())
     with atomic(out / "report.html") as part:
         part.write_text(html, "utf-8")
     with atomic(out / "table.md") as part:
@@ -63,6 +63,12 @@ def _section(units: Sequence[Unit], task: str, work: Path, out: Path) -> Section
         tables.costs(units, task),
         tuple(one for one in pictures if one),
     )
+
+
+def _published() -> list[tuple[str, Table]]:
+    """What papers report: caption and table."""
+    shown = [(published.caption(one), published.cells(one)) for one in published.published()]
+    return [(caption, Table(tuple(head), tuple(map(tuple, lines)))) for caption, (head, *lines) in shown]
 
 
 def _about(units: Sequence[Unit], planned: int) -> str:
