@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -405,3 +406,10 @@ def test_lpips_takes_a_local_backbone(
     save_file({"features.0.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="these are not the weights of alex"):
         load_models(lpips=str(tmp_path))
+
+
+def test_lpips_without_its_libraries_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UsageError, match=r"pip install unbraid\[bench\]"):
+        load_models(lpips=str(tmp_path), device="cpu")
