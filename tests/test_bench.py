@@ -219,6 +219,12 @@ def test_verdicts_follow_the_figures() -> None:
     assert claims.verdicts(some(0.1, 3))[0].word == "undecided", "three problems prove nothing"
 
 
+def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
+    units = [unit(row, problem, 0, 0.5, 0.5) for problem, rows in (("x", "ab"), ("y", "a")) for row in rows]
+    assert [one.cell for one in results.complete(units, {"combine": {"a", "b"}})] == ["x, seed 0"] * 2
+    assert results.complete(units, {"combine": {"a", "b", "c"}}) == units, "no cell is complete: all there is"
+
+
 # rows of other packages, bad input
 
 

@@ -105,12 +105,12 @@ def sheet(units: Iterable[Unit], task: str, work: Path, path: Path) -> Path | No
     for unit in (unit for unit in some if unit.seed == first):
         for drawing in _shown(unit):
             if (work / drawing.file).exists():
-                drawn.setdefault(unit.row, {}).setdefault((_place(unit, drawing), drawing.prompt), drawing)
+                drawn.setdefault(unit.row, {}).setdefault((unit.cell, _label(unit, drawing)), drawing)
     columns = list(dict.fromkeys(place for row in drawn.values() for place in row))[:COLUMNS]
     if not columns:
         return None
     sample = {place: next(row[place] for row in drawn.values() if place in row) for place in columns}
-    truths = [(place[0], Truth(one.subject, one.style).image) for place, one in sample.items()]
+    truths = [(place[1], Truth(one.subject, one.style).image) for place, one in sample.items()]
     rows: list[tuple[str, Sequence[tuple[str, Image.Image]]]] = [("what the artists drew", truths)]
     for name in order(problems(some, task)):
         cells = [(work / drawn[name][place].file) if place in drawn.get(name, {}) else None for place in columns]
@@ -127,5 +127,5 @@ def _shown(unit: Unit) -> list[Drawing]:
     return list(unit.drawings)
 
 
-def _place(unit: Unit, drawing: Drawing) -> str:
-    return f"{drawing.subject}, {drawing.style}" + (f" ({drawing.use})" if unit.task == "separate" else "")
+def _label(unit: Unit, drawing: Drawing) -> str:
+    return (f"{drawing.use}: " if unit.task == "separate" else "") + f"{drawing.subject}, {drawing.style}"

@@ -1,7 +1,7 @@
 """What a benchmark leaves: one unit for every row on every cell, in a file of its own and, to be kept and shared, a line each."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ def wanted(units: Iterable[Unit], planned: Iterable[tuple[str, str, str]], code:
         if place not in found or unit.made["code"] == code:
             found[place] = unit
     return [found[place] for place in planned if place in found]
+
+
+def complete(units: Sequence[Unit], rows: Mapping[str, set[str]]) -> list[Unit]:
+    """The units of cells that every row (task → names) has done, so that rows are compared on the same problems; of a task without
+    such a cell, all."""
+    done: dict[tuple[str, str], set[str]] = {}
+    for unit in units:
+        done.setdefault((unit.task, unit.cell), set()).add(unit.row)
+    whole = {place for place, names in done.items() if names >= rows[place[0]]}
+    tasks = {task for task, _ in whole}
+    return [unit for unit in units if (unit.task, unit.cell) in whole or unit.task not in tasks]
 
 
 def save(units: Iterable[Unit], file: Path) -> Path:
