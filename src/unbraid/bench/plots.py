@@ -64,7 +64,7 @@ def by_problem(units: Iterable[Unit], task: str, path: Path) -> Path:
     rows = order(found)
     names = list(dict.fromkeys(problem for row in rows for problem in found[row]))
     grid = np.array([[found[row][one]["likeness"] if one in found[row] else np.nan for one in names] for row in rows])
-    figure = Figure(figsize=(3 + 0.28 * len(names), 1.9 + 0.24 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5 + 0.28 * len(names), 1.9 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
