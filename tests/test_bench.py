@@ -286,6 +286,7 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
         (["--seed", "7"], "seeds 7"),
         (["--report"], "there is nothing to report"),
         (["--results", "no.jsonl"], "no.jsonl"),
+        (["--clip", "a/b"], "nothing to measure"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -33,6 +33,19 @@ def bench(
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your own pictures (docs/field-metrics.md), scored by the models below, not by true answers."
+        ),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="Whose prompts, for --images: plain or contexts.")] = "plain",
+    clip: Annotated[
+        str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
+    ] = "",
+    dino: Annotated[str, typer.Option(help="DINO or DINOv2.")] = "",
+    csd: Annotated[str, typer.Option(help="CSD, or a CLIP tower for style.")] = "",
+    lpips: Annotated[str, typer.Option(help="Folder with LPIPS's weights.")] = "",
     base: BaseName = "icons",
     quiet: Quiet = False,
 ) -> None:
@@ -44,6 +57,13 @@ def bench(
     for name in task or ():
         if name not in TASKS:
             raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
+    if images:
+        models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
+        chosen_by = {"tasks": task or (), "rows": only or (), "seeds": seed or (0,)}
+        _field(work, out or work / "report", base, images, protocol, models, chosen_by)
+        return
+    if clip or dino or csd or lpips:
+        raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
     scale = (FULL if full else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
     given = results.read(known) if known else []
@@ -52,6 +72,30 @@ def bench(
     if failed:
         what = f"{len(failed)} of {len(todos)} units failed, such as {failed[0]}"
         raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
+
+
+def _field(
+    work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], chosen_by: dict[str, Any]
+) -> None:
+    """The same rows on a user's own pictures, by the field's metrics."""
+    from unbraid.bench.field_models import load_models
+    from unbraid.bench.field_report import write
+    from unbraid.bench.protocol import PROTOCOLS, protocol
+
+    units, failed = [], []
+    loaded = load_models(**{key: model or None for key, model in models.items()})
+    with console.status("training and drawing") as status:
+        for done in protocol(work, base, images, loaded, name=name, **chosen_by):
+            status.update(f"{len(units)} done: {done.todo.row}, {done.todo.cell}")
+            if done.unit:
+                units.append(done.unit)
+            else:
+                failed.append(f"{done.todo.row}: {done.todo.cell} ({done.error})")
+                console.print(f"  failed: {failed[-1]}", markup=False, highlight=False, soft_wrap=True)
+    for file in write(units, PROTOCOLS[name], work, out) if units else ():
+        print(file)
+    if failed:
+        raise UsageError(f"{len(failed)} units failed, such as {failed[0]}", work, "The same command tries them again.")
 
 
 def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> list[str]:
