@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from tiny_bases import Tiny, save_both, sd15, sd21, sdxl
 
 from unbraid import base as bases
 from unbraid.bases.recipe import captions, config, model, vae
@@ -107,3 +108,25 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pen.polygon(((10, 14), (16, 2), (22, 10)), fill="#803010")
     image.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """SDXL's proportions and vocabulary, epsilon."""
+    return save_both(sdxl(), tmp_path_factory.mktemp("tiny_sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_v(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The same with v-prediction and zero terminal SNR, as its file says by two keys."""
+    return save_both(sdxl(v=True), tmp_path_factory.mktemp("tiny_v"), v_pred="", ztsnr="")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return save_both(sd15(), tmp_path_factory.mktemp("tiny_sd15"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return save_both(sd21(), tmp_path_factory.mktemp("tiny_sd21"))

@@ -6,14 +6,21 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
-LEVELS = {
+LEVELS: dict[str, float] = {
     "errors": 0,
+    "presets": 1,
+    "clip_tokenizer": 1,
     "lora": 1,
     "folder": 1,
     "adapters": 2,
     "optim": 3,
+    "optim8": 4,
     "files": 2,
     "pictures": 2,
+    "sniff": 3,
+    "checkpoint_config": 4,
+    "single_file": 5,
+    "pipeline": 5.5,
     "mergers": 3,
     "merger_plot": 3,
     "recipe": 4,
@@ -30,6 +37,8 @@ LEVELS = {
     "methods": 7,
     "settings": 8,
     "job": 9,
+    "savings": 5,
+    "memory": 10.5,
     "run": 11,
     "api": 12,
     "modules": 13,
@@ -44,7 +53,7 @@ LEVELS = {
     "cli_bench": 15,
     "making": 15,
 }
-TORCH_ALONE = ("lora", "adapters", "optim", "merge", "recipe", "train")
+TORCH_ALONE = ("lora", "adapters", "optim", "optim8", "merge", "recipe", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

@@ -14,6 +14,7 @@ from unbraid.errors import UsageError
 from unbraid.files import read
 from unbraid.job import RARE, Job
 from unbraid.methods.pair import free_slot, numbered
+from unbraid.presets import Loading
 from unbraid.render import Use, own_prompt, render
 from unbraid.run import Progress, run
 from unbraid.settings import resolve
@@ -130,6 +131,9 @@ def job(
     method: str,
     out: str | Path | None = None,
     base: str = "icons",
+    vae: str = "",
+    prediction: str = "",
+    vram: str = "max",
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
@@ -137,19 +141,26 @@ def job(
     **settings: Any,
 ) -> Job:
     """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
-    METHOD`)."""
+    METHOD`); `vae`, `prediction`, `vram` those of `presets.Loading`."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     files = {role: tuple(f for image in some for f in list_images(Path(image))) for role, some in roles.items()}
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    return Job(method, files, words, where, resolve(method, base, config, settings), base, seed, previews, loras or {})
+    loading, resolved = Loading(vae, prediction, vram), resolve(method, base, config, settings)
+    return Job(method, files, words, where, resolved, base, seed, previews, loras or {}, loading=loading)
 
 
 def generate(
-    prompt: str, loras: Sequence[Use | str | Path] = (), *, base: str = "icons", **options: Any
+    prompt: str,
+    loras: Sequence[Use | str | Path] = (),
+    *,
+    base: str = "icons",
+    vae: str = "",
+    prediction: str = "",
+    **options: Any,
 ) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files; options as in `render.render`."""
+    """Pictures of a prompt with LoRA files; `vae` and `prediction` as in `presets.Loading`, options as in `render.render`."""
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    return render(load(base), prompt, uses, **options)
+    return render(load(base, loading=Loading(vae, prediction)), prompt, uses, **options)
 
 
 def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:

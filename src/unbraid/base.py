@@ -1,29 +1,24 @@
 """Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from unbraid.errors import UsageError
+from unbraid.pipeline import Pipeline, open_pipeline
+from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Sample, Shared
+from unbraid.savings import save_memory
 
 Family = Literal["sdxl", "sd15"]
-Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline
 
 # Which attention groups hold what, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv 2412.04465): in the
 # blocks of a role that role's adapter uses every channel and the other one only its selected ones.
@@ -38,6 +33,9 @@ BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
         "style": ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.", "up_blocks.3.attentions."),
     },
 }
+
+
+TILE = 512  # pixels
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,25 @@ class Base:
 
     @property
     def step(self) -> int:
-        """Pictures must be a multiple of this many pixels: the VAE's factor times the UNet's."""
+        """Sides of pictures are multiples of this many pixels: 64, as in the buckets that the large bases were trained in; for smaller
+        ones what they can take, the VAE's factor times the UNet's."""
         unet_factor = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-        return self.pipe.vae_scale_factor * unet_factor
+        return 64 if self.size >= 512 else self.pipe.vae_scale_factor * unet_factor
 
     @property
     def size(self) -> int:
         """The side, in pixels, of the square pictures that the base was trained on."""
         return self.unet.config["sample_size"] * self.pipe.vae_scale_factor
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a LoRA for this base says of it beyond its family: SD2.x has SD1.5's modules, and linear projections."""
+        if self.family == "sdxl" or not self.unet.config["use_linear_projection"]:
+            return {}
+        v = self.noise.config["prediction_type"] == "v_prediction"
+        architecture = f"stable-diffusion-v2-{'768-v' if v else '512'}/lora"
+        version = f"sd_v2{'_v' if v else ''}"
+        return {"ss_v2": "True", "ss_base_model_version": version, "modelspec.architecture": architecture}
 
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
@@ -116,7 +125,7 @@ class Base:
     @torch.no_grad()
     def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:
         """Moments of the scaled latent of an image in -1..1. The VAE runs in full precision: fp16 ones overflow."""
-        vae = self.vae.float()
+        vae = self.vae.to(self.device, torch.float32)  # type: ignore[call-arg]
         posterior = vae.encode(pixels[None].to(self.device)).latent_dist  # type: ignore[union-attr]
         shift = vae.config.get("shift_factor") or 0.0
         scale = vae.config["scaling_factor"]
@@ -124,6 +133,19 @@ class Base:
         if not bool(torch.isfinite(mean).all()):
             raise UsageError("the VAE gave NaN latents", self.name, "Use another VAE (for SDXL: an fp16-safe one).")
         return Picture(mean, std, torch.tensor(sizes, dtype=torch.float32, device=self.device))
+
+    def release(self, tiles: bool = False) -> None:
+        """For training, once all prompts and pictures are encoded: the text encoders are dropped, and the VAE leaves the
+        accelerator, to which `sample.generate` brings it back for as long as something is drawn; in `tiles`, if wanted."""
+        for part in ("text_encoder", "text_encoder_2"):
+            if part in self.pipe.components:
+                setattr(self.pipe, part, None)
+        self.vae.to("cpu")  # type: ignore[arg-type]
+        if tiles:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = TILE, TILE // self.pipe.vae_scale_factor
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
         """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
@@ -178,37 +200,15 @@ class Studies:
         return self.base.predict(noisy, t, encoded, sizes)
 
 
-def load(name: str = "icons", device: str | None = None) -> Base:
-    """Load a base: `icons` (embedded), a diffusers folder, or a hub id. fp32 on CPU and MPS, bf16 on CUDA."""
+def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:
+    """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. fp32 on CPU and MPS, bf16 on
+    CUDA, unless `loading` says something else."""
     where = torch.device(device or pick_device())
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    path = str(files("unbraid.bases").joinpath("icons")) if name == "icons" else name
-    example = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
-    known_model(path, "base model", f"Give icons, a diffusers folder, or {example}", name)
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pipe: Any = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
-        raise UsageError(f"the base cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
-    if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):
-        raise UsageError(f"{type(pipe).__name__} is not an SDXL or SD1.5 type of model", name, "Choose another base.")
-    pipe.set_progress_bar_config(disable=True)
+    dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
+    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
+    save_memory(pipe.unet, where, loading.preset)
     pipe.to(where)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if part is not None:
-            part.requires_grad_(False).eval()
     return Base(name, pipe, where)
-
-
-def known_model(path: str, what: str, fix: str, name: str = "") -> None:
-    """Refuse what is neither a path that exists nor looks like a hub id."""
-    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise UsageError(f"there is no such {what}", name or path, fix)
 
 
 def pick_device() -> str:

@@ -14,9 +14,10 @@ from diffusers.pipelines.auto_pipeline import (
 )
 from PIL import Image
 
-from unbraid.base import Base, known_model
+from unbraid.base import Base
 from unbraid.data import cropped, open_image
 from unbraid.errors import UsageError
+from unbraid.pipeline import known_model
 
 
 @dataclass(frozen=True)

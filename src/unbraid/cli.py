@@ -9,7 +9,7 @@ import typer
 
 from unbraid.cli_bench import app as bench_commands
 from unbraid.cli_files import app as file_commands
-from unbraid.cli_run import BaseName, Seed, console, run_job
+from unbraid.cli_run import BaseName, Prediction, Seed, Vae, console, run_job
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 
@@ -96,10 +96,13 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
 ) -> None:
     """Prompts and LoRAs → pictures. Strengths may be negative."""
     from unbraid.base import load
     from unbraid.pictures import save_image
+    from unbraid.presets import Loading
     from unbraid.render import render
     from unbraid.sweep import parse_sweep, sweep_sheet
 
@@ -118,16 +121,18 @@ def generate(
         "height": height,
         "width": width,
     }
-    seeds = range(seed, seed + n)
+    seeds, loading = range(seed, seed + n), Loading(vae, prediction)
     if sweep:
         over, file = parse_sweep(sweep), out if out.suffix else out / "sweep.png"
         with console.status("drawing"):
-            print(save_image(sweep_sheet(load(base), prompt, over, uses, styles, seeds, **given), file))
+            print(
+                save_image(sweep_sheet(load(base, loading=loading), prompt, over, uses, styles, seeds, **given), file)
+            )
         return
     if n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     with console.status("drawing"):
-        images = render(load(base), prompt, uses, styles=styles, seeds=seeds, **given)
+        images = render(load(base, loading=loading), prompt, uses, styles=styles, seeds=seeds, **given)
     for i, image in enumerate(images):
         print(save_image(image, out if out.suffix else out / f"{seed + i:04d}.png"))
 

@@ -15,7 +15,23 @@ from unbraid.errors import UsageError
 console = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
-BaseName = Annotated[str, typer.Option("--base", help="icons (embedded), a diffusers folder, or a hub id.")]
+BaseName = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1.",
+    ),
+]
+Vae = Annotated[
+    str,
+    typer.Option(metavar="FOLDER|HUB_ID|FILE", help="Another VAE; for SDXL, such as madebyollin/sdxl-vae-fp16-fix."),
+]
+Prediction = Annotated[
+    str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
+]
+Vram = Annotated[
+    str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
 Set = Annotated[
@@ -45,6 +61,7 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
 
 
 def run_job(job: Any, resume: bool, quiet: bool) -> None:
+    from unbraid.memory import memory_line
     from unbraid.run import run
 
     columns = (
@@ -54,6 +71,8 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
     )
+    if not quiet and (job.base != "icons" or job.loading.vram != "max"):
+        console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
     events, made = run(job, resume=resume), []
     with console.status("loading", spinner="line") if not quiet else nullcontext():
         first = next(events)

@@ -5,7 +5,22 @@ from typing import Annotated
 
 import typer
 
-from unbraid.cli_run import BaseName, Config, Out, Previews, Quiet, Resume, Seed, Set, console, options, run_job
+from unbraid.cli_run import (
+    BaseName,
+    Config,
+    Out,
+    Prediction,
+    Previews,
+    Quiet,
+    Resume,
+    Seed,
+    Set,
+    Vae,
+    Vram,
+    console,
+    options,
+    run_job,
+)
 from unbraid.errors import UsageError
 
 app = typer.Typer()
@@ -19,6 +34,9 @@ def split(
     out: Out = None,
     method: str = "unziplora",
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -29,7 +47,8 @@ def split(
     """One image → content.safetensors and style.safetensors."""
     from unbraid.api import split_job
 
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = split_job(image, subject=subject, style=style, method=method, **given)
     run_job(job, resume, quiet)
 
@@ -50,6 +69,9 @@ def pair(
     out: Out = None,
     method: Annotated[str, typer.Option(help="pair or slider.")] = "pair",
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -60,7 +82,8 @@ def pair(
     """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
     from unbraid.api import pair_job
 
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
     run_job(job, resume, quiet)
 
@@ -80,6 +103,9 @@ def learn(
     out: Out = None,
     method: str = "dreambooth",
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -90,7 +116,8 @@ def learn(
     """Images of one thing → lora.safetensors."""
     from unbraid.api import learn_job
 
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
     run_job(job, resume, quiet)
 
@@ -111,6 +138,9 @@ def zip_(
     out: Out = None,
     method: str = "ziplora",
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -121,7 +151,8 @@ def zip_(
     """Two LoRAs → the same two without interference, to be stacked at full strength."""
     from unbraid.api import zip_job
 
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     prompts = {"content": content_prompt, "style": style_prompt, "both": prompt}
@@ -140,6 +171,9 @@ def break_(
     out: Out = None,
     method: str = "break",
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -152,7 +186,8 @@ def break_(
 
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
     job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
     run_job(job, resume, quiet)
@@ -171,6 +206,9 @@ def make(
     prompt: Annotated[str, typer.Option(help="Of both together: for early stopping and previews.")] = "",
     method: str = "make",
     base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -184,7 +222,8 @@ def make(
     if not fine_tune:
         print(join(content, style, out / "merged.safetensors"))
         return
-    given = options(set_, out=out, base=base, seed=seed, previews=previews, config=config)
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)
     run_job(job, resume, quiet)

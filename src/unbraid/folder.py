@@ -15,6 +15,7 @@ from torch import Tensor
 from unbraid.errors import UsageError
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
+VRAM = re.compile(r"^vram = .*\n", re.MULTILINE)  # how memory is saved may change when a run goes on
 RECORD, EVENTS, STATE = "run.toml", "events.jsonl", "state.safetensors"
 
 
@@ -61,9 +62,10 @@ def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     if resume:
         if not there.exists():
             raise UsageError("there is no run to resume here", out, "Start it without --resume.")
-        if there.read_text() != to_toml(record):
+        if VRAM.sub("", there.read_text()) != VRAM.sub("", to_toml(record)):
             fix = f"Use the settings of {there}, or start anew in another folder."
             raise UsageError("the run in this folder has other settings", out, fix)
+        write_record(out, record)
         return
     if there.exists():
         raise UsageError(

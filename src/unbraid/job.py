@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from unbraid import folder
 from unbraid.errors import UsageError
 from unbraid.formats.metadata import card
 from unbraid.methods import METHODS
+from unbraid.presets import AS_IT_IS, Loading
 from unbraid.settings import Settings
 
 RARE = "sks"
@@ -32,6 +33,7 @@ class Job:
     previews: int = 3  # preview sheets during training; 0: no pictures at all
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
     captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompt, where it has one
+    loading: Loading = AS_IT_IS
 
 
 def prompts_of(job: Job) -> dict[str, str]:
@@ -58,6 +60,7 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
         "unbraid": version("unbraid"),
         "method": job.method,
         "base": job.base,
+        **{key: value for key, value in asdict(job.loading).items() if value != getattr(AS_IT_IS, key)},
         "seed": job.seed,
         "previews": job.previews,
         "words": dict(job.words),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,13 @@ Rates = Mapping[tuple[str, Part], Rate]
 
 
 def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
-    """AdamW (betas 0.9, 0.999) with one group per (adapter, part). Parts without a rate stay as they are:
-    no gradient is kept for them, no decay, no moments."""
-    groups = []
+    """AdamW (betas 0.9, 0.999) with the groups of `groups`."""
+    return torch.optim.AdamW(groups(adapters, rates), fused=True)
+
+
+def groups(adapters: Adapters, rates: Rates) -> list[dict[str, Any]]:
+    """One group per (adapter, part). Parts without a rate stay as they are: no gradient is kept for them, no decay, no moments."""
+    out = []
     for adapter in adapters.names:
         parts: dict[Part, list[torch.nn.Parameter]] = {}
         for factors in adapters.of(adapter).values():
@@ -35,10 +40,10 @@ def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
         for part, parameters in parts.items():
             rate = rates.get((adapter, part))
             if rate is not None:
-                groups.append({"params": parameters, "lr": rate.lr, "weight_decay": rate.weight_decay})
-    if not groups:
+                out.append({"params": parameters, "lr": rate.lr, "weight_decay": rate.weight_decay})
+    if not out:
         raise UsageError("nothing would be trained", "rates", "Give at least one part of one adapter a rate.")
-    return torch.optim.AdamW(groups, fused=True)
+    return out
 
 
 class Riemannian(torch.optim.Optimizer):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from torch import nn
 
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Prompt
@@ -143,6 +144,11 @@ def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
 
 def attach(base: Base, loras: Loras) -> Adapters | None:
     """Put LoRAs on the base's UNet, each under its name; None if there are none."""
+    return attach_to(base.unet, loras, base.name)
+
+
+def attach_to(unet: nn.Module, loras: Loras, base: str) -> Adapters | None:
+    """The same for a UNet of the base of that name."""
     names: set[str] = set()
     for path, modules in loras.values():
         outside = [name for name in modules if not name.startswith("unet.")]
@@ -152,15 +158,15 @@ def attach(base: Base, loras: Loras) -> Adapters | None:
         names |= {name.removeprefix("unet.") for name in modules}
     if not names:
         return None
-    linears = {name for name, module in base.unet.named_modules() if type(module).__name__ == "Linear"}
+    linears = {name for name, module in unet.named_modules() if type(module).__name__ == "Linear"}
     for path, modules in loras.values():
         missing = sorted({name.removeprefix("unet.") for name in modules} - linears)
         if missing:
             what = (
                 f"{len(missing)} of its {len(modules)} modules are no linear layers of this base, such as {missing[0]}"
             )
-            raise UsageError(what, path, f"It was made for another base than {base.name}.")
-    adapters = Adapters.attach_named(base.unet, sorted(names))
+            raise UsageError(what, path, f"It was made for another base than {base}.")
+    adapters = Adapters.attach_named(unet, sorted(names))
     try:
         for name, (path, modules) in loras.items():
             made = {}

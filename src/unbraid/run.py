@@ -21,6 +21,7 @@ from unbraid.methods import METHODS, Output
 from unbraid.recipe import Recipe
 from unbraid.render import attach
 from unbraid.sample import NEGATIVE, classifier_free, generate
+from unbraid.savings import fitting, memory_error, notes, spared
 from unbraid.train import State, Step, lessons, train
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
@@ -57,9 +58,18 @@ class Ready:
 def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterator[Progress]:
     """Train `job` into its folder, yielding what happens. Killed at any moment, `resume=True` goes on from the last
     saved state and ends with the same files, bit for bit on a CPU."""
+    try:
+        yield from _run(job, resume, device)
+    except torch.OutOfMemoryError as error:
+        raise memory_error(job.out, job.loading.preset) from error
+
+
+def _run(job: Job, resume: bool, device: str | None) -> Iterator[Progress]:
     texts, opened = prompts_of(job), opened_images(job)
     warnings = METHODS[job.method].check(opened, job.images)
     ready = prepare(job, texts, opened, device)
+    ready.base.release(tiles=job.loading.preset.fp8)
+    warnings += notes(ready.base.device, job.loading.preset)
     folder.claim(job.out, record(job, texts), resume)
     for role in ready.images.keys() - opened.keys():
         for i, image in enumerate(ready.images[role]):
@@ -68,7 +78,10 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
         yield Progress(0, ready.recipe.steps, warning=warning)
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
-        ready.state.restore(saved)
+        kept, told = fitting(saved, job.loading.preset)
+        ready.state.restore(kept)
+        for warning in told:
+            yield Progress(ready.state.step, ready.recipe.steps, warning=warning)
     events = folder.Events(job.out, ready.state.step)
     yield from _train(ready, events, begin)
     total = ready.recipe.steps
@@ -88,8 +101,9 @@ def prepare(
     job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], device: str | None = None
 ) -> Ready:
     """Load the base, encode, attach: everything before the first step."""
-    base = load(job.base, device)
-    (recipe,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
+    base = load(job.base, device, job.loading)
+    (made,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
+    recipe = spared(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
     adapters = started or Adapters.attach(base.unet, recipe.targets)
@@ -131,12 +145,12 @@ def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) ->
 
 def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Iterator[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
-    taught = (
-        lessons(ready.studies, ready.recipe, state.adapters, begin, state.step) if ready.recipe.fixed_teachers else None
-    )
+    at_once, taught = min(AT_ONCE, job.loading.preset.at_once), None
+    if ready.recipe.fixed_teachers:
+        taught = lessons(ready.studies, ready.recipe, state.adapters, begin, state.step, 4 * at_once)
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved = time.monotonic()
-    for step in train(ready.studies, ready.recipe, state, AT_ONCE, taught):
+    for step in train(ready.studies, ready.recipe, state, at_once, taught):
         events.add(
             step=step.index, loss=step.loss, losses=step.losses, norm=step.norm, **mergers.summary(ready.adapters)
         )
@@ -171,7 +185,9 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
         )
     for name, (role, active) in uses.items():
         terms = classifier_free(GUIDANCE, role, active)
-        yield name, generate(ready.base, terms, texts, ready.adapters, seeds=seeds, steps=steps)
+        some = [seeds] if ready.job.loading.preset.at_once > 1 else [(seed,) for seed in seeds]
+        made = [generate(ready.base, terms, texts, ready.adapters, seeds=now, steps=steps) for now in some]
+        yield name, [image for images in made for image in images]
 
 
 def _finish(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
@@ -183,7 +199,7 @@ def _finish(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
             path,
             modules,
             family=ready.base.family,
-            metadata=metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts),
+            metadata={**metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts), **ready.base.told},
         )
         yield path
     events = folder.read_events(job.out)

@@ -148,6 +148,8 @@ def generate(
         given["pooled_prompt_embeds"] = first.pooled.expand(n, -1)
     control = getattr(pipe, "controlnet", None)
     hook = control.register_forward_pre_hook(guided.ask_control, with_kwargs=True) if control else None
+    home = base.vae.device  # while training it is not on the accelerator
+    base.vae.to(base.device)  # type: ignore[arg-type]
     try:
         done = pipe(
             **given,
@@ -157,6 +159,7 @@ def generate(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
     finally:
+        base.vae.to(home)  # type: ignore[arg-type]
         if hook:
             hook.remove()
     return done.images

@@ -199,9 +199,10 @@ def _short(error: BaseException) -> str:
 def _fix(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(8)
     except OSError:
         return "Check that you may read it."
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # a safetensors file begins with its header's length, eight bytes of which the last ones are 0
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and (start[2:3] == b"\x95" or any(start[4:]))):
         return "It is a pickle under another name, which can run any code: get a real .safetensors."
     return "The download may be incomplete: get it again."

@@ -1,0 +1,116 @@
+"""AdamW with its moments in 8 bits: two bytes for each trained number in place of eight, on any device."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unbraid.adapters import Adapters
+from unbraid.optim import Rates, groups
+
+BLOCK = 256  # numbers that share a scale
+BUCKET = 4_000_000  # numbers that are updated together: few calls, little room
+
+
+@dataclass(frozen=True)
+class Code:
+    """Logarithmic codes: 0, then `levels` magnitudes over `decades` decades up to the block's largest."""
+
+    levels: int
+    decades: float
+    dtype: torch.dtype
+
+    @property
+    def ratio(self) -> float:
+        """Of neighbouring magnitudes."""
+        return 10 ** (self.decades / (self.levels - 1))
+
+    def write(self, x: Tensor, rng: torch.Generator, least: int) -> tuple[Tensor, Tensor]:
+        """x `[n]` → codes `[n]` and scales `[blocks]`. Rounded up or down by chance, so that the mean is x: else an average that
+        moves by less than a level per step would never move. `least`: the smallest code of what is not 0."""
+        blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+        scale = blocks.abs().amax(1)
+        part = (blocks.abs() / scale.clamp_min(1e-38)[:, None]).clamp_min(1e-30)
+        place = self.levels + part.log10() * ((self.levels - 1) / self.decades)
+        below = place.floor().clamp(0, self.levels)
+        low = torch.where(below > 0, self.ratio ** (below - self.levels), 0)
+        high = self.ratio ** (below + 1 - self.levels)
+        chance = torch.rand(part.shape, generator=rng, device=x.device)
+        codes = (below + (chance * (high - low) < part - low)).clamp(least, self.levels) * blocks.sign()
+        return codes.flatten()[: len(x)].to(self.dtype), scale
+
+    def read(self, codes: Tensor, scale: Tensor) -> Tensor:
+        code = codes.float()
+        size = torch.where(code == 0, 0, self.ratio ** (code.abs() - self.levels))
+        return size * code.sign() * scale.repeat_interleave(BLOCK)[: len(codes)]
+
+
+MEAN, SQUARE = Code(127, 6.0, torch.int8), Code(255, 8.0, torch.uint8)
+
+
+class AdamW8(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with block-wise 8-bit moments (after arXiv 2110.02861; the codes are simpler, the rounding stochastic).
+
+    The update itself is exact; only what is kept for the next step is rounded. A second moment below 1e-8 of its block's largest
+    counts as that much: never as 0, by which the step would be divided.
+    """
+
+    def __init__(
+        self, groups: Sequence[Mapping[str, Any]], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ):
+        super().__init__([dict(group) for group in groups], {"betas": betas, "eps": eps})
+        self.register_load_state_dict_post_hook(_as_codes)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            for bucket in _buckets(group["params"]):
+                if any(p.grad is not None for p in bucket):
+                    self._update(bucket, group)
+
+    def _update(self, bucket: list[Tensor], group: Mapping[str, Any]) -> None:
+        gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket])
+        state, (first, second) = self.state[bucket[0]], group["betas"]
+        mean, square = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        if state:
+            mean, square = (
+                MEAN.read(state["mean"], state["mean_scale"]),
+                SQUARE.read(state["square"], state["square_scale"]),
+            )
+        count = int(state.get("step", 0)) + 1
+        mean.lerp_(gradient, 1 - first)
+        square.lerp_(gradient.square(), 1 - second)
+        size = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+        change = (mean / (1 - first**count)).div_(size)
+        for p, part in zip(bucket, change.split([p.numel() for p in bucket]), strict=True):
+            if p.grad is not None:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part.view_as(p), alpha=group["lr"])
+        rng = torch.Generator(gradient.device).manual_seed(count)  # so that a resumed run rounds alike
+        state["step"] = torch.tensor(float(count))
+        state["mean"], state["mean_scale"] = MEAN.write(mean, rng, 0)
+        state["square"], state["square_scale"] = SQUARE.write(square, rng, 1)
+
+
+def adamw8(adapters: Adapters, rates: Rates) -> AdamW8:
+    """As `optim.adamw`, with 8-bit moments."""
+    return AdamW8(groups(adapters, rates))
+
+
+def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for p in parameters:
+        if bucket and sum(one.numel() for one in bucket) + p.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(p)
+    if bucket:
+        yield bucket
+
+
+def _as_codes(optimizer: torch.optim.Optimizer) -> None:
+    """torch loads a state in its parameter's dtype; codes are whole numbers, so nothing is lost on the way."""
+    for state in optimizer.state.values():
+        state["mean"], state["square"] = state["mean"].to(MEAN.dtype), state["square"].to(SQUARE.dtype)

@@ -1,0 +1,64 @@
+"""What a memory preset does to a base, a recipe and a saved state; and what to do when it was not enough."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from unbraid.errors import UsageError
+from unbraid.folder import RECORD
+from unbraid.optim import adamw
+from unbraid.optim8 import adamw8
+from unbraid.presets import Preset, advice
+from unbraid.recipe import Recipe
+
+STORAGE = torch.float8_e4m3fn
+MOMENTS = {True: "mean", False: "exp_avg"}  # what AdamW8 and AdamW call their first moment
+
+
+def notes(device: torch.device, preset: Preset) -> list[str]:
+    """What of a preset a device does not do, or does at a price."""
+    told = []
+    if preset.half and device.type == "cpu":
+        told.append(f"--vram {preset.name} on a processor: half precision takes less memory there, and more time")
+    if preset.fp8 and device.type == "mps":
+        told.append(
+            f"--vram {preset.name} on mps: there is no fp8, weights stay in half precision and take twice the memory"
+        )
+    return told
+
+
+def save_memory(unet: UNet2DConditionModel, device: torch.device, preset: Preset) -> None:
+    """Gradient checkpointing, and the UNet's weights in fp8: before it goes to its device, where it might not fit otherwise, and
+    before adapters are attached, which stay fp32."""
+    if preset.checkpointing:
+        # layerwise casting swaps weights for their fp8 form under autograd's eyes, which the check takes for another forward pass
+        again = partial(checkpoint, use_reentrant=False, determinism_check="none" if preset.fp8 else "default")
+        unet.enable_gradient_checkpointing(again)
+    if preset.fp8 and device.type != "mps":
+        unet.enable_layerwise_casting(storage_dtype=STORAGE, compute_dtype=unet.dtype)
+
+
+def spared(recipe: Recipe, preset: Preset) -> Recipe:
+    """The recipe with 8-bit moments, where the preset wants them and its optimiser is AdamW."""
+    return replace(recipe, optimizer=adamw8) if preset.adam8 and recipe.optimizer is adamw else recipe
+
+
+def fitting(saved: Mapping[str, Tensor], preset: Preset) -> tuple[dict[str, Tensor], list[str]]:
+    """A saved state for another preset: moments of the other AdamW are left out, and start anew."""
+    other = f"/{MOMENTS[not preset.adam8]}"
+    if not any(key.startswith("optimizer/") and key.endswith(other) for key in saved):
+        return dict(saved), []
+    kept = {key: value for key, value in saved.items() if not key.startswith("optimizer/")}
+    return kept, ["the run goes on with another kind of AdamW: its moments start anew"]
+
+
+def memory_error(out: Path, preset: Preset) -> UsageError:
+    """For the user, in the place of torch's out-of-memory error."""
+    begun = " Add --resume to go on with this run." if (out / RECORD).exists() else ""
+    return UsageError("the device's memory is full", f"--vram {preset.name}", advice(preset) + begun)

@@ -1,0 +1,84 @@
+"""8-bit AdamW: codes that are right in the mean, the trajectory of AdamW, two bytes per number, and a resume that is exact."""
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.optim8 import BLOCK, MEAN, SQUARE, AdamW8
+
+
+def test_codes_are_right_in_the_mean_and_close_every_time() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(BLOCK * 2 + 7, generator=rng) * 10 ** torch.empty(BLOCK * 2 + 7).uniform_(-3, 0, generator=rng)
+    for code, values, least in ((MEAN, x, 0), (SQUARE, x.square(), 1)):
+        some = []
+        for _ in range(2000):
+            codes, scale = code.write(values, rng, least)
+            assert codes.dtype == code.dtype and len(codes) == len(x) and len(scale) == 3
+            some.append(code.read(codes, scale))
+        kept = values.abs() > 10 ** (1 - code.decades) * values.abs().max()  # below, a first moment is 0 or the least
+        read, values = torch.stack(some)[:, kept], values[kept]
+        assert int(kept.sum()) > 400 and float((read / values - 1).abs().max()) < code.ratio - 1 + 1e-4
+        assert float((read.mean(0) / values - 1).abs().max()) < 5 * (code.ratio - 1) / 2000**0.5
+    zero, scale = MEAN.write(torch.zeros(5), rng, 0)
+    assert not MEAN.read(zero, scale).any()
+
+
+def problem() -> tuple[nn.Parameter, nn.Parameter, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    wanted = torch.randn(48, 4, generator=rng) @ torch.randn(4, 64, generator=rng) / 4
+    scales = 10 ** torch.empty(64).uniform_(-2, 0, generator=rng)  # inputs of very unequal size
+    down, up = torch.randn(6, 64, generator=rng) * 0.3, torch.zeros(48, 6)
+    return nn.Parameter(down), nn.Parameter(up), wanted, torch.randn(256, 64, generator=rng) * scales
+
+
+def losses(
+    optimizer: torch.optim.Optimizer, parts: tuple[nn.Parameter, nn.Parameter, Tensor, Tensor], steps: int
+) -> list[float]:
+    down, up, wanted, x = parts
+    out = []
+    for _ in range(steps):
+        loss = (x @ (up @ down - wanted).T).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        out.append(float(loss.detach()))
+    return out
+
+
+def test_it_learns_as_adamw_does() -> None:
+    runs = {}
+    for make in (torch.optim.AdamW, AdamW8):
+        parts = problem()
+        group = {"params": list(parts[:2]), "lr": 1e-2, "weight_decay": 1e-4}
+        runs[make] = losses(make([group]), parts, 600)
+    ours, theirs = runs[AdamW8], runs[torch.optim.AdamW]
+    assert abs(ours[0] - theirs[0]) < 1e-9 and abs(ours[1] / theirs[1] - 1) < 1e-4, "the first update is exact"
+    assert abs(ours[60] / theirs[60] - 1) < 0.05 and ours[-1] < 0.02 * ours[0] and ours[-1] < 1.5 * theirs[-1]
+
+
+def test_two_bytes_per_number() -> None:
+    parts = problem()
+    optimizer = AdamW8([{"params": list(parts[:2]), "lr": 1e-3, "weight_decay": 0.0}])
+    losses(optimizer, parts, 1)
+    size = sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values())
+    count = sum(p.numel() for p in parts[:2])
+    assert 2 * count < size < 2.1 * count
+
+
+def test_a_resumed_run_is_the_same() -> None:
+    parts = problem()
+    optimizer = AdamW8([{"params": list(parts[:2]), "lr": 1e-2, "weight_decay": 1e-2}])
+    losses(optimizer, parts, 5)
+    others = (nn.Parameter(parts[0].detach().clone()), nn.Parameter(parts[1].detach().clone()), *parts[2:])
+    resumed = AdamW8([{"params": list(others[:2]), "lr": 1e-2, "weight_decay": 1e-2}])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert losses(optimizer, parts, 5) == losses(resumed, others, 5)
+    assert torch.equal(parts[0], others[0]) and torch.equal(parts[1], others[1])
+
+
+def test_what_has_no_gradient_stays() -> None:
+    still, moving = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = AdamW8([{"params": [still, moving], "lr": 0.1, "weight_decay": 0.1}])
+    moving.square().sum().backward()
+    optimizer.step()
+    assert torch.equal(still, torch.ones(4)) and not torch.equal(moving, torch.ones(4))
