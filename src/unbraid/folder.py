@@ -98,16 +98,17 @@ class Events:
         kept = [event for event in read_events(out) if event["step"] < step]
         with atomic(self.path) as part:
             part.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        self.waiting: list[str] = []
+        self.waiting: list[dict[str, Any]] = []
 
     def add(self, **event: Any) -> None:
-        self.waiting.append(json.dumps(event) + "\n")
+        """Values can be tensors: they are read when the file is written, so that an accelerator is not waited for."""
+        self.waiting.append(event)
 
     def flush(self) -> None:
         """Append what was added since the last flush. Raises UsageError on a full disk."""
         try:
             with self.path.open("a") as file:
-                file.writelines(self.waiting)
+                file.writelines(json.dumps(one, default=Tensor.tolist) + "\n" for one in self.waiting)
         except OSError as error:
             raise UsageError(f"cannot be written ({error.strerror})", self.path, "Make room, then --resume.") from error
         self.waiting.clear()

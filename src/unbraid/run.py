@@ -151,9 +151,8 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Itera
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved = time.monotonic()
     for step in train(ready.studies, ready.recipe, state, at_once, taught):
-        events.add(
-            step=step.index, loss=step.loss, losses=step.losses, norm=step.norm, **mergers.summary(ready.adapters)
-        )
+        loss, norm, losses = step.figures[0], step.figures[1], step.figures[2:]
+        events.add(step=step.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
         yield Progress(state.step, steps, step=step)
         if state.step in preview_at:
             yield Progress(state.step, steps, file=_preview(ready))
