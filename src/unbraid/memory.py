@@ -52,7 +52,7 @@ class Estimate:
 
 
 def memory_line(job: Job) -> str:
-    """What a run is going to take, for people; and which preset takes less, if its own takes more than its name says."""
+    """What a run is going to take, for people; and the preset's advice on its rank."""
     preset = job.loading.preset
     found = estimate(job)
     unit, name = (GIB, "GiB") if found.total > GIB else (2**20, "MiB")
@@ -71,16 +71,12 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
     dtype = torch.bfloat16 if preset.half or (device or pick_device()) == "cuda" else torch.float32
     config = unet_config(job.base)
     with quiet():
-        unet, resting = (empty_unet(config).requires_grad_(False).to(dtype) for _ in range(2))
+        resting = _typed(config, dtype)
         save_memory(resting, torch.device("cpu"), preset)
     weights = sum(p.numel() * p.element_size() for p in resting.parameters())
-    (recipe,) = METHODS[job.method].make(
-        BLOCKS["sdxl" if config.get("addition_embed_type") else "sd15"], **job.settings
-    )
-    files = {role: (path, read(path).modules) for role, path in job.loras.items()}
-    adapters = attach_to(unet, files, job.base) or Adapters.attach(unet, recipe.targets)
-    with torch.device("meta"):
-        recipe.prepare(adapters, torch.Generator("cpu"))
+    blocks = BLOCKS["sdxl" if config.get("addition_embed_type") else "sd15"]
+    (recipe,) = METHODS[job.method].make(blocks, **job.settings)
+    unet, adapters = _adapted(job, recipe, lambda: _typed(config, dtype))
     trained = sum(p.numel() for group in groups(adapters, recipe.rates) for p in group["params"]) if recipe.steps else 0
     kept = sum(p.numel() for name in adapters.names for one in adapters.of(name).values() for _, p in one.parts())
     moments = 2.03 if preset.adam8 else 8
@@ -98,6 +94,29 @@ def unet_config(base: str) -> dict[str, Any]:
         fix = "Give icons, a complete diffusers folder, a checkpoint, or a hub id (a first download needs a network)."
         raise UsageError(f"the base cannot be loaded: {str(error).strip().splitlines()[0]}", base, fix) from error
     return found
+
+
+def _adapted(job: Job, recipe: Recipe, make: Callable[[], Any]) -> tuple[Any, Adapters]:
+    """A UNet with the adapters of a run. Of a method that looks at their values, which are not there, with as many of the same rank."""
+    files = {role: (path, read(path).modules) for role, path in job.loras.items()}
+    with quiet(), torch.device("meta"):
+        unet, rng = make(), torch.Generator("cpu")
+        adapters = attach_to(unet, files, job.base) or Adapters.attach(unet, recipe.targets)
+        try:
+            if recipe.steps:  # else what it prepares is its result, and nothing is trained
+                recipe.prepare(adapters, rng)
+        except RuntimeError:  # torch's, on the meta device
+            unet = make()
+            adapters = Adapters.attach(unet, recipe.targets)
+            active = {one.adapter for branch in recipe.branches(0) for one in branch.active}
+            for name in sorted(active | {name for name, _ in recipe.rates}):
+                adapters.new(name, job.settings.get("rank", 64), rng)
+    return unet, adapters
+
+
+def _typed(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    unet: Any = empty_unet(config)
+    return unet.requires_grad_(False).to(dtype)
 
 
 def _activations(unet: nn.Module, adapters: Adapters, recipe: Recipe, preset: Preset) -> int:

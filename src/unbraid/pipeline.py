@@ -102,7 +102,7 @@ def _kind(base: str) -> Kind:
 
 def _check(pipe: Any, name: str, vae: str) -> None:
     """What training and sampling rely on."""
-    if "Inpaint" in type(pipe).__name__ or "Refiner" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:
+    if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # the refiner is of the second kind
         what = f"{type(pipe).__name__} is no text-to-image model"
         raise UsageError(what, name, "Give the text-to-image model that it was made from.")
     if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):

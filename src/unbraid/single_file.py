@@ -34,6 +34,7 @@ PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
     "sd15": StableDiffusionPipeline,
     "sd21": StableDiffusionPipeline,
 }
+PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # OpenCLIP's pad is token 0
 UNFIT = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SingleFileComponentError)
 
 
@@ -95,8 +96,7 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) 
     if vae is None and not checkpoint.has_vae:
         fix = "Add --vae FOLDER or FILE (for SDXL, an fp16-safe one)."
         raise UsageError("the checkpoint has no VAE", path, fix)
-    pads = (END, "!") if checkpoint.kind == "sdxl" else (END if checkpoint.kind == "sd15" else "!",)
-    tokenizers = {f"tokenizer{'_2' * i}": clip_tokenizer(pad) for i, pad in enumerate(pads)}
+    tokenizers = {f"tokenizer{'_2' * i}": clip_tokenizer(pad) for i, pad in enumerate(PADS[checkpoint.kind])}
     with TemporaryDirectory() as name:
         folder = _write(Path(name), configs(checkpoint))
         try:
