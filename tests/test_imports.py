@@ -55,6 +55,7 @@ LEVELS: dict[str, float] = {
     "cli": 16,
     "bases": 13,
     "bench": 14,
+    "cli_bench": 15,
     "making": 15,
 }
 TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "optim8", "merge", "recipe", "passes", "train")

@@ -8,10 +8,10 @@ import torch
 
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Picture, Prompt, Studies
-from unbraid.bench.published import Form, dense_product, factorised, published
 from unbraid.bench.speed import gpu
 from unbraid.bench.speed_cases import CASES, SDXL
 from unbraid.bench.speed_count import _kinds
+from unbraid.bench.speed_published import Form, dense_product, factorised, published
 from unbraid.bench.speed_time import timed, whole_run
 from unbraid.bench.speed_world import icons
 from unbraid.methods.dreambooth import dreambooth

@@ -15,7 +15,7 @@ from unbraid import mergers
 from unbraid.adapters import Adapters
 from unbraid.api import zip_job
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
-from unbraid.bench.published import dense_sum, published
+from unbraid.bench.speed_published import dense_sum, published
 from unbraid.errors import UsageError
 from unbraid.file_tools import Source, merge_files
 from unbraid.files import read, write

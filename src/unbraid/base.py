@@ -35,8 +35,8 @@ BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
 }
 
 
-MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
 TILE = 512  # pixels
+MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
 
 
 @dataclass(frozen=True, eq=False)

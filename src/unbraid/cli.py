@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from unbraid.cli_batch import app as batch_commands
+from unbraid.cli_bench import app as bench_commands
 from unbraid.cli_files import app as file_commands
 from unbraid.cli_run import BaseName, Prediction, Seed, Todo, Vae, console, run_job
 from unbraid.cli_train import app as training_commands
@@ -20,11 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.registered_commands += [
-    command
-    for commands in (training_commands, batch_commands, file_commands)
-    for command in commands.registered_commands
-]
+for commands in (training_commands, batch_commands, file_commands, bench_commands):
+    app.registered_commands += commands.registered_commands
 
 
 def _version(wanted: bool) -> bool:

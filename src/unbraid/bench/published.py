@@ -1,164 +1,96 @@
-"""The published way to take a training step, written from the formulas: what `bench.speed` measures against.
+"""What papers report, as data (published.toml), and as tables for reports. Values of different tables, and of unbraid, are not
+comparable: pictures, prompts, measuring models and preprocessing differ."""
 
-UnZipLoRA forms ΔW = g ⊙ B A of every layer and adapter, `[d, k]`, and applies it. ZipLoRA keeps dense ΔW and forms Σ m ⊙ ΔW at every
-call. The others are factorised, layer by layer, and give every factor a gradient. Each branch and each teacher has a call of its
-own, and all pictures go through the autoencoder at every step. Masks, gates, penalties and calendars are the recipes' own.
-"""
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple, get_args
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import count
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from unbraid.adapters import AdaptedLinear, Adapters
-from unbraid.base import Base, Picture, Prompt, Studies
-from unbraid.lora import Active, Factors
-from unbraid.recipe import Recipe
-
-Pictures = Mapping[str, Sequence[Picture]]
-Form = Callable[[Tensor, Sequence[tuple[Factors, Active]]], Tensor]  # x and who is active → what is added
+Evidence = Literal["paper", "secondary", "authors"]
+READ = {
+    "paper": "read in the paper",
+    "secondary": "from a note about the paper, not checked against it",
+    "authors": "from the authors' pages",
+}
+WARNING = "Published figures, each under its own paper's protocol: not comparable with another table, nor with figures measured here."
 
 
-def dense_product(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
-    """UnZipLoRA: W = g · mask ⊙ (B A), formed anew."""
-    ((factors, active),) = ours
-    weight = factors.up @ factors.down * (factors.scale * active.scale)
-    gate = factors.gate(factors.channels)
-    return F.linear(x, (weight if gate is None else weight * gate[:, None]).to(x.dtype))
+@dataclass(frozen=True)
+class Table:
+    """One table of a paper. `rows`: method → a value per column, NaN where the paper gives none."""
+
+    paper: str
+    source: str  # where to find it: arXiv id or venue
+    title: str
+    evidence: Evidence
+    protocol: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[float, ...]]
 
 
-def dense_sum(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
-    """ZipLoRA: Σ m ⊙ ΔW with ΔW kept dense; a teacher's ΔW as it is."""
-    parts = []
-    for factors, active in ours:
-        weight = kept_delta(factors)
-        parts.append(weight * factors.columns if active.merger and factors.columns is not None else weight)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return F.linear(x, total.to(x.dtype))
+class Value(NamedTuple):
+    """One published number."""
+
+    paper: str
+    source: str
+    table: str
+    method: str
+    metric: str
+    value: float
+    protocol: str
 
 
-def kept_delta(factors: Factors) -> Tensor:
-    """ΔW of a LoRA that stays as it is, computed once."""
-    if "dense" not in factors.__dict__:
-        factors.__dict__["dense"] = (factors.up @ factors.down).detach() * factors.scale
-    return factors.__dict__["dense"]
+@cache
+def published() -> tuple[Table, ...]:
+    """All tables, in the order of the file."""
+    text = files("unbraid.bench").joinpath("published.toml").read_text()
+    return tuple(_table(**entry) for entry in tomllib.loads(text)["table"])
 
 
-def factorised(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
-    """scale · B (A x), adapter by adapter. What trains nothing gets no gradient, what trains something gets all of them."""
-    total = x.new_zeros(())
-    for factors, active in ours:
-        down, up = factors.plain() if active.trains else factors.plain(active.trains)
-        total = total + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * (factors.scale * active.scale)
-    return total
+def _table(*, columns: list[str], rows: list[list[Any]], evidence: Any, **rest: str) -> Table:
+    if evidence not in get_args(Evidence):
+        raise ValueError(f"{rest}: evidence {evidence!r}")
+    values = {str(name): tuple(float(value) for value in row) for name, *row in rows}
+    for name, row in values.items():
+        if len(row) != len(columns):
+            raise ValueError(f"{rest}: {name} has {len(row)} values for {len(columns)} columns")
+    return Table(**rest, evidence=evidence, columns=tuple(columns), rows=values)
 
 
-class FormulaLinear(nn.Module):
-    """A frozen linear layer, and what a formula adds. `each`: one adapter after the other, each on its own prompt where it has one."""
-
-    def __init__(self, layer: AdaptedLinear, form: Form, each: bool, prompts: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.layer, self.form, self.each, self.prompts = layer, form, each, prompts
-        self.active: tuple[Active, ...] = ()
-
-    @property
-    def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
-        return self.layer.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer.base(x)
-        ours = [(self.layer.adapters[one.adapter], one) for one in self.active if one.adapter in self.layer.adapters]
-        for some in [[one] for one in ours] if self.each else [ours] if ours else []:
-            prompt = some[0][1].prompt if self.layer.own_prompt else None
-            seen = x if prompt is None else self.prompts[prompt].to(x.dtype).expand(len(x), -1, -1)
-            y = y + self.form(seen, some)  # type: ignore[arg-type]
-        return y
+def values(method: str | None = None) -> Iterator[Value]:
+    """Every published number, or those of one method as the papers name it."""
+    for table in published():
+        for name, row in table.rows.items():
+            for metric, value in zip(table.columns, row, strict=True):
+                if method in (None, name) and not math.isnan(value):
+                    yield Value(table.paper, table.source, table.title, name, metric, value, table.protocol)
 
 
-@contextmanager
-def formulas(
-    unet: nn.Module, adapters: Adapters, form: Form, prompts: Mapping[str, Tensor]
-) -> Iterator[Callable[[tuple[Active, ...]], None]]:
-    """Formula layers in the place of the adapted ones, for a while; what is given says who is active."""
-    layers = {
-        name: FormulaLinear(layer, form, form is dense_product, prompts) for name, layer in adapters.layers.items()
-    }
-    _put(unet, layers)
-
-    def activate(active: tuple[Active, ...]) -> None:
-        for layer in layers.values():
-            layer.active = active
-
-    try:
-        yield activate
-    finally:
-        _put(unet, adapters.layers)
-
-
-def _put(unet: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(unet.get_submodule(parent), leaf, layer)
-
-
-def published(
-    base: Base,
-    encode: Callable[[], Pictures],
-    prompts: Mapping[str, Prompt],
-    recipe: Recipe,
-    adapters: Adapters,
-    form: Form,
-) -> Generator[None]:
-    """One step per item, for ever. `encode` is called at every step."""
-    groups = [
-        {key: group[key] for key in ("params", "lr", "weight_decay")}
-        for group in recipe.optimizer(adapters, recipe.rates).param_groups
+def cells(table: Table) -> list[list[str]]:
+    """Head and rows as text; a column has as many decimals everywhere as where it needs most; – where there is no value."""
+    digits = [max(_decimals(row[i]) for row in table.rows.values()) for i in range(len(table.columns))]
+    rows = [
+        [name, *("–" if math.isnan(value) else f"{value:.{n}f}" for value, n in zip(row, digits, strict=True))]
+        for name, row in table.rows.items()
     ]
-    optimizer, rng = torch.optim.AdamW(groups, fused=True), torch.Generator().manual_seed(0)
-    parameters = [p for group in groups for p in group["params"]]
-    if form is factorised:  # a down that never moves gets its gradient all the same
-        for name in {name for name, _ in recipe.rates}:
-            for factors in adapters.of(name).values():
-                factors.requires_grad_(True)
+    return [["", *table.columns], *rows]
 
-    def update() -> None:
-        if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    embeds = {role: prompt.embeds for role, prompt in prompts.items()}
-    with formulas(base.unet, adapters, form, embeds) as activate:
-        for i in count():
-            studies, branches = Studies(base, encode(), prompts), recipe.branches(i)
-            samples = studies.draw([branch.image for branch in branches], recipe.shared, rng)
-            losses = []
-            for branch, sample in zip(branches, samples, strict=True):
-                activate(branch.active)
-                out = studies.predict([sample], [branch.prompt])
-                target = sample.target
-                if branch.teacher:
-                    activate(branch.teacher.active)
-                    with torch.no_grad():
-                        target = studies.predict([sample], [branch.teacher.prompt])
-                losses.append(branch.weight * F.mse_loss(out, target))
-                if not branch.teacher:  # ZipLoRA alone keeps its graphs until all losses are there
-                    losses.pop().backward()
-                    if recipe.in_turn and branch is not branches[-1]:
-                        update()
-            activate(branches[0].active)  # checkpoints run again in the backward pass
-            penalty = recipe.penalty(adapters, i) if recipe.penalty else None
-            losses += [] if penalty is None else [penalty]
-            if losses:
-                torch.stack(losses).sum().backward()
-            if recipe.after_backward:
-                recipe.after_backward(adapters, i)
-            update()
-            if recipe.after_step:
-                recipe.after_step(adapters, i)
-            yield
+def _decimals(value: float) -> int:
+    return 0 if math.isnan(value) or value == round(value) else len(repr(value).partition(".")[2])
+
+
+def caption(table: Table) -> str:
+    return f"{table.paper}, {table.title} ({table.source}; {READ[table.evidence]}). {table.protocol}"
+
+
+def markdown(tables: Sequence[Table] | None = None) -> str:
+    """All tables with the warning above them and each one's caption."""
+    parts = [f"*{WARNING}*"]
+    for table in tables if tables is not None else published():
+        head, *rows = ["| " + " | ".join(row) + " |" for row in cells(table)]
+        parts.append("\n".join([f"**{caption(table)}**", "", head, "|---" * (len(table.columns) + 1) + "|", *rows]))
+    return "\n\n".join(parts)

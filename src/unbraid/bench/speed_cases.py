@@ -8,7 +8,7 @@ from torch import nn
 
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS
-from unbraid.bench.published import Form, dense_product, dense_sum, factorised
+from unbraid.bench.speed_published import Form, dense_product, dense_sum, factorised
 from unbraid.lora import ALL, Factors, Part
 from unbraid.methods.b4m import break_
 from unbraid.methods.dreambooth import dreambooth

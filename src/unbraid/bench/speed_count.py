@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unbraid.adapters import Adapters
 from unbraid.bench.measure import Meter, encoder_flops, sdxl
-from unbraid.bench.published import factorised, formulas
 from unbraid.bench.speed_cases import BOTH, CASES, Case, random_adapters, train_only
+from unbraid.bench.speed_published import factorised, formulas
 from unbraid.lora import Branch
 
 RANK = 64

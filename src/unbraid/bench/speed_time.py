@@ -9,8 +9,8 @@ import torch
 from unbraid.adapters import Adapters
 from unbraid.base import Studies
 from unbraid.bench.measure import side_by_side
-from unbraid.bench.published import dense_sum, published
 from unbraid.bench.speed_cases import CASES, Case, random_adapters
+from unbraid.bench.speed_published import dense_sum, published
 from unbraid.bench.speed_world import World
 from unbraid.recipe import Recipe
 from unbraid.train import State, lessons, train

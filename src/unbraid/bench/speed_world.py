@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from unbraid.base import Base, Prompt, load
 from unbraid.bench.art import held_out_art
 from unbraid.bench.measure import SDXL, VAE
-from unbraid.bench.published import Pictures
+from unbraid.bench.speed_published import Pictures
 
 WORDS = ("both", "content", "style", "lora", "module")
 
