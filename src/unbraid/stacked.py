@@ -20,6 +20,7 @@ from unbraid.lora import Active, Factors
 Share = tuple[Active, ...]  # the adapters of equal rows
 Item = tuple[Factors, Active] | int  # an adapter in a layer and a share; or a number of ranks in which there is nothing
 Prompts = Mapping[str, Float[Tensor, "n k"]]
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Added:
 
     def to(self, y: Float[Tensor, "b *n d"], x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         """y with it."""
-        begin, end = self.rows.start, self.rows.stop
-        if end - begin == len(y):
+        if self.rows == EVERY:
             return self._to(y, x)
+        begin, end = self.rows.start, self.rows.stop
         return torch.cat([y[:begin], self._to(y[begin:end], x[begin:end]), y[end:]])
 
     def _to(self, y: Tensor, x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def stacked(
     busy = [i for i, row in enumerate(rows) if row]
     if not busy:
         return {}
-    within = slice(busy[0], busy[-1] + 1)
+    within = slice(busy[0], busy[-1] + 1) if len(busy) < len(rows) else EVERY
     told = _shares(rows[within])
     silent = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
     out: dict[str, Added] = {}
