@@ -11,6 +11,7 @@ LEVELS: dict[str, float] = {
     "presets": 1,
     "clip_tokenizer": 1,
     "lora": 1,
+    "stacked": 1.5,
     "folder": 1,
     "adapters": 2,
     "optim": 3,
@@ -47,12 +48,13 @@ LEVELS: dict[str, float] = {
     "cli_files": 13,
     "cli_run": 13,
     "cli_train": 14,
-    "cli": 15,
+    "cli": 16,
     "bases": 13,
     "bench": 14,
+    "cli_bench": 15,
     "making": 15,
 }
-TORCH_ALONE = ("lora", "adapters", "optim", "optim8", "merge", "recipe", "train")
+TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "optim8", "merge", "recipe", "train")
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 

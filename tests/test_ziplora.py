@@ -15,7 +15,7 @@ from unbraid import mergers
 from unbraid.adapters import Adapters
 from unbraid.api import zip_job
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
-from unbraid.bench.zip_cost import dense_layers, dense_loop
+from unbraid.bench.published import dense_sum, published
 from unbraid.errors import UsageError
 from unbraid.file_tools import Source, merge_files
 from unbraid.files import read, write
@@ -84,10 +84,13 @@ def zipped(
 
 def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
     adapters = two_loras(studies.base)
-    with dense_layers(studies.base.unet, adapters) as layers:
-        for _ in islice(dense_loop(studies, layers), 100):
-            pass
-    expected = [tuple(m.detach() for m in layer.m) for layer in layers.values()]
+    (recipe,) = ziplora(BLOCKS["sdxl"], steps=100, granularity="column")
+    recipe.prepare(adapters, torch.Generator())
+    loop = published(studies.base, lambda: studies.pictures, studies.encoded, recipe, adapters, dense_sum)
+    for _ in islice(loop, 100):
+        pass
+    loop.close()
+    expected = [tuple(one.columns.detach() for one in layer.adapters.values()) for layer in adapters.layers.values()]  # type: ignore[union-attr]
     zipped(studies, adapters, 100)
     got = [tuple(one.columns for one in layer.adapters.values()) for layer in adapters.layers.values()]  # type: ignore[union-attr]
     moved = 0.0

@@ -11,35 +11,31 @@ from torch import Tensor, nn
 
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Factors, Lora
+from unbraid.stacked import Added, stacked
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
 TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
-
-
-@dataclass
-class _Work:
-    """One distinct Active, the batch rows that it works on (None: all), and its prompt's embedding."""
-
-    active: Active
-    rows: Tensor | None
-    prompt: Tensor | None
+MOST_PROMPTS, MOST_ROWS = 8, 8  # whose keys and values are kept: 26 MB each in SDXL
 
 
 @dataclass
 class _Activity:
-    """What is active now; every layer of one `Adapters` looks at the same object."""
+    """What every layer adds now, by its name; every layer of one `Adapters` looks at the same object."""
 
-    work: tuple[_Work, ...] = ()
+    added: Mapping[str, Added] = field(default_factory=dict)
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and the adapters on it."""
 
-    def __init__(self, base: nn.Linear, activity: _Activity, own_prompt: bool) -> None:
+    def __init__(self, base: nn.Linear, activity: _Activity, name: str) -> None:
         super().__init__()
-        self.base, self.activity, self.own_prompt = base, activity, own_prompt
+        self.base, self.activity, self.name = base, activity, name
+        self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
         self.adapters = nn.ModuleDict()
+        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # of a prompt: itself, its version, W0 x
 
     @property
     def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
@@ -50,18 +46,20 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
-        y = self.base(x)
-        for work in self.activity.work:
-            if work.active.adapter not in self.adapters:
-                continue
-            factors = self.adapters[work.active.adapter]
-            assert isinstance(factors, Factors)
-            seen = x if work.rows is None else x[work.rows]
-            if self.own_prompt and work.prompt is not None:
-                seen = work.prompt.to(x.dtype).expand(len(seen), -1, -1)
-            delta = factors.delta(seen, work.active)
-            y = y + delta if work.rows is None else y.index_add(0, work.rows, delta)
-        return y
+        y = self._frozen(x)
+        added = self.activity.added.get(self.name)
+        return y if added is None else added.to(y, x)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once."""
+        if not self.own_prompt or x.requires_grad or len(x) > MOST_ROWS:
+            return self.base(x)
+        known = self._known.get(id(x))
+        if known is None or known[0] is not x or known[1] != x._version:
+            if len(self._known) == MOST_PROMPTS:
+                self._known.clear()
+            known = self._known[id(x)] = (x, x._version, self.base(x))
+        return known[2]
 
 
 @dataclass
@@ -88,7 +86,7 @@ class Adapters:
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            layers[name] = AdaptedLinear(linear, activity, bool(OWN_PROMPT.search(name)))
+            layers[name] = AdaptedLinear(linear, activity, name)
         for name, layer in layers.items():
             _set(model, name, layer)
         return cls(layers, model, activity)
@@ -148,28 +146,19 @@ class Adapters:
     ) -> Iterator[None]:
         """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
         checkpointing the layers run again there."""
-        before = self._activity.work
-        device = next(iter(self.layers.values())).weight.device
-        wanted: dict[Active, list[int]] = {}
-        for i, row in enumerate(rows):
-            for active in row:
-                if active.adapter not in self.names:
-                    there = ", ".join(self.names)
-                    raise UsageError(f"no adapter {active.adapter!r}", "activate", f"There are: {there}.")
-                if active.scale:
-                    wanted.setdefault(active, []).append(i)
-        self._activity.work = tuple(
-            _Work(
-                active,
-                None if where == list(range(len(rows))) else torch.tensor(where, device=device),
-                (prompts or {})[active.prompt] if active.prompt is not None else None,
-            )
-            for active, where in wanted.items()
-        )
+        if unknown := [one.adapter for row in rows for one in row if one.adapter not in self.names]:
+            there = ", ".join(self.names)
+            raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
+        before = self._activity.added
+        awake = [tuple(one for one in row if one.scale) for row in rows]
+        layers = {name: dict(layer.adapters.items()) for name, layer in self.layers.items()}
+        own = frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
+        dtype = next(p.dtype for p in self._model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
+        self._activity.added = stacked(layers, own, awake, prompts or {}, dtype)
         try:
             yield
         finally:
-            self._activity.work = before
+            self._activity.added = before
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -36,11 +36,12 @@ BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
 
 
 TILE = 512  # pixels
+MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    """An encoded text: `embeds [tokens, channels]`, and SDXL's pooled vector `[channels]`."""
+    """An encoded text: `embeds [tokens, channels]`, and SDXL's pooled vector `[channels]`. Equal only to itself."""
 
     embeds: Tensor
     pooled: Tensor | None
@@ -64,6 +65,7 @@ class Base:
     pipe: Pipeline
     device: torch.device
     noise: DDPMScheduler = field(init=False)
+    _told: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.noise = DDPMScheduler.from_config(self.pipe.scheduler.config)  # type: ignore[assignment]
@@ -154,8 +156,16 @@ class Base:
         if self.family == "sdxl":
             pooled = torch.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
             added = {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}
-        embeds = torch.stack([prompt.embeds for prompt in prompts]).to(dtype)
-        return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
+        return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), "added_cond_kwargs": added}
+
+    def _texts(self, key: tuple[object, ...], prompts: Sequence[Prompt]) -> Tensor:
+        """The embeddings of a batch, `[b, tokens, channels]`: for the same prompts the same tensor, by which adapted layers know that
+        they have its keys and values already."""
+        if key not in self._told:
+            if len(self._told) == MOST_BATCHES:
+                self._told.clear()
+            self._told[key] = torch.stack([prompt.embeds for prompt in prompts]).to(self.unet.dtype)
+        return self._told[key]
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor, **residuals: Any) -> Tensor:
         """The UNet's raw prediction for a batch; `residuals`: a ControlNet's, as the UNet calls them."""

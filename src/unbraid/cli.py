@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from unbraid.cli_bench import app as bench_commands
 from unbraid.cli_files import app as file_commands
 from unbraid.cli_run import BaseName, Prediction, Seed, Vae, console, run_job
 from unbraid.cli_train import app as training_commands
@@ -19,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.registered_commands += [*training_commands.registered_commands, *file_commands.registered_commands]
+for commands in (training_commands, file_commands, bench_commands):
+    app.registered_commands += commands.registered_commands
 
 
 def _version(wanted: bool) -> bool:

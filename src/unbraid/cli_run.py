@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unbraid.errors import UsageError
 
 console = Console(stderr=True)
+SHOWN = 10  # steps between looks at the loss on an accelerator, each of which waits for it
 
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
 BaseName = Annotated[
@@ -61,6 +62,7 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
 
 
 def run_job(job: Any, resume: bool, quiet: bool) -> None:
+    from unbraid.job import check
     from unbraid.memory import memory_line
     from unbraid.run import run
 
@@ -72,6 +74,7 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
         TextColumn("{task.fields[loss]}"),
     )
     if not quiet and (job.base != "icons" or job.loading.vram != "max"):
+        check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
     events, made = run(job, resume=resume), []
     with console.status("loading", spinner="line") if not quiet else nullcontext():
@@ -82,7 +85,10 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
         task = bar.add_task("training", total=first.total, loss="")
         for event in chain((first,), events):
             if event.step:
-                bar.update(task, completed=event.done, loss=f"loss {event.step.loss:.4f}")
+                shown = event.step.index % SHOWN == 0 or event.step.figures.device.type == "cpu"
+                bar.update(task, completed=event.done)
+                if shown:
+                    bar.update(task, loss=f"loss {event.step.loss:.4f}")
             if event.warning:
                 bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
             if event.file:

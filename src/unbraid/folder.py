@@ -56,22 +56,24 @@ def to_toml(record: Mapping[str, Any]) -> str:
 
 def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     """Make `out` this run's folder. A folder of another run is refused, unless it is being resumed."""
+    claimable(out, record, resume)
+    write_record(out, record)
+
+
+def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
+    """UsageError if `claim` would refuse the folder."""
     there = out / RECORD
     if out.exists() and not out.is_dir():
         raise UsageError("is a file, not a folder", out, "Choose another --out.")
-    if resume:
-        if not there.exists():
-            raise UsageError("there is no run to resume here", out, "Start it without --resume.")
-        if VRAM.sub("", there.read_text()) != VRAM.sub("", to_toml(record)):
-            fix = f"Use the settings of {there}, or start anew in another folder."
-            raise UsageError("the run in this folder has other settings", out, fix)
-        write_record(out, record)
-        return
-    if there.exists():
+    if resume and not there.exists():
+        raise UsageError("there is no run to resume here", out, "Start it without --resume.")
+    if resume and VRAM.sub("", there.read_text()) != VRAM.sub("", to_toml(record)):
+        fix = f"Use the settings of {there}, or start anew in another folder."
+        raise UsageError("the run in this folder has other settings", out, fix)
+    if there.exists() and not resume:
         raise UsageError(
             "this folder holds a run already", out, "Add --resume to go on with it, or choose another --out."
         )
-    write_record(out, record)
 
 
 def save_state(out: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -98,16 +100,17 @@ class Events:
         kept = [event for event in read_events(out) if event["step"] < step]
         with atomic(self.path) as part:
             part.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        self.waiting: list[str] = []
+        self.waiting: list[dict[str, Any]] = []
 
     def add(self, **event: Any) -> None:
-        self.waiting.append(json.dumps(event) + "\n")
+        """Values can be tensors: they are read when the file is written, so that an accelerator is not waited for."""
+        self.waiting.append(event)
 
     def flush(self) -> None:
         """Append what was added since the last flush. Raises UsageError on a full disk."""
         try:
             with self.path.open("a") as file:
-                file.writelines(self.waiting)
+                file.writelines(json.dumps(one, default=Tensor.tolist) + "\n" for one in self.waiting)
         except OSError as error:
             raise UsageError(f"cannot be written ({error.strerror})", self.path, "Make room, then --resume.") from error
         self.waiting.clear()

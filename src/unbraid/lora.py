@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -118,29 +117,13 @@ class Factors(nn.Module):
         up: Tensor = self.up if "up" in trains else self.up.detach()
         return self.fixed.complete(down, up) if self.fixed else (down, up)
 
-    def merged(self, trains: frozenset[Part] = ALL, gates: bool = True) -> tuple[Tensor, Tensor]:
-        """diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r]: mergers scale the small factors, never a d×k matrix
-        or every token. What does not train is detached as a parameter. Without `gates`, g is left out."""
-        down, up = self.plain(trains)
-        mergers = (self.columns, self.ranks, self.channels)
-        if "merger" not in trains:
-            mergers = tuple(None if merger is None else merger.detach() for merger in mergers)
-        columns, ranks, channels = mergers
-        gate = self.gate(channels if gates else None)
-        down = down if columns is None else down * columns
-        down = down if ranks is None else down * ranks[:, None]
-        return down, up if gate is None else up * gate[:, None]
-
-    def delta(self, x: Float[Tensor, "*n k"], active: Active) -> Float[Tensor, "*n d"]:
-        """scale · g ⊙ B (n ⊙ A (m ⊙ x)). Gradients reach x through what does not train."""
-        if active.merger:
-            down, up = self.merged(active.trains)
-        else:
-            down, up = self.plain(active.trains)
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) * (active.scale * self.scale)
-
     def folded(self, gates: bool = True) -> Lora:
-        """The same change as plain factors, alpha = r: mergers (g only with `gates`) and mask multiplied in."""
+        """The same change as plain factors, alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r], so that no d×k matrix is
+        formed. Without `gates`, g is left out."""
         with torch.no_grad():
-            down, up = self.merged(gates=gates)
+            down, up = self.plain()
+            gate = self.gate(self.channels if gates else None)
+            down = down if self.columns is None else down * self.columns
+            down = down if self.ranks is None else down * self.ranks[:, None]
+            up = up if gate is None else up * gate[:, None]
             return Lora(down.detach().clone(), (up * self.scale).detach().clone(), float(len(self.down)))

@@ -23,9 +23,44 @@ class Rate:
 Rates = Mapping[tuple[str, Part], Rate]
 
 
-def adamw(adapters: Adapters, rates: Rates) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, bit for bit, without what it checks anew at every step: for the hundreds of small tensors of an adapter
+    that takes longer than the arithmetic (4.8 of 6.5 ms for 480 tensors, docs/LOG.md)."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        del closure
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in parameters]
+            for p, state in zip(parameters, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            if not parameters:
+                continue
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def adamw(adapters: Adapters, rates: Rates) -> AdamW:
     """AdamW (betas 0.9, 0.999) with the groups of `groups`."""
-    return torch.optim.AdamW(groups(adapters, rates), fused=True)
+    return AdamW(groups(adapters, rates), fused=True)
 
 
 def groups(adapters: Adapters, rates: Rates) -> list[dict[str, Any]]:

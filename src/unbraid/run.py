@@ -43,7 +43,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Ready:
     """A run that is ready to go."""
 
     job: Job
@@ -65,10 +65,9 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
 
 
 def _run(job: Job, resume: bool, device: str | None) -> Iterator[Progress]:
-    texts = prompts_of(job)
-    opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    texts, opened = prompts_of(job), opened_images(job)
     warnings = METHODS[job.method].check(opened, job.images)
-    ready = _prepare(job, texts, opened, device)
+    ready = prepare(job, texts, opened, device)
     ready.base.release(tiles=job.loading.preset.fp8)
     warnings += notes(ready.base.device, job.loading.preset)
     folder.claim(job.out, record(job, texts), resume)
@@ -94,7 +93,14 @@ def _run(job: Job, resume: bool, device: str | None) -> Iterator[Progress]:
     (job.out / folder.STATE).unlink(missing_ok=True)
 
 
-def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], device: str | None) -> _Run:
+def opened_images(job: Job) -> dict[str, list[Image.Image]]:
+    return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+
+
+def prepare(
+    job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], device: str | None = None
+) -> Ready:
+    """Load the base, encode, attach: everything before the first step."""
     base = load(job.base, device, job.loading)
     (made,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
     recipe = spared(made, job.loading.preset)
@@ -111,7 +117,7 @@ def _prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image
         for role, some in images.items()
     }
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
-    return _Run(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
+    return Ready(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
 
 
 def _drawn(
@@ -137,7 +143,7 @@ def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) ->
     return replace(base.encode_picture(pixels.values, pixels.sizes), prompt=prompt)
 
 
-def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Iterator[Progress]:
+def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Iterator[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     at_once, taught = min(AT_ONCE, job.loading.preset.at_once), None
     if ready.recipe.fixed_teachers:
@@ -145,9 +151,8 @@ def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Iterat
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved = time.monotonic()
     for step in train(ready.studies, ready.recipe, state, at_once, taught):
-        events.add(
-            step=step.index, loss=step.loss, losses=step.losses, norm=step.norm, **mergers.summary(ready.adapters)
-        )
+        loss, norm, losses = step.figures[0], step.figures[1], step.figures[2:]
+        events.add(step=step.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
         yield Progress(state.step, steps, step=step)
         if state.step in preview_at:
             yield Progress(state.step, steps, file=_preview(ready))
@@ -157,14 +162,14 @@ def _train(ready: _Run, events: folder.Events, begin: torch.Generator) -> Iterat
             saved = time.monotonic()
 
 
-def _preview(ready: _Run) -> Path:
+def _preview(ready: Ready) -> Path:
     """One picture per use, at the same seed every time."""
     cells = [(name, images[0]) for name, images in _uses(ready, (0,), PREVIEW_STEPS)]
     sheet = pictures.contact_sheet([(f"step {ready.state.step}", cells)])
     return pictures.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
 
 
-def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
+def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
     """The base alone, each LoRA alone under its own prompt, and all together."""
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
     texts = ready.studies.encoded
@@ -184,7 +189,7 @@ def _uses(ready: _Run, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str
         yield name, [image for images in made for image in images]
 
 
-def _finish(ready: _Run, texts: Mapping[str, str]) -> Iterator[Path]:
+def _finish(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
     job = ready.job
     for stem, output in METHODS[job.method].outputs(job.settings).items():
         modules = {f"unet.{name}": lora for name, lora in _folded(ready.adapters, output).items()}
@@ -212,7 +217,7 @@ def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
     return parts[0] if len(parts) == 1 else {one.name: one.lora for one in merge(parts, [1.0] * len(parts))}
 
 
-def _sheet(ready: _Run, texts: Mapping[str, str]) -> Path:
+def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
     """The inputs, and every use at four seeds."""
     job = ready.job
     said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}

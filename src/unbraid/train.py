@@ -17,12 +17,26 @@ from unbraid.lora import Branch
 from unbraid.recipe import Denoiser, Recipe, Sample, Stop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
+    """What a step was like. Its figures stay on the device until they are asked for: reading them waits for the step to be done."""
+
     index: int
-    loss: float  # weighted sum over branches, plus penalty
-    losses: tuple[float, ...]  # per branch, unweighted
-    norm: float  # of all gradients, before clipping
+    figures: Tensor  # [2 + branches]: loss, norm, and each branch's loss, unweighted
+
+    @property
+    def loss(self) -> float:
+        """Weighted sum over branches, plus penalty."""
+        return float(self.figures[0])
+
+    @property
+    def norm(self) -> float:
+        """Of all gradients, before clipping."""
+        return float(self.figures[1])
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(self.figures[2:].tolist())
 
 
 @dataclass
@@ -38,6 +52,7 @@ class State:
     )
     waited: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
+    unseen: Step | None = None  # whose figures nobody has looked at
 
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
@@ -48,6 +63,7 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
+        self.look()
         out = {f"adapter/{key}": value for key, value in self._modules().state_dict().items()}
         out |= {f"best/{key}": value for key, value in self.best.items()}
         out["least"], out["waited"] = torch.tensor(self.least, dtype=torch.float64), torch.tensor(self.waited)
@@ -75,6 +91,13 @@ class State:
         self.step = int(tensors["step"])
         self.least, self.waited = float(tensors["least"]), int(tensors["waited"])
         self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+
+    def look(self) -> None:
+        """Raise UsageError if the last step's figures are not finite."""
+        step, self.unseen = self.unseen, None
+        if step and not bool(torch.isfinite(step.figures[:2]).all()):
+            fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
+            raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
 
     def judged(self, loss: float, patience: int) -> bool:
         """Take a loss of early stopping; whether to go on."""
@@ -147,16 +170,19 @@ def _step(
     if recipe.after_backward:
         recipe.after_backward(adapters, index)
     norm = _clip(state.optimizer, recipe.clip)
-    value = float(total)
-    if not (torch.isfinite(torch.tensor(value)) and torch.isfinite(norm)):
-        fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
-        raise UsageError(f"the loss is {value}, its gradient's norm {norm.item()}", f"step {index}", fix)
+    state.look()  # at the step before, which is done by now: no waiting for this one on an accelerator
+    assert isinstance(total, Tensor)
+    done = state.unseen = Step(index, torch.stack([total, norm.to(total), *losses]))
+    if total.device.type == "cpu":
+        state.look()
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
     if recipe.after_step and recipe.after_step(adapters, index):
         state.step = recipe.steps
-    return Step(index, value, tuple(float(loss) for loss in losses), float(norm))
+    if state.step == recipe.steps:
+        state.look()
+    return done
 
 
 def _backward(
@@ -210,5 +236,11 @@ def _chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:
 
 
 def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, float("inf") if largest is None else largest)
+    """The norm of all gradients, scaled down to `largest`: torch's clip_grad_norm_ without its grouping of tensors by device."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    if largest is not None:
+        torch._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-ATTENTION_FLOPS = {  # torch's own formulas for its flash attention, which it does not count on a CPU
+ATTENTION_FLOPS: dict[Any, Any] = {  # torch's own formulas for its flash attention, which it does not count on a CPU
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
         q, k, v
     ),
@@ -20,7 +20,7 @@ ATTENTION_FLOPS = {  # torch's own formulas for its flash attention, which it do
         sdpa_backward_flop_count(g, q, k, v)
     ),
 }
-SDXL = {
+SDXL: dict[str, Any] = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -32,6 +32,15 @@ SDXL = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
+}
+
+
+VAE: dict[str, Any] = {  # diffusers' annotations allow less than it does
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
 }
 
 
@@ -63,27 +72,21 @@ class Meter:
 
 def encoder_flops(side: int) -> int:
     """Of SDXL's autoencoder's first half on one square picture, in pixels."""
-    settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-    }
-    vae = AutoencoderKL(**settings)
+    vae = AutoencoderKL(**VAE)
     meter = Meter(vae)
     meter(lambda: vae.encode(torch.randn(1, 3, side, side)).latent_dist.mode(), grad=False)  # type: ignore[union-attr]
     return meter.flops
 
 
 def sdxl(side: int) -> tuple[UNet2DConditionModel, Callable[[int], Tensor]]:
-    """The UNet with random weights, and a call of it on a batch of square pictures of `side` pixels."""
+    """The UNet with random weights, and a call of it on a batch of square pictures of `side` pixels, with the same prompts every time."""
     unet = UNet2DConditionModel(**SDXL).requires_grad_(False).eval()  # type: ignore[arg-type]
+    prompts: dict[int, Tensor] = {}
 
     def call(b: int) -> Tensor:
         added = {"text_embeds": torch.randn(b, 1280), "time_ids": torch.randn(b, 6)}
-        noisy, prompt = torch.randn(b, 4, side // 8, side // 8), torch.randn(b, 77, 2048)
-        return unet(noisy, torch.zeros(b), prompt, added_cond_kwargs=added).sample
+        prompt = prompts.setdefault(b, torch.randn(b, 77, 2048))
+        return unet(torch.randn(b, 4, side // 8, side // 8), torch.zeros(b), prompt, added_cond_kwargs=added).sample
 
     return unet, call
 
@@ -92,13 +95,15 @@ def side_by_side(
     ways: Mapping[str, Callable[[], Callable[[], None]]], steps: int, rounds: int
 ) -> list[tuple[str, float]]:
     """(name, median seconds per step) of ways to do `steps` steps, in turn, so that a slow minute slows all of them. Each way
-    prepares, and returns what is timed; the first round warms up."""
+    prepares, and returns what is timed; the first round warms up. Without a GPU these are seconds of the processor, not of the wall:
+    with one thread the two are the same on an idle machine, and on a busy one only the former mean something."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for name, way in ways.items():
             go = way()
-            began = time.perf_counter()
+            began = clock()
             go()
             if i:
-                spent[name].append((time.perf_counter() - began) / steps)
+                spent[name].append((clock() - began) / steps)
     return [(name, statistics.median(values)) for name, values in spent.items()]

@@ -78,7 +78,7 @@ class Ledger(nn.Module):
 
 
 def ledger(factors: Factors) -> Ledger:
-    books = factors.get_submodule("ledger")
+    books = factors.ledger
     assert isinstance(books, Ledger)
     return books
 
@@ -153,32 +153,37 @@ def separated(recipe: Recipe, columns: Columns, merger_lr: float, overlap: float
 def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
     """(content, style) factors by layer."""
     content, style = (adapters.of(role) for role in ROLES)
-    return {name: (content[name], style[name]) for name in content}
+    return {name: (one, style[name]) for name, one in content.items()}
 
 
 def open_books(adapters: Adapters, columns: Columns) -> None:
-    """Give every layer its gates g = 1 and its ledger. No mask is needed: `up` starts at zero and only owned rows
+    """Give every layer its ledger, and its gates g = 1 where channels can be contested. No mask is needed: `up` starts at zero and only owned rows
     of it ever change, so every other channel adds exactly nothing, and still has a gradient by which it can be
     scored without disturbing the model."""
     for name, both in pairs(adapters).items():
         for role, factors in zip(ROLES, both, strict=True):
             like = factors.up.detach()[:, 0]
-            factors.channels = nn.Parameter(torch.ones_like(like))
+            if columns.exempt(name):
+                factors.channels = nn.Parameter(torch.ones_like(like))
             factors.add_module("ledger", Ledger(like, owned=columns.exempt(name) == role))
 
 
 def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
-    for name, both in pairs(adapters).items():
-        for factors in both:
-            books, up, channels = ledger(factors), factors.up.grad, factors.channels
-            assert up is not None and channels is not None
-            if columns.scoring(step):
-                books.score += up.norm(dim=1)
-            up[~books.owned] = 0
-            if channels.grad is not None:
-                channels.grad[~books.losing] = 0
-        if columns.granting(step):
-            grant(ledger(both[0]), ledger(both[1]), columns.ratio, columns.exempt(name))
+    every = [factors for both in pairs(adapters).values() for factors in both]
+    if columns.scoring(step):
+        for factors in every:
+            ledger(factors).score += _gradient(factors.up).norm(dim=1)
+    torch._foreach_mul_([_gradient(one.up) for one in every], [ledger(one).owned[:, None] for one in every])
+    if gated := [one for one in every if one.channels is not None]:
+        torch._foreach_mul_([_gradient(one.channels) for one in gated], [ledger(one).losing for one in gated])
+    if columns.granting(step):
+        for name, (content, style) in pairs(adapters).items():
+            grant(ledger(content), ledger(style), columns.ratio, columns.exempt(name))
+
+
+def _gradient(parameter: nn.Parameter | None) -> Tensor:
+    assert parameter is not None and parameter.grad is not None
+    return parameter.grad
 
 
 def grant(content: Ledger, style: Ledger, ratio: float, exempt: str | None) -> None:
@@ -211,18 +216,28 @@ def _take_best(books: Ledger, n: int, taken: Tensor) -> Tensor:
 
 
 def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
-    """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels."""
-    terms = []
-    for content, style in pairs(adapters).values():
-        assert content.channels is not None and style.channels is not None
-        terms.append((content.channels * style.channels.detach() * ledger(content).losing).abs().mean())
-        terms.append((style.channels * content.channels.detach() * ledger(style).losing).abs().mean())
-    return weight * 2 * torch.stack(terms).mean()
+    """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels; all layers in one go."""
+    every = pairs(adapters).values()
+    gated = [both for both in every if both[0].channels is not None]
+    if not gated:
+        return None
+    content, style = (torch.cat([gates(both[i]) for both in gated]) for i in (0, 1))
+    lost, won = (torch.cat([ledger(both[i]).losing for both in gated]) for i in (0, 1))
+    sizes = torch.tensor([gates(both[0]).numel() for both in gated], device=content.device)
+    share = torch.repeat_interleave(1 / sizes.to(content.dtype), sizes, output_size=len(content))
+    contested = content * style.detach() * lost + style * content.detach() * won
+    return weight / len(every) * (contested.abs() * share).sum()
 
 
+def gates(factors: Factors) -> nn.Parameter:
+    assert factors.channels is not None
+    return factors.channels
+
+
+@torch.no_grad()
 def clamp_gates(adapters: Adapters) -> None:
-    with torch.no_grad():
-        for both in pairs(adapters).values():
-            for factors in both:
-                assert factors.channels is not None
-                factors.channels.clamp_(0, 1)
+    every = (one for both in pairs(adapters).values() for one in both)
+    gated: list[Tensor] = [one.channels for one in every if one.channels is not None]
+    if gated:
+        torch._foreach_clamp_min_(gated, 0.0)
+        torch._foreach_clamp_max_(gated, 1.0)

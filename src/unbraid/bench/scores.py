@@ -1,0 +1,98 @@
+"""What a drawing is worth: the judge's cosines to the true picture, distance in the base's latent space, leaks, and whether the
+judge, choosing among all subjects and styles, names what was asked for."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from unbraid.base import Base
+from unbraid.bench.art import held_out_art, known_art
+from unbraid.bench.judge import Judge, load_judge
+from unbraid.bench.tasks import Item
+from unbraid.bench.world import DRAWN, Truth
+
+
+def harmonic(a: float, b: float) -> float:
+    """The harmonic mean of two cosines; 0 where one of them is not positive."""
+    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
+
+
+def likeness(image: Image.Image, truth: Truth) -> tuple[float, float]:
+    """(content, style): cosines of a picture to a true one."""
+    content, style = (part[0] for part in judge().embed(values_of(image)[None]))
+    true = _embedded(truth)
+    return float(content @ true["content"]), float(style @ true["style"])
+
+
+def scored(item: Item, image: Image.Image, base: Base) -> dict[str, float]:
+    """`content`, `style`: cosines to the truth. `distance`: between latents, 1 is as far from the truth as an empty page.
+    `leak`: the mean cosine to what must not show, where something must not. `named`: 0, 0.5 or 1, see `named`."""
+    content, style = (part[0] for part in judge().embed(values_of(image)[None]))
+    kinds = {"content": content, "style": style}
+    found = {kind: float(mine @ _embedded(item.truth)[kind]) for kind, mine in kinds.items()}
+    found["distance"] = distance(image, item.truth.image, item.truth, base)
+    found["named"] = named(content, style, item.truth)
+    if item.leaks:
+        leaks = [float(kinds[kind] @ _embedded(truth)[kind]) for kind, truth in item.leaks.items()]
+        found["leak"] = sum(leaks) / len(leaks)
+    return found
+
+
+def named(content: Float[Tensor, " c"], style: Float[Tensor, " s"], truth: Truth) -> float:
+    """The mean of two answers of the judge, 0 or 1: is this subject nearer than all others in this style, and this style nearer
+    than all others of this subject?"""
+    subjects = [Truth(subject, truth.style) for subject in (*known_art().names, *held_out_art().names)]
+    styles = [Truth(truth.subject, style) for style in DRAWN]
+    nearest = subjects[int((_gallery(truth.style) @ content).argmax())]
+    closest = styles[int(torch.stack([_embedded(one)["style"] @ style for one in styles]).argmax())]
+    return ((nearest == truth) + (closest == truth)) / 2
+
+
+def distance(first: Image.Image, second: Image.Image, truth: Truth, base: Base) -> float:
+    """Root mean square difference of two pictures' latents, in units of that between the true picture and an empty page."""
+    a, b, true, white = (
+        latent(one, base) for one in (first, second, truth.image, Image.new("RGB", first.size, "white"))
+    )
+    return float((a - b).norm() / (true - white).norm())
+
+
+def diversity(images: Sequence[Image.Image], truth: Truth, base: Base) -> float | None:
+    """The mean distance between pictures of one prompt."""
+    pairs = [(a, b) for i, a in enumerate(images) for b in images[i + 1 :]]
+    return sum(distance(a, b, truth, base) for a, b in pairs) / len(pairs) if pairs else None
+
+
+@torch.no_grad()
+def latent(image: Image.Image, base: Base) -> Tensor:
+    """The middle of the autoencoder's posterior of a picture at the base's size, `[c, h, w]`."""
+    side = (base.size, base.size)
+    fitted = image if image.size == side else image.resize(side, Image.Resampling.LANCZOS)
+    return base.vae.encode(values_of(fitted)[None].to(base.device) * 2 - 1).latent_dist.mode()[0].cpu()  # type: ignore[union-attr]
+
+
+def values_of(image: Image.Image) -> Float[Tensor, "3 h w"]:
+    """In 0..1."""
+    return torch.from_numpy(np.array(image.convert("RGB"), np.float32)).permute(2, 0, 1) / 255
+
+
+@cache
+def judge() -> Judge:
+    return load_judge()
+
+
+@cache
+def _embedded(truth: Truth) -> Mapping[str, Tensor]:
+    content, style = judge().embed(truth.values[None])
+    return {"content": content[0], "style": style[0]}
+
+
+@cache
+def _gallery(style: str) -> Tensor:
+    """Content embeddings of all subjects in a style, `[n, 128]`."""
+    subjects = (*known_art().names, *held_out_art().names)
+    return judge().embed(torch.stack([Truth(subject, style).values for subject in subjects]))[0]

@@ -1,0 +1,129 @@
+"""Seconds of a training step, ours and the published form side by side in one process; on a GPU also whole runs and peak memory."""
+
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import torch
+
+from unbraid.adapters import Adapters
+from unbraid.base import Studies
+from unbraid.bench.measure import side_by_side
+from unbraid.bench.speed_cases import CASES, Case, random_adapters
+from unbraid.bench.speed_published import dense_sum, published
+from unbraid.bench.speed_world import World
+from unbraid.recipe import Recipe
+from unbraid.train import State, lessons, train
+
+AT_ONCE = 2  # as in a run
+WARM = 17  # steps of `split` before the clock starts: past the window in which channels are scored
+
+
+def timed(name: str, world: World, steps: int, rounds: int, warm: int = WARM) -> list[tuple[str, float]]:
+    """(name, median seconds per step), the published step first."""
+    case = CASES[name]
+    length = (
+        case.steps if name == "split" else steps
+    )  # its calendar is that of a whole run; the others are whole runs in small
+    warm = warm if name == "split" else 0
+    recipe, theirs = case.ours(world.rank, length), case.published(world.rank, length)
+    ways = {"published": _theirs(case, world, theirs, steps, warm, case.checkpointing)}
+    if case.checkpointing:
+        ways["published, no gradient checkpointing"] = _theirs(case, world, theirs, steps, warm, False)
+    ways["ours"] = _ours(case, world, recipe, steps, warm, False)
+    if recipe.fixed_teachers:
+        ways["ours, teachers asked ahead"] = _ours(case, world, recipe, steps, warm, True)
+    return side_by_side(ways, steps, rounds)
+
+
+def _roles(recipe: Recipe) -> list[str]:
+    return sorted({branch.image for i in (0, recipe.steps - 1) for branch in recipe.branches(i)})
+
+
+def _attach(case: Case, world: World) -> Adapters:
+    adapters = Adapters.attach(world.base.unet)
+    if case.form is dense_sum:  # it begins with LoRAs that are there
+        random_adapters(case, adapters, world.rank, mergers=False)
+        for layer in adapters.layers.values():
+            layer.to(world.base.device)
+    return adapters
+
+
+def _theirs(
+    case: Case, world: World, recipe: Recipe, steps: int, warm: int, checkpointing: bool
+) -> Callable[[], Callable[[], None]]:
+    def prepare() -> Callable[[], None]:
+        unet, adapters = world.base.unet, _attach(case, world)
+        recipe.prepare(adapters, torch.Generator().manual_seed(0))
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        roles = _roles(recipe)
+        loop = published(world.base, lambda: world.encode(roles), world.prompts, recipe, adapters, case.form)
+        for _ in islice(loop, warm):
+            pass
+
+        def go() -> None:
+            for _ in islice(loop, steps):
+                pass
+            _wait()
+            loop.close()
+            unet.disable_gradient_checkpointing()
+            unet.eval()
+            adapters.detach()
+
+        return go
+
+    return prepare
+
+
+def _ours(
+    case: Case, world: World, recipe: Recipe, steps: int, warm: int, ahead: bool
+) -> Callable[[], Callable[[], None]]:
+    def prepare() -> Callable[[], None]:
+        adapters = _attach(case, world)
+        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+        studies = Studies(world.base, world.encode(_roles(recipe)), world.prompts)
+        going = train(studies, recipe, state, AT_ONCE)
+        for _ in islice(going, warm):
+            pass
+
+        def go() -> None:
+            taught = lessons(studies, recipe, adapters, state.rng) if ahead else None
+            for _ in islice(train(studies, recipe, state, AT_ONCE, taught) if ahead else going, steps):
+                pass
+            _wait()
+            adapters.detach()
+
+        return go
+
+    return prepare
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def whole_run(name: str, world: World, steps: int | None = None, checkpointing: bool = False) -> tuple[float, float]:
+    """(seconds, peak GB on the GPU) of a whole run of ours, without loading, pictures and files."""
+    case = CASES[name]
+    recipe = case.ours(world.rank, steps or case.steps)
+    adapters, unet = _attach(case, world), world.base.unet
+    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+    studies = Studies(world.base, world.encode(_roles(recipe)), world.prompts)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    taught = lessons(studies, recipe, adapters, state.rng) if recipe.fixed_teachers else None
+    for _ in train(studies, recipe, state, AT_ONCE, taught):
+        pass
+    _wait()
+    spent = time.perf_counter() - began
+    unet.disable_gradient_checkpointing()
+    unet.eval()
+    adapters.detach()
+    return spent, torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0

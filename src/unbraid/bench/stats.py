@@ -1,0 +1,159 @@
+"""From units to figures: one value for every problem, means with bootstrap intervals, paired tests between rows.
+
+A problem is a cell whatever its seed (of `transfer`: and the subject that is drawn); seeds are averaged first, because two
+seeds of one problem are not two problems.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+from scipy import stats
+
+from unbraid.bench.results import Drawing, Unit
+from unbraid.bench.scores import harmonic
+
+METRICS = {  # name → (what it says, whether more is better)
+    "likeness": ("harmonic mean of content and style", True),
+    "content": ("judge's content cosine to the true picture", True),
+    "style": ("judge's style cosine to the true picture", True),
+    "distance": ("between latents, to the true picture; 1 is an empty page", False),
+    "leak": ("cosine to what must not show", False),
+    "named": ("share of answers of the judge that name what was asked for", True),
+    "structure": ("edges' correlation with the base's own drawing", True),
+    "diversity": ("between latents of two drawings of one prompt", True),
+}
+RESAMPLES, LEVEL = 5000, 0.95
+Values = Mapping[str, float]  # metric → value
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems, and its bootstrap interval (None: one problem alone has none)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far one row is ahead of another on the problems that both have: paired differences of a metric."""
+
+    row: str
+    other: str
+    ahead: Estimate
+    p: float  # of a sign-flip permutation test, two-sided; after Holm's correction where there are several
+    wins: int
+
+
+def problems(units: Iterable[Unit], task: str) -> dict[str, dict[str, Values]]:
+    """row → problem → metric → mean over seeds."""
+    found: dict[str, dict[str, list[Values]]] = defaultdict(lambda: defaultdict(list))
+    for unit in units:
+        if unit.task == task:
+            for problem, drawings in _apart(unit).items():
+                found[unit.row][problem].append(_values(unit, drawings))
+    return {
+        row: {
+            problem: {name: mean(one[name] for one in some if name in one) for name in some[0]}
+            for problem, some in by_problem.items()
+        }
+        for row, by_problem in found.items()
+    }
+
+
+def _apart(unit: Unit) -> dict[str, list[Drawing]]:
+    """A unit's drawings by problem."""
+    cell = unit.cell.removesuffix(f", seed {unit.seed}")
+    if unit.task != "transfer":
+        return {cell: list(unit.drawings)}
+    out: dict[str, list[Drawing]] = defaultdict(list)
+    for drawing in unit.drawings:
+        out[f"{drawing.subject}, {drawing.style}"].append(drawing)
+    return dict(out)
+
+
+def _values(unit: Unit, drawings: Sequence[Drawing]) -> Values:
+    """Means over uses of means over drawings: three pictures of one use do not outweigh one of another."""
+    uses: dict[str, list[Drawing]] = defaultdict(list)
+    for drawing in drawings:
+        uses[drawing.use].append(drawing)
+    out: dict[str, float] = {}
+    for name in METRICS:
+        means = [
+            mean(one.scores[name] for one in some if name in one.scores)
+            for some in uses.values()
+            if any(name in one.scores for one in some)
+        ]
+        if means:
+            out[name] = mean(means)
+    out = {"likeness": harmonic(out["content"], out["style"]), **out}
+    return out if unit.diversity is None or unit.task == "transfer" else {**out, "diversity": unit.diversity}
+
+
+def by_use(units: Iterable[Unit], task: str) -> dict[str, dict[str, Estimate]]:
+    """row → `use: metric` → estimate, of content and style."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for unit in units:
+        for drawing in unit.drawings if unit.task == task else ():
+            for name in ("content", "style"):
+                cell = unit.cell.removesuffix(f", seed {unit.seed}")
+                found[unit.row][f"{drawing.use}: {name}"][cell].append(drawing.scores[name])
+    return {
+        row: {column: estimate([mean(some) for some in cells.values()]) for column, cells in columns.items()}
+        for row, columns in found.items()
+    }
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean over problems with its percentile bootstrap interval."""
+    if len(values) < 2 or len(set(values)) == 1:
+        return Estimate(mean(values), None, None, len(values))
+    found = stats.bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(mean(values), float(found.low), float(found.high), len(values))
+
+
+def lead(found: Mapping[str, Mapping[str, Values]], row: str, other: str, metric: str = "likeness") -> Lead | None:
+    """The paired comparison of two rows; None where they share no problem."""
+    shared = [
+        one for one in found.get(row, {}) if metric in found[row][one] and metric in found.get(other, {}).get(one, {})
+    ]
+    if not shared:
+        return None
+    ahead = np.asarray([found[row][one][metric] - found[other][one][metric] for one in shared])
+    p = 1.0
+    if len(ahead) > 1 and np.any(ahead != 0):
+        p = float(
+            stats.permutation_test(
+                (ahead,),
+                np.mean,
+                permutation_type="samples",
+                vectorized=True,
+                n_resamples=RESAMPLES,
+                rng=np.random.default_rng(0),
+            ).pvalue
+        )
+    return Lead(row, other, estimate(ahead.tolist()), p, int((ahead > 0).sum()))
+
+
+def holm(leads: Sequence[Lead]) -> list[Lead]:
+    """The same with p-values corrected for their number (Holm 1979)."""
+    out, largest = list(leads), 0.0
+    for rank, i in enumerate(sorted(range(len(leads)), key=lambda i: leads[i].p)):
+        largest = max(largest, min(1.0, leads[i].p * (len(leads) - rank)))
+        out[i] = Lead(leads[i].row, leads[i].other, leads[i].ahead, largest, leads[i].wins)
+    return out

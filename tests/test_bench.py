@@ -1,0 +1,329 @@
+"""The benchmark: it resumes, its sanity rows hold, its statistics are right, and rows of other packages join."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unbraid.bench import claims, contenders, cost, grid, registry, report, results, stats, tables, version
+from unbraid.bench.registry import all_rows, chosen
+from unbraid.bench.results import Drawing, Unit
+from unbraid.bench.rows import BASE, CEILING, COPY, SANITY
+from unbraid.bench.tasks import FULL, QUICK, TASKS, Scale, cells, items
+from unbraid.bench.world import Truth
+from unbraid.cli import main
+from unbraid.errors import UsageError
+
+DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
+FEW = {method: {"steps": 4, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
+FEW |= {"unziplora": {"steps": 4, "rank": 4, "window": 1}, "ziplora": {"steps": 4}, "make": {"fine_tune": 2}}
+FEW |= {"pair": {"steps": 4, "rank": 4, "style_from": 2}}
+TINY = replace(QUICK, others=1, steps=2, training=FEW)
+
+
+def tiny(work: Path, base: Path, *names: str, task: str = "") -> list[grid.Todo]:
+    return grid.plan(work, TINY, chosen((task,) if task else (), names), str(base))
+
+
+def table(done: list[grid.Done]) -> str:
+    units = [one.unit for one in done if one.unit]
+    assert len(units) == len(done), [one.error for one in done if one.error]
+    return "\n".join(tables.scores(units, task).markdown for task in TASKS if any(unit.task == task for unit in units))
+
+
+def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "WEIGHTS", (0.5, 1.0))
+    monkeypatch.setattr(contenders, "TUNING", ("horse",))
+    done = list(grid.run(grid.plan(tmp_path, TINY, all_rows(), str(v_base))))
+    assert not [one.error for one in done if one.error]
+    units = [one.unit for one in done if one.unit]
+    assert {(unit.task, unit.row) for unit in units} == {(row.task, row.name) for row in all_rows()}
+    trained = next(unit for unit in units if unit.row == "UnZipLoRA")
+    assert trained.cost.flops > 0 and trained.cost.parameters > 0 and trained.cost.seconds > 0 and trained.cost.file > 0
+    html, markdown, kept = report.write(units, len(units), tmp_path, tmp_path / "report")
+    page = html.read_text()
+    assert "data:image/webp;base64," in page and "data:image/png;base64," in page and "http" not in page
+    for row in all_rows():
+        assert row.name.replace("'", "&#39;") in page and row.name in markdown.read_text()
+    assert results.read(kept)[0].key == units[0].key
+
+
+def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
+    """SIGKILL to a run of two processes; the second start repeats no unit that was finished, and no finished training."""
+    names = (BASE, "DreamBooth-LoRA", "B-LoRA")
+    whole = table(list(grid.run(tiny(tmp_path / "whole", v_base, *names))))
+    work = tmp_path / "cut"
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3]); import test_bench as t; from unbraid.bench import grid\n"
+        f"if __name__ == '__main__': list(grid.run(t.tiny(Path(sys.argv[1]), Path(sys.argv[2]), *{names!r}), 2))"
+    )
+    script = tmp_path / "go.py"
+    script.write_text(code)
+    told = [sys.executable, str(script), str(work), str(v_base), str(Path(__file__).parent)]
+    process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(work.glob("units/*separate-dreambooth*/unit.json")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(2.5)  # its workers notice and end
+    finished = {
+        file: file.stat().st_mtime_ns for file in [*work.glob("units/*/unit.json"), *work.glob("made/*/cost.json")]
+    }
+    assert finished
+    again = list(grid.run(tiny(work, v_base, *names)))
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert table(again) == whole
+    before = {file: file.stat().st_mtime_ns for file in work.rglob("*.png")}
+    assert table(list(grid.run(tiny(work, v_base, *names)))) == whole
+    assert {file: file.stat().st_mtime_ns for file in work.rglob("*.png")} == before, "a third start draws nothing"
+
+
+def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
+    first = [one.unit for one in grid.run(tiny(tmp_path / "a", v_base, BASE, task="combine")) if one.unit]
+    known = results.read(results.save(first, tmp_path / "results.jsonl"))
+    again = list(grid.run(tiny(tmp_path / "b", v_base, BASE, task="combine"), known=known))
+    assert [one.unit for one in again] == known and not (tmp_path / "b").exists()
+
+
+def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base: Path) -> None:
+    scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 4, "rank": 4, "lr": 1e30}})
+    todos = grid.plan(tmp_path, scale, chosen(("separate",), (BASE, "DreamBooth-LoRA")), str(v_base))
+    done = {one.todo.row: one for one in grid.run(todos)}
+    assert done[BASE].unit and done["DreamBooth-LoRA"].unit is None and "loss" in done["DreamBooth-LoRA"].error
+
+
+@pytest.fixture(scope="module")
+def sane(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
+    """The three rows that hold the others, on the embedded base."""
+    scale = replace(QUICK, others=3, steps=4)
+    return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, SANITY)) if one.unit]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_ceiling_is_the_ceiling(sane: list[Unit], task: str) -> None:
+    found = stats.problems(sane, task)
+    for problem, values in found[CEILING].items():
+        assert values["likeness"] > 0.9 and values["likeness"] > found[BASE][problem]["likeness"]
+        assert values["distance"] < 0.2 and values["named"] == 1
+        assert values["likeness"] > found[COPY][problem]["likeness"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_copying_is_caught_by_the_leak(sane: list[Unit], task: str) -> None:
+    found = stats.problems(sane, task)
+    for problem, values in found[COPY].items():
+        others = max(found[row][problem]["leak"] for row in (BASE, CEILING))
+        assert values["leak"] > others
+        if task in ("separate", "transfer"):
+            assert values["leak"] == pytest.approx(1, abs=1e-4)
+
+
+def test_cells_come_seed_by_seed_and_ask_for_what_the_base_never_saw() -> None:
+    seeds = [cell.seed for cell in cells(FULL)]
+    assert seeds == sorted(seeds)
+    for cell in cells(FULL):
+        for item in items(cell, FULL):
+            assert item.truth.values.shape == (3, 64, 64)
+            assert str(item.truth) not in {str(truth) for truth in item.leaks.values()}
+    recombined = [cell for cell in cells(FULL) if cell.task == "recombine"]
+    assert all(
+        cell.content.subject != cell.style.subject and cell.content.style != cell.style.style for cell in recombined
+    )
+
+
+def test_a_key_depends_on_settings_scale_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (todo,) = grid.plan(tmp_path, QUICK, chosen(("separate",), ("UnZipLoRA",)))
+    key = grid.key(todo)
+    assert grid.key(todo) == key
+    assert grid.key(replace(todo, scale=replace(QUICK, steps=3))) != key
+    assert grid.key(replace(todo, cell=replace(todo.cell, seed=1))) != key
+    monkeypatch.setattr(grid, "code_digest", lambda: "other")
+    assert grid.key(todo) != key
+
+
+def test_comments_and_docstrings_do_not_change_the_code(tmp_path: Path) -> None:
+    import ast
+
+    def digest(text: str) -> str:
+        return ast.dump(version._bare(ast.parse(text)))
+
+    plain = digest("def f(x):\n    return x + 1\n")
+    assert digest('"""About."""\n\ndef f(x):\n    """Adds."""  # why\n\n    return (x + 1)\n') == plain
+    assert digest("def f(x):\n    return x + 2\n") != plain
+
+
+# statistics
+
+
+def unit(row: str, problem: str, seed: int, content: float, style: float) -> Unit:
+    drawing = Drawing("both", "p", "fox", "line art", seed, "f.png", {"content": content, "style": style})
+    cell = f"{problem}, seed {seed}"
+    return Unit(f"{row}{cell}", "combine", row, cell, seed, (drawing,), None, cost.Cost(), {"code": "c", "base": "b"})
+
+
+def test_seeds_of_one_problem_are_one_value() -> None:
+    units = [unit("a", "x", 0, 0.2, 0.2), unit("a", "x", 1, 0.6, 0.6), unit("a", "y", 0, 1.0, 1.0)]
+    found = stats.problems(units, "combine")["a"]
+    assert {problem: round(values["likeness"], 6) for problem, values in found.items()} == {"x": 0.4, "y": 1.0}
+    assert stats.estimate([one["likeness"] for one in found.values()]).n == 2
+
+
+def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        found = stats.estimate(rng.normal(0.5, 0.1, 24).tolist())
+        assert found.low is not None and found.high is not None and found.low < found.mean < found.high
+        covered += found.low <= 0.5 <= found.high
+    assert 85 <= covered <= 100
+
+
+def test_a_lead_is_paired() -> None:
+    """Problems differ far more than rows do: only a paired test sees the lead."""
+    rng = np.random.default_rng(1)
+    level = rng.uniform(0.1, 0.9, 16)
+    units = [unit("a", str(i), 0, x + 0.02 + 0.005 * rng.normal(), x) for i, x in enumerate(level)]
+    units += [unit("b", str(i), 0, x, x) for i, x in enumerate(level)]
+    units += [unit("c", str(i), 0, x + 0.005 * rng.normal(), x) for i, x in enumerate(level)]
+    found = stats.problems(units, "combine")
+    ahead, level_with = stats.lead(found, "a", "b", "content"), stats.lead(found, "c", "b", "content")
+    assert ahead and level_with
+    assert ahead.p < 0.001 and ahead.ahead.mean == pytest.approx(0.02, abs=0.005)
+    assert level_with.p > 0.05
+    corrected = stats.holm([ahead, level_with])
+    assert corrected[0].p == pytest.approx(min(1, 2 * ahead.p)) and corrected[1].p >= level_with.p
+    assert stats.lead(found, "a", "nobody") is None
+
+
+def test_verdicts_follow_the_figures() -> None:
+    def some(gap: float, n: int = 12) -> list[Unit]:
+        return [
+            unit(row, str(i), 0, 0.5 + x + i / 100, 0.5)
+            for i in range(n)
+            for row, x in (("ZipLoRA", gap), ("direct sum", 0))
+        ]
+
+    words = [claims.verdicts(some(gap))[0].word for gap in (0.1, -0.1)]
+    assert words == ["holds", "reversed"]
+    assert claims.verdicts(some(0.1, 3))[0].word == "undecided", "three problems prove nothing"
+
+
+def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
+    units = [unit(row, problem, 0, 0.5, 0.5) for problem, rows in (("x", "ab"), ("y", "a")) for row in rows]
+    assert [one.cell for one in results.complete(units, {"combine": {"a", "b"}})] == ["x, seed 0"] * 2
+    assert results.complete(units, {"combine": {"a", "b", "c"}}) == units, "no cell is complete: all there is"
+
+
+# rows of other packages, bad input
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The example of docs/benchmark.md, installed as a package with its entry point."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    (point,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.S)
+    place = tmp_path / "site"
+    info = place / "my_bench-1.dist-info"
+    info.mkdir(parents=True)
+    (place / "my_bench.py").write_text(code)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-bench\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        point.replace('project.entry-points."', "").replace('"]', "]").replace('"', "")
+    )
+    monkeypatch.syspath_prepend(str(place))
+    yield place
+    sys.modules.pop("my_bench", None)
+    grid._rows.cache_clear()
+
+
+def test_a_row_of_another_package_joins(foreign: Path, tmp_path: Path, v_base: Path) -> None:
+    grid._rows.cache_clear()
+    assert len((foreign / "my_bench.py").read_text().splitlines()) <= 30
+    todos = tiny(tmp_path, v_base, "softer sum", "direct sum")
+    done = {one.todo.row: one.unit for one in grid.run(todos)}
+    mine, plain = done["softer sum"], done["direct sum"]
+    assert mine and plain and mine.drawings[0].scores != plain.drawings[0].scores
+    key = grid.key(todos[-1])
+    (foreign / "my_bench.py").write_text((foreign / "my_bench.py").read_text() + "\nMORE = 1\n")
+    assert grid.key(todos[-1]) != key, "its figures are its source's"
+
+
+def test_what_is_no_row_is_refused(foreign: Path) -> None:
+    (foreign / "my_bench.py").write_text("ROWS = [1]\n")
+    with pytest.raises(UsageError, match="int is not a Row"):
+        registry.all_rows()
+
+
+def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unbraid.bench.rows import Row
+
+    white = Row(
+        "combine", "white", lambda *_: {"both": lambda item, seeds: [Image.new("RGB", (64, 64), "white")] * len(seeds)}
+    )
+    monkeypatch.setattr(registry, "ROWS", [white])
+    grid._rows.cache_clear()
+    (done,) = grid.run(tiny(tmp_path, v_base, "white"))
+    grid._rows.cache_clear()
+    assert done.unit and done.unit.drawings[0].scores["distance"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (["--task", "paint"], "there is no task 'paint'"),
+        (["--only", "ZipLora"], "there is no row 'ZipLora'"),
+        (["--seed", "7"], "seeds 7"),
+        (["--report"], "there is nothing to report"),
+        (["--results", "no.jsonl"], "no.jsonl"),
+        (["--clip", "a/b"], "nothing to measure"),
+    ],
+)
+def test_bad_input_is_one_line(
+    told: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", "--work", str(tmp_path / "w"), *told])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 1 and expected in said and len(said.splitlines()) == 1
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps({"task": "combine"}) + "\n")
+    with pytest.raises(UsageError, match="line 1"):
+        results.read(file)
+
+
+def test_the_command_runs_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`unbraid bench --quick` on the embedded base, with rows that are not trained."""
+    monkeypatch.setattr("unbraid.bench.tasks.QUICK", Scale(("fox",), ("line art",), ("stencil",), others=1, steps=2))
+    rows = [argument for row in (BASE, COPY) for argument in ("--only", row)]
+    told = ["--work", str(tmp_path), "--processes", "1", "--quiet", *rows]
+    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", *told])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["report.html", "table.md", "results.jsonl"]
+
+
+def test_flops_grow_with_steps_and_truth_is_itself(tmp_path: Path, v_base: Path) -> None:
+    from unbraid.api import learn_job
+
+    picture = tmp_path / "fox.png"
+    Truth("fox", "line art").image.save(picture)
+    told = [cost.counted(learn_job(picture, prompt="a fox", base=str(v_base), rank=4, steps=n)) for n in (2, 6)]
+    assert told[1].flops == pytest.approx(3 * told[0].flops) and told[0].parameters == told[1].parameters > 0

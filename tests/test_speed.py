@@ -1,0 +1,85 @@
+"""The published forms that `bench.speed` measures against compute what ours computes, in double precision."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+import torch
+
+from unbraid.adapters import Adapters
+from unbraid.base import Base, Picture, Prompt, Studies
+from unbraid.bench.speed_cases import CASES, SDXL
+from unbraid.bench.speed_count import _kinds
+from unbraid.bench.speed_published import Form, dense_product, factorised, published
+from unbraid.methods.dreambooth import dreambooth
+from unbraid.methods.pair import pair
+from unbraid.methods.unziplora import unziplora
+from unbraid.recipe import Recipe
+from unbraid.train import State, train
+
+STEPS = 6
+METHODS: dict[str, tuple[Recipe, Form]] = {
+    "split": (unziplora(SDXL, rank=4, steps=STEPS, sample_times=2, window=1, compat="official")[0], dense_product),
+    "pair": (pair(SDXL, rank=4, steps=STEPS, style_from=2, lr=1e-3, compat="official")[0], factorised),
+    "learn": (dreambooth(SDXL, rank=4, steps=STEPS, lr=1e-3)[0], factorised),
+}
+
+
+@pytest.fixture
+def studies(v_model: Base) -> Iterator[Studies]:
+    rng = torch.Generator().manual_seed(1)
+    v_model.unet.double()
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).double()
+
+    pictures = {
+        role: [Picture(noise(4, 8, 8), torch.full((4, 8, 8), 0.1).double(), torch.full((6,), 32.0))]
+        for role in ("image", "before", "after")
+    }
+    prompts = {role: Prompt(noise(24, 64), noise(64)) for role in ("both", "content", "style")}
+    yield Studies(v_model, pictures, prompts)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_published_loop_equals_ours(studies: Studies, name: str, checkpointing: bool) -> None:
+    recipe, form = METHODS[name]
+    found = []
+    for ours in (False, True):
+        adapters, unet = Adapters.attach(studies.base.unet), studies.base.unet
+        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+        for layer in adapters.layers.values():
+            layer.adapters.double()
+        if checkpointing and not ours:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        if ours:
+            state.rng = torch.Generator().manual_seed(0)
+            list(train(studies, recipe, state, 2))
+        else:
+            loop = published(studies.base, lambda: studies.pictures, studies.encoded, recipe, adapters, form)
+            list(islice(loop, STEPS))
+            loop.close()
+            unet.disable_gradient_checkpointing()
+            unet.eval()
+        parts = [
+            (f"{one} {part}", p.detach())
+            for one in adapters.names
+            for f in adapters.of(one).values()
+            for part, p in f.parts()
+        ]
+        found.append(parts)
+        adapters.detach()
+    moved = 0.0
+    for (what, one), (_, other) in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-9), what
+        moved = max(moved, float(one.abs().max()))
+    assert moved > 0
+
+
+def test_every_case_says_what_a_run_is_made_of() -> None:
+    """Two kinds of step in `pair`, a third of them without the style; one kind in the others."""
+    for name, case in CASES.items():
+        kinds = _kinds(case.ours(4, case.steps).branches(i) for i in range(case.steps))
+        assert [round(share, 3) for _, share in kinds] == ([0.333, 0.667] if name == "pair" else [1.0])
