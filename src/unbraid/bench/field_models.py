@@ -26,9 +26,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from unbraid.pipeline import known_model, pick_device
+from unbraid.base import pick_device
 from unbraid.bench import csd as csd_files
 from unbraid.errors import UsageError
+from unbraid.pipeline import known_model
 
 DINOS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # one class token, then registers, then patches
 LPIPS_NETS = {"features.28.weight": "vgg", "features.3.squeeze.weight": "squeeze", "features.0.weight": "alex"}
