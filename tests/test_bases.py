@@ -182,7 +182,7 @@ def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> N
     Image.new("RGB", (700, 500), "red").save(tmp_path / "wide.png")
     job = learn_job(tmp_path / "wide.png", prompt="a cat", base=str(tmp_path / "base"), rank=2, steps=1)
     opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
-    ready = running._prepare(job, prompts_of(job), opened, "cpu")
+    ready = running.prepare(job, prompts_of(job), opened, "cpu")
     assert (ready.base.size, ready.base.step) == (512, 64)
     told: list[Any] = []
     ready.base.unet.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)

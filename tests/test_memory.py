@@ -76,7 +76,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     job = split_job(tmp_path / "x.png", subject="cat", style="ink", **options)
     told = estimate(job)
     opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
-    ready = running._prepare(job, prompts_of(job), opened, "cpu")
+    ready = running.prepare(job, prompts_of(job), opened, "cpu")
     assert ready.base.unet.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
     trained = [p for name in ready.adapters.names for one in ready.adapters.of(name).values() for _, p in one.parts()]
     frozen = [p for p in ready.base.unet.parameters() if not any(p is one for one in trained)]
@@ -184,7 +184,7 @@ def test_a_run_goes_on_with_another_preset(
 def test_8_bit_moments_are_used_and_resumed(tiny_sdxl: Tiny, picture: Path) -> None:
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="12", **QUICK)
     opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
-    one, other = (running._prepare(job, prompts_of(job), opened, "cpu") for _ in range(2))
+    one, other = (running.prepare(job, prompts_of(job), opened, "cpu") for _ in range(2))
     assert isinstance(one.state.optimizer, AdamW8)
     steps = train(one.studies, one.recipe, one.state, 1)
     for _ in range(2):

@@ -37,11 +37,12 @@ def _vocabulary() -> Path | None:
 
 
 def _from_hub(pad: str) -> CLIPTokenizer:
+    """From the hub's cache alone: a request without a network takes minutes to fail."""
     try:
-        return CLIPTokenizer.from_pretrained(HUB, pad_token=pad, model_max_length=TOKENS)
+        return CLIPTokenizer.from_pretrained(HUB, pad_token=pad, model_max_length=TOKENS, local_files_only=True)
     except OSError as error:
-        fix = "Offline: pip install unbraid[offline], which brings its vocabulary."
-        raise UsageError("CLIP's tokenizer is neither installed nor on the hub's cache", HUB, fix) from error
+        fix = f"pip install unbraid[offline] (open_clip_torch), which brings its vocabulary; or: hf download {HUB}"
+        raise UsageError("CLIP's tokenizer is neither installed nor in the hub's cache", HUB, fix) from error
 
 
 def _letters() -> list[str]:
