@@ -121,6 +121,7 @@ def gradients(preset: str, rounded: bool = False) -> Tensor:
         unet.load_state_dict(state)
     else:
         save_memory(unet, torch.device("cpu"), PRESETS[preset])
+    size = sum(p.nbytes for p in unet.parameters())
     adapters = Adapters.attach(unet)
     adapters.new("one", 4, torch.Generator().manual_seed(1), up_std=0.1)
     rng = torch.Generator().manual_seed(2)
@@ -129,6 +130,7 @@ def gradients(preset: str, rounded: bool = False) -> Tensor:
     with adapters.activate([(Active("one"),)]):
         out = unet(x, torch.tensor([500]), encoder_hidden_states=text, added_cond_kwargs=added).sample
         out.float().square().mean().backward()
+    assert size == sum(p.nbytes for p in unet.parameters() if not p.requires_grad), "fp8 weights are fp8 again"
     return torch.cat(
         [p.grad.flatten() for one in adapters.of("one").values() for _, p in one.parts() if p.grad is not None]
     )

@@ -72,6 +72,7 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
 
 
 def run_job(job: Any, resume: bool, quiet: bool) -> None:
+    from unbraid.job import check
     from unbraid.memory import memory_line
     from unbraid.run import run
 
@@ -83,6 +84,7 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
         TextColumn("{task.fields[loss]}"),
     )
     if not quiet and (job.base != "icons" or job.loading.vram != "max"):
+        check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
     events, made = run(job, resume=resume), []
     with console.status("loading", spinner="line") if not quiet else nullcontext():

@@ -90,9 +90,8 @@ def caption_of(path: Path) -> str | None:
     return text
 
 
-def cropped(image: Image.Image, area: int, step: int, where: object = "") -> tuple[Image.Image, int, int]:
-    """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred. Also: where the
-    crop begins, (top, left)."""
+def check_size(image: Image.Image, where: object = "") -> None:
+    """UsageError for a picture too small or too long to be used."""
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE:
         raise UsageError(
@@ -102,6 +101,13 @@ def cropped(image: Image.Image, area: int, step: int, where: object = "") -> tup
         raise UsageError(
             f"the image is {width}×{height}, too long for its width", where, f"Crop it to {WIDEST:.0f}:1 or less."
         )
+
+
+def cropped(image: Image.Image, area: int, step: int, where: object = "") -> tuple[Image.Image, int, int]:
+    """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred. Also: where the
+    crop begins, (top, left)."""
+    check_size(image, where)
+    width, height = image.size
     scale = (area / (width * height)) ** 0.5
     target_w, target_h = (max(step, round(side * scale / step) * step) for side in (width, height))
     scale = max(target_w / width, target_h / height)

@@ -56,22 +56,24 @@ def to_toml(record: Mapping[str, Any]) -> str:
 
 def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     """Make `out` this run's folder. A folder of another run is refused, unless it is being resumed."""
+    claimable(out, record, resume)
+    write_record(out, record)
+
+
+def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
+    """UsageError if `claim` would refuse the folder."""
     there = out / RECORD
     if out.exists() and not out.is_dir():
         raise UsageError("is a file, not a folder", out, "Choose another --out.")
-    if resume:
-        if not there.exists():
-            raise UsageError("there is no run to resume here", out, "Start it without --resume.")
-        if VRAM.sub("", there.read_text()) != VRAM.sub("", to_toml(record)):
-            fix = f"Use the settings of {there}, or start anew in another folder."
-            raise UsageError("the run in this folder has other settings", out, fix)
-        write_record(out, record)
-        return
-    if there.exists():
+    if resume and not there.exists():
+        raise UsageError("there is no run to resume here", out, "Start it without --resume.")
+    if resume and VRAM.sub("", there.read_text()) != VRAM.sub("", to_toml(record)):
+        fix = f"Use the settings of {there}, or start anew in another folder."
+        raise UsageError("the run in this folder has other settings", out, fix)
+    if there.exists() and not resume:
         raise UsageError(
             "this folder holds a run already", out, "Add --resume to go on with it, or choose another --out."
         )
-    write_record(out, record)
 
 
 def save_state(out: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from string import Formatter
 from typing import Any
 
 from unbraid import folder
+from unbraid.data import check_size, open_image
 from unbraid.errors import UsageError
 from unbraid.formats.metadata import card
 from unbraid.methods import METHODS
@@ -61,6 +62,17 @@ def prompts_of(job: Job) -> dict[str, str]:
 
 def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def check(job: Job, resume: bool) -> None:
+    """UsageError for what can be known to be wrong before anything is loaded: words, pictures, the folder."""
+    texts = prompts_of(job)
+    opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    for role, images in opened.items():
+        for image, path in zip(images, job.images[role], strict=True):
+            check_size(image, path)
+    METHODS[job.method].check(opened, job.images)
+    folder.claimable(job.out, record(job, texts), resume)
 
 
 def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
