@@ -31,12 +31,13 @@ Hand = Callable[[Item, Sequence[int]], list[Image.Image]]  # draws an item at so
 
 @dataclass
 class Shop:
-    """Makes what rows ask for, in `work`, on one base. `used`: what it cost, since the last look."""
+    """Makes what rows ask for, in `work`, on one base. `used`: what each thing cost that was asked for
+    since the last look, once, however often it was."""
 
     work: Path
     scale: Scale
     base_name: str = "icons"
-    used: list[Cost] = field(default_factory=list)
+    used: dict[Path, Cost] = field(default_factory=dict)
     subjects: Mapping[str, Sequence[Truth]] = field(default_factory=dict)  # a user's own, and their pictures
     partners: Mapping[str, Sequence[tuple[Truth, str]]] = field(default_factory=dict)  # kind → with prompts, of a user
 
@@ -82,7 +83,7 @@ class Shop:
                 # a training that was cut off has no time of its own: what came before the cut is not known
                 write_json(told, {**asdict(cost), "seconds": None if resumed else cost.seconds})
         found = json.loads(told.read_text())
-        self.used.append(Cost(**{**found, "seconds": found["seconds"] or 0.0}))
+        self.used[out] = Cost(**{**found, "seconds": found["seconds"] or 0.0})
         return out
 
     def derive(self, name: str, sources: Iterable[Path], write: Callable[[Path], Any], *settings: Any) -> Path:
@@ -96,7 +97,7 @@ class Shop:
                 with measured(cost):
                     write(out)
                 write_json(told, asdict(cost))
-        self.used.append(Cost(**json.loads(told.read_text())))
+        self.used[told] = Cost(**json.loads(told.read_text()))
         return out
 
     def found(self, name: str, sources: Iterable[Path], search: Callable[[], list[float]]) -> list[float]:
@@ -104,12 +105,13 @@ class Shop:
         told = self.work / "made" / f"{slug(name)}-{short(name, [sha256(one) for one in sources], code_digest())}.json"
         with self._lock(told.with_suffix(".lock")):
             if not told.exists():
-                cost = Cost()
+                cost, used = Cost(), dict(self.used)
                 with measured(cost):
                     values = search()
+                self.used = used  # what the search drew with is no part of what it found
                 write_json(told, {"values": values, "cost": asdict(cost)})
         found = json.loads(told.read_text())
-        self.used.append(Cost(**found["cost"]))
+        self.used[told] = Cost(**found["cost"])
         return found["values"]
 
     def plain(self, item: Item, seed: int) -> Image.Image:
@@ -143,8 +145,7 @@ class Shop:
         self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "", **options: Any
     ) -> Hand:
         """Draws with LoRA files; `suffix` is added to the prompt, `options` are those of `render`."""
-        files = {use.file for use in (*uses, *styles)}
-        self.used.append(Cost(file=sum(file.stat().st_size for file in files)))
+        self.used |= {use.file: Cost(file=use.file.stat().st_size) for use in (*uses, *styles)}
 
         def draw(item: Item, seeds: Sequence[int]) -> list[Image.Image]:
             told = {"guidance": self.scale.guidance, "steps": self.scale.steps, **options}
@@ -154,7 +155,7 @@ class Shop:
 
     def spent(self) -> Cost:
         """What was used since the last time, summed up."""
-        total = sum(self.used, Cost())
+        total = sum(self.used.values(), Cost())
         self.used.clear()
         return total
 
