@@ -19,6 +19,7 @@ from unbraid.lora import Active, Branch, Factors, Fixed
 from unbraid.lowrank import delta
 from unbraid.methods.b4m import Cut, break_
 from unbraid.modules import break_job, join, make_job, matrix, together
+from unbraid.modules import make as api_make
 from unbraid.modules import opened as opened_module
 from unbraid.optim import Rate, Riemannian
 from unbraid.recipe import Denoiser, Recipe, Sample, Shared, Stop
@@ -190,6 +191,22 @@ def test_fine_tuning_starts_from_the_graft_in_every_layer(
         assert tuned.keys() == joined.keys()
         same = [torch.allclose(delta(tuned[name]), delta(joined[name]), atol=2e-5) for name in joined]
         assert all(same) if not lr else not all(same)
+
+
+def test_making_fine_tunes_by_default_where_there_are_pictures(
+    modules: dict[str, Path], v_base: Path, tmp_path: Path
+) -> None:
+    """By the benchmark it is the better way (docs/benchmark.md); without pictures nothing is trained."""
+    config = tmp_path / "few.toml"
+    config.write_text("[make]\nfine_tune = 2\n")
+    images = {"content": modules["folder"] / "fox.png", "style": modules["folder"] / "ink.png"}
+    both = modules["fox"], modules["ink"]
+    assert api_make(*both, out=tmp_path / "now") == tmp_path / "now" / "merged.safetensors"
+    assert not (tmp_path / "now" / "run.toml").exists()
+    options: dict[str, Any] = {"base": str(v_base), "previews": 0, "images": images, "config": config}
+    file = api_make(*both, out=tmp_path / "tuned", **options)
+    assert read(file).metadata["ss_steps"] == "2"
+    assert not (api_make(*both, out=tmp_path / "none", fine_tune=0, **options).with_name("run.toml")).exists()
 
 
 def test_a_matrix_is_every_content_in_every_style(modules: dict[str, Path], v_base: Path, tmp_path: Path) -> None:

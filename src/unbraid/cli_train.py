@@ -198,7 +198,12 @@ def make(
     content: Annotated[Path, typer.Argument(help="A content module, or its run folder.")],
     style: Annotated[Path, typer.Argument(help="A style module, or its run folder.")],
     out: Annotated[Path, typer.Option(help="Folder for merged.safetensors.")],
-    fine_tune: Annotated[int, typer.Option(help="Steps of training on both; 0: none, done at once.")] = 0,
+    fine_tune: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of training on both; 0: none, done at once. Default: the base's own with pictures, else 0."
+        ),
+    ] = None,
     content_images: Annotated[
         Path | None, typer.Option(help="What it was learnt from; without, the module draws for itself.")
     ] = None,
@@ -219,7 +224,7 @@ def make(
     """A content and a style module → one LoRA, merged.safetensors."""
     from unbraid.modules import join, make_job
 
-    if not fine_tune:
+    if fine_tune == 0 or (fine_tune is None and not (content_images or style_images)):
         print(join(content, style, out / "merged.safetensors"))
         return None
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}

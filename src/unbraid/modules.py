@@ -40,9 +40,12 @@ def break_module(images: str | Path | Sequence[str | Path], **options: Any) -> P
     return finish(break_job(images, **options))
 
 
-def make(content: str | Path, style: str | Path, *, fine_tune: int = 0, out: str | Path, **options: Any) -> Path:
-    """A content and a style module → `merged.safetensors` in `out`, at once, or fine-tuned: options as in `make_job`. Returns the file."""
-    if fine_tune:
+def make(
+    content: str | Path, style: str | Path, *, fine_tune: int | None = None, out: str | Path, **options: Any
+) -> Path:
+    """A content and a style module → `merged.safetensors` in `out`: at once, or fine-tuned, which is the default where there are
+    `images`; options as in `make_job`. Returns the file."""
+    if fine_tune or (fine_tune is None and options.get("images")):
         return finish(make_job(content, style, fine_tune=fine_tune, out=out, **options)) / "merged.safetensors"
     return join(content, style, Path(out) / "merged.safetensors")
 
@@ -80,13 +83,13 @@ def make_job(
     content: str | Path,
     style: str | Path,
     *,
-    fine_tune: int,
+    fine_tune: int | None = None,
     images: Mapping[str, str | Path] | None = None,
     prompt: str = "",
     method: str = "make",
     **options: Any,
 ) -> Job:
-    """Put two modules together and train them further. `images`: role (content, style) → the pictures that it was learnt from;
+    """Put two modules together and train them further, `fine_tune` steps, or the base's own number. `images`: role (content, style) → the pictures that it was learnt from;
     without them it draws its own. `prompt`: of both together, for early stopping and for looking at."""
     pair = matching(content, style)
     if taken := [key for key in CUT if key in options]:
@@ -96,7 +99,8 @@ def make_job(
     found = {role: [str(file) for file in list_images(Path(where))] for role, where in (images or {}).items()}
     loras = {module.kind: module.path for module in pair}
     options["out"] = options.pop("out", None) or Path("runs") / f"{pair[0].path.parent.name}-{pair[1].path.parent.name}"
-    return job(found, words, method=method, loras=loras, fine_tune=fine_tune, **pair[0].cut, **options)
+    options |= {} if fine_tune is None else {"fine_tune": fine_tune}
+    return job(found, words, method=method, loras=loras, **pair[0].cut, **options)
 
 
 def join(content: str | Path, style: str | Path, out: Path) -> Path:

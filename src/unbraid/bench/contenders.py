@@ -127,7 +127,7 @@ def modules(shop: Shop, cell: Cell, settings: Settings) -> Hands:
         return {"both": shop.hand(Use(shop.derive("join", (content, style), lambda out: join(content, style, out))))}
     images = {"content": shop.contents(cell)[0].parent, "style": shop.picture(cell.style)}
     told = {"prompt": joint_prompt(cell.subject, cell.style.style), "seed": cell.seed, "base": shop.base_name}
-    job = make_job(content, style, images=images, **{"fine_tune": 150, **told, **settings["tune"]})
+    job = make_job(content, style, images=images, **{**told, **settings["tune"]})
     return {"both": shop.hand(Use(shop.train(job) / "merged.safetensors"))}
 
 
