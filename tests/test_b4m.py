@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from double import in_double
 from PIL import Image
 from torch import Tensor, nn
 
@@ -44,9 +45,7 @@ def studies(base: Base) -> Studies:
 def begun(base: Base, **settings: Any) -> tuple[Adapters, Recipe, State]:
     adapters = Adapters.attach(base.unet)
     (recipe,) = break_(BLOCKS["sdxl"], **{"rank": 4, "partner_count": 1, "lr": 1e-2, "partner_lr": 1e-2, **settings})
-    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    for layer in adapters.layers.values():
-        layer.adapters.double()
+    state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
     return adapters, recipe, state
 
 
@@ -79,7 +78,7 @@ def test_nothing_changes_at_the_start_and_everything_can(
         model.predict(samples, ["both"]).square().mean().backward()
     live = {name: one for name, one in adapters.of("module").items() if "to_q" not in name and "to_k" not in name}
     for one in live.values():  # (at the deepest level there is one position, and nothing to attend to)
-        assert one.down.grad is not None and one.down.grad.any() and one.up.grad is not None and one.up.grad.any()
+        assert one.gradient("down").any() and one.gradient("up").any()
 
 
 def test_halves_spread_over_heads() -> None:

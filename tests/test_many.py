@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from double import in_double
 
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, joined
@@ -50,9 +51,7 @@ def start(base: Base, recipe: Recipe, seed: int, size: tuple[int, int] = (8, 8),
                 d, k = layer.base.weight.shape
                 made[layer_name] = Factors(rand(rank, k) / 8, rand(d, rank) / 8, 0.5)
             adapters.add(name, made)
-        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(seed))
-        for layer in adapters.layers.values():
-            layer.adapters.double()
+        state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(seed))
         return Studies(base, pictures, prompts), recipe, state
 
     return begin
@@ -141,7 +140,7 @@ def test_early_stopping(unet_base: Base) -> None:
 
 def test_a_failing_job_leaves_the_others_alone(unet_base: Base) -> None:
     def poison(adapters: Adapters, step: int) -> torch.Tensor | None:
-        up = next(iter(adapters.of("content").values())).up
+        up = adapters.pieces_of("content")[0].up
         return up.sum() * float("nan") if step == 1 else None
 
     starts = [start(unet_base, split(4), 0), start(unet_base, replace(split(4), penalty=poison), 1)]

@@ -1,8 +1,12 @@
 """8-bit AdamW: codes that are right in the mean, the trajectory of AdamW, two bytes per number, and a resume that is exact."""
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 
+from unbraid import optim8
 from unbraid.optim8 import BLOCK, MEAN, SQUARE, AdamW8
 
 
@@ -71,9 +75,23 @@ def test_a_resumed_run_is_the_same() -> None:
     losses(optimizer, parts, 5)
     others = (nn.Parameter(parts[0].detach().clone()), nn.Parameter(parts[1].detach().clone()), *parts[2:])
     resumed = AdamW8([{"params": list(others[:2]), "lr": 1e-2, "weight_decay": 1e-2}])
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as from a file
     assert losses(optimizer, parts, 5) == losses(resumed, others, 5)
     assert torch.equal(parts[0], others[0]) and torch.equal(parts[1], others[1])
+
+
+def test_a_large_tensor_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own scales; the first update is exact, and the course that of the whole."""
+    runs = {}
+    for bucket in (optim8.BUCKET, BLOCK):  # `up` is 288 numbers, `down` 384
+        monkeypatch.setattr(optim8, "BUCKET", bucket)
+        parts = problem()
+        optimizer = AdamW8([{"params": [p], "lr": 1e-2, "weight_decay": 1e-4} for p in parts[:2]])
+        runs[bucket] = losses(optimizer, parts, 300)
+        state = optimizer.state[parts[0]]
+        assert len(state["mean"]) == 384 and len(state["mean_scale"]) == 2
+    whole, cut = runs.values()
+    assert cut[:2] == whole[:2] and abs(cut[60] / whole[60] - 1) < 0.05 and cut[-1] < 0.02 * cut[0]
 
 
 def test_what_has_no_gradient_stays() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from double import double, in_double
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -52,9 +53,7 @@ def studies(base: Base) -> Studies:
 def trained(base: Base, model: Denoiser | None = None, **settings: object) -> Adapters:
     model, adapters = model or studies(base), Adapters.attach(base.unet)
     (recipe,) = pair(BLOCKS["sdxl"], **{**QUICK, **settings})  # type: ignore[arg-type]
-    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    for layer in adapters.layers.values():
-        layer.adapters.double()
+    state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
     for _ in train(model, recipe, state):
         pass
     adapters.detach()
@@ -130,9 +129,7 @@ def test_official_order_is_content_first(v_model: Base) -> None:
         adapters = Adapters.attach(v_model.unet)
         compat = "none" if name == "by hand" else name
         (recipe,) = pair(BLOCKS["sdxl"], rank=4, steps=1, style_from=0, lr=1e-2, compat=compat)  # type: ignore[arg-type]
-        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-        for layer in adapters.layers.values():
-            layer.adapters.double()
+        state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
         for i in (0, 1) if name == "by hand" else ():
             first = recipe.branches(0)[i : i + 1]
             alone = Recipe(lambda adapters, rng: None, lambda step, b=first: b, recipe.rates, i + 1)
@@ -262,8 +259,7 @@ def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest)
     adapters = Adapters.attach(base.unet)
     for name in ("a", "b"):
         adapters.new(name, 2, rng, up_std=0.1)
-    for layer in adapters.layers.values():
-        layer.adapters.double()
+    double(adapters)
     prompts = {
         role: Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
         for role in (NEGATIVE, "main", "a", "b")

@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from double import double, in_double
 
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Picture, Prompt, Studies
@@ -51,16 +52,16 @@ def test_the_published_loop_equals_ours(studies: Studies, name: str, checkpointi
     found = []
     for ours in (False, True):
         adapters, unet = Adapters.attach(studies.base.unet), studies.base.unet
-        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-        for layer in adapters.layers.values():
-            layer.adapters.double()
         if checkpointing and not ours:
             unet.enable_gradient_checkpointing()
             unet.train()
         if ours:
+            state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
             state.rng = torch.Generator().manual_seed(0)
             list(train(studies, recipe, state, 2))
         else:
+            recipe.prepare(adapters, torch.Generator().manual_seed(0))
+            double(adapters)
             loop = published(studies.base, lambda: studies.pictures, studies.encoded, recipe, adapters, form)
             list(islice(loop, STEPS))
             loop.close()

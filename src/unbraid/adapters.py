@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unbraid.errors import UsageError
 from unbraid.lora import Active, Factors, Lora
+from unbraid.packing import grouped, pack
 from unbraid.stacked import Added, stacked
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
@@ -144,6 +145,25 @@ class Adapters:
         found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
         return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
 
+    def pack(self) -> None:
+        """Put the factors of layers of one form into one stack, which trains in their place. Anew, if their form has changed since."""
+        pack(*self._factors())
+
+    def pieces(self) -> list[dict[str, Factors]]:
+        """Adapter → what trains: for every stack of layers, or, if nothing is packed, for every layer."""
+        found = {}
+        for layer in self.layers.values():
+            some = {name: one.place.stack if one.place else one for name, one in layer.factors().items()}
+            found[tuple(id(one) for one in some.values())] = some
+        return list(found.values())
+
+    def pieces_of(self, adapter: str) -> list[Factors]:
+        return [some[adapter] for some in self.pieces() if adapter in some]
+
+    def _factors(self) -> tuple[dict[str, dict[str, Factors]], frozenset[str]]:
+        layers = {name: layer.factors() for name, layer in self.layers.items()}
+        return layers, frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
+
     def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
         """One adapter as plain low-rank changes, mergers folded in."""
         return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
@@ -159,10 +179,8 @@ class Adapters:
             raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
         before = self._activity.added
         awake = [tuple(one for one in row if one.scale) for row in rows]
-        layers = {name: layer.factors() for name, layer in self.layers.items()}
-        own = frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
         dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
-        self._activity.added = stacked(layers, own, awake, prompts or {}, dtype)
+        self._activity.added = stacked(grouped(*self._factors()), awake, prompts or {}, dtype)
         try:
             yield
         finally:

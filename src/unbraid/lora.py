@@ -58,12 +58,12 @@ class Fixed(nn.Module):
     """The part of one adapter's factors that is given (Break-for-Make): its values, and where the trained part may be other
     than 0: in some ranks and columns of down, in some ranks and rows of up."""
 
-    down: Tensor  # [r, k]
-    up: Tensor  # [d, r]
-    down_ranks: Tensor  # [r], 0 or 1
-    columns: Tensor  # [k]
-    up_ranks: Tensor  # [r]
-    rows: Tensor  # [d]
+    down: Tensor  # [*layers, r, k]
+    up: Tensor  # [*layers, d, r]
+    down_ranks: Tensor  # [*layers, r], 0 or 1
+    columns: Tensor  # [*layers, k]
+    up_ranks: Tensor  # [*layers, r]
+    rows: Tensor  # [*layers, d]
 
     def __init__(self, **values: Tensor) -> None:
         super().__init__()
@@ -72,7 +72,10 @@ class Fixed(nn.Module):
 
     def free(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """What of a trained part, or of its gradient, counts."""
-        return down * (self.down_ranks[:, None] * self.columns), up * (self.rows[:, None] * self.up_ranks)
+        return (
+            down * (self.down_ranks[..., :, None] * self.columns[..., None, :]),
+            up * (self.rows[..., :, None] * self.up_ranks[..., None, :]),
+        )
 
     def complete(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Trained parts → factors."""
@@ -80,21 +83,37 @@ class Fixed(nn.Module):
         return self.down + free_down, self.up + free_up
 
 
-class Factors(nn.Module):
-    """What one adapter adds to one layer. The mergers, the mask and the fixed part exist only when a method asks for them."""
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's factors lie: which of the layers of a stack they are."""
 
-    mask: Tensor | None  # [d], 0 or 1, multiplies g
+    stack: "Factors"
+    index: int
+
+
+class Factors(nn.Module):
+    """What one adapter adds to one layer, or, in a stack, to each of several: then every tensor has a dimension of layers in front.
+    The mergers, the mask and the fixed part exist only when a method asks for them."""
+
+    mask: Tensor | None  # [*layers, d], 0 or 1, multiplies g
 
     def __init__(self, down: Tensor, up: Tensor, scale: float = 1.0) -> None:
         super().__init__()
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(up)
         self.scale = scale  # alpha / r
-        self.columns: nn.Parameter | None = None  # m, [k]
-        self.ranks: nn.Parameter | None = None  # n, [r]
-        self.channels: nn.Parameter | None = None  # g, [d], or [1] for the whole layer
+        self.columns: nn.Parameter | None = None  # m, [*layers, k]
+        self.ranks: nn.Parameter | None = None  # n, [*layers, r]
+        self.channels: nn.Parameter | None = None  # g, [*layers, d], or 1 in place of d for the whole layer
         self.register_buffer("mask", None)
         self.fixed: Fixed | None = None
+        self.place: Place | None = None
+
+    def gradient(self, tensor: Literal["down", "up", "channels"]) -> Tensor:
+        """Of one of its tensors, here or in the stack."""
+        found = getattr(self.place.stack if self.place else self, tensor).grad
+        assert found is not None
+        return found[self.place.index] if self.place else found
 
     def mergers(self) -> list[nn.Parameter]:
         return [merger for merger in (self.columns, self.ranks, self.channels) if merger is not None]

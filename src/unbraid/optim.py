@@ -68,7 +68,7 @@ def groups(adapters: Adapters, rates: Rates) -> list[dict[str, Any]]:
     out = []
     for adapter in adapters.names:
         parts: dict[Part, list[torch.nn.Parameter]] = {}
-        for factors in adapters.of(adapter).values():
+        for factors in adapters.pieces_of(adapter):
             for part, parameter in factors.parts():
                 parameter.requires_grad_((adapter, part) in rates)
                 parts.setdefault(part, []).append(parameter)
@@ -102,28 +102,28 @@ class Riemannian(torch.optim.Optimizer):
                 continue
             down, up = one.plain()
             solved = (
-                torch.cholesky_solve(one.down.grad, self._gram(up.T @ up)),
-                torch.cholesky_solve(one.up.grad.T, self._gram(down @ down.T)).T,
+                torch.cholesky_solve(one.down.grad, self._gram(up.mT @ up)),
+                torch.cholesky_solve(one.up.grad.mT, self._gram(down @ down.mT)).mT,
             )
             for_down, for_up = one.fixed.free(*solved) if one.fixed else solved
             self._move(one.down, for_down, up @ for_down, lr)
             self._move(one.up, for_up, for_up @ down, lr)
 
     def _gram(self, gram: Tensor) -> Tensor:
-        """The Cholesky factor of a Gram matrix `[r, r]` and δ; of an empty one (B = 0 at the start), of the unit matrix."""
-        mean = gram.diagonal().mean()
-        unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return torch.linalg.cholesky(gram + self.delta * mean * unit if mean > 0 else unit)
+        """The Cholesky factor of Gram matrices `[*layers, r, r]` and δ; of an empty one (B = 0 at the start), of the unit matrix."""
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return torch.linalg.cholesky(gram + torch.where(mean > 0, self.delta * mean, 1) * unit)
 
     def _move(self, p: Tensor, gradient: Tensor, change: Tensor, lr: float) -> None:
         state = self.state[p]
         if not state:
             state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros((), dtype=p.dtype, device=p.device)
+            state["exp_avg_sq"] = p.new_zeros(*p.shape[:-2], 1, 1)
         state["step"] += 1
         first, second = self.betas
         state["exp_avg"].lerp_(gradient, 1 - first)
-        state["exp_avg_sq"].lerp_(change.square().mean(), 1 - second)
+        state["exp_avg_sq"].lerp_(change.square().mean((-2, -1), keepdim=True), 1 - second)
         count = float(state["step"])
         size = (state["exp_avg_sq"] / (1 - second**count)).sqrt().clamp_min(1e-30)
         p.sub_(state["exp_avg"] / (1 - first**count) / size, alpha=lr)
@@ -132,8 +132,5 @@ class Riemannian(torch.optim.Optimizer):
 def riemannian(adapters: Adapters, rates: Rates, delta: float = 1e-2) -> Riemannian:
     """The optimiser over both factors of the one adapter that has rates, at its rate for `up`."""
     ((name, rate),) = {(adapter, rates[adapter, "up"]) for adapter, _ in rates}
-    for adapter in adapters.names:
-        for factors in adapters.of(adapter).values():
-            for part, parameter in factors.parts():
-                parameter.requires_grad_((adapter, part) in rates)
-    return Riemannian(list(adapters.of(name).values()), rate.lr, delta)
+    groups(adapters, rates)
+    return Riemannian(adapters.pieces_of(name), rate.lr, delta)

@@ -72,26 +72,44 @@ class AdamW8(torch.optim.Optimizer):
                     self._update(bucket, group)
 
     def _update(self, bucket: list[Tensor], group: Mapping[str, Any]) -> None:
-        gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in bucket])
-        state, (first, second) = self.state[bucket[0]], group["betas"]
-        mean, square = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        if state:
-            mean, square = (
-                MEAN.read(state["mean"], state["mean_scale"]),
-                SQUARE.read(state["square"], state["square_scale"]),
-            )
-        count = int(state.get("step", 0)) + 1
-        mean.lerp_(gradient, 1 - first)
-        square.lerp_(gradient.square(), 1 - second)
+        state, total = self.state[bucket[0]], sum(p.numel() for p in bucket)
+        if not state:
+            blocks, like = -(-total // BLOCK), bucket[0]
+            state["step"] = torch.zeros(())
+            for name, code in (("mean", MEAN), ("square", SQUARE)):
+                state[name] = torch.zeros(total, dtype=code.dtype, device=like.device)
+                state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
+        state["step"] += 1
+        count = int(state["step"])
+        rng = torch.Generator(bucket[0].device).manual_seed(count)  # so that a resumed run rounds alike
+        for begin in range(0, total, BUCKET):
+            span = slice(begin, min(begin + BUCKET, total))
+            some = [(p, p.grad) for p in bucket]
+            if total > BUCKET:  # one large tensor
+                some = [(p.view(-1)[span], None if g is None else g.reshape(-1)[span]) for p, g in some]
+            self._change(some, state, span, group, count, rng)
+
+    def _change(
+        self,
+        some: list[tuple[Tensor, Tensor | None]],
+        state: dict[str, Any],
+        span: slice,
+        group: Mapping[str, Any],
+        count: int,
+        rng: torch.Generator,
+    ) -> None:
+        """AdamW's step of tensors (with their gradients) whose numbers are the `span` of the state."""
+        blocks, (first, second) = slice(span.start // BLOCK, -(-span.stop // BLOCK)), group["betas"]
+        gradient = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in some])
+        mean = MEAN.read(state["mean"][span], state["mean_scale"][blocks]).lerp_(gradient, 1 - first)
+        square = SQUARE.read(state["square"][span], state["square_scale"][blocks]).lerp_(gradient.square(), 1 - second)
         size = (square / (1 - second**count)).sqrt_().add_(group["eps"])
         change = (mean / (1 - first**count)).div_(size)
-        for p, part in zip(bucket, change.split([p.numel() for p in bucket]), strict=True):
-            if p.grad is not None:
+        for (p, g), part in zip(some, change.split([p.numel() for p, _ in some]), strict=True):
+            if g is not None:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(part.view_as(p), alpha=group["lr"])
-        rng = torch.Generator(gradient.device).manual_seed(count)  # so that a resumed run rounds alike
-        state["step"] = torch.tensor(float(count))
-        state["mean"], state["mean_scale"] = MEAN.write(mean, rng, 0)
-        state["square"], state["square_scale"] = SQUARE.write(square, rng, 1)
+        state["mean"][span], state["mean_scale"][blocks] = MEAN.write(mean, rng, 0)
+        state["square"][span], state["square_scale"][blocks] = SQUARE.write(square, rng, 1)
 
 
 def adamw8(adapters: Adapters, rates: Rates) -> AdamW8:

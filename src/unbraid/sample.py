@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Prompt
 from unbraid.canvas import Canvas
+from unbraid.layout import channels_last
 from unbraid.lora import Active
 
 NEGATIVE = "negative"  # the role of the negative prompt
@@ -138,6 +139,7 @@ def generate(
 ) -> list[Image.Image]:
     """One image per seed. A seed gives the same image whatever it is batched with."""
     canvas = canvas or Canvas(base.pipe, {"height": base.size, "width": base.size})
+    channels_last(base.unet, False)
     pipe, guided = copy.copy(canvas.pipe), Guided(base, terms, prompts, adapters)
     pipe.unet = guided
     if "mask_image" in canvas.given and base.unet.config["in_channels"] == base.vae.config["latent_channels"]:

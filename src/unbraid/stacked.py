@@ -1,12 +1,11 @@
-"""What is active, for all layers at once: factors of equal shapes are stacked, gated and cast together.
+"""What is active, for all layers at once: factors of equal forms are gated, put side by side and cast together.
 
 A model has hundreds of adapted layers. Layer by layer, the mergers, scales and casts of small factors cost more time than the
 products with x. Here they are a few operations on stacks `[layers, shares, …]`, and a layer is left with two products. What
 adapters read from a prompt of their own does not depend on x: all of that is done here.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -16,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.lora import Active, Factors
+from unbraid.packing import Group
 
 Share = tuple[Active, ...]  # the adapters of equal rows
-Item = tuple[Factors, Active] | int  # an adapter in a layer and a share; or a number of ranks in which there is nothing
+Stacks = Mapping[str, Factors]  # adapter → its factors in all layers of a group
+Item = tuple[Factors, Active] | int  # an adapter in a share; or a number of ranks in which there is nothing
 Prompts = Mapping[str, Float[Tensor, "n k"]]
 EVERY = slice(None)
 
@@ -54,13 +55,9 @@ class Added:
 
 
 def stacked(
-    layers: Mapping[str, Mapping[str, Factors]],
-    own_prompt: frozenset[str],
-    rows: Sequence[tuple[Active, ...]],
-    prompts: Prompts,
-    dtype: torch.dtype,
+    groups: Iterable[Group], rows: Sequence[tuple[Active, ...]], prompts: Prompts, dtype: torch.dtype
 ) -> dict[str, Added]:
-    """Layer → what it adds, from layer → adapter → factors. `own_prompt`: the layers whose adapters can read their own prompts."""
+    """Layer → what it adds."""
     busy = [i for i, row in enumerate(rows) if row]
     if not busy:
         return {}
@@ -68,9 +65,11 @@ def stacked(
     told = _shares(rows[within])
     silent = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
     out: dict[str, Added] = {}
-    for own, names in _alike(layers, own_prompt):
-        some = [layers[name] for name in names]
-        shares = [tuple(one for one in share if one.adapter in some[0]) for share in (told if own else silent)]
+    for group in groups:
+        some = group.factors
+        shares = [
+            tuple(one for one in share if one.adapter in some) for share in (told if group.own_prompt else silent)
+        ]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if from_x := _chosen(shares, lambda one: one.prompt is None):
             down = _downs(some, from_x).to(dtype)
@@ -79,19 +78,9 @@ def stacked(
                 fields["ranks"] = ranks.to(dtype).unbind(0)
         if from_prompts := _chosen(shares, lambda one: one.prompt is not None):
             fields["said"] = _said(some, from_prompts, prompts).to(dtype).unbind(0)
-        for i, name in enumerate(names if fields else ()):
+        for i, name in enumerate(group.names if fields else ()):
             out[name] = Added(within, **{key: value[i] for key, value in fields.items()})
     return out
-
-
-def _alike(layers: Mapping[str, Mapping[str, Factors]], own_prompt: frozenset[str]) -> Iterator[tuple[bool, list[str]]]:
-    """Layers whose factors can be stacked, and whether they are among `own_prompt`."""
-    groups = defaultdict[tuple[object, ...], list[str]](list)
-    for name, adapters in layers.items():
-        shapes = [(adapter, one.down.shape, one.up.shape) for adapter, one in adapters.items()]
-        groups[(name in own_prompt, *shapes)].append(name)
-    for (own, *_), names in groups.items():
-        yield bool(own), names
 
 
 def _shares(rows: Sequence[Share]) -> list[Share]:
@@ -108,93 +97,80 @@ def _chosen(shares: Sequence[Share], wanted: Callable[[Active], bool]) -> list[S
     return chosen[:1] if len(set(chosen)) == 1 else chosen
 
 
-def _items(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> tuple[list[Item], tuple[int, int, int]]:
-    """What is stacked, share by share and layer by layer, and the numbers of layers, shares, and ranks of a share."""
-    sizes = [sum(layers[0][one.adapter].down.shape[0] for one in share) for share in shares]
+def _items(some: Stacks, shares: Sequence[Share]) -> tuple[list[Item], tuple[int, int]]:
+    """What is stacked, share by share, and the numbers of shares and of ranks of a share."""
+    sizes = [sum(some[one.adapter].down.shape[-2] for one in share) for share in shares]
     most, items = max(sizes), list[Item]()
-    for layer in layers:
-        for share, size in zip(shares, sizes, strict=True):
-            items += [(layer[one.adapter], one) for one in share]
-            items += [most - size] if size < most else []
-    return items, (len(layers), len(shares), most)
+    for share, size in zip(shares, sizes, strict=True):
+        items += [(some[one.adapter], one) for one in share]
+        items += [most - size] if size < most else []
+    return items, (len(shares), most)
 
 
-def _downs(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> Float[Tensor, "l g r k"]:
-    items, shape = _items(layers, shares)
-    like = next(iter(layers[0].values())).down.detach()
-    downs = [like.new_zeros(item, like.shape[1]) if isinstance(item, int) else _down(*item) for item in items]
-    return torch.cat(downs).unflatten(0, shape)
+def _downs(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g r k"]:
+    items, shape = _items(some, shares)
+    layers, _, k = next(iter(some.values())).down.shape
+    like = next(iter(some.values())).down.detach()
+    return _cat([like.new_zeros(layers, one, k) if isinstance(one, int) else _down(*one) for one in items], 1, shape)
 
 
 def _down(factors: Factors, active: Active) -> Tensor:
     down, columns = factors.plain(active.trains)[0], factors.columns
     if columns is None or not active.merger:
         return down
-    return down * (columns if "merger" in active.trains else columns.detach())
+    return down * (columns if "merger" in active.trains else columns.detach())[:, None]
 
 
-def _ups(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> Float[Tensor, "l g r d"]:
+def _ups(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g r d"]:
     """scale · diag(g · mask) B, transposed."""
-    items, shape = _items(layers, shares)
-    like = next(iter(layers[0].values())).up.detach()
-    ups = [like.new_zeros(len(like), item) if isinstance(item, int) else _up(*item) for item in items]
-    gates = [None if isinstance(item, int) else _gate(*item) for item in items]
-    if all(gate is None for gate in gates):
-        up = torch.cat(ups, 1)
-    elif len({one.shape[1] for one in ups}) == 1:  # all gates in one go
-        ones = like.new_ones(len(like))
-        gate = torch.stack([ones if one is None else one for one in gates], 1)[..., None]
-        up = (torch.cat(ups, 1).unflatten(1, (len(items), -1)) * gate).flatten(1)
-    else:
-        up = torch.cat([one if gate is None else one * gate[:, None] for one, gate in zip(ups, gates, strict=True)], 1)
-    return up.unflatten(1, shape).permute(1, 2, 3, 0)
+    items, shape = _items(some, shares)
+    layers, d, _ = next(iter(some.values())).up.shape
+    like = next(iter(some.values())).up.detach()
+    ups = _cat([like.new_zeros(layers, d, one) if isinstance(one, int) else _up(*one) for one in items], 2, shape)
+    return ups.permute(0, 2, 3, 1)
 
 
 def _up(factors: Factors, active: Active) -> Tensor:
-    up, scale = factors.plain(active.trains)[1], active.scale * factors.scale
-    return up if scale == 1 else up * scale
-
-
-def _gate(factors: Factors, active: Active) -> Tensor | None:
-    """g · mask, [d], or None where every channel is simply on."""
-    channels = factors.channels
-    if not active.merger or (channels is None and factors.mask is None):
-        return None
+    up, scale, channels = factors.plain(active.trains)[1], active.scale * factors.scale, factors.channels
+    up = up if scale == 1 else up * scale
     if channels is not None and "merger" not in active.trains:
         channels = channels.detach()
-    gate = factors.gate(channels)
-    return None if gate is None else gate.expand(factors.up.shape[0])
+    gate = factors.gate(channels) if active.merger else None
+    return up if gate is None else up * gate[..., None]
 
 
-def _ranks(layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | None:
-    items, shape = _items(layers, shares)
+def _ranks(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | None:
+    items, shape = _items(some, shares)
     found = [None if isinstance(item, int) or not item[1].merger else item[0].ranks for item in items]
     if all(one is None for one in found):
         return None
-    like = next(iter(layers[0].values())).down.detach()
+    like = next(iter(some.values())).down.detach()
     parts = []
     for item, ranks in zip(items, found, strict=True):
         if ranks is None:
-            parts.append(like.new_ones(item if isinstance(item, int) else item[0].down.shape[0]))
+            parts.append(like.new_ones(len(like), item if isinstance(item, int) else item[0].down.shape[-2]))
         else:
             parts.append(ranks if not isinstance(item, int) and "merger" in item[1].trains else ranks.detach())
-    return torch.cat(parts).unflatten(0, shape)[:, :, None]
+    return _cat(parts, 1, shape)[:, :, None]
 
 
-def _said(
-    layers: Sequence[Mapping[str, Factors]], shares: Sequence[Share], prompts: Prompts
-) -> Float[Tensor, "l g n d"]:
+def _cat(parts: Sequence[Tensor], dim: int, shape: tuple[int, int]) -> Tensor:
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+    return whole.unflatten(dim, shape)
+
+
+def _said(some: Stacks, shares: Sequence[Share], prompts: Prompts) -> Float[Tensor, "l g n d"]:
     """What the adapters read from their own prompts: for each of them all layers in one product, then all of them layer by layer."""
-    up, read = _ups(layers, shares), []
+    up, read = _ups(some, shares), []
     tokens = len(next(prompts[one.prompt or ""] for share in shares for one in share))
     for share in shares:
         parts = []
         for one in share:
-            down, ranks = _downs(layers, [(one,)]), _ranks(layers, [(one,)])
+            down, ranks = _downs(some, [(one,)]), _ranks(some, [(one,)])
             down = down if ranks is None else down * ranks.mT
             inner = F.linear(prompts[one.prompt or ""].to(down.dtype), down.flatten(0, 2))
-            parts.append(inner.unflatten(1, (len(layers), -1)))
+            parts.append(inner.unflatten(1, (len(up), -1)))
         if missing := up.shape[2] - sum(one.shape[2] for one in parts):
-            parts.append(up.new_zeros(tokens, len(layers), missing))
+            parts.append(up.new_zeros(tokens, len(up), missing))
         read.append(torch.cat(parts, 2))
     return torch.stack(read, 1).permute(2, 1, 0, 3) @ up

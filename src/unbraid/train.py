@@ -60,6 +60,7 @@ class State:
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
         recipe.prepare(adapters, rng)
+        adapters.pack()
         if not recipe.steps:  # done when it is prepared
             return cls(adapters, torch.optim.AdamW([{"params": []}]), rng)
         return cls(adapters, recipe.optimizer(adapters, recipe.rates), rng)
@@ -83,12 +84,16 @@ class State:
             if key.startswith("optimizer/"):
                 _, i, what = key.split("/")
                 moments.setdefault(int(i), {})[what] = value
+        groups = self.optimizer.state_dict()["param_groups"]
         try:
+            if max(moments, default=0) >= sum(len(group["params"]) for group in groups):
+                raise RuntimeError(
+                    "moments of tensors that are not there: saved by an unbraid that did not stack its factors"
+                )
             self._modules().load_state_dict(adapters)
         except RuntimeError as error:
             fix = "Resume with the settings of run.toml, or start anew in another folder."
             raise UsageError("the saved state does not fit these settings", "resume", fix) from error
-        groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         self.step = int(tensors["step"])

@@ -88,6 +88,7 @@ def _ours(case: Case, live: bool) -> Count:
     adapters = Adapters.attach(unet)
     random_adapters(case, adapters, RANK, mergers=True)
     train_only(case, adapters, case.parts)
+    adapters.pack()
     prompts, flops, kept = _prompts(case), 0.0, 0
     for branches, share in _kinds(recipe.branches(i) for i in range(case.steps)):
         meter = Meter(unet)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from unbraid.adapters import AdaptedLinear, Adapters
 from unbraid.base import Base, Picture, Prompt, Studies
+from unbraid.layout import channels_last
 from unbraid.lora import Active, Factors
+from unbraid.passes import SMALL
 from unbraid.recipe import Recipe
 
 Pictures = Mapping[str, Sequence[Picture]]
@@ -133,6 +135,10 @@ def published(
         optimizer.zero_grad()
 
     embeds = {role: prompt.embeds for role, prompt in prompts.items()}
+    latents = next(iter(encode().values()))[0].mean
+    channels_last(
+        base.unet, latents.device.type == "cpu" and latents[0].numel() <= SMALL
+    )  # as ours, where it is the quicker order
     with formulas(base.unet, adapters, form, embeds) as activate:
         for i in count():
             studies, branches = Studies(base, encode(), prompts), recipe.branches(i)

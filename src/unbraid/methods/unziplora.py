@@ -156,6 +156,12 @@ def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
     return {name: (one, style[name]) for name, one in content.items()}
 
 
+def pieces(adapters: Adapters) -> list[tuple[Factors, Factors]]:
+    """(content, style) of every stack of layers, or of every layer where nothing is packed."""
+    content, style = ROLES
+    return [(some[content], some[style]) for some in adapters.pieces()]
+
+
 def open_books(adapters: Adapters, columns: Columns) -> None:
     """Give every layer its ledger, and its gates g = 1 where channels can be contested. No mask is needed: `up` starts at zero and only owned rows
     of it ever change, so every other channel adds exactly nothing, and still has a gradient by which it can be
@@ -169,11 +175,11 @@ def open_books(adapters: Adapters, columns: Columns) -> None:
 
 
 def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
-    every = [factors for both in pairs(adapters).values() for factors in both]
+    every = [factors for both in pieces(adapters) for factors in both]
     if columns.scoring(step):
         for factors in every:
-            ledger(factors).score += _gradient(factors.up).norm(dim=1)
-    torch._foreach_mul_([_gradient(one.up) for one in every], [ledger(one).owned[:, None] for one in every])
+            ledger(factors).score += _gradient(factors.up).norm(dim=-1)
+    torch._foreach_mul_([_gradient(one.up) for one in every], [ledger(one).owned[..., None] for one in every])
     if gated := [one for one in every if one.channels is not None]:
         torch._foreach_mul_([_gradient(one.channels) for one in gated], [ledger(one).losing for one in gated])
     if columns.granting(step):
@@ -216,17 +222,14 @@ def _take_best(books: Ledger, n: int, taken: Tensor) -> Tensor:
 
 
 def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
-    """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels; all layers in one go."""
-    every = pairs(adapters).values()
-    gated = [both for both in every if both[0].channels is not None]
-    if not gated:
-        return None
-    content, style = (torch.cat([gates(both[i]) for both in gated]) for i in (0, 1))
-    lost, won = (torch.cat([ledger(both[i]).losing for both in gated]) for i in (0, 1))
-    sizes = torch.tensor([gates(both[0]).numel() for both in gated], device=content.device)
-    share = torch.repeat_interleave(1 / sizes.to(content.dtype), sizes, output_size=len(content))
-    contested = content * style.detach() * lost + style * content.detach() * won
-    return weight / len(every) * (contested.abs() * share).sum()
+    """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels."""
+    terms = []
+    for both in pieces(adapters):
+        if both[0].channels is not None:
+            (content, style), (lost, won) = map(gates, both), (ledger(one).losing for one in both)
+            contested = content * style.detach() * lost + style * content.detach() * won
+            terms.append(contested.abs().mean(-1).sum())
+    return weight / len(adapters.layers) * torch.stack(terms).sum() if terms else None
 
 
 def gates(factors: Factors) -> nn.Parameter:
@@ -236,8 +239,7 @@ def gates(factors: Factors) -> nn.Parameter:
 
 @torch.no_grad()
 def clamp_gates(adapters: Adapters) -> None:
-    every = (one for both in pairs(adapters).values() for one in both)
-    gated: list[Tensor] = [one.channels for one in every if one.channels is not None]
-    if gated:
-        torch._foreach_clamp_min_(gated, 0.0)
-        torch._foreach_clamp_max_(gated, 1.0)
+    for both in pieces(adapters):
+        for factors in both:
+            if factors.channels is not None:
+                factors.channels.clamp_(0.0, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unbraid.adapters import Adapters
 from unbraid.lora import Active, Branch, Factors, Part
-from unbraid.methods.unziplora import ROLES, Columns, Ledger, clamp_gates, ledger, pairs
+from unbraid.methods.unziplora import ROLES, Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
 from unbraid.optim import Rate
 from unbraid.recipe import Recipe
 
@@ -59,25 +59,28 @@ def _gated(columns: Columns, step: int) -> bool:
 
 def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
     phase = step % columns.period
-    for name, (content, style) in pairs(adapters).items():
-        if phase == 1:
-            _select(content, style, columns.ratio, columns.exempt(name))
-        for factors in (content, style):
-            assert factors.channels is not None and factors.channels.grad is not None
+    if phase == 1:
+        for name, both in pairs(adapters).items():
+            _select(*both, columns.ratio, columns.exempt(name))
+    for both in pieces(adapters):
+        shared = ledger(both[0]).owned & ledger(both[1]).owned
+        for factors in both:
             if phase == 1 or step == 0:
-                factors.channels.grad = None  # gates are switched off: no update, no decay
+                gates(factors).grad = None  # gates are switched off: no update, no decay
             elif phase != 0:  # at phase 0 the filter is skipped: every gate moves
-                factors.channels.grad *= ledger(content).owned & ledger(style).owned
+                gradient = gates(factors).grad
+                assert gradient is not None
+                gradient *= shared
 
 
 def _after_step(adapters: Adapters, columns: Columns, step: int) -> None:
     clamp_gates(adapters)
     last = step + 1 == columns.steps  # gating is forced on before saving
     gated = last or _gated(columns, step + 1)
-    for both in pairs(adapters).values():
+    for both in pieces(adapters):
         for factors in both:
-            owned = ledger(factors).owned
-            factors.mask = (owned if gated else torch.ones_like(owned)).to(factors.up.dtype)
+            assert factors.mask is not None
+            factors.mask.copy_(ledger(factors).owned | (not gated))
 
 
 def _select(content: Factors, style: Factors, ratio: float, exempt: str | None) -> None:
@@ -102,11 +105,10 @@ def _above(score: Tensor, n: int) -> Tensor:
 @torch.no_grad()
 def _count(factors: Factors) -> Tensor:
     """Share of inputs i with |W_ji · M_ji| over the threshold, [d]; W = B A and M = g ⊙ (B ∂A + ∂B A)."""
-    assert factors.up.grad is not None and factors.down.grad is not None and factors.channels is not None
-    rows = []
+    down_grad, up_grad, rows = factors.gradient("down"), factors.gradient("up"), []
     for span in torch.arange(len(factors.up)).split(CHUNK):
-        up, up_grad = factors.up[span], factors.up.grad[span]
-        change = factors.channels[span, None] * (up @ factors.down.grad + up_grad @ factors.down)
+        up = factors.up[span]
+        change = gates(factors)[span, None] * (up @ down_grad + up_grad[span] @ factors.down)
         rows.append(((up @ factors.down * change * LOSS_SCALE).abs() > THRESHOLD).float().mean(1))
     return torch.cat(rows)
 
@@ -114,8 +116,7 @@ def _count(factors: Factors) -> Tensor:
 def _penalty(adapters: Adapters, weight: float) -> Tensor:
     """λ · mean over layers of mean_j |m_c k_c m_s k_s|."""
     terms = []
-    for content, style in pairs(adapters).values():
-        assert content.channels is not None and style.channels is not None
+    for content, style in pieces(adapters):
         both = ledger(content).owned & ledger(style).owned
-        terms.append((content.channels * style.channels * both).abs().mean())
-    return weight * torch.stack(terms).mean()
+        terms.append((gates(content) * gates(style) * both).abs().mean(-1).flatten())
+    return weight * torch.cat(terms).mean()

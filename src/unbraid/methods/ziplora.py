@@ -12,7 +12,7 @@ one when measured (docs/ziplora.md); `column` is ZipLoRA's.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from typing import Literal
 
@@ -68,7 +68,7 @@ def ziplora(
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         del rng
-        layers = shared_layers(adapters)
+        layers = _shared(layer.factors() for layer in adapters.layers.values())
         if not layers:
             fix = "Merge them instead: without a common layer they cannot interfere."
             raise UsageError("the LoRAs have no layer in common", " and ".join(roles), fix)
@@ -86,9 +86,10 @@ def ziplora(
         del step
         with torch.no_grad():
             if clamp:
-                for factors in (one for layer in shared_layers(adapters) for one in layer):
-                    for merger in factors.mergers():
-                        merger.clamp_(0, 1)
+                for merger in (
+                    merger for some in _shared(adapters.pieces()) for one in some for merger in one.mergers()
+                ):
+                    merger.clamp_(0, 1)
             return tolerance > 0 and bool(similarities(adapters, similarity).mean() < tolerance)
 
     return (
@@ -105,12 +106,9 @@ def ziplora(
     )
 
 
-def shared_layers(adapters: Adapters) -> list[list[Factors]]:
+def _shared(layers: Iterable[Mapping[str, Factors]]) -> list[list[Factors]]:
     """The factors of every layer that more than one LoRA changes; the other layers keep their full strength."""
-    layers = [
-        [one for one in layer.adapters.values() if isinstance(one, Factors)] for layer in adapters.layers.values()
-    ]
-    return [layer for layer in layers if len(layer) > 1]
+    return [list(layer.values()) for layer in layers if len(layer) > 1]
 
 
 def open_coefficients(factors: Factors, granularity: str) -> None:
@@ -131,14 +129,14 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
     counts 0. Coefficients of one size are compared together: one operation for hundreds of layers."""
     groups = defaultdict[int, list[tuple[Tensor, Tensor]]](list)
     out = []
-    for layer in shared_layers(adapters):
+    for layer in _shared(adapters.pieces()):
         for first, second in combinations(layer, 2):
             ((a,), (b,)) = first.mergers(), second.mergers()
-            if len(a) == len(b) > 1:
-                groups[len(a)].append((a, b))
+            if a.shape == b.shape and a.shape[-1] > 1:
+                groups[a.shape[-1]].append((a.view(-1, a.shape[-1]), b.view(-1, b.shape[-1])))
             else:
-                out.append(a.new_zeros(1))
+                out.append(a.new_zeros(a[..., 0].numel()))
     for pairs in groups.values():
-        first, second = (torch.stack(side) for side in zip(*pairs, strict=True))
+        first, second = (torch.cat(side) for side in zip(*pairs, strict=True))
         out.append(SIMILARITIES[kind](first, second))
     return torch.cat(out)

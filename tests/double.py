@@ -1,0 +1,23 @@
+"""Double precision, in which two ways to the same result can be told from two results."""
+
+from dataclasses import replace
+
+import torch
+
+from unbraid.adapters import Adapters
+from unbraid.recipe import Recipe
+
+
+def in_double(recipe: Recipe) -> Recipe:
+    """The same, with adapters in double precision."""
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        recipe.prepare(adapters, rng)
+        double(adapters)
+
+    return replace(recipe, prepare=prepare)
+
+
+def double(adapters: Adapters) -> None:
+    for layer in adapters.layers.values():
+        layer.adapters.double()
