@@ -22,19 +22,13 @@ OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 MOST_PROMPTS, MOST_ROWS = 8, 8  # whose keys and values are kept: 26 MB each in SDXL
 
 
-@dataclass
-class _Activity:
-    """What every layer adds now, by its name; every layer of one `Adapters` looks at the same object."""
-
-    added: Mapping[str, Added] = field(default_factory=dict)
-
-
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and the adapters on it."""
 
-    def __init__(self, base: nn.Linear, activity: _Activity, name: str) -> None:
+    def __init__(self, base: nn.Linear, name: str) -> None:
         super().__init__()
-        self.base, self.activity, self.name = base, activity, name
+        self.base = base
+        self.added: Added | None = None  # now
         self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
         self.adapters = nn.ModuleDict()
         self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # of a prompt: itself, its version, W0 x
@@ -53,8 +47,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         y = self._frozen(x)
-        added = self.activity.added.get(self.name)
-        return y if added is None else added.to(y, x)
+        return y if self.added is None else self.added.to(y, x)
 
     def _frozen(self, x: Tensor) -> Tensor:
         """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once. (torch.compile
@@ -75,7 +68,6 @@ class Adapters:
 
     layers: dict[str, AdaptedLinear]
     model: nn.Module
-    _activity: _Activity
     names: list[str] = field(default_factory=list)
 
     @classmethod
@@ -89,13 +81,13 @@ class Adapters:
     @classmethod
     def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
         """The same for a list of names, all of them linear layers of `model`."""
-        activity, layers = _Activity(), {}
+        layers = {}
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            layers[name] = AdaptedLinear(linear, activity, name)
+            layers[name] = AdaptedLinear(linear, name)
         place(model, layers)
-        return cls(layers, model, activity)
+        return cls(layers, model)
 
     def detach(self) -> None:
         """Take every adapted layer out again; the model is what it was, bit for bit."""
@@ -177,14 +169,18 @@ class Adapters:
         if unknown := [one.adapter for row in rows for one in row if one.adapter not in self.names]:
             there = ", ".join(self.names)
             raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
-        before = self._activity.added
+        before = {name: layer.added for name, layer in self.layers.items()}
         awake = [tuple(one for one in row if one.scale) for row in rows]
         dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
-        self._activity.added = stacked(grouped(*self._factors()), awake, prompts or {}, dtype)
+        self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype))
         try:
             yield
         finally:
-            self._activity.added = before
+            self._add(before)
+
+    def _add(self, added: Mapping[str, Added | None]) -> None:
+        for name, layer in self.layers.items():
+            layer.__dict__["added"] = added.get(name)  # nn.Module's own way is slow, and there are hundreds
 
 
 def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

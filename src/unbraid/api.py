@@ -134,6 +134,7 @@ def job(
     vae: str = "",
     prediction: str = "",
     vram: str = "max",
+    compile: bool = False,
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
@@ -141,11 +142,11 @@ def job(
     **settings: Any,
 ) -> Job:
     """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
-    METHOD`); `vae`, `prediction`, `vram` those of `presets.Loading`."""
+    METHOD`); `vae`, `prediction`, `vram`, `compile` those of `presets.Loading`."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     files = {role: tuple(f for image in some for f in list_images(Path(image))) for role, some in roles.items()}
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading, resolved = Loading(vae, prediction, vram), resolve(method, base, config, settings)
+    loading, resolved = Loading(vae, prediction, vram, compile), resolve(method, base, config, settings)
     return Job(method, files, words, where, resolved, base, seed, previews, loras or {}, loading=loading)
 
 

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from unbraid.compiling import compile_blocks
 from unbraid.errors import UsageError
 from unbraid.pipeline import Pipeline, open_pipeline
 from unbraid.presets import AS_IT_IS, Loading
@@ -224,6 +225,8 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
     pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
     save_memory(pipe.unet, where, loading.preset)
+    if loading.compile:
+        compile_blocks(pipe.unet)
     pipe.to(where)
     return Base(name, pipe, where)
 

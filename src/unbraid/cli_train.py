@@ -7,6 +7,7 @@ import typer
 
 from unbraid.cli_run import (
     BaseName,
+    Compile,
     Config,
     Out,
     Prediction,
@@ -37,6 +38,7 @@ def split(
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -47,7 +49,7 @@ def split(
     """One image → content.safetensors and style.safetensors."""
     from unbraid.api import split_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = split_job(image, subject=subject, style=style, method=method, **given)
     return Todo(job, resume, quiet)
@@ -72,6 +74,7 @@ def pair(
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -82,7 +85,7 @@ def pair(
     """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
     from unbraid.api import pair_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
     return Todo(job, resume, quiet)
@@ -106,6 +109,7 @@ def learn(
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -116,7 +120,7 @@ def learn(
     """Images of one thing → lora.safetensors."""
     from unbraid.api import learn_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
     return Todo(job, resume, quiet)
@@ -141,6 +145,7 @@ def zip_(
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -151,7 +156,7 @@ def zip_(
     """Two LoRAs → the same two without interference, to be stacked at full strength."""
     from unbraid.api import zip_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
@@ -174,6 +179,7 @@ def break_(
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -186,7 +192,7 @@ def break_(
 
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
     job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
@@ -214,6 +220,7 @@ def make(
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
     config: Config = None,
@@ -227,7 +234,7 @@ def make(
     if fine_tune == 0 or (fine_tune is None and not (content_images or style_images)):
         print(join(content, style, out / "merged.safetensors"))
         return None
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram}
+    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)

@@ -15,7 +15,7 @@ from torch import Tensor
 from unbraid.errors import UsageError
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
-VRAM = re.compile(r"^vram = .*\n", re.MULTILINE)  # how memory is saved may change when a run goes on
+HOW = re.compile(r"^(vram|compile) = .*\n", re.MULTILINE)  # how memory and time are saved may change when a run goes on
 RECORD, EVENTS, STATE = "run.toml", "events.jsonl", "state.safetensors"
 
 
@@ -67,7 +67,7 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         raise UsageError("is a file, not a folder", out, "Choose another --out.")
     if resume and not there.exists():
         raise UsageError("there is no run to resume here", out, "Start it without --resume.")
-    if resume and VRAM.sub("", there.read_text()) != VRAM.sub("", to_toml(record)):
+    if resume and HOW.sub("", there.read_text()) != HOW.sub("", to_toml(record)):
         fix = f"Use the settings of {there}, or start anew in another folder."
         raise UsageError("the run in this folder has other settings", out, fix)
     if there.exists() and not resume:

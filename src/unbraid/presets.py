@@ -37,11 +37,12 @@ PRESETS: Mapping[str, Preset] = {
 @dataclass(frozen=True)
 class Loading:
     """How to open a base. `vae`: a folder, hub id or file in place of its own. `prediction`: `epsilon` or `v`, where the base does
-    not say it. `vram`: the name of a preset, in GB."""
+    not say it. `vram`: the name of a preset, in GB. `compile`: its transformer blocks, by torch.compile, for training."""
 
     vae: str = ""
     prediction: str = ""
     vram: str = "max"
+    compile: bool = False
 
     @property
     def preset(self) -> Preset:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unbraid.adapters import Adapters
 from unbraid.base import Base, Prompt
 from unbraid.canvas import Canvas
+from unbraid.compiling import uncompiled
 from unbraid.layout import channels_last
 from unbraid.lora import Active
 
@@ -153,13 +154,14 @@ def generate(
     home = base.vae.device  # while training it is not on the accelerator
     base.vae.to(base.device)  # type: ignore[arg-type]
     try:
-        done = pipe(
-            **given,
-            **canvas.given,
-            guidance_scale=1.0,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        )
+        with uncompiled(base.unet):
+            done = pipe(
+                **given,
+                **canvas.given,
+                guidance_scale=1.0,
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            )
     finally:
         base.vae.to(home)  # type: ignore[arg-type]
         if hook:
