@@ -145,4 +145,4 @@ class Factors(nn.Module):
             down = down if self.columns is None else down * self.columns
             down = down if self.ranks is None else down * self.ranks[:, None]
             up = up if gate is None else up * gate[:, None]
-            return Lora(down.detach().clone(), (up * self.scale).detach().clone(), float(len(self.down)))
+            return Lora(down.detach().clone(), (up * self.scale).detach().contiguous().clone(), float(len(self.down)))

@@ -86,7 +86,7 @@ class AdamW8(torch.optim.Optimizer):
             span = slice(begin, min(begin + BUCKET, total))
             some = [(p, p.grad) for p in bucket]
             if total > BUCKET:  # one large tensor
-                some = [(p.view(-1)[span], None if g is None else g.reshape(-1)[span]) for p, g in some]
+                some = [(_flat(p)[span], None if g is None else _flat(g)[span]) for p, g in some]
             self._change(some, state, span, group, count, rng)
 
     def _change(
@@ -126,6 +126,11 @@ def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(p)
     if bucket:
         yield bucket
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """In the order of its memory (a stack's `up` is transposed, and so is its gradient)."""
+    return (tensor if tensor.is_contiguous() else tensor.mT).view(-1)
 
 
 def _as_codes(optimizer: torch.optim.Optimizer) -> None:

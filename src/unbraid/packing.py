@@ -71,6 +71,8 @@ def _form(factors: Factors) -> tuple[object, ...]:
 
 def _leaf(stacked: Factors, parameters: Mapping[str, nn.Parameter], name: str) -> Tensor:
     values, like = _tensor(stacked, name).detach(), parameters.get(name)
+    if name == "up":
+        values = values.mT.contiguous().mT  # rank by rank, the order in which adapters are put side by side
     return values if like is None else nn.Parameter(values, like.requires_grad)
 
 

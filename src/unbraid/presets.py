@@ -9,7 +9,8 @@ from unbraid.errors import UsageError
 @dataclass(frozen=True)
 class Preset:
     """What is done about memory. `half`: frozen weights and activations in bf16 (adapters stay fp32). `fp8`: the UNet's linear and
-    convolutional weights are kept in fp8. `adam8`: AdamW's moments in 8 bits. `at_once`: branches in one forward pass. `rank`: that
+    convolutional weights are kept in fp8. `adam8`: AdamW's moments in 8 bits. `at_once`: branches in one forward pass, each of which costs less than
+    one by itself (`bench.speed passes`). `rank`: that
     two adapters on all of SDXL's attention should not exceed at 1024²."""
 
     name: str
@@ -21,7 +22,7 @@ class Preset:
     rank: int = 64
 
 
-MAX = Preset("max", half=False, checkpointing=False, adam8=False, at_once=2, rank=128)  # bf16 on CUDA all the same
+MAX = Preset("max", half=False, checkpointing=False, adam8=False, at_once=4, rank=128)  # bf16 on CUDA all the same
 PRESETS: Mapping[str, Preset] = {
     one.name: one
     for one in (

@@ -27,7 +27,6 @@ from unbraid.train import State, alone, course, lessons
 
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
-AT_ONCE = 2  # branches in one forward pass: twice the activations, half the calls
 DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
 SHOWN = 8  # inputs in a row of the sheet
 
@@ -49,7 +48,7 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
     """Train `job` into its folder, yielding what happens. Killed at any moment, `resume=True` goes on from the last
     saved state and ends with the same files, bit for bit on a CPU."""
     try:
-        at_once = min(AT_ONCE, job.loading.preset.at_once)
+        at_once = job.loading.preset.at_once
         yield from alone(script(job, resume, lambda job: load(job.base, device, job.loading)), at_once)
     except torch.OutOfMemoryError as error:
         raise memory_error(job.out, job.loading.preset) from error
@@ -148,7 +147,7 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Scrip
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     taught = None
     if ready.recipe.fixed_teachers:
-        at_once = 4 * min(AT_ONCE, job.loading.preset.at_once)
+        at_once = max(4, 2 * job.loading.preset.at_once)
         taught = lessons(ready.studies, ready.recipe, state.adapters, begin, state.step, at_once)
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
     saved, training = time.monotonic(), course(ready.studies, ready.recipe, state, taught)

@@ -26,13 +26,13 @@ EVERY = slice(None)
 
 @dataclass(frozen=True)
 class Added:
-    """What one layer adds to some neighbouring rows: g equal shares of them, one after the other, have their own factors; g = 1
-    serves any number of rows. ((x down) ⊙ ranks) up, and what was `said`: read from own prompts."""
+    """What one layer adds to some neighbouring rows: ((x downᵀ) ⊙ ranks) up, and what was `said`: read from own prompts. Where there are g
+    equal shares of rows, one after the other, each has its own factors."""
 
     rows: slice
-    down: Float[Tensor, "g k r"] | None = None
-    up: Float[Tensor, "g r d"] | None = None
-    ranks: Float[Tensor, "g 1 r"] | None = None
+    down: Float[Tensor, "*g r k"] | None = None
+    up: Float[Tensor, "*g r d"] | None = None
+    ranks: Float[Tensor, "*g 1 r"] | None = None
     said: Float[Tensor, "g n d"] | None = None
 
     def to(self, y: Float[Tensor, "b *n d"], x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
@@ -45,10 +45,10 @@ class Added:
     def _to(self, y: Tensor, x: Tensor) -> Tensor:
         shape = y.shape
         if self.down is not None and self.up is not None:
-            g = len(self.down)
-            inner = torch.bmm(x.reshape(g, -1, x.shape[-1]), self.down)
+            *g, _, k = self.down.shape
+            inner = torch.bmm(x.reshape(*g, -1, k), self.down.mT) if g else F.linear(x.reshape(-1, k), self.down)
             inner = inner if self.ranks is None else inner * self.ranks
-            y = torch.baddbmm(y.reshape(g, -1, shape[-1]), inner, self.up).view(shape)
+            y = (torch.baddbmm if g else torch.addmm)(y.reshape(*g, -1, shape[-1]), inner, self.up).view(shape)
         if self.said is not None:
             y = (y.unflatten(0, (len(self.said), -1)) + self.said[:, None]).view(shape)
         return y
@@ -72,10 +72,10 @@ def stacked(
         ]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if from_x := _chosen(shares, lambda one: one.prompt is None):
-            down = _downs(some, from_x).to(dtype)
-            fields["down"], fields["up"] = down.mT.unbind(0), _ups(some, from_x).to(dtype).unbind(0)
-            if (ranks := _ranks(some, from_x)) is not None:
-                fields["ranks"] = ranks.to(dtype).unbind(0)
+            found = {"down": _downs(some, from_x), "up": _ups(some, from_x), "ranks": _ranks(some, from_x)}
+            for key, value in found.items():
+                if value is not None:
+                    fields[key] = (value if len(from_x) > 1 else value.squeeze(1)).to(dtype).unbind(0)
         if from_prompts := _chosen(shares, lambda one: one.prompt is not None):
             fields["said"] = _said(some, from_prompts, prompts).to(dtype).unbind(0)
         for i, name in enumerate(group.names if fields else ()):
@@ -111,7 +111,7 @@ def _downs(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g r k"]:
     items, shape = _items(some, shares)
     layers, _, k = next(iter(some.values())).down.shape
     like = next(iter(some.values())).down.detach()
-    return _cat([like.new_zeros(layers, one, k) if isinstance(one, int) else _down(*one) for one in items], 1, shape)
+    return _cat([like.new_zeros(layers, one, k) if isinstance(one, int) else _down(*one) for one in items], shape)
 
 
 def _down(factors: Factors, active: Active) -> Tensor:
@@ -126,17 +126,16 @@ def _ups(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g r d"]:
     items, shape = _items(some, shares)
     layers, d, _ = next(iter(some.values())).up.shape
     like = next(iter(some.values())).up.detach()
-    ups = _cat([like.new_zeros(layers, d, one) if isinstance(one, int) else _up(*one) for one in items], 2, shape)
-    return ups.permute(0, 2, 3, 1)
+    return _cat([like.new_zeros(layers, one, d) if isinstance(one, int) else _up(*one) for one in items], shape)
 
 
-def _up(factors: Factors, active: Active) -> Tensor:
-    up, scale, channels = factors.plain(active.trains)[1], active.scale * factors.scale, factors.channels
+def _up(factors: Factors, active: Active) -> Float[Tensor, "l r d"]:
+    up, scale, channels = factors.plain(active.trains)[1].mT, active.scale * factors.scale, factors.channels
     up = up if scale == 1 else up * scale
     if channels is not None and "merger" not in active.trains:
         channels = channels.detach()
     gate = factors.gate(channels) if active.merger else None
-    return up if gate is None else up * gate[..., None]
+    return up if gate is None else up * gate[:, None]
 
 
 def _ranks(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | None:
@@ -151,12 +150,12 @@ def _ranks(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | 
             parts.append(like.new_ones(len(like), item if isinstance(item, int) else item[0].down.shape[-2]))
         else:
             parts.append(ranks if not isinstance(item, int) and "merger" in item[1].trains else ranks.detach())
-    return _cat(parts, 1, shape)[:, :, None]
+    return _cat(parts, shape)[:, :, None]
 
 
-def _cat(parts: Sequence[Tensor], dim: int, shape: tuple[int, int]) -> Tensor:
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-    return whole.unflatten(dim, shape)
+def _cat(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """`[l, r, …]` each → `[l, shares, ranks, …]`."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)).unflatten(1, shape)
 
 
 def _said(some: Stacks, shares: Sequence[Share], prompts: Prompts) -> Float[Tensor, "l g n d"]:

@@ -1,7 +1,8 @@
 """What a training step costs, ours beside the published form, on one base in one run. `python -m unbraid.bench.speed`
 
 FLOPs and bytes kept for gradients are counted at SDXL's shapes on fake tensors, so without weights (`count`). Times are taken on the
-embedded base and on an SDXL of half width, the ways in turn (`time`); on a GPU also whole runs at full size, with peak memory (`gpu`).
+embedded base and on an SDXL of half width, the ways in turn (`time`), also by how many branches share a pass (`passes`) and with
+torch.compile (`compile`); on a GPU also whole runs at full size, with peak memory (`gpu`).
 Sampling with style guidance: `sampling`. docs/speed.md says what the published step contains.
 """
 
@@ -13,7 +14,7 @@ import torch
 from unbraid.bench.speed_cases import CASES
 from unbraid.bench.speed_count import RANK, counted
 from unbraid.bench.speed_sampling import evaluations
-from unbraid.bench.speed_time import timed, whole_run
+from unbraid.bench.speed_time import compiled, one_by_one, timed, whole_run
 from unbraid.bench.speed_world import full, half, icons
 
 RUNS = (("split", 1024), ("zip", 1024), ("pair", 512))
@@ -34,7 +35,7 @@ def count(names: list[str]) -> None:
 
 
 def clock(names: list[str]) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     unit = "s" if device == "cuda" else "processor s"
     for world, steps, rounds, warm in ((icons(device), 9, 5, 17), (half(device), 3, 3, 2)):
         print(f"\n| {world.said} | {unit} per step | times as fast |\n|---|---|---|", flush=True)
@@ -42,6 +43,31 @@ def clock(names: list[str]) -> None:
             times = timed(name, world, steps, rounds, warm)
             for way, seconds in times:
                 print(f"| {name}: {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |", flush=True)
+
+
+def passes(names: list[str]) -> None:
+    several, device = [name for name in names if name in ("zip", "pair", "break")], _device()
+    print(f"\n| {device}, seconds per step | branches of a step | | times as fast |\n|---|---|---|---|", flush=True)
+    for world, steps, rounds in ((icons(device), 9, 5), (half(device), 3, 3)):
+        for name in several:
+            times = one_by_one(name, world, steps, rounds)
+            for way, seconds in times:
+                print(f"| {name}, {world.said} | {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |", flush=True)
+
+
+def compilation(names: list[str]) -> None:
+    device = _device()
+    print(f"\n| {device} | | s per step | times as fast | s to the first step |\n|---|---|---|---|---|", flush=True)
+    for world, steps, rounds in ((icons(device), 9, 5), (half(device), 3, 3)):
+        for name in names:
+            first, times = compiled(name, world, steps, rounds)
+            for (way, seconds), waited in zip(times, ("", f"{first:.0f}"), strict=True):
+                ratio = times[0][1] / seconds
+                print(f"| {name}, {world.said} | {way} | {seconds:.3f} | {ratio:.2f} | {waited} |", flush=True)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def gpu(names: list[str]) -> None:
@@ -67,7 +93,14 @@ def sampling(names: list[str]) -> None:
         print(f"| {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |")
 
 
-PARTS: dict[str, Callable[[list[str]], None]] = {"count": count, "time": clock, "gpu": gpu, "sampling": sampling}
+PARTS: dict[str, Callable[[list[str]], None]] = {
+    "count": count,
+    "time": clock,
+    "passes": passes,
+    "compile": compilation,
+    "gpu": gpu,
+    "sampling": sampling,
+}
 
 
 def main() -> None:

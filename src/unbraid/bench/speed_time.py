@@ -12,10 +12,11 @@ from unbraid.bench.measure import side_by_side
 from unbraid.bench.speed_cases import CASES, Case, random_adapters
 from unbraid.bench.speed_published import dense_sum, published
 from unbraid.bench.speed_world import World
+from unbraid.compiling import compile_blocks, uncompiled
+from unbraid.presets import MAX
 from unbraid.recipe import Recipe
 from unbraid.train import State, lessons, train
 
-AT_ONCE = 2  # as in a run
 WARM = 17  # steps of `split` before the clock starts: past the window in which channels are scored
 
 
@@ -30,10 +31,48 @@ def timed(name: str, world: World, steps: int, rounds: int, warm: int = WARM) ->
     ways = {"published": _theirs(case, world, theirs, steps, warm, case.checkpointing)}
     if case.checkpointing:
         ways["published, no gradient checkpointing"] = _theirs(case, world, theirs, steps, warm, False)
-    ways["ours"] = _ours(case, world, recipe, steps, warm, False)
+    ways["ours"] = _ours(case, world, recipe, steps, warm)
     if recipe.fixed_teachers:
-        ways["ours, teachers asked ahead"] = _ours(case, world, recipe, steps, warm, True)
+        ways["ours, teachers asked ahead"] = _ours(case, world, recipe, steps, warm, ahead=True)
     return side_by_side(ways, steps, rounds)
+
+
+def one_by_one(name: str, world: World, steps: int, rounds: int) -> list[tuple[str, float]]:
+    """The same step with 1, 2 and more of its branches in a pass, as far as it has so many: by which `at_once` of the presets is chosen."""
+    case = CASES[name]
+    recipe = case.ours(world.rank, steps)
+    most = max(len(recipe.branches(i)) for i in range(steps))
+    ways = {
+        f"{n} in a pass": _ours(case, world, recipe, steps, 0, at_once=n) for n in (1, 2, 4) if n < 2 * most or n == 1
+    }
+    return side_by_side(ways, steps, rounds)
+
+
+def compiled(name: str, world: World, steps: int, rounds: int) -> tuple[float, list[tuple[str, float]]]:
+    """Seconds until a compiled run has taken its first step, and (name, median seconds per step) without and with compilation."""
+    case, unet = CASES[name], world.base.unet
+    length = case.steps if name == "split" else steps + 2
+    way = _ours(case, world, case.ours(world.rank, length), steps, 2)
+
+    def plain() -> Callable[[], None]:
+        with uncompiled(unet):
+            go = way()
+
+        def eager() -> None:
+            with uncompiled(unet):
+                go()
+
+        return eager
+
+    compile_blocks(unet)
+    began = time.perf_counter()
+    _ours(case, world, case.ours(world.rank, length), 1, 0)()()
+    first = time.perf_counter() - began
+    try:
+        return first, side_by_side({"not compiled": plain, "compiled": way}, steps, rounds)
+    finally:
+        for block in unet.modules():
+            block._compiled_call_impl = None
 
 
 def _roles(recipe: Recipe) -> list[str]:
@@ -78,19 +117,25 @@ def _theirs(
 
 
 def _ours(
-    case: Case, world: World, recipe: Recipe, steps: int, warm: int, ahead: bool
+    case: Case,
+    world: World,
+    recipe: Recipe,
+    steps: int,
+    warm: int,
+    ahead: bool = False,
+    at_once: int = MAX.at_once,
 ) -> Callable[[], Callable[[], None]]:
     def prepare() -> Callable[[], None]:
         adapters = _attach(case, world)
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
         studies = Studies(world.base, world.encode(_roles(recipe)), world.prompts)
-        going = train(studies, recipe, state, AT_ONCE)
+        going = train(studies, recipe, state, at_once)
         for _ in islice(going, warm):
             pass
 
         def go() -> None:
             taught = lessons(studies, recipe, adapters, state.rng) if ahead else None
-            for _ in islice(train(studies, recipe, state, AT_ONCE, taught) if ahead else going, steps):
+            for _ in islice(train(studies, recipe, state, at_once, taught) if ahead else going, steps):
                 pass
             _wait()
             adapters.detach()
@@ -119,7 +164,7 @@ def whole_run(name: str, world: World, steps: int | None = None, checkpointing: 
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     taught = lessons(studies, recipe, adapters, state.rng) if recipe.fixed_teachers else None
-    for _ in train(studies, recipe, state, AT_ONCE, taught):
+    for _ in train(studies, recipe, state, MAX.at_once, taught):
         pass
     _wait()
     spent = time.perf_counter() - began
