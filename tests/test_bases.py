@@ -56,7 +56,10 @@ def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest
     assert folder.noise.config["prediction_type"] == (
         "epsilon" if kind in ("tiny_sdxl", "tiny_sd15") else "v_prediction"
     )
-    assert np.array_equal(drawn(folder), drawn(file)) and drawn(file).std() > 5
+    one, other = (drawn(base).astype(int) for base in (folder, file))
+    assert np.abs(one - other).max() <= 1 and other.std() > 5, (
+        "but for rounding: where weights lie in memory decides how they are added up"
+    )
 
 
 def test_prediction_can_be_said(tiny_sdxl: Tiny) -> None:

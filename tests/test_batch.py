@@ -57,7 +57,7 @@ def same(one: Path, other: Path) -> None:
         first, second = load_file(path), load_file(other / path.name)
         assert first.keys() == second.keys()
         a, b = (torch.cat([value.flatten().float() for value in some.values()]) for some in (first, second))
-        assert (a - b).norm() < 1e-4 * a.norm(), path
+        assert (a - b).norm() < 5e-4 * a.norm(), path
 
 
 def test_runs_together_equal_runs_alone(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_adamw_is_torchs_bit_for_bit() -> None:
         [{"params": [p], "lr": 0.1 / (i + 1), "weight_decay": 0.1 * i} for i, p in enumerate(ps)]
         for ps in (ours, theirs)
     ]
-    one, other = AdamW(groups[0], fused=True), torch.optim.AdamW(groups[1], fused=True)
+    one, other = AdamW(groups[0]), torch.optim.AdamW(groups[1], fused=True)
     for i in range(4):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=rng)

@@ -27,6 +27,10 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, bit for bit, without what it checks anew at every step: for the hundreds of small tensors of an adapter
     that takes longer than the arithmetic (4.8 of 6.5 ms for 480 tensors, docs/LOG.md)."""
 
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__([dict(group) for group in groups], fused=True)
+        self.register_load_state_dict_post_hook(_in_the_parameters_order)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         del closure
@@ -60,7 +64,14 @@ class AdamW(torch.optim.AdamW):
 
 def adamw(adapters: Adapters, rates: Rates) -> AdamW:
     """AdamW (betas 0.9, 0.999) with the groups of `groups`."""
-    return AdamW(groups(adapters, rates), fused=True)
+    return AdamW(groups(adapters, rates))
+
+
+def _in_the_parameters_order(optimizer: torch.optim.Optimizer) -> None:
+    """The fused kernel goes through the memory of a parameter and its moments side by side, and saved moments have lost their order."""
+    for p, state in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.empty_like(p, requires_grad=False).copy_(state[key])
 
 
 def groups(adapters: Adapters, rates: Rates) -> list[dict[str, Any]]:
