@@ -115,7 +115,7 @@ def test_a_seed_means_the_same_in_any_batch(v_model: Base) -> None:
 
 def test_own_prompts_come_from_the_file_and_change_the_picture(v_model: Base, tmp_path: Path) -> None:
     adapters = Adapters.attach(v_model.unet)
-    adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.5)
+    adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.1)
     modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
     adapters.detach()
     write(tmp_path / "a.safetensors", modules, family="sdxl", metadata={"unbraid.prompt": "a teapot"})
@@ -124,8 +124,9 @@ def test_own_prompts_come_from_the_file_and_change_the_picture(v_model: Base, tm
         as_array(render(v_model, "a cat", [Use(tmp_path / "a.safetensors", prompt=prompt)], **options)[0])  # type: ignore[arg-type]
         for prompt in (None, OWN, "a teapot", "a cat")
     ]
-    assert np.array_equal(pictures[1], pictures[2]) and np.abs(pictures[0] - pictures[3]).max() <= 1
-    assert np.abs(pictures[0] - pictures[1]).max() > 2
+    assert np.array_equal(pictures[1], pictures[2])
+    rounding, change = (np.abs(pictures[0] - pictures[i]).mean() for i in (3, 1))
+    assert rounding < 0.5 and change > 10 * rounding, "the same prompt goes another way through the layers"
     write(tmp_path / "b.safetensors", modules, family="sdxl")
     with pytest.raises(UsageError, match="records no prompt"):
         render(v_model, "a cat", [Use(tmp_path / "b.safetensors", prompt=OWN)])
