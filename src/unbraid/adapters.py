@@ -28,7 +28,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear, name: str) -> None:
         super().__init__()
         self.base = base
-        self.added: Added | None = None  # now
+        self.added: Added | None = None  # what it adds at present
         self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
         self.adapters = nn.ModuleDict()
         self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # of a prompt: itself, its version, W0 x

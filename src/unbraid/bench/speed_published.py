@@ -136,9 +136,8 @@ def published(
 
     embeds = {role: prompt.embeds for role, prompt in prompts.items()}
     latents = next(iter(encode().values()))[0].mean
-    channels_last(
-        base.unet, latents.device.type == "cpu" and latents[0].numel() <= SMALL
-    )  # as ours, where it is the quicker order
+    small = latents.device.type == "cpu" and latents[0].numel() <= SMALL
+    channels_last(base.unet, small)  # its calls are of single rows, and that is their quicker order, as in ours
     with formulas(base.unet, adapters, form, embeds) as activate:
         for i in count():
             studies, branches = Studies(base, encode(), prompts), recipe.branches(i)
