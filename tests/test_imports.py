@@ -11,7 +11,10 @@ LEVELS: dict[str, float] = {
     "presets": 1,
     "clip_tokenizer": 1,
     "lora": 1,
+    "packing": 1.25,
     "stacked": 1.5,
+    "layout": 1,
+    "compiling": 1,
     "folder": 1,
     "adapters": 2,
     "optim": 3,
@@ -58,7 +61,19 @@ LEVELS: dict[str, float] = {
     "cli_bench": 15,
     "making": 15,
 }
-TORCH_ALONE = ("stacked", "lora", "adapters", "optim", "optim8", "merge", "recipe", "passes", "train")
+TORCH_ALONE = (
+    "packing",
+    "stacked",
+    "layout",
+    "lora",
+    "adapters",
+    "optim",
+    "optim8",
+    "merge",
+    "recipe",
+    "passes",
+    "train",
+)
 LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich")
 
 
