@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unbraid.bench import claims, contenders, cost, grid, registry, report, results, stats, tables, version
+from unbraid.bench import claims, contenders, cost, grid, plots, registry, report, results, stats, tables, version
 from unbraid.bench.registry import all_rows, chosen
 from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import BASE, CEILING, COPY, SANITY
@@ -177,6 +177,18 @@ def test_seeds_of_one_problem_are_one_value() -> None:
     found = stats.problems(units, "combine")["a"]
     assert {problem: round(values["likeness"], 6) for problem, values in found.items()} == {"x": 0.4, "y": 1.0}
     assert stats.estimate([one["likeness"] for one in found.values()]).n == 2
+
+
+def test_a_sheet_shows_the_first_seed_whose_pictures_are_there(tmp_path: Path) -> None:
+    """Results that were made elsewhere come without pictures."""
+    elsewhere, here = unit("a", "x", 0, 0.2, 0.2), unit("a", "x", 1, 0.6, 0.6)
+    here = replace(here, drawings=(replace(here.drawings[0], file="here.png"),))
+    sheet = tmp_path / "sheet.webp"
+    assert plots.sheet([elsewhere], "combine", tmp_path, sheet) is None and not sheet.exists()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "here.png")
+    assert plots.sheet([elsewhere, here], "combine", tmp_path, sheet) == sheet
+    shown = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
+    assert ((shown[..., 0] > 200) & (shown[..., 1] < 60) & (shown[..., 2] < 60)).sum() > 1000
 
 
 def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:

@@ -95,20 +95,18 @@ def costs(units: Iterable[Unit], task: str, path: Path) -> Path:
 
 
 def sheet(units: Iterable[Unit], task: str, work: Path, path: Path) -> Path | None:
-    """What was drawn: a row per contender, a column per problem at the first seed, under the true pictures. None where the pictures
-    are not there."""
+    """What was drawn: a row per contender, a column per problem at the first seed whose pictures are there, under the true ones. None
+    where no pictures are."""
     some = [unit for unit in units if unit.task == task]
-    if not some:
+    kept = [unit for unit in some if all((work / drawing.file).exists() for drawing in unit.drawings)]
+    if not kept:
         return None
-    first = min(unit.seed for unit in some)
+    first = min(unit.seed for unit in kept)
     drawn: dict[str, dict[tuple[str, str], Drawing]] = {}
-    for unit in (unit for unit in some if unit.seed == first):
+    for unit in (unit for unit in kept if unit.seed == first):
         for drawing in _shown(unit):
-            if (work / drawing.file).exists():
-                drawn.setdefault(unit.row, {}).setdefault((unit.cell, _label(unit, drawing)), drawing)
+            drawn.setdefault(unit.row, {}).setdefault((unit.cell, _label(unit, drawing)), drawing)
     columns = list(dict.fromkeys(place for row in drawn.values() for place in row))[:COLUMNS]
-    if not columns:
-        return None
     sample = {place: next(row[place] for row in drawn.values() if place in row) for place in columns}
     truths = [(place[1], Truth(one.subject, one.style).image) for place, one in sample.items()]
     rows: list[tuple[str, Sequence[tuple[str, Image.Image]]]] = [("what the artists drew", truths)]
