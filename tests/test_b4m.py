@@ -16,6 +16,7 @@ from unbraid.api import learn_job
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
 from unbraid.errors import UsageError
 from unbraid.files import read
+from unbraid.graphs import Graphs
 from unbraid.lora import Active, Branch, Factors, Fixed
 from unbraid.lowrank import delta
 from unbraid.methods.b4m import Cut, break_
@@ -101,8 +102,13 @@ def test_every_shape_of_sdxl_is_cut() -> None:
 class Alone:
     """One kind of picture gives no gradient: its prediction is its target."""
 
+    graphs: Graphs | None = None
+
     def __init__(self, real: Studies, silent: str) -> None:
         self.real, self.prompts, self.silent, self.roles = real, real.prompts, silent, [""]
+
+    def constants(self) -> Sequence[Tensor]:
+        return self.real.constants()
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         self.roles = list(images)
@@ -289,11 +295,15 @@ class Bowl(nn.Module):
     """The validation loss falls, and rises again, as the one number moves."""
 
     prompts: Mapping[str, Tensor] = {}
+    graphs: Graphs | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.line = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.line.weight)
+
+    def constants(self) -> Sequence[Tensor]:
+        return ()
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         goal = {"train": 3.0, "valid": 1.0}

@@ -14,6 +14,8 @@ LEVELS: dict[str, float] = {
     "packing": 1.25,
     "stacked": 1.5,
     "layout": 1,
+    "graphs": 1,
+    "fp8": 1,
     "compiling": 1,
     "folder": 1,
     "adapters": 2,
@@ -62,6 +64,8 @@ LEVELS: dict[str, float] = {
     "making": 15,
 }
 TORCH_ALONE = (
+    "graphs",
+    "fp8",
     "packing",
     "stacked",
     "layout",

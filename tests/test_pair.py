@@ -101,10 +101,13 @@ class Same:
     """The same samples at every step."""
 
     def __init__(self, real: Studies) -> None:
-        self.real, self.prompts = real, real.prompts
+        self.real, self.prompts, self.graphs = real, real.prompts, real.graphs
         self.samples = real.draw(
             ["before", "after"], frozenset(("noise", "timestep")), torch.Generator().manual_seed(3)
         )
+
+    def constants(self) -> Sequence[Tensor]:
+        return self.real.constants()
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         return [self.samples[("before", "after").index(image)] for image in images]

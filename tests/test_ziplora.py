@@ -19,6 +19,7 @@ from unbraid.bench.speed_published import dense_sum, published
 from unbraid.errors import UsageError
 from unbraid.file_tools import Source, merge_files
 from unbraid.files import read, write
+from unbraid.graphs import Graphs
 from unbraid.lora import Factors, Lora
 from unbraid.lowrank import delta
 from unbraid.methods.ziplora import ziplora
@@ -157,11 +158,15 @@ class Toy(nn.Module):
 
     WIDTH = 64
     prompts: Mapping[str, Tensor] = {}
+    graphs: Graphs | None = None
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(self.WIDTH, self.WIDTH) for _ in range(6))
+
+    def constants(self) -> Sequence[Tensor]:
+        return ()
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         zero = torch.zeros(1)

@@ -152,6 +152,15 @@ class Adapters:
     def pieces_of(self, adapter: str) -> list[Factors]:
         return [some[adapter] for some in self.pieces() if adapter in some]
 
+    def training(self) -> list[nn.Parameter]:
+        """All parameters that train."""
+        every = [p for some in self.pieces() for one in some.values() for _, p in one.parts() if p.requires_grad]
+        return list(dict.fromkeys(every))
+
+    def constants(self) -> list[Tensor]:
+        """Keys and values of prompts that layers keep at present (see `AdaptedLinear._frozen`), and the prompts."""
+        return [one for layer in self.layers.values() for x, _, y in layer._known.values() for one in (x, y)]
+
     def _factors(self) -> tuple[dict[str, dict[str, Factors]], frozenset[str]]:
         layers = {name: layer.factors() for name, layer in self.layers.items()}
         return layers, frozenset(name for name, layer in self.layers.items() if layer.own_prompt)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unbraid.compiling import compile_blocks
 from unbraid.errors import UsageError
+from unbraid.graphs import CudaExecutor, Graphs
 from unbraid.pipeline import Pipeline, open_pipeline
 from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Denoiser, Sample, Shared
@@ -65,6 +66,7 @@ class Base:
     name: str
     pipe: Pipeline
     device: torch.device
+    graphs: bool = True  # whether passes are captured as CUDA graphs
     noise: DDPMScheduler = field(init=False)
     _told: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -150,6 +152,10 @@ class Base:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def new_graphs(self) -> Graphs | None:
+        """A place for captured passes over this base; None on a device that has no CUDA graphs, and where they are not wanted."""
+        return Graphs(CudaExecutor(self.device)) if self.graphs and self.device.type == "cuda" else None
+
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
         """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
         dtype = self.unet.dtype
@@ -180,6 +186,10 @@ class Studies:
     def __init__(self, base: Base, pictures: Mapping[str, Sequence[Picture]], prompts: Mapping[str, Prompt]) -> None:
         self.base, self.pictures, self.encoded = base, pictures, prompts
         self.prompts: Mapping[str, Tensor] = {role: prompt.embeds for role, prompt in prompts.items()}
+        self.graphs = base.new_graphs()
+
+    def constants(self) -> list[Tensor]:
+        return list(self.base._told.values())
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         """One noisy latent per branch: x_t, t and its target, drawn on the CPU so that a seed means the same everywhere."""
@@ -191,12 +201,12 @@ class Studies:
     ) -> Sample:
         picture = pictures[int(torch.randint(len(pictures), (), generator=rng))]
         shape, device = picture.mean.shape, self.base.device
-        latent = picture.mean + picture.std * torch.randn(shape, generator=rng).to(picture.std)
+        latent = picture.mean + picture.std * sent(torch.randn(shape, generator=rng), device).to(picture.std)
         steps = self.base.noise.config["num_train_timesteps"]
         if "timestep" not in shared or "timestep" not in kept:
-            kept["timestep"] = torch.randint(steps, (1,), generator=rng).to(device)
+            kept["timestep"] = sent(torch.randint(steps, (1,), generator=rng), device)
         if "noise" not in shared or "noise" not in kept:
-            kept["noise"] = torch.randn(shape, generator=rng).to(picture.mean)
+            kept["noise"] = sent(torch.randn(shape, generator=rng), device).to(picture.mean)
         noise, t, latents = kept["noise"][None], kept["timestep"], latent[None]
         noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.base.noise.config["prediction_type"] == "v_prediction"
@@ -211,6 +221,11 @@ class Studies:
         return self.base.predict(noisy, t, encoded, sizes)
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device, without waiting for what the device is doing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def joined(models: Mapping[str, Denoiser]) -> Studies:
     """Studies of one base as one, with prompts by KEY/ROLE; it draws nothing."""
     found = {key: model for key, model in models.items() if isinstance(model, Studies)}
@@ -221,14 +236,16 @@ def joined(models: Mapping[str, Denoiser]) -> Studies:
 def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:
     """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. fp32 on CPU and MPS, bf16 on
     CUDA, unless `loading` says something else."""
-    where = torch.device(device or pick_device())
+    where = torch.device(device or loading.device or pick_device())
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
     pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
     save_memory(pipe.unet, where, loading.preset)
     if loading.compile:
         compile_blocks(pipe.unet)
     pipe.to(where)
-    return Base(name, pipe, where)
+    return Base(name, pipe, where, loading.graphs)
 
 
 def pick_device() -> str:

@@ -15,7 +15,9 @@ from torch import Tensor
 from unbraid.errors import UsageError
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
-HOW = re.compile(r"^(vram|compile) = .*\n", re.MULTILINE)  # how memory and time are saved may change when a run goes on
+HOW = re.compile(
+    r"^(vram|compile|graphs|device) = .*\n", re.MULTILINE
+)  # how memory and time are saved may change when a run goes on
 RECORD, EVENTS, STATE = "run.toml", "events.jsonl", "state.safetensors"
 
 

@@ -61,7 +61,9 @@ def together(
 
 def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
     """How many jobs, 1 to MOST, there is memory for beside each other, by what the passes of one keep for their gradients."""
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    weights = {
+        one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())
+    }  # in fp8 they are buffers
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

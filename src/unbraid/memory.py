@@ -68,12 +68,13 @@ def memory_line(job: Job) -> str:
 def estimate(job: Job, device: str | None = None) -> Estimate:
     """On `device` (cuda, mps, cpu; none: the one that the run would take). UsageError for a base whose configuration cannot be read."""
     preset = job.loading.preset
-    dtype = torch.bfloat16 if preset.half or (device or pick_device()) == "cuda" else torch.float32
+    where = torch.device(device or job.loading.device or pick_device())
+    dtype = torch.bfloat16 if preset.half or where.type == "cuda" else torch.float32
     config = unet_config(job.base)
     with quiet():
         resting = _typed(config, dtype)
         save_memory(resting, torch.device("cpu"), preset)
-    weights = sum(p.numel() * p.element_size() for p in resting.parameters())
+    weights = sum(one.numel() * one.element_size() for one in (*resting.parameters(), *resting.buffers()))
     blocks = BLOCKS["sdxl" if config.get("addition_embed_type") else "sd15"]
     (recipe,) = METHODS[job.method].make(blocks, **job.settings)
     unet, adapters = _adapted(job, recipe, lambda: _typed(config, dtype))
@@ -124,7 +125,7 @@ def _activations(unet: nn.Module, adapters: Adapters, recipe: Recipe, preset: Pr
     branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.in_turn else preset.at_once]
     if not recipe.steps or not branches:
         return 0
-    ledger = _Ledger({id(p.untyped_storage()) for p in unet.parameters()})
+    ledger = _Ledger({id(one.untyped_storage()) for one in (*unet.parameters(), *unet.buffers())})
     with ledger.keeping(unet), _Fused():
         _forward(unet, adapters, branches)
     if not preset.checkpointing:

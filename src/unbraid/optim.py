@@ -124,7 +124,8 @@ class Riemannian(torch.optim.Optimizer):
         """The Cholesky factor of Gram matrices `[*layers, r, r]` and δ; of an empty one (B = 0 at the start), of the unit matrix."""
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        return torch.linalg.cholesky(gram + torch.where(mean > 0, self.delta * mean, 1) * unit)
+        damped = gram + torch.where(mean > 0, self.delta * mean, 1) * unit
+        return torch.linalg.cholesky_ex(damped).L  # `cholesky` waits for the device, to check what damping sees to
 
     def _move(self, p: Tensor, gradient: Tensor, change: Tensor, lr: float) -> None:
         state = self.state[p]

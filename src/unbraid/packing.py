@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
@@ -46,7 +46,14 @@ def stack(parts: Sequence[Factors]) -> Factors:
     whole, places = first.place.stack, [one.place.index for one in parts if one.place]
     if places == list(range(len(whole.down))):
         return whole
-    return _with(whole, lambda name: _tensor(whole, name)[places])
+    index = _index(tuple(places), whole.down.device)
+    return _with(whole, lambda name: _tensor(whole, name).index_select(0, index))
+
+
+@lru_cache(1024)
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device once and for all: to send it there at every step would be to wait for the step before."""
+    return torch.tensor(places, device=device)
 
 
 def pack(layers: Layers, own_prompt: frozenset[str]) -> None:

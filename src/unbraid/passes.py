@@ -1,6 +1,7 @@
 """The passes through the model that a step asks for: losses, their gradients, and teachers' answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -31,29 +32,75 @@ def _backward(
     model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]
 ) -> list[Tensor]:
     """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
-    target = torch.cat([sample.target for sample in samples])
+
+    def losses(noisy: Tensor, t: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
+        return _losses(model, adapters, branches, _filled(samples, noisy, t, target, sizes))
+
+    told = tuple((sample.prompt, sample.taught) for sample in samples)
+    key = ("losses", tuple(branches), told, torch.is_grad_enabled())
+    return list(_called(model, adapters, key, losses, samples).unbind())
+
+
+def _losses(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
+    """`[b]`. What a CUDA graph may hold: nothing here waits for the device."""
+    targets = [sample.target for sample in samples]
     asked_now = [i for i, branch in enumerate(branches) if branch.teacher and not samples[i].taught]
     if asked_now:
         teachers = [teacher for i in asked_now if (teacher := branches[i].teacher)]
-        answers = taught(model, adapters, teachers, [samples[i] for i in asked_now])
-        target = target.index_copy(0, torch.tensor(asked_now, device=target.device), answers.to(target.dtype))
+        answers = _taught(model, adapters, teachers, [samples[i] for i in asked_now])
+        for i, target in zip(asked_now, answers.split(1), strict=True):
+            targets[i] = target.to(targets[i].dtype)
     with adapters.activate([branch.active for branch in branches], model.prompts):
         out = model.predict(samples, [branch.prompt for branch in branches])
         losses = F.mse_loss(
-            out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, target, reduction="none"
+            out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, torch.cat(targets), reduction="none"
         )
         losses = losses.flatten(1).mean(1)
-        weights = torch.tensor([branch.weight for branch in branches], dtype=losses.dtype, device=losses.device)
         if losses.requires_grad:  # a branch may have nothing that trains
-            (losses * weights).sum().backward()
-    return list(losses.detach())
+            torch.stack([loss * branch.weight for loss, branch in zip(losses, branches, strict=True)]).sum().backward()
+    return losses.detach()
 
 
 @torch.no_grad()
 def taught(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
     """What teachers predict, `[b, c, h, w]`."""
+
+    def answers(noisy: Tensor, t: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
+        return _taught(model, adapters, teachers, _filled(samples, noisy, t, target, sizes))
+
+    key = ("taught", tuple(teachers), tuple(sample.prompt for sample in samples))
+    return _called(model, adapters, key, answers, samples)
+
+
+@torch.no_grad()
+def _taught(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
     with adapters.activate([teacher.active for teacher in teachers], model.prompts):
         return model.predict(samples, [teacher.prompt for teacher in teachers])
+
+
+def _filled(samples: Sequence[Sample], noisy: Tensor, t: Tensor, target: Tensor, sizes: Tensor) -> list[Sample]:
+    """The samples with other tensors, each a batch of theirs."""
+    rows = zip(*(one.split(1) for one in (noisy, t, target, sizes)), strict=True)
+    return [replace(one, noisy=n, t=i, target=x, sizes=s) for one, (n, i, x, s) in zip(samples, rows, strict=True)]
+
+
+def _called(
+    model: Denoiser,
+    adapters: Adapters,
+    key: tuple[object, ...],
+    function: Callable[..., Tensor],
+    samples: Sequence[Sample],
+) -> Tensor:
+    """A function of samples, as a CUDA graph where the model has them."""
+    inputs = [
+        torch.cat(parts) for parts in zip(*((one.noisy, one.t, one.target, one.sizes) for one in samples), strict=True)
+    ]
+    if model.graphs is None:
+        return function(*inputs)
+    keep = (model, adapters)  # so that nothing else can get their ids
+    parameters = adapters.training() if torch.is_grad_enabled() else ()
+    whole = (id(model), id(adapters), *key)
+    return model.graphs(whole, function, inputs, parameters, lambda: (keep, model.constants(), adapters.constants()))
 
 
 def chunks(samples: Sequence[Sample], at_once: int) -> list[list[int]]:

@@ -38,12 +38,15 @@ PRESETS: Mapping[str, Preset] = {
 @dataclass(frozen=True)
 class Loading:
     """How to open a base. `vae`: a folder, hub id or file in place of its own. `prediction`: `epsilon` or `v`, where the base does
-    not say it. `vram`: the name of a preset, in GB. `compile`: its transformer blocks, by torch.compile, for training."""
+    not say it. `vram`: the name of a preset, in GB. `compile`: its transformer blocks, by torch.compile, for training.
+    `graphs`: passes are captured as CUDA graphs, where the device has them. `device`: such as cuda:1; empty: the best there is."""
 
     vae: str = ""
     prediction: str = ""
     vram: str = "max"
     compile: bool = False
+    graphs: bool = True
+    device: str = ""
 
     @property
     def preset(self) -> Preset:

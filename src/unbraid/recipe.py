@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unbraid.adapters import ATTENTION, Adapters
+from unbraid.graphs import Graphs
 from unbraid.lora import Branch
 from unbraid.optim import Rates, adamw
 
@@ -65,10 +66,15 @@ class Denoiser(Protocol):
     """What the trainer needs of a base model; `base.Studies` is the one for diffusers."""
 
     prompts: Mapping[str, Tensor]  # role → [tokens, channels], for adapters that read their own prompt
+    graphs: Graphs | None  # where steps are captured and replayed; None: they run as they are
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+
+    def constants(self) -> Sequence[Tensor]:
+        """What predictions read and the model may forget: a captured step keeps it alive."""
+        ...
 
 
 @dataclass(frozen=True)

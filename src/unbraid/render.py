@@ -158,7 +158,7 @@ def attach_to(unet: nn.Module, loras: Loras, base: str) -> Adapters | None:
         names |= {name.removeprefix("unet.") for name in modules}
     if not names:
         return None
-    linears = {name for name, module in unet.named_modules() if type(module).__name__ == "Linear"}
+    linears = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
     for path, modules in loras.values():
         missing = sorted({name.removeprefix("unet.") for name in modules} - linears)
         if missing:

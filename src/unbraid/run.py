@@ -28,6 +28,7 @@ from unbraid.train import State, alone, course, lessons
 SAVE_EVERY = 20.0  # seconds of work that a kill may cost
 PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
 DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
+UNCAPTURED = "steps run one kernel at a time, several times slower: no CUDA graph could be captured"
 SHOWN = 8  # inputs in a row of the sheet
 
 
@@ -157,6 +158,9 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Scrip
             said = go_on(training, (yield said))
             continue
         loss, norm, losses = said.figures[0], said.figures[1], said.figures[2:]
+        if (graphs := ready.studies.graphs) and graphs.reason:
+            yield Progress(state.step, steps, warning=f"{UNCAPTURED}: {graphs.reason}")
+            ready.studies.graphs = None
         events.add(step=said.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
         yield Progress(state.step, steps, step=said)
         if state.step in preview_at:

@@ -5,6 +5,7 @@ over its terms, with all passes in one batch. So every scheduler and every pipel
 """
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -87,23 +88,45 @@ class Guided(nn.Module):
         self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
         self.config, self.add_embedding = base.unet.config, getattr(base.unet, "add_embedding", None)
         self.dtype, self.device = base.unet.dtype, base.device
+        self.graphs = base.new_graphs()
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **given: Any
     ) -> tuple[Tensor]:
         """sample [b, c, h, w] → ([b, c, h, w],). The pipeline's own prompt embeddings are not looked at; residuals are those of a
         ControlNet that went through `ask_control`."""
-        b, terms = len(sample), self.counting(timestep)
+        terms = self.counting(timestep)
+        residuals = self._residuals(given)
+        t = torch.as_tensor(timestep, device=sample.device)
+        inputs = [sample, t, self._sizes(sample, len(terms), given), *_flat(residuals)]
+        if self.graphs is None:
+            return (self._predict(terms, residuals, *inputs),)
+        keep = lambda: (self.base._told.copy(), self.adapters and self.adapters.constants())  # noqa: E731
+        key = (tuple(terms), tuple((name, len(_flat({name: one}))) for name, one in residuals.items()))
+        return (self.graphs(key, lambda *static: self._predict(terms, residuals, *static), inputs, keep=keep),)
+
+    def _predict(
+        self,
+        terms: Sequence[Term],
+        residuals: Mapping[str, Any],
+        sample: Tensor,
+        t: Tensor,
+        sizes: Tensor,
+        *more: Tensor,
+    ) -> Tensor:
+        """Σ weight · prediction, `[b, c, h, w]`; `more`: the tensors of `residuals`, one after the other."""
+        b, k = len(sample), len(terms)
         rows = [term for term in terms for _ in range(b)]
-        k, roles = len(terms), {role: prompt.embeds for role, prompt in self.prompts.items()}
-        residuals = {name: given[name] for name in RESIDUALS if given.get(name) is not None}
+        roles = {role: prompt.embeds for role, prompt in self.prompts.items()}
         activity = self.adapters.activate([row.active for row in rows], roles) if self.adapters else nullcontext()
         with activity:
-            t = torch.as_tensor(timestep, device=sample.device).expand(k * b)
-            prompts, sizes = [self.prompts[row.prompt] for row in rows], self._sizes(sample, k, given)
-            out = self.base.predict(sample.repeat(k, 1, 1, 1), t, prompts, sizes, **residuals)
-        weights = torch.tensor([term.weight for term in terms], dtype=out.dtype, device=out.device)
-        return (torch.einsum("k,kbchw->bchw", weights, out.unflatten(0, (k, b))),)
+            prompts, told = [self.prompts[row.prompt] for row in rows], _like(residuals, more)
+            out = self.base.predict(sample.repeat(k, 1, 1, 1), t.expand(k * b), prompts, sizes, **told)
+        parts = [part * term.weight for part, term in zip(out.unflatten(0, (k, b)), terms, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def _residuals(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in RESIDUALS if given.get(name) is not None}
 
     def counting(self, timestep: Tensor) -> list[Term]:
         """The terms that count at a time."""
@@ -125,6 +148,17 @@ class Guided(nn.Module):
         """`[k b, 6]`: SDXL's size numbers, as the pipeline gives them for each of b pictures."""
         sizes = (given.get("added_cond_kwargs") or {}).get("time_ids")
         return sample.new_zeros(k * len(sample), 6) if sizes is None else sizes[: len(sample)].repeat(k, 1)
+
+
+def _flat(residuals: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of residuals, each of which is a tensor or several."""
+    return [one for some in residuals.values() for one in ((some,) if isinstance(some, Tensor) else some)]
+
+
+def _like(residuals: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Undo `_flat`."""
+    rest = iter(tensors)
+    return {k: next(rest) if isinstance(v, Tensor) else tuple(next(rest) for _ in v) for k, v in residuals.items()}
 
 
 @torch.no_grad()
@@ -163,6 +197,8 @@ def generate(
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             )
     finally:
+        if guided.graphs and guided.graphs.reason:
+            warnings.warn(f"drawing runs one kernel at a time: {guided.graphs.reason}", stacklevel=2)
         base.vae.to(home)  # type: ignore[arg-type]
         if hook:
             hook.remove()

@@ -1,6 +1,7 @@
 """diffusers' samplers by the names that users know."""
 
 import copy
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -30,4 +31,4 @@ def with_sampler(base: Base, name: str) -> Base:
         raise UsageError(f"there is no sampler {name!r}", "--sampler", fix)
     pipe = copy.copy(base.pipe)
     pipe.scheduler = SAMPLERS[name].from_config(base.pipe.scheduler.config)
-    return Base(base.name, pipe, base.device)
+    return replace(base, pipe=pipe)

@@ -1,24 +1,23 @@
 """What a memory preset does to a base, a recipe and a saved state; and what to do when it was not enough."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from unbraid.errors import UsageError
 from unbraid.folder import RECORD
+from unbraid.fp8 import store_in_fp8
 from unbraid.optim import adamw
 from unbraid.optim8 import adamw8
 from unbraid.presets import Preset, advice
 from unbraid.recipe import Recipe
 
-STORAGE = torch.float8_e4m3fn
 MOMENTS = {True: "mean", False: "exp_avg"}  # what AdamW8 and AdamW call their first moment
 
 
@@ -37,17 +36,10 @@ def notes(device: torch.device, preset: Preset) -> list[str]:
 def save_memory(unet: UNet2DConditionModel, device: torch.device, preset: Preset) -> None:
     """Gradient checkpointing, and the UNet's weights in fp8: before it goes to its device, where it might not fit otherwise, and
     before adapters are attached, which stay fp32."""
-    if preset.checkpointing:
-        unet.enable_gradient_checkpointing(_again_in_fp8 if preset.fp8 else partial(checkpoint, use_reentrant=False))
+    if preset.checkpointing:  # nothing random is computed again; and random states cannot be asked for in a CUDA graph
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     if preset.fp8 and device.type != "mps":
-        unet.enable_layerwise_casting(storage_dtype=STORAGE, compute_dtype=unet.dtype)
-
-
-def _again_in_fp8(module: Callable[..., Any], *args: Any) -> Any:
-    """Checkpointing beside layerwise casting: that swaps weights for their fp8 form under autograd's eyes, which torch's check takes for
-    another forward pass; and a forward pass that stops early leaves its last layer's weights in half precision."""
-    with set_checkpoint_early_stop(False):
-        return checkpoint(module, *args, use_reentrant=False, determinism_check="none")
+        store_in_fp8(unet)
 
 
 def spared(recipe: Recipe, preset: Preset) -> Recipe:

@@ -18,6 +18,7 @@ from unbraid.passes import answer, chunks, taught
 from unbraid.recipe import Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
 
 T = TypeVar("T")
+LOOK = 16  # steps between looks at the figures on an accelerator
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class State:
     )
     waited: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
-    unseen: Step | None = None  # whose figures nobody has looked at
+    unseen: list[Step] = field(default_factory=list)  # whose figures nobody has looked at
 
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
@@ -100,12 +101,23 @@ class State:
         self.least, self.waited = float(tensors["least"]), int(tensors["waited"])
         self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
 
+    def saw(self, step: Step) -> None:
+        """Take note of a step; look at its figures at once if that costs nothing, else once in a while: looking waits for the device."""
+        self.unseen.append(step)
+        if step.figures.device.type == "cpu" or len(self.unseen) == LOOK:
+            self.look()
+
     def look(self) -> None:
-        """Raise UsageError if the last step's figures are not finite."""
-        step, self.unseen = self.unseen, None
-        if step and not bool(torch.isfinite(step.figures[:2]).all()):
-            fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
-            raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
+        """Raise UsageError if figures of the last steps are not finite."""
+        steps, self.unseen = self.unseen, []
+        if not steps:
+            return
+        fine = torch.isfinite(torch.stack([step.figures[:2] for step in steps]).cpu()).all(1)
+        if bool(fine.all()):
+            return
+        step = steps[int((~fine).nonzero()[0])]
+        fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
+        raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
 
     def judged(self, loss: float, patience: int) -> bool:
         """Take a loss of early stopping; whether to go on."""
@@ -197,11 +209,9 @@ def _step(
     if recipe.after_backward:
         recipe.after_backward(adapters, index)
     norm = _clip(state.optimizer, recipe.clip)
-    state.look()  # at the step before, which is done by now: no waiting for this one on an accelerator
     assert isinstance(total, Tensor)
-    done = state.unseen = Step(index, torch.stack([total, norm.to(total), *losses]))
-    if total.device.type == "cpu":
-        state.look()
+    done = Step(index, torch.stack([total, norm.to(total), *losses]))
+    state.saw(done)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1

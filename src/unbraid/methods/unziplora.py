@@ -216,7 +216,8 @@ def _take_best(books: Ledger, n: int, taken: Tensor) -> Tensor:
     """Grant the n best-scored channels that are not taken; returns them as a mask. Ties go to the lower index."""
     order = torch.argsort(books.score.masked_fill(taken, -torch.inf), descending=True, stable=True)
     fresh = torch.zeros_like(taken)
-    fresh[order[: min(n, int((~taken).sum()))]] = True
+    fresh[order[:n]] = True
+    fresh &= ~taken  # fewer than n may be left
     books.owned |= fresh
     return fresh
 

@@ -1,0 +1,63 @@
+"""What a CUDA graph does, on any device: operators are recorded once with the tensors they had, then done again on the same memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unbraid.graphs import Call
+
+WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh", "masked_select", "unique")
+
+
+class _Recording(TorchDispatchMode):
+    """Refuses what would wait for a GPU: values asked for in Python, and constants sent to the device (`torch.tensor`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in WAITING, f"{name} in a captured call"
+        out = func(*args, **(kwargs or {}))
+        self.done.append((func, args, kwargs or {}, out))
+        return out
+
+
+class Recorder:
+    """An executor of `unbraid.graphs`. Python runs once, while it records: whatever it decided then is decided for good."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.eager_calls, self.captures, self.replays = fails, 0, 0, 0
+
+    def eager(self, call: Call) -> Tensor:
+        self.eager_calls += 1
+        return call()
+
+    def capture(self, call: Call) -> Call:
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.captures += 1
+        with _Recording() as recording:
+            static = call()
+
+        def replay() -> Tensor:
+            self.replays += 1
+            with torch.no_grad():
+                for func, args, kwargs, out in recording.done:
+                    _again(func, args, kwargs, out)
+            return static
+
+        return replay
+
+
+def _again(func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+    """Into the memory of the first time; views, and what is done in place, are there already."""
+    given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+    for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+        if isinstance(old, Tensor) and old.untyped_storage()._cdata not in given:
+            old.copy_(new)

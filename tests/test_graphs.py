@@ -1,0 +1,217 @@
+"""Captured steps: which forms there are, and that what is replayed equals what runs step by step, for every method."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from recorder import Recorder
+from test_many import ROLES, Start, start
+from torch import nn
+
+from unbraid.adapters import Adapters
+from unbraid.base import BLOCKS, Base, Prompt, Studies, joined
+from unbraid.combine import switch
+from unbraid.graphs import MOST, WARM, Graphs
+from unbraid.lora import Active, Branch
+from unbraid.many import train_many
+from unbraid.methods.b4m import break_
+from unbraid.methods.blora import blora
+from unbraid.methods.dreambooth import dreambooth
+from unbraid.methods.pair import pair
+from unbraid.methods.slider import slider
+from unbraid.methods.unziplora import unziplora
+from unbraid.methods.ziplora import ziplora
+from unbraid.optim import Rate
+from unbraid.recipe import Recipe, Stop
+from unbraid.sample import Style, generate, style_guidance
+from unbraid.train import lessons, train
+
+SDXL, STEPS = BLOCKS["sdxl"], 9
+SPLIT = {"rank": 4, "steps": STEPS, "window": 1, "column_ratio": 0.3}
+METHODS: dict[str, tuple[Recipe, int, int]] = {  # the recipe, LoRAs that it starts from, and the forms of its steps
+    "unziplora": (unziplora(SDXL, **SPLIT)[0], 0, 1),
+    "unziplora alone": (unziplora(SDXL, **SPLIT, content_alone=0.5)[0], 0, 2),
+    "unziplora official": (unziplora(SDXL, **SPLIT, compat="official")[0], 0, 1),
+    "blora": (blora(SDXL, rank=4, steps=STEPS)[0], 0, 1),
+    "pair": (pair(SDXL, rank=4, steps=2 * STEPS, style_from=STEPS)[0], 0, 2),
+    "pair official": (pair(SDXL, rank=4, steps=2 * STEPS, style_from=STEPS, compat="official")[0], 0, 2),
+    "slider": (slider(SDXL, rank=4, steps=STEPS)[0], 0, 2),
+    "dreambooth": (dreambooth(SDXL, rank=4, steps=STEPS, prior_weight=0.5)[0], 0, 2),
+    "ziplora": (ziplora(SDXL, steps=STEPS)[0], 2, 2),
+    "break": (break_(SDXL, rank=4, steps=STEPS, partner_count=1)[0], 0, 2),
+}
+
+
+def capturing(studies: Studies, recorder: Recorder | None = None) -> Recorder:
+    found = recorder or Recorder()
+    studies.graphs = Graphs(found)
+    return found
+
+
+@pytest.fixture
+def unet_base(v_model: Base) -> Base:
+    v_model.unet.double()
+    return v_model
+
+
+def trained(begin: Start, recorder: Recorder | None, at_once: int = 1) -> tuple[list[float], dict[str, torch.Tensor]]:
+    studies, recipe, state = begin()
+    if recorder:
+        capturing(studies, recorder)
+    figures = [value for step in train(studies, recipe, state, at_once) for value in step.figures.tolist()]
+    state.adapters.detach()
+    return figures, state.tensors()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_replayed_steps_are_the_steps(unet_base: Base, name: str) -> None:
+    """Losses, adapters, moments and masks, bit for bit, whatever happens between steps: channels granted, mergers, a style joining."""
+    recipe, loras, forms = METHODS[name]
+    begin = start(unet_base, recipe, 0, loras=loras)
+    figures, saved = trained(begin, None)
+    recorder = Recorder()
+    again, other = trained(begin, recorder)
+    assert (recorder.captures, recorder.eager_calls) == (forms, WARM * forms) and recorder.replays > forms
+    assert again == figures and same(saved, other)
+
+
+def test_branches_in_one_pass_are_one_form(unet_base: Base) -> None:
+    begin, recorder = start(unet_base, METHODS["dreambooth"][0], 0), Recorder()
+    figures, _ = trained(begin, None, at_once=2)
+    assert trained(begin, recorder, at_once=2)[0] == figures
+    assert (recorder.captures, recorder.replays) == (1, STEPS - WARM)
+
+
+def test_a_picture_of_another_shape_is_another_form(unet_base: Base) -> None:
+    graphs, double = Graphs(Recorder()), lambda x: 2 * x
+    for _ in range(WARM + 2):
+        for shape in ((2,), (3,)):
+            assert torch.equal(graphs("double", double, [torch.ones(shape)]), torch.full(shape, 2.0))
+    assert graphs.executor.captures == 2 and graphs.executor.replays == 4  # type: ignore[attr-defined]
+
+
+def test_forms_beyond_the_most_stay_as_they_are() -> None:
+    recorder = Recorder()
+    graphs = Graphs(recorder)
+    for _ in range(WARM + 1):
+        for i in range(MOST + 3):
+            assert float(graphs(i, lambda x, i=i: x + i, [torch.zeros(())])) == i
+    assert recorder.captures == recorder.replays == MOST and len(graphs.forms) == MOST
+
+
+def test_gradients_add_up_over_the_calls_of_a_step() -> None:
+    """Of two captured calls, and of one that is not, beside what is there already; other parameters keep none."""
+    weight, other = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(1.0))
+    graphs = Graphs(Recorder())
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        (weight * x).backward()
+        return x.clone()
+
+    for _ in range(WARM + 2):
+        weight.grad = None
+        for key, x in (("a", 2.0), ("b", 5.0)):
+            graphs(key, call, [torch.tensor(x)], [weight, other])
+        call(torch.tensor(10.0))
+        assert float(weight.grad) == 17 and other.grad is None  # type: ignore[arg-type]
+
+
+def test_without_capture_it_goes_on_and_says_why(unet_base: Base) -> None:
+    begin = start(unet_base, METHODS["unziplora"][0], 0)
+    figures, saved = trained(begin, None)
+    recorder = Recorder(fails="operation not permitted when stream is capturing\nmore of it")
+    studies, recipe, state = begin()
+    capturing(studies, recorder)
+    again = [value for step in train(studies, recipe, state) for value in step.figures.tolist()]
+    state.adapters.detach()
+    assert studies.graphs and studies.graphs.reason == "operation not permitted when stream is capturing"
+    assert again == figures and same(saved, state.tensors())
+
+
+def test_a_step_that_asks_for_a_value_is_found_out() -> None:
+    """What the tests above rest on."""
+    graphs = Graphs(Recorder())
+    with pytest.raises(AssertionError, match="_local_scalar_dense in a captured call"):
+        for _ in range(WARM + 1):
+            graphs("x", lambda x: x * float(x), [torch.ones(())])
+    with pytest.raises(AssertionError, match="lift_fresh in a captured call"):
+        for _ in range(WARM + 1):
+            graphs("y", lambda x: x * torch.tensor([2.0]), [torch.ones(1)])
+
+
+def test_teachers_asked_ahead_are_captured(unet_base: Base) -> None:
+    begin, answers = start(unet_base, ziplora(SDXL, steps=12)[0], 0, loras=2), []
+    recorder = Recorder()
+    for way in (None, recorder):
+        studies, recipe, state = begin()
+        if way:
+            capturing(studies, way)
+        drawn = lessons(studies, recipe, state.adapters, state.rng, at_once=4)
+        state.adapters.detach()
+        answers.append([sample.target for samples in drawn for sample in samples])
+    assert recorder.captures == 1 and recorder.replays == 3
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
+
+
+def test_early_stopping_looks_through_graphs(unet_base: Base) -> None:
+    """A look learns nothing, in graphs either, and is a form of its own."""
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        adapters.new("a", 4, rng, up_std=0.1)
+
+    one = Branch("image", "both", (Active("a"),))
+    stop = Stop((Branch("style", "both", (Active("a"),)),), every=1, patience=99, samples=1)
+    recipe = Recipe(prepare, lambda step: (one,), {("a", "up"): Rate(1e-3), ("a", "down"): Rate(1e-3)}, 8, stop=stop)
+    begin, recorder = start(unet_base, recipe, 0), Recorder()
+    figures, saved = trained(begin, None)
+    again, other = trained(begin, recorder)
+    assert recorder.captures == 2 and again == figures and same(saved, other)
+
+
+def test_jobs_side_by_side_are_captured(unet_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The joint passes of several jobs; another form when one of them is done."""
+    starts = [start(unet_base, blora(SDXL, rank=4, steps=8 + 8 * seed)[0], seed) for seed in (0, 1)]
+    apart = [trained(begin, None)[1] for begin in starts]
+    recorder, jobs = Recorder(), []
+    monkeypatch.setattr(Base, "new_graphs", lambda self: Graphs(recorder))
+    for begin in starts:
+        jobs.append(begin())
+        jobs[-1][2].adapters.detach()
+    for _ in train_many(jobs, joined, 2):
+        pass
+    assert recorder.captures == 2 and recorder.replays > 4
+    for found, (_, _, state) in zip(apart, jobs, strict=True):
+        together = state.tensors()
+        assert max((found[key].double() - together[key].double()).abs().max() for key in found) < 1e-12
+
+
+def drawn(base: Base, adapters: Adapters, graphs: Callable[[], Graphs | None]) -> list[np.ndarray]:
+    base.new_graphs = graphs  # type: ignore[method-assign]
+    rng = torch.Generator().manual_seed(3)
+    prompts = {role: Prompt(torch.randn(24, 64, generator=rng), torch.randn(64, generator=rng)) for role in ROLES}
+    prompts["negative"] = Prompt(torch.zeros(24, 64), torch.zeros(64))
+    styled = style_guidance(
+        4.0, "image", [Style(Active("b"), "style", 2.0, start=0.6)], (Active("a", prompt="content"),)
+    )
+    in_turn = switch(4.0, "image", [Active("a"), Active("b")], [0.9, 0.6, 0.3])
+    found = []
+    for terms in (styled, in_turn):
+        found += [np.asarray(one) for one in generate(base, terms, prompts, adapters, seeds=(0, 1), steps=12)]
+    return found
+
+
+def test_drawings_are_the_same_through_graphs(v_model: Base) -> None:
+    """Style guidance that begins in mid-course, and LoRAs in turn: one graph for each set of terms."""
+    adapters, rng, recorder = Adapters.attach(v_model.unet), torch.Generator().manual_seed(0), Recorder()
+    for name in "ab":
+        adapters.new(name, 4, rng, up_std=0.3)
+    plain = drawn(v_model, adapters, lambda: None)
+    graphs = drawn(v_model, adapters, lambda: Graphs(recorder))
+    adapters.detach()
+    assert recorder.captures >= 3 and recorder.replays > 6
+    assert all(np.array_equal(one, other) for one, other in zip(plain, graphs, strict=True))
