@@ -1,10 +1,13 @@
 """The published forms that `bench.speed` measures against compute what ours computes, in double precision."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from double import double, in_double
 
 from unbraid.adapters import Adapters
@@ -12,9 +15,10 @@ from unbraid.base import Base, Picture, Prompt, Studies
 from unbraid.bench.speed import gpu
 from unbraid.bench.speed_cases import CASES, SDXL
 from unbraid.bench.speed_count import _kinds
+from unbraid.bench.speed_gpu import whole_run
 from unbraid.bench.speed_published import Form, dense_product, factorised, published
-from unbraid.bench.speed_time import timed, whole_run
-from unbraid.bench.speed_world import icons
+from unbraid.bench.speed_time import timed
+from unbraid.bench.speed_world import WORDS, World, icons
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.pair import pair
 from unbraid.methods.unziplora import unziplora
@@ -95,9 +99,36 @@ def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     before = {key: value.clone() for key, value in world.base.unet.state_dict().items()}
     ways = [way for way, _ in timed("zip", world, 1, 1)]
     assert ways == ["published", "published, no gradient checkpointing", "ours", "ours, teachers asked ahead"]
-    seconds, _ = whole_run("pair", world, 3, checkpointing=True)
-    assert seconds > 0 and not world.base.unet.is_gradient_checkpointing
     after = world.base.unet.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
     gpu(["split"])
     assert torch.cuda.is_available() or "No GPU here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["split", "zip", "learn"])
+def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: weights and activations in bf16, targets in fp32. CUDA takes no loss of two dtypes; a CPU does."""
+    unet: Any = v_model.unet
+    unet.to(torch.bfloat16)
+    prompts = {role: Prompt(torch.randn(24, 64).bfloat16(), torch.randn(64).bfloat16()) for role in WORDS}
+    picture = Picture(torch.randn(4, 8, 8), torch.full((4, 8, 8), 0.1), torch.full((6,), 32.0))
+    world, losses, mse = (
+        World(v_model, prompts, lambda roles: {role: [picture] for role in roles}, 4, "tiny"),
+        [],
+        F.mse_loss,
+    )
+
+    def loss(out: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        assert out.dtype == target.dtype == torch.float32
+        losses.append(mse(out, target, reduction=reduction))
+        return losses[-1]
+
+    monkeypatch.setattr(F, "mse_loss", loss)
+    assert all(seconds > 0 for _, seconds in timed(name, world, 1, 1, warm=0)) and losses
+
+
+def test_a_whole_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = icons("cpu")
+    monkeypatch.setattr("unbraid.bench.speed_gpu.CASES", {"pair": replace(CASES["pair"], steps=3)})
+    seconds, _ = whole_run("pair", world)
+    assert seconds > 0 and not any("adapters" in name for name, _ in world.base.unet.named_modules())

@@ -91,6 +91,12 @@ def sdxl(side: int) -> tuple[UNet2DConditionModel, Callable[[int], Tensor]]:
     return unet, call
 
 
+def wait() -> None:
+    """For the GPU to be done, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def side_by_side(
     ways: Mapping[str, Callable[[], Callable[[], None]]], steps: int, rounds: int
 ) -> list[tuple[str, float]]:

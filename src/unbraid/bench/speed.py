@@ -2,7 +2,7 @@
 
 FLOPs and bytes kept for gradients are counted at SDXL's shapes on fake tensors, so without weights (`count`). Times are taken on the
 embedded base and on an SDXL of half width, the ways in turn (`time`), also by how many branches share a pass (`passes`) and with
-torch.compile (`compile`); on a GPU also whole runs at full size, with peak memory (`gpu`).
+torch.compile (`compile`); on a GPU also steps at full size, eager, as CUDA graphs and compiled, and whole runs, with peak memory (`gpu`).
 Sampling with style guidance: `sampling`. docs/speed.md says what the published step contains.
 """
 
@@ -13,11 +13,10 @@ import torch
 
 from unbraid.bench.speed_cases import CASES
 from unbraid.bench.speed_count import RANK, counted
+from unbraid.bench.speed_gpu import RUNS, product, ways, whole_run
 from unbraid.bench.speed_sampling import evaluations
-from unbraid.bench.speed_time import compiled, one_by_one, timed, whole_run
+from unbraid.bench.speed_time import compiled, one_by_one, timed
 from unbraid.bench.speed_world import full, half, icons
-
-RUNS = (("split", 1024), ("zip", 1024), ("pair", 512))
 
 
 def count(names: list[str]) -> None:
@@ -72,17 +71,24 @@ def _device() -> str:
 
 def gpu(names: list[str]) -> None:
     if not torch.cuda.is_available():
-        print("\nNo GPU here: whole runs at full size and their peak memory are not measured.")
+        print("\nNo GPU here: steps at full size are not measured.")
         return
+    most = product()
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: bf16 products at {most:.0f} TFLOP/s")
+    print("| bf16, rank 64 | s per step | times as fast | GPU computes | TFLOP/s | s to the first step | peak GB |")
+    print("|---" * 7 + "|", flush=True)
+    for name, side in [(name, side) for name, side in RUNS if name in names]:
+        world, eager = full("cuda", side), None
+        for way, one in ways(name, world):
+            eager = eager or one.seconds
+            figures = f"{one.seconds:.3f} | {eager / one.seconds:.2f} | {one.busy:.0%} | {one.tflop / one.seconds:.0f}"
+            print(f"| {name}, {side} px: {way} | {figures} | {one.first:.1f} | {one.peak:.1f} |", flush=True)
     print(
-        f"\n| {torch.cuda.get_device_name()}, bf16, rank {RANK} | s for the run | s per step | peak GB |\n|---|---|---|---|"
+        f"\n| {torch.cuda.get_device_name()}, whole run, graphs | steps | s | peak GB |\n|---|---|---|---|", flush=True
     )
     for name, side in [(name, side) for name, side in RUNS if name in names]:
-        world = full("cuda", side)
-        for checkpointing in (False, True):
-            seconds, peak = whole_run(name, world, checkpointing=checkpointing)
-            said = f"{name}, {side} px, {CASES[name].steps} steps{', gradient checkpointing' if checkpointing else ''}"
-            print(f"| {said} | {seconds:.1f} | {seconds / CASES[name].steps:.3f} | {peak:.1f} |", flush=True)
+        seconds, peak = whole_run(name, full("cuda", side))
+        print(f"| {name}, {side} px | {CASES[name].steps} | {seconds:.1f} | {peak:.1f} |", flush=True)
 
 
 def sampling(names: list[str]) -> None:

@@ -151,7 +151,9 @@ def published(
                     activate(branch.teacher.active)
                     with torch.no_grad():
                         target = studies.predict([sample], [branch.teacher.prompt])
-                losses.append(branch.weight * F.mse_loss(out, target))
+                if out.dtype in (torch.float16, torch.bfloat16):
+                    out = out.float()  # as the scripts do
+                losses.append(branch.weight * F.mse_loss(out, target.to(out.dtype)))
                 if not branch.teacher:  # ZipLoRA alone keeps its graphs until all losses are there
                     losses.pop().backward()
                     if recipe.in_turn and branch is not branches[-1]:

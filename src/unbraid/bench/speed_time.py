@@ -1,4 +1,4 @@
-"""Seconds of a training step, ours and the published form side by side in one process; on a GPU also whole runs and peak memory."""
+"""Seconds of a training step, ours and the published form side by side in one process."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from unbraid.adapters import Adapters
 from unbraid.base import Studies
-from unbraid.bench.measure import side_by_side
+from unbraid.bench.measure import side_by_side, wait
 from unbraid.bench.speed_cases import CASES, Case, random_adapters
 from unbraid.bench.speed_published import dense_sum, published
 from unbraid.bench.speed_world import World
@@ -75,11 +75,11 @@ def compiled(name: str, world: World, steps: int, rounds: int) -> tuple[float, l
             block._compiled_call_impl = None
 
 
-def _roles(recipe: Recipe) -> list[str]:
+def roles_of(recipe: Recipe) -> list[str]:
     return sorted({branch.image for i in (0, recipe.steps - 1) for branch in recipe.branches(i)})
 
 
-def _attach(case: Case, world: World) -> Adapters:
+def attached(case: Case, world: World) -> Adapters:
     adapters = Adapters.attach(world.base.unet)
     if case.form is dense_sum:  # it begins with LoRAs that are there
         random_adapters(case, adapters, world.rank, mergers=False)
@@ -92,12 +92,12 @@ def _theirs(
     case: Case, world: World, recipe: Recipe, steps: int, warm: int, checkpointing: bool
 ) -> Callable[[], Callable[[], None]]:
     def prepare() -> Callable[[], None]:
-        unet, adapters = world.base.unet, _attach(case, world)
+        unet, adapters = world.base.unet, attached(case, world)
         recipe.prepare(adapters, torch.Generator().manual_seed(0))
         if checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        roles = _roles(recipe)
+        roles = roles_of(recipe)
         loop = published(world.base, lambda: world.encode(roles), world.prompts, recipe, adapters, case.form)
         for _ in islice(loop, warm):
             pass
@@ -105,7 +105,7 @@ def _theirs(
         def go() -> None:
             for _ in islice(loop, steps):
                 pass
-            _wait()
+            wait()
             loop.close()
             unet.disable_gradient_checkpointing()
             unet.eval()
@@ -126,9 +126,9 @@ def _ours(
     at_once: int = MAX.at_once,
 ) -> Callable[[], Callable[[], None]]:
     def prepare() -> Callable[[], None]:
-        adapters = _attach(case, world)
+        adapters = attached(case, world)
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-        studies = Studies(world.base, world.encode(_roles(recipe)), world.prompts)
+        studies = Studies(world.base, world.encode(roles_of(recipe)), world.prompts)
         going = train(studies, recipe, state, at_once)
         for _ in islice(going, warm):
             pass
@@ -137,38 +137,9 @@ def _ours(
             taught = lessons(studies, recipe, adapters, state.rng) if ahead else None
             for _ in islice(train(studies, recipe, state, at_once, taught) if ahead else going, steps):
                 pass
-            _wait()
+            wait()
             adapters.detach()
 
         return go
 
     return prepare
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def whole_run(name: str, world: World, steps: int | None = None, checkpointing: bool = False) -> tuple[float, float]:
-    """(seconds, peak GB on the GPU) of a whole run of ours, without loading, pictures and files."""
-    case = CASES[name]
-    recipe = case.ours(world.rank, steps or case.steps)
-    adapters, unet = _attach(case, world), world.base.unet
-    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    studies = Studies(world.base, world.encode(_roles(recipe)), world.prompts)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    taught = lessons(studies, recipe, adapters, state.rng) if recipe.fixed_teachers else None
-    for _ in train(studies, recipe, state, MAX.at_once, taught):
-        pass
-    _wait()
-    spent = time.perf_counter() - began
-    unet.disable_gradient_checkpointing()
-    unet.eval()
-    adapters.detach()
-    return spent, torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
