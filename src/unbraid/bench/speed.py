@@ -7,13 +7,13 @@ Sampling with style guidance: `sampling`. docs/speed.md says what the published 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from unbraid.bench.speed_cases import CASES
 from unbraid.bench.speed_count import RANK, counted
-from unbraid.bench.speed_gpu import RUNS, product, ways, whole_run
+from unbraid.bench.speed_gpu import RUNS, WAYS, product, ways, whole_run
 from unbraid.bench.speed_sampling import evaluations
 from unbraid.bench.speed_time import compiled, one_by_one, timed
 from unbraid.bench.speed_world import full, half, icons
@@ -69,7 +69,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def gpu(names: list[str]) -> None:
+def gpu(names: list[str], chosen: Sequence[str] = tuple(WAYS)) -> None:
     if not torch.cuda.is_available():
         print("\nNo GPU here: steps at full size are not measured.")
         return
@@ -79,7 +79,7 @@ def gpu(names: list[str]) -> None:
     print("|---" * 7 + "|", flush=True)
     for name, side in [(name, side) for name, side in RUNS if name in names]:
         world, eager = full("cuda", side), None
-        for way, one in ways(name, world):
+        for way, one in ways(name, world, chosen):
             eager = eager or one.seconds
             figures = f"{one.seconds:.3f} | {eager / one.seconds:.2f} | {one.busy:.0%} | {one.tflop / one.seconds:.0f}"
             print(f"| {name}, {side} px: {way} | {figures} | {one.first:.1f} | {one.peak:.1f} |", flush=True)
@@ -113,12 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m unbraid.bench.speed", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--method", action="append", choices=list(CASES), help="repeatable; default: all")
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="of `gpu`; repeatable; default: all")
     asked = parser.parse_args()
     if unknown := set(asked.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     for part in asked.parts or PARTS:
-        PARTS[part](asked.method or list(CASES))
+        names = asked.method or list(CASES)
+        gpu(names, asked.way or tuple(WAYS)) if part == "gpu" else PARTS[part](names)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ are random. Beside the seconds stand the share of them in which the GPU computes
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -42,10 +42,10 @@ class Speed:
     peak: float
 
 
-def ways(name: str, world: World) -> Iterator[tuple[str, Speed]]:
-    """Steps of one method, way by way."""
+def ways(name: str, world: World, chosen: Sequence[str]) -> Iterator[tuple[str, Speed]]:
+    """Steps of one method, by the chosen ways."""
     recipe = CASES[name].ours(world.rank, CASES[name].steps)
-    for way, (graphs, compiled) in WAYS.items():
+    for way, (graphs, compiled) in ((one, WAYS[one]) for one in chosen):
         torch.cuda.empty_cache()
         if compiled:
             compile_blocks(world.base.unet)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, unattended, the most important things first.
+#
+#   tools/gpu_check.sh wheels DIR [PYTHON_VERSION]   where there is a network: fetch what the GPU machine lacks (all but torch)
+#   tools/gpu_check.sh run DIR OUT                   on the GPU machine, which needs Python and torch alone: about five minutes,
+#                                                    and another ten for compilation; every part has its own time limit and log
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+wheels() {
+  local into=$1 version=${2:-3.12}
+  mkdir -p "$into"
+  grep -vE '^(torch|nvidia-|triton|ruff|pyright|nodeenv)' constraints.txt >"$into/constraints.txt"
+  python3 - "$into" <<'PY' >"$into/requirements.txt"
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+for one in project["dependencies"] + ["setuptools>=80", "pytest>=9.0", "pytest-xdist>=3.8", "hypothesis>=6.150", "beartype>=0.22", "peft>=0.19"]:
+    if not one.startswith("torch>"):
+        print(one)
+PY
+  python3 -m pip download -q --only-binary=:all: --no-deps --python-version "$version" --implementation cp \
+    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any -d "$into" -r <(sed 's/#.*//' "$into/constraints.txt")
+}
+
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 began=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  echo "$name: exit $? after $((SECONDS - began)) s" | tee -a "$out/summary.txt"
+  tail -n 40 "$out/$name.log"
+}
+
+run() {
+  local from=$1
+  out=$2
+  mkdir -p "$out"
+  python3 -m venv --system-site-packages "$out/venv"
+  local python=$out/venv/bin/python
+  "$python" -m pip install -q --no-index --no-deps --no-build-isolation "$from"/*.whl
+  export PYTHONPATH=$PWD/src
+  nvidia-smi >"$out/card.txt"
+  part selftest 150 "$python" -m unbraid selftest
+  part graphs 150 "$python" -m unbraid.bench.speed gpu --way eager --way graphs
+  part jobs 60 "$python" -m unbraid.bench.many --only icons --at-once 8 --device cuda
+  part tests 200 "$python" -m pytest -n 4 tests/test_graphs.py tests/test_run.py tests/test_lora.py tests/test_unziplora.py tests/test_memory.py
+  part compiled 400 "$python" -m unbraid.bench.speed gpu
+  rm -rf "$out/venv"
+}
+
+case "${1:-}" in
+  wheels | run) "$@" ;;
+  *) sed -n '2,7p' "$0" && exit 2 ;;
+esac
