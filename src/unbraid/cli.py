@@ -11,6 +11,7 @@ from unbraid.cli_batch import app as batch_commands
 from unbraid.cli_bench import app as bench_commands
 from unbraid.cli_files import app as file_commands
 from unbraid.cli_run import BaseName, Prediction, Seed, Todo, Vae, console, run_job
+from unbraid.cli_selftest import app as selftest_commands
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (training_commands, batch_commands, file_commands, bench_commands):
+for commands in (training_commands, batch_commands, file_commands, bench_commands, selftest_commands):
     app.registered_commands += commands.registered_commands
 
 

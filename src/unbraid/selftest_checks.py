@@ -1,0 +1,203 @@
+"""The rows of `unbraid selftest`. Each is a function of the scene that raises for what does not work."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unbraid import run as running
+from unbraid.canvas import Start
+from unbraid.errors import UsageError
+from unbraid.folder import STATE
+from unbraid.job import Job
+from unbraid.memory import estimate
+from unbraid.presets import PRESETS, Loading
+from unbraid.render import Use
+from unbraid.run import run
+from unbraid.runs import run_many
+from unbraid.selftest_scene import GUIDANCE, PROMPT, SEEN, STEPS, TRAININGS, Found, Scene, apart, differs, draws, pixels
+from unbraid.sweep import parse_sweep, sweep_sheet
+
+# How far apart two LoRAs of one run may be, ‖ΔW − ΔW′‖ / ‖ΔW‖; those of two seeds are 1.4 apart. AdamW's first steps have the size of
+# the rate whatever the gradient's, so a rounding that turns a small gradient's sign is a whole step; bf16 turns many.
+ALIKE, ALIKE_IN_HALF = 1e-2, 0.4
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row of the table."""
+
+    name: str
+    function: Callable[[Scene], Found]
+
+
+def checks(device: str) -> tuple[Check, ...]:
+    """All rows for a device."""
+    only_cuda = (Check("graphs", graphs),) if device.startswith("cuda") and _GRAPHS else ()
+    return (*CHECKS, *only_cuda)
+
+
+def trains(method: str, scene: Scene) -> Found:
+    """A method from pictures to files, which the stock pipeline of the base loads whole and draws otherwise with."""
+    files = scene.loras(method)
+    for file in files:
+        draws(scene, file)
+    return Found("" if find_spec("peft") else "without peft: not loaded by diffusers")
+
+
+def guided(scene: Scene) -> Found:
+    """Plain guidance is that of the stock pipeline, without a LoRA and, where peft is there, with one."""
+    (file,) = scene.loras("dreambooth")
+    pairs = [(scene.picture(), scene.plain)]
+    differs(with_lora := scene.picture(file), pairs[0][0], file.name)
+    if find_spec("peft"):
+        with scene.loaded(file):
+            pairs.append((scene.stock_picture(), with_lora))
+    gap = max(float(np.abs(ours - theirs).mean()) for ours, theirs in pairs)
+    if gap > (limit := SEEN if scene.device == "cpu" else 2 * SEEN):
+        what = f"{gap:.1f} of 255 levels from what diffusers draws, on average; {limit} is rounding"
+        raise UsageError(what, "classifier-free")
+    return Found(f"{gap:.2g} levels from diffusers' own")
+
+
+def styled(scene: Scene) -> Found:
+    style = scene.loras("pair")[0]
+    differs(scene.picture(styles=[Use(style)]), scene.picture(), style.name)
+    return Found()
+
+
+def swept(scene: Scene) -> Found:
+    style = Use(scene.loras("pair")[0])
+    over = parse_sweep("style=0:1:2")
+    pixels(sweep_sheet(scene.model, PROMPT, over, (), (style,), (0,), steps=STEPS, guidance=GUIDANCE))
+    return Found()
+
+
+def combined(how: str, scene: Scene) -> Found:
+    differs(scene.picture(*scene.loras("unziplora"), combine=how), scene.picture(), how)
+    return Found()
+
+
+def begun(masked: bool, scene: Scene) -> Found:
+    (file,) = scene.loras("dreambooth")
+    start = Start(scene.before, 0.7, scene.mask if masked else None)
+    plain = scene.picture(start=start)
+    differs(scene.picture(file, start=start), plain, "the LoRA")
+    if plain.shape == scene.picture().shape:
+        differs(plain, scene.picture(), "the picture to begin with")
+    return Found()
+
+
+def edited(scene: Scene) -> Found:
+    style = scene.loras("pair")[0]
+    kept, changed = (scene.picture(edit=scene.before, styles=[Use(style, scale)]) for scale in (0.0, 1.0))
+    differs(changed, kept, style.name)
+    return Found()
+
+
+def resumed(scene: Scene) -> Found:
+    """A run that is stopped after a saved state, and goes on."""
+    whole, cut = (scene.split_job(name, steps=4) for name in ("whole", "cut"))
+    expected = scene.trained(whole)
+    with _saving_every_step():
+        events = run(cut, device=scene.device)
+        for event in events:
+            if event.step and event.done == 3:
+                break
+        events.close()  # type: ignore[attr-defined]
+    if not (cut.out / STATE).exists():
+        raise UsageError("no state was saved", "resume")
+    done = [event for event in run(cut, resume=True, device=scene.device) if event.step]
+    if [event.done for event in done] != [3, 4]:
+        raise UsageError(f"went on with steps {[event.done for event in done]}, not 3 and 4", "resume")
+    return _alike([(file, cut.out / file.name) for file in expected], scene, exact=scene.device == "cpu")
+
+
+@contextmanager
+def _saving_every_step() -> Iterator[None]:
+    """Runs save by the clock; a test has no twenty seconds to wait."""
+    usual, running.SAVE_EVERY = running.SAVE_EVERY, 0.0
+    try:
+        yield
+    finally:
+        running.SAVE_EVERY = usual
+
+
+def batched(scene: Scene) -> Found:
+    """Two runs together, and each alone."""
+    alone, many = ([scene.split_job(f"{name}-{i}", seed=i) for i in range(2)] for name in ("alone", "many"))
+    expected = scene.trained(*alone)
+    for _, event in run_many(many, at_once=2, device=scene.device):
+        if isinstance(event, UsageError):
+            raise event
+    found = [job.out / name for job in many for name in ("content.safetensors", "style.safetensors")]
+    return _alike(list(zip(expected, found, strict=True)), scene)
+
+
+def _alike(pairs: list[tuple[Path, Path]], scene: Scene, exact: bool = False) -> Found:
+    gap = max(apart(one, other) for one, other in pairs)
+    limit = 0.0 if exact else ALIKE_IN_HALF if scene.device.startswith("cuda") else ALIKE
+    if not gap <= limit:
+        raise UsageError(f"the LoRAs are {gap:.2g} apart, relatively; {limit:g} is allowed", "comparison")
+    return Found("bit for bit" if exact else f"{gap:.1g} apart, relatively")
+
+
+def saved(preset: str, scene: Scene) -> Found:
+    """Three steps within a preset; their peak is that of the second and third, when everything is there."""
+    job = scene.split_job(f"vram-{preset}", vram=preset, steps=3)
+    scene.make_room()
+    peak = None
+    for event in run(job, device=scene.device):
+        if event.step and scene.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated(scene.device)
+            if event.done == 1:
+                torch.cuda.reset_peak_memory_stats(scene.device)
+    for name in ("content", "style"):
+        draws(scene, job.out / f"{name}.safetensors")
+    return Found(peak=peak, estimate=estimate(job, torch.device(scene.device).type).total)
+
+
+# Until `Loading` has the field: the row is left out.
+_GRAPHS = any(field.name == "graphs" for field in fields(Loading))
+
+
+def graphs(scene: Scene) -> Found:
+    """CUDA graphs against eager: the same LoRAs, and the time of a step."""
+    with_graphs, eager = (scene.split_job(name, steps=20) for name in ("graphs", "eager"))
+    eager = replace(eager, loading=replace(eager.loading, **{"graphs": False}))
+    (files, quick), (expected, slow) = _timed(with_graphs, scene), _timed(eager, scene)
+    found = _alike(list(zip(expected, files, strict=True)), scene)
+    return replace(found, note=f"{1e3 * quick:.1f} ms a step, eager {1e3 * slow:.1f}; {found.note}")
+
+
+def _timed(job: Job, scene: Scene) -> tuple[list[Path], float]:
+    """The files, and seconds per step of the second half."""
+    scene.make_room()
+    half, seconds, begin, files = job.settings["steps"] // 2, 0.0, 0.0, []
+    for event in run(job, device=scene.device):
+        if event.step and event.done in (half, 2 * half):
+            torch.cuda.synchronize(scene.device)
+            begin, seconds = time.perf_counter(), (time.perf_counter() - begin) / half
+        files += [event.file] if event.file and event.file.suffix == ".safetensors" else []
+    return files, seconds
+
+
+CHECKS = (
+    *(Check(method, partial(trains, method)) for method in TRAININGS),
+    Check("classifier-free", guided),
+    Check("style guidance", styled),
+    Check("sweep", swept),
+    *(Check(how, partial(combined, how)) for how in ("k-lora", "switch", "composite")),
+    Check("image to image", partial(begun, False)),
+    Check("inpainting", partial(begun, True)),
+    Check("edit", edited),
+    Check("resume", resumed),
+    Check("batch", batched),
+    *(Check(f"vram {name}", partial(saved, name)) for name in PRESETS),
+)
