@@ -57,6 +57,7 @@ LEVELS: dict[str, float] = {
     "cli_run": 13,
     "cli_train": 14,
     "cli_batch": 15,
+    "selftest_compare": 13.5,
     "selftest_scene": 14,
     "selftest_checks": 14.5,
     "selftest": 15,

@@ -13,15 +13,17 @@ import torch
 from PIL import Image, ImageOps
 
 from unbraid import demo
+from unbraid import run as running
 from unbraid.api import learn_job, pair_job, split_job, zip_job
 from unbraid.base import Base, load
 from unbraid.errors import UsageError
-from unbraid.files import LoraFile, read
+from unbraid.files import read
 from unbraid.job import Job
-from unbraid.lowrank import delta
+from unbraid.methods.b4m import KINDS
 from unbraid.modules import break_job, join, make_job
 from unbraid.render import Use, render
 from unbraid.run import run
+from unbraid.selftest_compare import changes, differs, pixels
 
 PROMPT = "a sks fox in ink style"
 WORDS = {"subject": "fox", "style": "ink"}
@@ -36,7 +38,6 @@ SPLIT: Mapping[str, Any] = {
     "sample_times": 1,
     "column_ratio": 0.5,
 }
-SEEN = 2  # of 255 levels: what rounding may change in a picture on a CPU, and what a LoRA has to exceed
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,24 @@ class Scene:
             }
             if there != (wanted := read(path).modules.keys()):
                 what = f"diffusers uses {len(there & wanted)} of its {len(wanted)} layers"
-                raise UsageError(what, path.name, f"Such as not {min(wanted ^ there)}.")
+                raise UsageError(what, path.name, f"Not, for example, {min(wanted ^ there)}.")
             yield
         finally:
             pipe.unload_lora_weights()
+
+
+@contextmanager
+def hurried(**values: float | int) -> Iterator[None]:
+    """Constants of `unbraid.run` that are no user's to choose, for as long as a run takes that cannot wait: it saves every 20 s, and
+    draws its sheet in 25 steps."""
+    usual = {name: getattr(running, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(running, name, value)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(running, name, value)
 
 
 def _last(name: str) -> str:
@@ -160,37 +175,6 @@ def draws(scene: Scene, path: Path) -> None:
     plain = scene.plain
     with scene.loaded(path):
         differs(scene.stock_picture(), plain, path.name)
-
-
-def changes(file: LoraFile) -> Iterator[np.ndarray]:
-    """The ΔW of every layer."""
-    return (delta(lora).float().numpy() for _, lora in sorted(file.modules.items()))
-
-
-def apart(one: Path, other: Path) -> float:
-    """‖ΔW − ΔW′‖ / ‖ΔW‖ of two files, over all layers."""
-    gap = whole = 0.0
-    for a, b in zip(changes(read(one)), changes(read(other)), strict=True):
-        gap, whole = gap + float(((a - b) ** 2).sum()), whole + float((a**2).sum())
-    return (gap / whole) ** 0.5
-
-
-def differs(picture: np.ndarray, other: np.ndarray, what: str) -> None:
-    if picture.shape != other.shape or (change := np.abs(picture - other).max()) <= SEEN:
-        said = (
-            f"its size is {picture.shape}, not {other.shape}"
-            if picture.shape != other.shape
-            else f"{change} of 255 levels"
-        )
-        raise UsageError(f"changes nothing in the picture: {said}", what)
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    """`[h, w, 3]`. UsageError for a picture of one colour, which is what NaN becomes."""
-    found = np.asarray(image.convert("RGB")).astype(int)
-    if found.min() == found.max():
-        raise UsageError(f"the picture is of one colour, {found.min()}", "drawing")
-    return found
 
 
 def _saved(image: Image.Image, path: Path) -> Path:
@@ -219,7 +203,7 @@ def _own(scene: Scene) -> dict[str, str | Path]:
 
 def _break(scene: Scene) -> list[Path]:
     jobs = []
-    for kind, prompt in (("content", "a sks fox"), ("style", "a dog in ink style")):
+    for kind, prompt in zip(KINDS, ("a sks fox", "a dog in ink style"), strict=True):
         more = {"partners": scene.partners(kind), "partner_count": 1, "out": scene.folder / f"break-{kind}"}
         settings: dict[str, Any] = {**_few(scene), "lr": 1e-1, **more}
         jobs.append(break_job(_own(scene)[kind], kind=kind, prompt=prompt, **settings))
@@ -231,16 +215,22 @@ def _make(scene: Scene) -> list[Path]:
     return scene.trained(make_job(*scene.loras("break"), fine_tune=2, **more))
 
 
+def _join(scene: Scene) -> list[Path]:
+    content, style = scene.loras("break")
+    return [join(content, style, scene.folder / "at-once" / "merged.safetensors")]
+
+
 def _learn(scene: Scene) -> list[Path]:
     """With previews: the VAE comes and goes while the UNet trains."""
     few = {**_few(scene), "previews": 1, "out": scene.folder / "dreambooth"}
-    return scene.trained(learn_job(scene.before, prompt="a sks fox", **few))
+    with hurried(PREVIEW_STEPS=STEPS, SHEET_STEPS=STEPS):
+        return scene.trained(learn_job(scene.before, prompt="a sks fox", **few))
 
 
 TRAININGS: Mapping[str, Callable[[Scene], list[Path]]] = {
     "unziplora": lambda scene: scene.trained(scene.split_job("unziplora")),
     "blora": lambda scene: scene.trained(
-        split_job(scene.before, **WORDS, **_few(scene), method="blora", out=scene.folder / "blora")
+        split_job(scene.before, **WORDS, **{**_few(scene), "lr": 1e-1}, method="blora", out=scene.folder / "blora")
     ),
     "pair": lambda scene: _pair(scene, "pair", style_from=0),
     "slider": lambda scene: _pair(scene, "slider"),
@@ -249,5 +239,5 @@ TRAININGS: Mapping[str, Callable[[Scene], list[Path]]] = {
     "np-lora": lambda scene: _zip(scene, "np-lora"),
     "break": _break,
     "make": _make,
-    "make at once": lambda scene: [join(*scene.loras("break"), scene.folder / "at-once" / "merged.safetensors")],
+    "make at once": _join,
 }
