@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -15,7 +15,7 @@ from unbraid.folder import STATE, read_events
 from unbraid.job import Job
 from unbraid.memory import estimate
 from unbraid.methods.unziplora import ROLES
-from unbraid.presets import PRESETS, Loading
+from unbraid.presets import PRESETS
 from unbraid.render import Use
 from unbraid.run import run
 from unbraid.runs import run_many
@@ -39,7 +39,7 @@ class Check:
 
 def checks(device: str) -> tuple[Check, ...]:
     """All rows for a device."""
-    only_cuda = (Check("graphs", graphs),) if device.startswith("cuda") and _GRAPHS else ()
+    only_cuda = (Check("graphs", graphs),) if device.startswith("cuda") else ()
     return (*CHECKS, *only_cuda)
 
 
@@ -166,14 +166,10 @@ def saved(preset: str, scene: Scene) -> Found:
     return Found(peak=peak, estimate=estimate(job, torch.device(scene.device).type).total)
 
 
-# Until `Loading` has the field: the row is left out.
-_GRAPHS = any(field.name == "graphs" for field in fields(Loading))
-
-
 def graphs(scene: Scene) -> Found:
     """CUDA graphs against eager: the same LoRAs, and the time of a step."""
     with_graphs, eager = (scene.split_job(name, steps=20) for name in ("graphs", "eager"))
-    eager = replace(eager, loading=replace(eager.loading, **{"graphs": False}))
+    eager = replace(eager, loading=replace(eager.loading, graphs=False))
     quick, slow = _timed(with_graphs, scene), _timed(eager, scene)
     found = _alike([eager], [with_graphs], scene)
     return replace(found, note=f"{1e3 * quick:.1f} ms a step, eager {1e3 * slow:.1f}; {found.note}")

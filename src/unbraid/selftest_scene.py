@@ -168,8 +168,8 @@ def _last(name: str) -> str:
 def draws(scene: Scene, path: Path) -> None:
     """UsageError unless a LoRA file is whole and changes what the stock pipeline draws; without peft, what unbraid draws."""
     file = read(path)
-    if file.family != scene.model.family or not all(np.isfinite(one).all() and one.any() for one in changes(file)):
-        raise UsageError(f"not a LoRA of {scene.model.family}, or with layers that do nothing", path.name)
+    if file.family != scene.model.family or not all(np.isfinite(one).all() for one in changes(file)):
+        raise UsageError(f"not a LoRA of {scene.model.family}, or with values that are not finite", path.name)
     if not find_spec("peft"):
         return differs(scene.picture(path), scene.plain, path.name)
     plain = scene.plain
