@@ -12,7 +12,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-Way = Callable[[], AbstractContextManager[Callable[[], None]]]  # to do some steps: prepared, done when it is called, tidied up
+Way = Callable[
+    [], AbstractContextManager[Callable[[], None]]
+]  # to do some steps: prepared, done when it is called, tidied up
 aten = torch.ops.aten
 ATTENTION_FLOPS: dict[Any, Any] = {  # torch's own formulas for its flash attention, which it does not count on a CPU
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
@@ -99,9 +101,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def side_by_side(
-    ways: Mapping[str, Way], steps: int, rounds: int
-) -> list[tuple[str, float]]:
+def side_by_side(ways: Mapping[str, Way], steps: int, rounds: int) -> list[tuple[str, float]]:
     """(name, median seconds per step) of ways to do `steps` steps, in turn, so that a slow minute slows all of them. Each way
     prepares, gives what is timed, and tidies up; the first round warms up. Without a GPU these are seconds of the processor, not of the wall:
     with one thread the two are the same on an idle machine, and on a busy one only the former mean something."""
