@@ -159,16 +159,13 @@ def test_interrupted_and_resumed_it_is_the_same(
     assert (cut.out / folder.STATE).exists()
     list(run(cut, resume=True, device=second))
     for name in ("content", "style"):
-        assert load_file(whole.out / f"{name}.safetensors").keys()
-        assert (whole.out / f"{name}.safetensors").read_bytes() == (cut.out / f"{name}.safetensors").read_bytes()
+        one, other = (load_file(job.out / f"{name}.safetensors") for job in (whole, cut))
+        assert one and one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert (whole.out / folder.EVENTS).read_text() == (cut.out / folder.EVENTS).read_text()
     assert (cut.out / "sheet.png").exists() and list((cut.out / "previews").iterdir())
 
 
-FP8 = pytest.mark.xfail(strict=True, reason="layerwise casting: weights are fp8 again when autograd uses them")
-
-
-@pytest.mark.parametrize("vram", [pytest.param(name, marks=FP8 if one.fp8 else ()) for name, one in PRESETS.items()])
+@pytest.mark.parametrize("vram", PRESETS)
 def test_every_preset(second: str, vram: str, tiny_sdxl: Tiny, picture: Path, tmp_path: Path) -> None:
     job = replace(split(tiny_sdxl.folder, picture, tmp_path / "out", steps=2), loading=Loading(vram=vram))
     list(run(job, device=second))
