@@ -1,6 +1,7 @@
 """Everything on a device that is not the CPU: from start to written file, and the same as on the CPU up to rounding."""
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from unbraid.files import read, write
 from unbraid.job import Job
 from unbraid.lora import Lora
 from unbraid.methods import METHODS
+from unbraid.methods.b4m import CUT, break_
 from unbraid.presets import PRESETS, Loading
 from unbraid.render import Use, render
 from unbraid.run import run
@@ -36,6 +38,7 @@ from unbraid.runs import batch
 
 __all__ = ["loaded_once", "second"]  # fixtures
 KINDS = ("tiny_sdxl", "tiny_sd15")
+CUTS = {key: inspect.signature(break_).parameters[key].default for key in CUT}
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +211,7 @@ def random_loras(base: Base, out: Path, method: str = "dreambooth") -> list[Path
         adapters.new(name, 4, torch.Generator().manual_seed(i), up_std=0.1)
         modules: dict[str, Lora] = {f"unet.{layer}": one for layer, one in adapters.folded(name).items()}
         told = {"unbraid.prompt": f"a {name}", "unbraid.style": "ink", "unbraid.method": method}
-        told["unbraid.settings"] = json.dumps({"kind": name, "rank": 4, "share": 0.5, "shared_seed": 0})
+        told["unbraid.settings"] = json.dumps({**CUTS, "kind": name, "rank": 4})
         files.append(out / f"{name}.safetensors")
         write(files[-1], modules, family=base.family, metadata=told)
     return files
