@@ -210,7 +210,12 @@ def random_loras(base: Base, out: Path, method: str = "dreambooth") -> list[Path
     for i, name in enumerate(("content", "style")):
         adapters.new(name, 4, torch.Generator().manual_seed(i), up_std=0.1)
         modules: dict[str, Lora] = {f"unet.{layer}": one for layer, one in adapters.folded(name).items()}
-        told = {"unbraid.prompt": f"a {name}", "unbraid.style": "ink", "unbraid.method": method}
+        told = {
+            "unbraid.prompt": f"a {name}",
+            "unbraid.style": "ink",
+            "unbraid.method": method,
+            "unbraid.base": base.name,
+        }
         told["unbraid.settings"] = json.dumps({**CUTS, "kind": name, "rank": 4})
         files.append(out / f"{name}.safetensors")
         write(files[-1], modules, family=base.family, metadata=told)
