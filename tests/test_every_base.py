@@ -64,17 +64,17 @@ def loaded(pipe: Any, file: Path) -> Iterator[None]:
         pipe.unload_lora_weights()
 
 
-def done(job: Job) -> Path:
+def done(job: Job, device: str = "cpu") -> Path:
     if "tiny_sdxl" in job.base and job.base.endswith(
         ".safetensors"
     ):  # one base is enough: the command line prints it of every run
-        told = estimate(job)
+        told = estimate(job, "cpu")
         assert told.weights > 0 and told.adapters > 0 and (told.activations > 0) == (job.method != "np-lora")
-    list(running.run(job, device="cpu"))
+    list(running.run(job, device=device))
     return job.out
 
 
-def everything(base: str, picture: Path, out: Path) -> dict[str, list[Path]]:
+def everything(base: str, picture: Path, out: Path, device: str = "cpu") -> dict[str, list[Path]]:
     """Method → the files that it made, by the shortest runs that there are."""
     after = out / "after.png"
     with Image.open(picture) as image:
@@ -88,20 +88,20 @@ def everything(base: str, picture: Path, out: Path) -> dict[str, list[Path]]:
     quick: dict[str, Any] = {**common, "rank": 2, "steps": 2}
     words = {"subject": "cat", "style": "ink"}
     lr = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
-    unzip = done(split_job(picture, **words, **quick, **lr, out=out / "unziplora"))
-    blora = done(split_job(picture, **words, **quick, lr=1e-2, method="blora", out=out / "blora"))
-    pair = done(pair_job(picture, after, **words, **quick, lr=1e-2, style_from=0, out=out / "pair"))
-    slider = done(pair_job(picture, after, **words, **quick, lr=1e-2, method="slider", out=out / "slider"))
-    learn = done(learn_job(picture, prompt="a sks cat", **quick, lr=1e-2, out=out / "dreambooth"))
+    unzip = done(split_job(picture, **words, **quick, **lr, out=out / "unziplora"), device)
+    blora = done(split_job(picture, **words, **quick, lr=1e-2, method="blora", out=out / "blora"), device)
+    pair = done(pair_job(picture, after, **words, **quick, lr=1e-2, style_from=0, out=out / "pair"), device)
+    slider = done(pair_job(picture, after, **words, **quick, lr=1e-2, method="slider", out=out / "slider"), device)
+    learn = done(learn_job(picture, prompt="a sks cat", **quick, lr=1e-2, out=out / "dreambooth"), device)
     two = (unzip / "content.safetensors", unzip / "style.safetensors")
     images = {"content": picture, "style": after}
-    zipped = done(zip_job(*two, images=images, **common, steps=2, out=out / "ziplora"))
-    projected = done(zip_job(*two, images=images, method="np-lora", **common, out=out / "np-lora"))
+    zipped = done(zip_job(*two, images=images, **common, steps=2, out=out / "ziplora"), device)
+    projected = done(zip_job(*two, images=images, method="np-lora", **common, out=out / "np-lora"), device)
     broken = []
     for kind, prompt, image in (("content", "a sks cat", picture), ("style", "a dog in ink style", after)):
         more = {"partners": out / "partners" / kind, "partner_count": 1, "lr": 1e-1, "out": out / f"break-{kind}"}
-        broken.append(done(break_job(image, kind=kind, prompt=prompt, **quick, **more)))  # type: ignore[arg-type]
-    make = done(make_job(*broken, fine_tune=2, images=images, **common, out=out / "make"))
+        broken.append(done(break_job(image, kind=kind, prompt=prompt, **quick, **more), device))  # type: ignore[arg-type]
+    make = done(make_job(*broken, fine_tune=2, images=images, **common, out=out / "make"), device)
     return {
         "unziplora": list(unzip.glob("*.safetensors")),
         "blora": list(blora.glob("*.safetensors")),
@@ -118,14 +118,14 @@ def everything(base: str, picture: Path, out: Path) -> dict[str, list[Path]]:
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run has a base of its own, but the files are read once."""
-    kept: dict[str, Base] = {}
+    kept: dict[tuple[str, str], Base] = {}
 
     def copied(name: str, device: str, loading: Loading) -> Base:
-        if name not in kept:
-            kept[name] = load(name, device, loading)
-        pipe = copy.copy(kept[name].pipe)
+        if (name, device) not in kept:
+            kept[name, device] = load(name, device, loading)
+        pipe = copy.copy(kept[name, device].pipe)
         pipe.unet = copy.deepcopy(pipe.unet)
-        return Base(name, pipe, kept[name].device)
+        return Base(name, pipe, kept[name, device].device)
 
     monkeypatch.setattr(running, "load", copied)
 

@@ -73,7 +73,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     Image.new("RGB", (512, 512), "red").save(tmp_path / "x.png")
     options = {**QUICK, "rank": 8, "base": str(wide), "vram": vram}
     job = split_job(tmp_path / "x.png", subject="cat", style="ink", **options)
-    told = estimate(job)
+    told = estimate(job, "cpu")
     ready = running.prepare(job, prompts_of(job), running.opened_images(job), load(job.base, "cpu", job.loading))
     assert ready.base.unet.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
     trained = [p for name in ready.adapters.names for one in ready.adapters.of(name).values() for _, p in one.parts()]
@@ -91,7 +91,7 @@ def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> 
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="8", **QUICK)
     base = load(str(tiny_sdxl.file), "cpu", Loading(vram="8"))
     kept = [*base.unet.parameters(), *base.unet.buffers()]
-    assert estimate(job).weights == sum(one.nbytes for one in kept)
+    assert estimate(job, "cpu").weights == sum(one.nbytes for one in kept)
     assert {one.dtype for one in kept} == {torch.float8_e4m3fn, torch.bfloat16}
     assert sum(one.nbytes for one in kept if one.dtype == torch.float8_e4m3fn) > 0.4 * sum(one.nbytes for one in kept)
 
@@ -102,13 +102,13 @@ def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
     for name in ("24", "8"):
         rank = PRESETS[name].rank
         job = split_job(picture, subject="cat", style="ink", base=str(file), vram=name, rank=rank)
-        assert estimate(job).total < 0.75 * int(name) * GIB, memory_line(job)
+        assert estimate(job, "cpu").total < 0.75 * int(name) * GIB, memory_line(job)
 
 
 def test_presets_save_and_advise(tiny_sdxl: Tiny, picture: Path) -> None:
     options = {"subject": "cat", "style": "ink", "base": str(tiny_sdxl.file), "rank": 32}
     jobs = {name: split_job(picture, vram=name, **options) for name in ("max", "12", "8")}
-    totals = [estimate(job).total for job in jobs.values()]
+    totals = [estimate(job, "cpu").total for job in jobs.values()]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
     assert "at this preset, ranks up to 16 are advised: --set rank=16" in memory_line(jobs["8"])
     assert "advised" not in memory_line(jobs["12"])

@@ -166,7 +166,7 @@ class Adapters:
         return layers, frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
 
     def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
-        """One adapter as plain low-rank changes, mergers folded in."""
+        """One adapter as plain low-rank changes on the CPU, mergers folded in."""
         return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
 
     @contextmanager

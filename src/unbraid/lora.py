@@ -138,11 +138,12 @@ class Factors(nn.Module):
 
     def folded(self, gates: bool = True) -> Lora:
         """The same change as plain factors, alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r], so that no d×k matrix is
-        formed. Without `gates`, g is left out."""
+        formed. Without `gates`, g is left out. On the CPU, wherever it trained: nothing that files and merges do knows devices."""
         with torch.no_grad():
             down, up = self.plain()
             gate = self.gate(self.channels if gates else None)
             down = down if self.columns is None else down * self.columns
             down = down if self.ranks is None else down * self.ranks[:, None]
             up = up if gate is None else up * gate[:, None]
-            return Lora(down.detach().clone(), (up * self.scale).detach().contiguous().clone(), float(len(self.down)))
+            up = (up * self.scale).contiguous()
+            return Lora(down.to("cpu", copy=True), up.to("cpu", copy=True), float(len(self.down)))

@@ -155,8 +155,10 @@ def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: Adapters) -> Non
         for job, ask, i in asked
     ]
     adapters.attach_again()
-    losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
-    adapters.detach()
+    try:
+        losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+    finally:
+        adapters.detach()
     for job in jobs:
         job.losses = [losses[0]] * len(job.asked.branches)
     for (job, _, i), loss in zip(asked, losses, strict=True):

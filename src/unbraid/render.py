@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,7 +168,8 @@ def attach_to(unet: nn.Module, loras: Loras, base: str) -> Adapters | None:
             )
             raise UsageError(what, path, f"It was made for another base than {base}.")
     adapters = Adapters.attach_named(unet, sorted(names))
-    try:
+    with ExitStack() as undo:
+        undo.callback(adapters.detach)
         for name, (path, modules) in loras.items():
             made = {}
             for module, lora in modules.items():
@@ -175,9 +177,7 @@ def attach_to(unet: nn.Module, loras: Loras, base: str) -> Adapters | None:
                     lora.down.float(), lora.up.float(), lora.alpha / len(lora.down)
                 )
             adapters.add(name, made, where=path)
-    except UsageError:
-        adapters.detach()
-        raise
+        undo.pop_all()
     return adapters
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from unbraid import folder, mergers, pictures
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.data import fit, open_image
-from unbraid.errors import UsageError
 from unbraid.files import read, write
 from unbraid.job import Job, Progress, metadata, prompts_of, record
 from unbraid.lora import Active, Lora
@@ -104,7 +104,8 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
     adapters = started or Adapters.attach(base.unet, recipe.targets)
-    try:
+    with ExitStack() as undo:
+        undo.callback(adapters.detach)
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         captions = {f"caption {path}": base.encode_prompt(text) for path, text in job.captions.items()}
         encoded = {
@@ -115,9 +116,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
             for role, some in images.items()
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
-    except UsageError:
-        adapters.detach()
-        raise
+        undo.pop_all()
     return Ready(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
 
 

@@ -72,8 +72,10 @@ def starter(base: Base, recipe: Recipe) -> Start:
         pictures = {role: [Picture(rand(*size), 0.1 * rand(*size).abs(), sizes)] for role in ROLES}
         prompts = {role: Prompt(rand(77, config["cross_attention_dim"]), rand(pooled)) for role in ROLES}
         adapters = Adapters.attach(base.unet, recipe.targets)
-        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(i))
-        adapters.detach()
+        try:
+            state = State.fresh(adapters, recipe, torch.Generator().manual_seed(i))
+        finally:
+            adapters.detach()
         return Studies(base, pictures, prompts), recipe, state
 
     return start
@@ -92,13 +94,15 @@ def in_turn(start: Start, jobs: int) -> tuple[float, list[dict[str, Tensor]]]:
     ready, spent = [start(i) for i in range(jobs)], 0.0
     for studies, recipe, state in ready:
         state.adapters.attach_again()
-        steps = train(studies, recipe, state, 2)
-        next(steps)
-        began = clock(studies.base.device)
-        for _ in steps:
-            pass
-        spent += clock(studies.base.device) - began
-        state.adapters.detach()
+        try:
+            steps = train(studies, recipe, state, 2)
+            next(steps)
+            began = clock(studies.base.device)
+            for _ in steps:
+                pass
+            spent += clock(studies.base.device) - began
+        finally:
+            state.adapters.detach()
     return spent / jobs / (ready[0][1].steps - 1), [state.tensors() for _, _, state in ready]
 
 

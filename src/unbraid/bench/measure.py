@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+Way = Callable[
+    [], AbstractContextManager[Callable[[], None]]
+]  # to do some steps: prepared, done when it is called, tidied up
 aten = torch.ops.aten
 ATTENTION_FLOPS: dict[Any, Any] = {  # torch's own formulas for its flash attention, which it does not count on a CPU
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
@@ -97,19 +101,17 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def side_by_side(
-    ways: Mapping[str, Callable[[], Callable[[], None]]], steps: int, rounds: int
-) -> list[tuple[str, float]]:
+def side_by_side(ways: Mapping[str, Way], steps: int, rounds: int) -> list[tuple[str, float]]:
     """(name, median seconds per step) of ways to do `steps` steps, in turn, so that a slow minute slows all of them. Each way
-    prepares, and returns what is timed; the first round warms up. Without a GPU these are seconds of the processor, not of the wall:
+    prepares, gives what is timed, and tidies up; the first round warms up. Without a GPU these are seconds of the processor, not of the wall:
     with one thread the two are the same on an idle machine, and on a busy one only the former mean something."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for name, way in ways.items():
-            go = way()
-            began = clock()
-            go()
-            if i:
-                spent[name].append((clock() - began) / steps)
+            with way() as go:
+                began = clock()
+                go()
+                if i:
+                    spent[name].append((clock() - began) / steps)
     return [(name, statistics.median(values)) for name, values in spent.items()]

@@ -70,12 +70,9 @@ def _speed(name: str, world: World, recipe: Recipe, graphs: bool) -> Speed:
 @contextmanager
 def _steps(name: str, world: World, recipe: Recipe, graphs: bool) -> Iterator[Iterator[Step]]:
     base, case = replace(world.base, graphs=graphs), CASES[name]
-    adapters = attached(case, world)
-    try:
+    with attached(case, world) as adapters:
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
         yield _training(Studies(base, world.encode(roles_of(recipe)), world.prompts), recipe, state, adapters)
-    finally:
-        adapters.detach()
 
 
 def _training(studies: Studies, recipe: Recipe, state: State, adapters: Adapters) -> Iterator[Step]:

@@ -1,12 +1,12 @@
 """Seconds of a sampling step under style guidance: evaluations that fall away, and those that share a batch."""
 
-from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
 from unbraid.adapters import Adapters
 from unbraid.base import load
-from unbraid.bench.measure import side_by_side
+from unbraid.bench.measure import Way, side_by_side
 from unbraid.lora import Active
 from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
 
@@ -20,7 +20,7 @@ def evaluations(rounds: int = 40) -> list[tuple[str, float]]:
     latent = torch.randn(1, base.unet.config["in_channels"], *[base.unet.config["sample_size"]] * 2)
     style, w = Active("style"), 4.0
 
-    def ask(*formulas: tuple[Term, ...]) -> Callable[[], Callable[[], None]]:
+    def ask(*formulas: tuple[Term, ...]) -> Way:
         guided = [Guided(base, terms, prompts, adapters) for terms in formulas]
 
         @torch.no_grad()
@@ -28,7 +28,7 @@ def evaluations(rounds: int = 40) -> list[tuple[str, float]]:
             for one in guided:
                 one(latent, torch.tensor(500))
 
-        return lambda: go
+        return lambda: nullcontext(go)
 
     def one(role: str, *active: Active) -> tuple[Term, ...]:
         return (Term(1.0, role, active),)

@@ -1,14 +1,15 @@
 """Seconds of a training step, ours and the published form side by side in one process."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 
 import torch
 
 from unbraid.adapters import Adapters
 from unbraid.base import Studies
-from unbraid.bench.measure import side_by_side, wait
+from unbraid.bench.measure import Way, side_by_side, wait
 from unbraid.bench.speed_cases import CASES, Case, random_adapters
 from unbraid.bench.speed_published import dense_sum, published
 from unbraid.bench.speed_world import World
@@ -54,21 +55,17 @@ def compiled(name: str, world: World, steps: int, rounds: int) -> tuple[float, l
     length = case.steps if name == "split" else steps + 2
     way = _ours(case, world, case.ours(world.rank, length), steps, 2)
 
-    def plain() -> Callable[[], None]:
-        with uncompiled(unet):
-            go = way()
-
-        def eager() -> None:
-            with uncompiled(unet):
-                go()
-
-        return eager
+    @contextmanager
+    def plain() -> Iterator[Callable[[], None]]:
+        with uncompiled(unet), way() as go:
+            yield go
 
     compile_blocks(unet)
-    began = time.perf_counter()
-    _ours(case, world, case.ours(world.rank, length), 1, 0)()()
-    first = time.perf_counter() - began
     try:
+        began = time.perf_counter()
+        with _ours(case, world, case.ours(world.rank, length), 1, 0)() as go:
+            go()
+        first = time.perf_counter() - began
         return first, side_by_side({"not compiled": plain, "compiled": way}, steps, rounds)
     finally:
         for block in unet.modules():
@@ -79,41 +76,45 @@ def roles_of(recipe: Recipe) -> list[str]:
     return sorted({branch.image for i in (0, recipe.steps - 1) for branch in recipe.branches(i)})
 
 
-def attached(case: Case, world: World) -> Adapters:
-    adapters = Adapters.attach(world.base.unet)
-    if case.form is dense_sum:  # it begins with LoRAs that are there
-        random_adapters(case, adapters, world.rank, mergers=False)
-        for layer in adapters.layers.values():
-            layer.to(world.base.device)
-    return adapters
-
-
-def _theirs(
-    case: Case, world: World, recipe: Recipe, steps: int, warm: int, checkpointing: bool
-) -> Callable[[], Callable[[], None]]:
-    def prepare() -> Callable[[], None]:
-        unet, adapters = world.base.unet, attached(case, world)
-        recipe.prepare(adapters, torch.Generator().manual_seed(0))
+@contextmanager
+def attached(case: Case, world: World, checkpointing: bool = False) -> Iterator[Adapters]:
+    """Adapters on the world's UNet, which is afterwards what it was."""
+    unet = world.base.unet
+    adapters = Adapters.attach(unet)
+    try:
+        if case.form is dense_sum:  # it begins with LoRAs that are there
+            random_adapters(case, adapters, world.rank, mergers=False)
+            for layer in adapters.layers.values():
+                layer.to(world.base.device)
         if checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
-        roles = roles_of(recipe)
-        loop = published(world.base, lambda: world.encode(roles), world.prompts, recipe, adapters, case.form)
-        for _ in islice(loop, warm):
-            pass
+        yield adapters
+    finally:
+        unet.disable_gradient_checkpointing()
+        unet.eval()
+        adapters.detach()
 
-        def go() -> None:
-            for _ in islice(loop, steps):
-                pass
-            wait()
-            loop.close()
-            unet.disable_gradient_checkpointing()
-            unet.eval()
-            adapters.detach()
 
-        return go
+def _theirs(case: Case, world: World, recipe: Recipe, steps: int, warm: int, checkpointing: bool) -> Way:
+    @contextmanager
+    def way() -> Iterator[Callable[[], None]]:
+        with attached(case, world, checkpointing) as adapters:
+            recipe.prepare(adapters, torch.Generator().manual_seed(0))
+            roles = roles_of(recipe)
+            loop = published(world.base, lambda: world.encode(roles), world.prompts, recipe, adapters, case.form)
+            with closing(loop):
+                for _ in islice(loop, warm):
+                    pass
 
-    return prepare
+                def go() -> None:
+                    for _ in islice(loop, steps):
+                        pass
+                    wait()
+
+                yield go
+
+    return way
 
 
 def _ours(
@@ -124,22 +125,22 @@ def _ours(
     warm: int,
     ahead: bool = False,
     at_once: int = MAX.at_once,
-) -> Callable[[], Callable[[], None]]:
-    def prepare() -> Callable[[], None]:
-        adapters = attached(case, world)
-        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-        studies = Studies(world.base, world.encode(roles_of(recipe)), world.prompts)
-        going = train(studies, recipe, state, at_once)
-        for _ in islice(going, warm):
-            pass
-
-        def go() -> None:
-            taught = lessons(studies, recipe, adapters, state.rng) if ahead else None
-            for _ in islice(train(studies, recipe, state, at_once, taught) if ahead else going, steps):
+) -> Way:
+    @contextmanager
+    def way() -> Iterator[Callable[[], None]]:
+        with attached(case, world) as adapters:
+            state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+            studies = Studies(world.base, world.encode(roles_of(recipe)), world.prompts)
+            going = train(studies, recipe, state, at_once)
+            for _ in islice(going, warm):
                 pass
-            wait()
-            adapters.detach()
 
-        return go
+            def go() -> None:
+                taught = lessons(studies, recipe, adapters, state.rng) if ahead else None
+                for _ in islice(train(studies, recipe, state, at_once, taught) if ahead else going, steps):
+                    pass
+                wait()
 
-    return prepare
+            yield go
+
+    return way

@@ -54,7 +54,7 @@ def full(device: str, side: int) -> World:
 
 def _random(device: str, side: int, rank: int, unet: dict[str, Any], vae: dict[str, Any], said: str) -> World:
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     pipe = copy.copy(load("icons", "cpu").pipe)
     pipe.unet = UNet2DConditionModel(**unet).to(device, dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
     pipe.vae = AutoencoderKL(**vae).to(device).requires_grad_(False).eval()  # type: ignore[arg-type]

@@ -185,7 +185,8 @@ class Cut:
 
     def opened(self, layer: AdaptedLinear, lora: Lora) -> Factors:
         """A joined module for training: what is frozen stays as it is in the files."""
-        made = Factors(lora.down.detach().clone(), lora.up.detach().clone())
+        device = layer.base.weight.device
+        made = Factors(lora.down.to(device, copy=True), lora.up.to(device, copy=True))
         made.fixed = self.fixed(layer)
         free_down, free_up = made.fixed.free(made.down.detach(), made.up.detach())
         made.fixed.down, made.fixed.up = made.down.detach() - free_down, made.up.detach() - free_up

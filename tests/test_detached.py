@@ -1,0 +1,137 @@
+"""Whatever is raised in the middle of whatever verb: the base has no adapters left."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_second_device import random_loras
+from torch import nn
+
+from unbraid.adapters import AdaptedLinear
+from unbraid.api import learn_job, pair_job, split_job, zip_job
+from unbraid.base import Base, load
+from unbraid.bench.speed_gpu import whole_run
+from unbraid.bench.speed_time import timed
+from unbraid.bench.speed_world import World
+from unbraid.errors import UsageError
+from unbraid.job import Job
+from unbraid.methods import METHODS
+from unbraid.modules import break_job, make_job
+from unbraid.render import Use, render
+from unbraid.run import run
+from unbraid.runs import batch
+
+
+class Broken(Exception):
+    """Nothing that unbraid knows of."""
+
+
+@contextmanager
+def broken(module: nn.Module, call: int, error: type[BaseException]) -> Iterator[None]:
+    """The module's n-th call raises."""
+    left = [call]
+
+    def hook(*_: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise error
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def bare(base: Base) -> bool:
+    return not any(isinstance(module, AdaptedLinear) for module in base.unet.modules())
+
+
+@pytest.fixture
+def base(eps_base: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
+    """The one that every run of the test gets."""
+    found = load(str(eps_base), "cpu")
+    for module in ("unbraid.run", "unbraid.runs"):
+        monkeypatch.setattr(f"{module}.load", lambda *_: found)
+    return found
+
+
+@pytest.fixture
+def loras(base: Base, tmp_path: Path) -> list[Path]:
+    return random_loras(base, tmp_path)
+
+
+def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) -> Job:
+    common: dict[str, Any] = {"base": base.name, "out": out / "run", "previews": 1}
+    quick, words = {**common, "rank": 2, "steps": 3}, {"subject": "cat", "style": "ink"}
+    both = {"content": picture, "style": picture}
+    partners: dict[str, Any] = {"partners": out / "partners", "partner_count": 1}
+    (out / "partners").mkdir()
+    (out / "modules").mkdir()
+    modules = random_loras(base, out / "modules", "break")
+    Image.new("RGB", (32, 32), "red").save(out / "partners" / "a.png")
+    (out / "partners" / "a.txt").write_text("a teapot")
+    made: dict[str, Callable[[], Job]] = {
+        "unziplora": lambda: split_job(picture, **words, **quick, window=1, sample_times=1),
+        "blora": lambda: split_job(picture, **words, **quick, method="blora"),
+        "pair": lambda: pair_job(picture, picture, **words, **quick, style_from=0),
+        "slider": lambda: pair_job(picture, picture, **words, **quick, method="slider"),
+        "dreambooth": lambda: learn_job(picture, prompt="a sks cat", **quick),
+        "ziplora": lambda: zip_job(*loras, **common, steps=3),
+        "np-lora": lambda: zip_job(*loras, method="np-lora", images=both, **common),
+        "break": lambda: break_job(picture, kind="style", prompt="a dog in ink style", **quick, **partners),
+        "make": lambda: make_job(*modules, fine_tune=3, images=both, **common),
+    }
+    assert made.keys() == METHODS.keys()
+    return made[method]()
+
+
+@pytest.mark.parametrize(
+    ("part", "call", "error"),
+    [("vae", 1, Broken), ("vae", 1, KeyboardInterrupt), ("unet", 1, torch.OutOfMemoryError), ("unet", 8, Broken)],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_breaks(
+    method: str, part: str, call: int, error: Any, base: Base, loras: list[Path], picture: Path, tmp_path: Path
+) -> None:
+    """While pictures are encoded, while the LoRAs draw their own, in a step, in a preview, on the sheet."""
+    asked = job(method, base, loras, picture, tmp_path)
+    module: Any = base.unet if part == "unet" else base.vae.encoder
+    with suppress(Broken, KeyboardInterrupt, UsageError), broken(module, call, error):  # some runs have fewer calls
+        list(run(asked, device="cpu"))
+    assert bare(base)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_runs_together_that_break(call: int, base: Base, loras: list[Path], picture: Path, tmp_path: Path) -> None:
+    jobs = []
+    for method in ("unziplora", "dreambooth"):
+        (tmp_path / method).mkdir()
+        jobs.append(job(method, base, loras, picture, tmp_path / method))
+    with broken(base.unet, call, Broken), pytest.raises(Broken):
+        batch(jobs, device="cpu")
+    assert bare(base)
+
+
+@pytest.mark.parametrize("combine", ["sum", "k-lora", "switch", "composite"])
+def test_a_drawing_that_breaks(combine: Any, base: Base, loras: list[Path]) -> None:
+    with broken(base.unet, 2, Broken), pytest.raises(Broken):
+        render(base, "a cat", [Use(file) for file in loras], combine=combine, steps=3)
+    assert bare(base)
+
+
+@pytest.mark.parametrize("call", [1, 3, 6, 10])
+def test_a_bench_that_breaks(base: Base, call: int) -> None:
+    pixels = torch.rand(3, base.size, base.size)
+    picture = base.encode_picture(pixels, (32, 32, 0, 0, 32, 32))
+    prompts = {role: base.encode_prompt(f"a {role}") for role in ("both", "content", "style")}
+    world = World(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
+    before = base.unet.training
+    for asked in (lambda: timed("zip", world, 2, 1, 0), lambda: whole_run("pair", world)):
+        with broken(base.unet, call, Broken), pytest.raises(Broken):
+            asked()
+        assert bare(base) and not base.unet.is_gradient_checkpointing and base.unet.training == before
