@@ -1,19 +1,25 @@
 """What the commands convert, resize, edit and merge do, as functions: files in, one checked file out."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 import torch
+from torch import Tensor
 
+from unbraid.changes import TOLD, Ways
+from unbraid.checkpoint_file import opened_checkpoint
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read, write
 from unbraid.formats.block_weights import block_weights
 from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect
+from unbraid.formats.lycoris import LIMIT
 from unbraid.lora import Lora
+from unbraid.lowrank import wide
 from unbraid.merge import Merged, Size, merge
 
 DEFAULT: dict[Family, Dialect] = {"flux": "diffusers", "sd3": "diffusers"}  # elsewhere kohya: what all tools read
@@ -30,32 +36,50 @@ class Source:
 
 @dataclass(frozen=True)
 class Done:
-    """What was written: modules, the ranks' range, and the share of the squared norm kept (mean, worst)."""
+    """What was written: modules, the ranks' range, and the share of the squared norm kept (mean, worst); how many changes of norms
+    and biases are kept beside them; and, of the modules that were no LoRA in the files read, how many and the worst error."""
 
     path: Path
     modules: int
     ranks: tuple[int, int]
     kept: tuple[float, float]
     family: Family
+    vectors: int = 0
+    densified: tuple[int, float] = (0, 0.0)
 
 
-def convert(source: str | Path, out: str | Path, to: Dialect | None = None, dtype: torch.dtype | None = None) -> Done:
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: Dialect | None = None,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+) -> Done:
     """Write a LoRA in another dialect (default: the one that most tools of its family read). Lossless by default:
-    a factor that must be scaled by what its dtype cannot hold exactly becomes fp32."""
-    lora = read(source)
-    return _write(lora.modules, out, lora.family, lora.metadata, dtype, dialect=to)
+    a factor that must be scaled by what its dtype cannot hold exactly becomes fp32. LoHa, LoKr, DoRA and full changes become LoRAs:
+    see `unbraid.changes`; `base`: the checkpoint that DoRA was trained on."""
+    with told(base) as ways:
+        lora = read(source, ways=ways)
+    return _write(lora, out, lora.metadata, dtype, dialect=to)
 
 
 def resize(
-    source: str | Path, out: str | Path, size: Size, to: Dialect | None = None, dtype: torch.dtype | None = None
+    source: str | Path,
+    out: str | Path,
+    size: Size,
+    to: Dialect | None = None,
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
 ) -> Done:
     """Every module at a lower rank: the best approximation, by QR and a small SVD."""
     if size == Size():
         raise UsageError("no size is given", "resize", "Give --rank N or --energy X.")
-    lora = read(source)
+    with told(base, size.rank) as ways:
+        lora = read(source, ways=ways)
     merged = list(merge([lora.modules], [1.0], size=size, dtype=dtype))
-    told = {"unbraid.resized": json.dumps({"rank": size.rank, "energy": size.energy})}
-    return _write(_modules(merged), out, lora.family, lora.metadata | told, dtype or _dtype(merged), _kept(merged), to)
+    strings = lora.metadata | {"unbraid.resized": json.dumps({"rank": size.rank, "energy": size.energy})}
+    small = replace(lora, modules=_modules(merged))
+    return _write(small, out, strings, dtype or _dtype(merged), _kept(merged), to)
 
 
 def edit(
@@ -67,9 +91,9 @@ def edit(
     to: Dialect | None = None,
 ) -> Done:
     """Scale blocks (0 takes them out), scale the whole, set metadata. Exact, as `convert` is."""
-    lora = read(source)
-    modules = scaled(lora, tuple(blocks), strength)
-    return _write(modules, out, lora.family, lora.metadata | dict(metadata or {}), None, dialect=to)
+    lora = read(source, ways=TOLD)
+    modules, vectors = scaled(lora, tuple(blocks), strength)
+    return _write(replace(lora, modules=modules, vectors=vectors), out, lora.metadata | dict(metadata or {}), None, dialect=to)
 
 
 def merge_files(
@@ -78,15 +102,19 @@ def merge_files(
     method: str = "concat",
     size: Size | None = None,
     to: Dialect | None = None,
+    base: str | Path | None = None,
     **settings: float | int,
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.merge`. Files of different families are refused."""
-    loras = [read(source.path) for source in sources]  # one after the other: torch has every core busy already
+    with told(base) as ways:  # one after the other: torch has every core busy already
+        loras = [read(source.path, ways=ways) for source in sources]
     families: set[Family] = {lora.family for lora in loras if lora.family != "unknown"}
     if len(families) > 1:
         what = f"the LoRAs are for different base models: {', '.join(sorted(families))}"
         raise UsageError(what, "merge", "Merge LoRAs of one family.")
-    modules = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
+    parts = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
+    modules, vectors = [one for one, _ in parts], _summed([one for _, one in parts], sources, method)
+    errors = {f"{i} {name}": error for i, lora in enumerate(loras) for name, error in lora.errors.items()}
     titles = [_title(lora, source.path) for lora, source in zip(loras, sources, strict=True)]
     del loras
     merged = []
@@ -99,38 +127,71 @@ def merge_files(
         "loras": [{"name": s.path.stem, "weight": s.weight, "blocks": list(s.blocks)} for s in sources],
         "settings": settings,
     }
-    told = {
+    strings = {
         "unbraid.recipe": json.dumps(recipe),
         "modelspec.merged_from": ", ".join(titles),
         "modelspec.title": Path(out).stem,
     }
     family = families.pop() if families else "unknown"
-    return _write(_modules(merged), out, family, told, _dtype(merged), _kept(merged), to)
+    found = LoraFile(_modules(merged), {}, family, vectors, errors)
+    return _write(found, out, strings, _dtype(merged), _kept(merged), to)
 
 
-def scaled(lora: LoraFile, rules: Sequence[str] = (), strength: float = 1.0) -> dict[str, Lora]:
-    """A LoRA's modules with block weights, in alpha: no tensor is touched. Modules of weight 0 are left out."""
-    weights = block_weights(lora.modules, rules, lora.family)
-    return {
-        name: Lora(one.down, one.up, one.alpha * weights[name] * strength)
-        for name, one in lora.modules.items()
-        if weights[name] * strength
+def scaled(
+    lora: LoraFile, rules: Sequence[str] = (), strength: float = 1.0
+) -> tuple[dict[str, Lora], dict[str, Tensor]]:
+    """A LoRA's modules with block weights, in alpha: no tensor is touched; and its vectors with them. What has weight 0 is left
+    out."""
+    owners = {key: key.rpartition(".")[0] for key in lora.vectors}
+    weights = {
+        name: weight * strength
+        for name, weight in block_weights({**lora.modules, **dict.fromkeys(owners.values())}, rules, lora.family).items()
     }
+    modules = {
+        name: Lora(one.down, one.up, one.alpha * weights[name]) for name, one in lora.modules.items() if weights[name]
+    }
+    return modules, {key: lora.vectors[key] * weights[owner] for key, owner in owners.items() if weights[owner]}
+
+
+@contextmanager
+def told(base: str | Path | None, rank: int | None = None) -> Iterator[Ways]:
+    """To read what is no LoRA as well as one can be, and say how well; `base`: where DoRA's weights are."""
+    limit = max(LIMIT, rank or 0)
+    if base is None:
+        yield Ways(limit, strict=False)
+        return
+    with opened_checkpoint(base) as checkpoint:
+        yield Ways(limit, checkpoint.module_weight, strict=False)
+
+
+def _summed(vectors: Sequence[Mapping[str, Tensor]], sources: Sequence[Source], method: str) -> dict[str, Tensor]:
+    """Changes of norms and biases, at their LoRA's weight."""
+    total: dict[str, Tensor] = {}
+    for source, mine in zip(sources, vectors, strict=True):
+        if mine and method != "concat":
+            fix = "Leave --method out."
+            raise UsageError("changes of norms and biases are merged only with concat", source.path, fix)
+        for key, tensor in mine.items():
+            if key in total and total[key].shape != tensor.shape:
+                raise UsageError("the LoRAs' shapes differ", key, "They were made for different base models.")
+            total[key] = wide(tensor) * source.weight + total.get(key, 0)
+    return total
 
 
 def _write(
-    modules: Mapping[str, Lora],
+    lora: LoraFile,
     out: str | Path,
-    family: Family,
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
     kept: tuple[float, float] = (1.0, 1.0),
     dialect: Dialect | None = None,
 ) -> Done:
+    modules, family, vectors = lora.modules, lora.family, lora.vectors
     dialect = dialect or DEFAULT.get(family, "kohya")
-    write(out, modules, family=family, dialect=dialect, metadata=metadata, dtype=dtype)
-    ranks = [len(lora.down) for lora in modules.values()]
-    return Done(Path(out), len(modules), (min(ranks), max(ranks)), kept, family)
+    write(out, modules, family=family, dialect=dialect, metadata=metadata, dtype=dtype, vectors=vectors)
+    ranks = [len(one.down) for one in modules.values()] or [0]
+    densified = (len(lora.errors), max(lora.errors.values(), default=0.0))
+    return Done(Path(out), len(modules), (min(ranks), max(ranks)), kept, family, len(vectors), densified)
 
 
 def _modules(merged: Sequence[Merged]) -> dict[str, Lora]:

@@ -8,9 +8,10 @@ ignores one that differs between modules), and one alpha is written for the whol
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unbraid.changes import STRICT, Ways, take
 from unbraid.errors import UsageError
+from unbraid.formats import lycoris
 from unbraid.formats.blocks import Family
-from unbraid.formats.encode import Dialect, encode
+from unbraid.formats.encode import Dialect, encode, vector_tensors
 from unbraid.formats.fused import fuse, split
 from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
+from unbraid.formats.names import KINDS
 from unbraid.formats.metadata import alpha_of, data_hash, stamp
 from unbraid.formats.weights import bits
 from unbraid.lora import Lora
@@ -43,29 +47,67 @@ class LoraFile:
     modules: dict[str, Lora]
     metadata: dict[str, str]
     family: Family
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)  # MODULE.diff_b, .w_norm, .b_norm: biases' and norms' changes
+    errors: Mapping[str, float] = field(default_factory=dict)  # modules of other kinds → ‖ΔW − BA‖ / ‖ΔW‖
 
 
-def read(path: str | Path, adapter: str | None = None) -> LoraFile:
-    """Read a LoRA of any dialect; `adapter` picks one where a PEFT file holds several.
+@dataclass(frozen=True)
+class Opened:
+    """A LoRA file that is read module by module."""
 
-    Tensors keep the file's dtype (8-bit floats become fp16). Errors: `UsageError` for a file that is not there,
-    is a pickle, is damaged, holds NaN, keys that are not known, or kinds that are not plain LoRA (DoRA, LoHa, …).
-    """
+    header: Header
+    found: Catalogue
+    family: Family
+    handle: Any
+    settings: Mapping[str, Any]
+
+    def parts(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], float | None]:
+        """A module's tensors: of the weight's change, of the bias' and the norm's; and alpha where the file says it."""
+        parts = {part: _tensor(self.handle, self.header, key) for part, key in self.found.modules[name].items()}
+        given = parts.pop("alpha", None)
+        alpha = None if given is None else _number(given, self.header.path, name)
+        if alpha is not None and not isfinite(alpha):
+            raise UsageError("alpha is not finite", self.where(name), "The file is damaged.")
+        return *lycoris.sorted_out(parts), alpha
+
+    def plain(self, parts: Mapping[str, Tensor], alpha: float | None, name: str) -> Lora:
+        """down and up, or ziplora-pytorch's dense matrix, with the file's alpha or that of its settings."""
+        lora = _lora(parts, self.where(name))
+        return Lora(lora.down, lora.up, alpha_of(self.settings, name, len(lora.down)) if alpha is None else alpha)
+
+    def where(self, name: str) -> str:
+        return f"{self.header.path}: {name}"
+
+
+@contextmanager
+def opened_lora(path: str | Path, adapter: str | None = None) -> Iterator[Opened]:
+    """Errors: `UsageError` for a file that is not there, is a pickle, is damaged, or holds keys that are not known."""
     header = read_header(Path(path))
     found = catalogue(header, adapter)
     _refuse(header, found)
-    settings = adapter_metadata(header)
-    modules: dict[str, Lora] = {}
     with opened(header.path, "pt") as handle:
-        for name, parts in found.modules.items():
-            tensors = {part: _tensor(handle, header, key) for part, key in parts.items()}
-            given = tensors.pop("alpha", None)
-            lora = _lora(tensors, f"{header.path}: {name}")
-            alpha = alpha_of(settings, name, len(lora.down)) if given is None else _number(given, header.path, name)
-            if not isfinite(alpha):
-                raise UsageError("alpha is not finite", f"{header.path}: {name}", "The file is damaged.")
-            modules |= split(name, Lora(lora.down, lora.up, alpha))
-    return LoraFile(modules, dict(header.metadata), family_of(header, found))
+        yield Opened(header, found, family_of(header, found), handle, adapter_metadata(header))
+
+
+def read(path: str | Path, adapter: str | None = None, ways: Ways = STRICT) -> LoraFile:
+    """Read a LoRA of any dialect; `adapter` picks one where a PEFT file holds several.
+
+    Tensors keep the file's dtype (8-bit floats become fp16). LoHa, LoKr, full changes and DoRA become factors: see
+    `unbraid.changes`. Errors: `UsageError` for a file that is not there, is a pickle, is damaged, holds NaN, keys that
+    are not known, or what no LoRA can hold, unless `ways` lets it.
+    """
+    modules: dict[str, Lora] = {}
+    vectors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    with opened_lora(path, adapter) as file:
+        for name in file.found.modules:
+            taken = take(file, name, ways)
+            vectors |= {f"{name}.{part}": tensor for part, tensor in taken.vectors.items()}
+            if taken.lora:
+                modules |= split(name, taken.lora)
+            if taken.error is not None:
+                errors[name] = taken.error
+        return LoraFile(modules, dict(file.header.metadata), file.family, vectors, errors)
 
 
 def write(
@@ -76,6 +118,7 @@ def write(
     dialect: Dialect = "kohya",
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = torch.float16,
+    vectors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a LoRA file: under a temporary name, read back and compared bit by bit, then moved into place.
 
@@ -85,10 +128,12 @@ def write(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UsageError("LoRAs are written as .safetensors", path, f"Name it {path.with_suffix('.safetensors').name}.")
-    if not modules:
+    if not modules and not vectors:
         raise UsageError("there is nothing to write: the LoRA has no modules", path)
     modules = fuse(modules, family) if dialect == "kohya" else modules
     tensors, strings = encode(modules, family, dialect, metadata or {}, dtype)
+    tensors |= vector_tensors(vectors or {}, family, dialect, dtype)
+    names = {*modules, *(key.rpartition(".")[0] for key in vectors or {})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +143,7 @@ def write(
         temporary.chmod(mode)
         with ThreadPoolExecutor(1) as beside:
             digest = beside.submit(data_hash, temporary)
-            _compare(temporary, tensors, modules)
+            _compare(temporary, tensors, names)
         stamp(temporary, digest.result())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
@@ -109,12 +154,12 @@ def write(
         temporary.unlink(missing_ok=True)
 
 
-def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, Lora]) -> None:
+def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Set[str]) -> None:
     """What is on the disk is what was meant, and every key finds its module again."""
     header = read_header(path)
     found = catalogue(header)
-    if found.unknown or found.twice or set(found.modules) != set(modules):
-        strange = [*found.unknown, *sorted(set(found.modules) ^ set(modules))]
+    if found.unknown or found.twice or set(found.modules) != modules:
+        strange = [*found.unknown, *sorted(set(found.modules) ^ modules)]
         raise UsageError(
             "the names do not survive a round trip", strange[0] if strange else path, "Please report this."
         )
@@ -135,10 +180,10 @@ def _refuse(header: Header, found: Catalogue) -> None:
     if found.adapters:
         names = ", ".join(found.adapters)
         raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
-    if found.kinds:
-        kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in found.kinds.items())
-        fix = "Only plain LoRA and LoCon can be merged and converted exactly; train or export it as LoRA."
-        raise UsageError(f"not a plain LoRA: {kinds}", where, fix)
+    if strange := {kind: n for kind, n in found.kinds.items() if kind in KINDS}:
+        kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in strange.items())
+        fix = "LoRA, LoCon, LoHa, LoKr, DoRA and full changes are read; train or export it as one of them."
+        raise UsageError(f"not a LoRA that is read: {kinds}", where, fix)
     if found.unknown:
         what = f"{len(found.unknown)} keys are not known, such as {found.unknown[0][:120]!r}"
         raise UsageError(what, where, "Is it a LoRA? Run unbraid doctor on it.")

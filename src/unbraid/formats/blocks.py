@@ -20,6 +20,7 @@ _RESNET = {
 _RESNET_BACK = {ldm: name for name, ldm in _RESNET.items()}
 _SINGLE = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",

@@ -50,6 +50,20 @@ def encode(
     return _apart(tensors), peft_metadata(metadata, family, ranks)
 
 
+def vector_tensors(
+    vectors: Mapping[str, Tensor], family: Family, dialect: Dialect, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """What no LoRA can hold, MODULE.diff_b, .w_norm or .b_norm, in LyCORIS's names; diffusers' files have no place for it."""
+    if vectors and dialect == "diffusers":
+        what = f"{len(vectors)} changes of biases and norms have no place in diffusers' files"
+        raise UsageError(what, next(iter(vectors)), "Write it with --to kohya, or bake it into a checkpoint.")
+    out = {}
+    for name, tensor in vectors.items():
+        module, _, part = name.rpartition(".")
+        out[f"{kohya_name(module, family)}.{part}"] = (tensor if dtype is None else tensor.to(dtype)).contiguous()
+    return out
+
+
 def kohya_name(module: str, family: Family) -> str:
     """`unet.down_blocks.1.attentions.0.proj_in` → `lora_unet_input_blocks_4_1_proj_in` (SDXL: LDM names)."""
     component, _, path = module.partition(".")

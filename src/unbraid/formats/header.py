@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
+from unbraid.formats.kinds import KIND
 from unbraid.formats.names import KINDS, canonical, split_key
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -32,7 +33,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The keys in order: canonical module → part → key; the keys that are not known; the kinds that are not LoRA."""
+    """The keys in order: canonical module → part → key; the keys that are not known; the kinds that are not plain LoRA."""
 
     modules: Mapping[str, Mapping[str, str]]
     raw: Mapping[str, str]  # canonical module → what the file calls it
@@ -93,8 +94,8 @@ def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
             unknown.append(key)
             continue
         module, part = found
-        if part in KINDS:
-            kinds[part] += 1
+        if part in KINDS or part in KIND:
+            kinds[KIND.get(part, part)] += 1
         if cut.adapter:
             adapters[cut.adapter] = None
         if part in modules[module]:
@@ -108,7 +109,7 @@ def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
 
 def _place(module: str, part: str) -> tuple[str, str] | None:
     """Canonical module and part. XLabs' processors hold the image's and the text's half of one attention."""
-    if part[-1] in "12":
+    if part in ("down1", "up1", "down2", "up2"):
         stem, _, leaf = module.rpartition(".processor.")
         module, part = f"{stem}.{'img' if part[-1] == '1' else 'txt'}_attn.{leaf}", part[:-1]
     elif ".processor." in module and module.rpartition(".processor.")[0].rpartition(".")[0].endswith("single_blocks"):

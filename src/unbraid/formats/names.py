@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from unbraid.formats.blocks import from_ldm
+from unbraid.formats.kinds import SUFFIXES as KIND_SUFFIXES
 
 SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), part)
@@ -29,17 +30,13 @@ SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.lora_mid\.weight$", "mid"),
         (r"\.alpha$", "alpha"),
         (r"\.lora\.weight$", "dense"),  # ziplora-pytorch: the whole d×k change
-        (r"\.dora_scale$|\.lora_magnitude_vector(\.[^.]+)*$", "DoRA"),
-        (r"\.hada_\w+$", "LoHa"),
-        (r"\.lokr_\w+$", "LoKr"),
         (r"\.oft_\w+(\.weight)?$|\.(oft_|boft_)[\w.]+$", "OFT"),
         (r"\.[ab][12]\.weight$", "GLoRA"),
         (r"\.on_input$", "IA3"),
-        (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "full weights"),
         (r"\.lora_B(\.[^.]+)?\.bias$|\.bias$", "bias"),
     )
-)
-KINDS = ("DoRA", "LoHa", "LoKr", "OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised, not plain LoRA
+) + KIND_SUFFIXES
+KINDS = ("OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised, not read; those that are: unbraid.formats.kinds
 
 PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), component)
@@ -69,9 +66,9 @@ PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 VOCABULARY = """
 down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers conv transformer_blocks attn1 attn2 to_q to_k
 to_v to_out ff net proj proj_in proj_out norm norm1 norm2 norm3 conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj
-time_embedding add_embedding linear_1 linear_2
+time_embedding add_embedding linear_1 linear_2 conv_norm_out
 input_blocks middle_block output_blocks op in_layers out_layers emb_layers skip_connection time_embed label_emb out
-text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding
+text_model encoder layers layer_norm1 layer_norm2 final_layer_norm self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding
 position_embedding block layer SelfAttention DenseReluDense wi_0 wi_1 wi wo q k v o shared
 single_transformer_blocks attn add_q_proj add_k_proj add_v_proj to_add_out ff_context norm1_context norm_out linear
 proj_mlp x_embedder context_embedder time_text_embed timestep_embedder text_embedder guidance_embedder pos_embed
