@@ -54,6 +54,7 @@ LEVELS: dict[str, float] = {
     "demo": 13,
     "explain": 13,
     "cli_files": 13,
+    "cli_checkpoints": 14,
     "cli_run": 13,
     "cli_train": 14,
     "cli_batch": 15,
@@ -95,6 +96,10 @@ FILES = (
     "lora_plot",
     "file_tools",
     "doctor",
+    "changes",
+    "checkpoint_file",
+    "bake",
+    "extract",
 )  # with files
 
 

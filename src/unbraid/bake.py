@@ -61,7 +61,9 @@ def bake(
         raise UsageError("checkpoints are written as .safetensors", out, fix)
     if not sources:
         raise UsageError("there is no LoRA to bake", "bake", "Give one or more: lora.safetensors:0.8.")
-    if out.exists() and any(out.samefile(path) for path in (checkpoint, *(s.path for s in sources)) if Path(path).exists()):
+    if out.exists() and any(
+        out.samefile(path) for path in (checkpoint, *(s.path for s in sources)) if Path(path).exists()
+    ):
         raise UsageError("it would replace what it is made of", out, "Choose another --out.")
     with ExitStack() as stack:
         base = stack.enter_context(opened_checkpoint(checkpoint))
@@ -76,9 +78,7 @@ def bake(
         return Baked(out, len(base.table), len(plan), modules)
 
 
-def _plan(
-    base: Checkpoint, loras: Sequence[Opened], sources: Sequence[Source]
-) -> tuple[dict[str, list[Use]], int]:
+def _plan(base: Checkpoint, loras: Sequence[Opened], sources: Sequence[Source]) -> tuple[dict[str, list[Use]], int]:
     """Tensor of the checkpoint → what works on it; and how many modules do."""
     plan: dict[str, list[Use]] = {}
     modules = 0
@@ -93,7 +93,9 @@ def _plan(
                     plan.setdefault(use.place.key, []).append(use)
             modules += 1
         if missing:
-            what = f"{len(missing)} of its {len(lora.found.modules)} modules are not in the checkpoint: {_some(missing)}"
+            what = (
+                f"{len(missing)} of its {len(lora.found.modules)} modules are not in the checkpoint: {_some(missing)}"
+            )
             fix = "Is the LoRA for another base model? FILE:WEIGHT:BLOCK=0 cannot leave them out; edit can."
             raise UsageError(what, lora.header.path, fix)
     return plan, modules

@@ -55,7 +55,9 @@ def take(file: "Opened", name: str, ways: Ways) -> Taken:
         return Taken(None, vectors)
     if "dora_scale" in parts:
         if ways.weight is None:
-            fix = "Name the model that it was trained on (convert, resize, merge: --base FILE), or bake it into that one."
+            fix = (
+                "Name the model that it was trained on (convert, resize, merge: --base FILE), or bake it into that one."
+            )
             raise UsageError("DoRA needs the weights of its base", where, fix)
         lora, error = lycoris.factored(change(file, name, ways.weight(name)), ways.limit)
     elif lycoris.is_kind(parts):

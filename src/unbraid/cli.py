@@ -9,6 +9,7 @@ import typer
 
 from unbraid.cli_batch import app as batch_commands
 from unbraid.cli_bench import app as bench_commands
+from unbraid.cli_checkpoints import app as checkpoint_commands
 from unbraid.cli_files import app as file_commands
 from unbraid.cli_run import BaseName, Prediction, Seed, Todo, Vae, console, run_job
 from unbraid.cli_selftest import app as selftest_commands
@@ -22,7 +23,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (training_commands, batch_commands, file_commands, bench_commands, selftest_commands):
+COMMANDS = (
+    training_commands,
+    batch_commands,
+    file_commands,
+    checkpoint_commands,
+    bench_commands,
+    selftest_commands,
+)
+for commands in COMMANDS:
     app.registered_commands += commands.registered_commands
 
 

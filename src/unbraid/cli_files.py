@@ -26,6 +26,7 @@ Rank = Annotated[int | None, typer.Option(help="Highest rank of each module.")]
 Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep, such as 0.99.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")]
 In = Annotated[Path, typer.Argument(metavar="IN", help="A LoRA file of any dialect.")]
+Base = Annotated[Path | None, typer.Option(help="For DoRA: the checkpoint that it was trained on.")]
 
 
 @app.command()
@@ -43,6 +44,7 @@ def merge(
     mu: Annotated[float | None, typer.Option(help="Strength of np-lora's projection.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of dare.")] = None,
     to: To = None,
+    base: Base = None,
 ) -> None:
     """Merge LoRAs into one. `a.safetensors:0.7 b.safetensors:0.4` is a at 0.7 stacked on b at 0.4, exactly."""
     from unbraid.file_tools import merge_files
@@ -50,24 +52,32 @@ def merge(
 
     given = {"density": density, "mu": mu, "seed": seed}
     settings = {key: value for key, value in given.items() if value is not None}
-    _say(merge_files([_source(file) for file in files], out, method, Size(rank, energy), to, **settings))
+    _say(merge_files([source_of(file) for file in files], out, method, Size(rank, energy), to, base, **settings))
 
 
 @app.command()
-def convert(source: In, out: Out, to: To = None, dtype: Dtype = None) -> None:
-    """Write a LoRA in another dialect. Lossless unless a dtype is asked for."""
+def convert(source: In, out: Out, to: To = None, dtype: Dtype = None, base: Base = None) -> None:
+    """Write a LoRA in another dialect, lossless unless a dtype is asked for; LoHa, LoKr, DoRA and full changes as a LoRA."""
     from unbraid.file_tools import convert as run
 
-    _say(run(source, out, to, _dtype(dtype)))
+    _say(run(source, out, to, dtype_of(dtype), base))
 
 
 @app.command()
-def resize(source: In, out: Out, rank: Rank = None, energy: Energy = None, to: To = None, dtype: Dtype = None) -> None:
+def resize(
+    source: In,
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+    to: To = None,
+    dtype: Dtype = None,
+    base: Base = None,
+) -> None:
     """Make a LoRA smaller: the best approximation at a rank, or the smallest one that keeps an energy."""
     from unbraid.file_tools import resize as run
     from unbraid.merge import Size
 
-    _say(run(source, out, Size(rank, energy), to, _dtype(dtype)))
+    _say(run(source, out, Size(rank, energy), to, dtype_of(dtype), base))
 
 
 @app.command()
@@ -148,7 +158,7 @@ def inspect(
             typer.echo(f"{plot}: written")
 
 
-def _source(text: str) -> "Source":
+def source_of(text: str) -> "Source":
     """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:BLOCKS`; colons of a Windows path are the file's."""
     from unbraid.file_tools import Source
     from unbraid.formats.block_weights import number
@@ -162,7 +172,7 @@ def _source(text: str) -> "Source":
     )
 
 
-def _dtype(name: str | None) -> "torch.dtype | None":
+def dtype_of(name: str | None) -> "torch.dtype | None":
     import torch
 
     return None if name is None else {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
@@ -175,6 +185,11 @@ def _say(done: "Done") -> None:
         "" if done.kept == (1.0, 1.0) else f", kept {done.kept[0]:.1%} of the energy (worst module {done.kept[1]:.1%})"
     )
     typer.echo(f"{done.path}: {done.modules} modules for {done.family}, {ranks}{kept}")
+    if done.densified[0]:
+        count, worst = done.densified
+        typer.echo(f"  {count} modules were no LoRA and are one now: off by at most {worst:.2g} of the change")
+    if done.vectors:
+        typer.echo(f"  {done.vectors} changes of norms and biases are kept beside it: ComfyUI and LyCORIS load them")
 
 
 def _tell(one: "Diagnosis", all_keys: bool) -> None:

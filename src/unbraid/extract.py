@@ -74,7 +74,10 @@ def extract(
         left = _left(first, second, names)
         family = _family(first)
     square, lost = (sum(getattr(layer, which) for layer in layers.values()) for which in ("square", "lost"))
-    told = {"unbraid.extracted": json.dumps({"base": Path(base).name, "tuned": Path(tuned).name}), "modelspec.title": Path(out).stem}
+    told = {
+        "unbraid.extracted": json.dumps({"base": Path(base).name, "tuned": Path(tuned).name}),
+        "modelspec.title": Path(out).stem,
+    }
     write(out, {name: one.lora for name, one in layers.items()}, family=family, dialect=to, metadata=told, dtype=dtype)
     worst = max(((one.lost / one.square) ** 0.5, name) for name, one in layers.items())
     ranks = [len(one.lora.down) for one in layers.values()]
@@ -112,7 +115,7 @@ def _layer(name: str, found: tuple[Tensor, float], size: Size, dtype: torch.dtyp
     if square <= (NOISE * norm) ** 2:
         return None
     like = Lora(change[:1], matrix[:, :1] if change.ndim == 2 else matrix[:, :1, None, None], 1.0)
-    lora = rescaled(_best(name, matrix, like, size), 1.0, dtype, name)
+    lora = rescaled(_best(name, matrix, like, size), float(size.rank or FIRST), dtype, name)  # one alpha for the file
     down, up = lora.down.flatten(1).float(), lora.up.flatten(1).float()
     lost = float(torch.linalg.vector_norm(matrix.addmm(up, down, alpha=-lora.alpha / len(down)))) ** 2
     return Layer(lora, square, lost)
@@ -137,9 +140,11 @@ def _left(first: Checkpoint, second: Checkpoint, names: Sequence[str]) -> tuple[
     for key in first.table:
         if key in covered:
             continue
-        if key not in second.table or first.header.shapes[key] != second.header.shapes[key]:
-            out.append(key)
-        elif not _same(first, second, key):
+        if (
+            key not in second.table
+            or first.header.shapes[key] != second.header.shapes[key]
+            or not _same(first, second, key)
+        ):
             out.append(key)
     return tuple(out)
 
@@ -148,7 +153,8 @@ def _same(first: Checkpoint, second: Checkpoint, key: str) -> bool:
     """Integers (`position_ids`) are never tuned."""
     if any(one.header.dtypes[key] not in DTYPES for one in (first, second)):
         return True
-    return torch.equal(first.tensor(key).float(), second.tensor(key).float())
+    one, other = first.tensor(key), second.tensor(key)
+    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.float(), other.float())
 
 
 def _family(checkpoint: Checkpoint) -> Family:
@@ -156,4 +162,3 @@ def _family(checkpoint: Checkpoint) -> Family:
     there = checkpoint.layout
     label = "label_emb.0.0.weight" if there.ldm else "add_embedding.linear_1.weight"
     return "sdxl" if f"{there.unet}{label}" in there.shapes else "sd15"
-

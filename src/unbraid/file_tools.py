@@ -93,7 +93,9 @@ def edit(
     """Scale blocks (0 takes them out), scale the whole, set metadata. Exact, as `convert` is."""
     lora = read(source, ways=TOLD)
     modules, vectors = scaled(lora, tuple(blocks), strength)
-    return _write(replace(lora, modules=modules, vectors=vectors), out, lora.metadata | dict(metadata or {}), None, dialect=to)
+    return _write(
+        replace(lora, modules=modules, vectors=vectors), out, lora.metadata | dict(metadata or {}), None, dialect=to
+    )
 
 
 def merge_files(
@@ -145,7 +147,9 @@ def scaled(
     owners = {key: key.rpartition(".")[0] for key in lora.vectors}
     weights = {
         name: weight * strength
-        for name, weight in block_weights({**lora.modules, **dict.fromkeys(owners.values())}, rules, lora.family).items()
+        for name, weight in block_weights(
+            {**lora.modules, **dict.fromkeys(owners.values())}, rules, lora.family
+        ).items()
     }
     modules = {
         name: Lora(one.down, one.up, one.alpha * weights[name]) for name, one in lora.modules.items() if weights[name]

@@ -30,8 +30,8 @@ from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect, encode, vector_tensors
 from unbraid.formats.fused import fuse, split
 from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
-from unbraid.formats.names import KINDS
 from unbraid.formats.metadata import alpha_of, data_hash, stamp
+from unbraid.formats.names import KINDS
 from unbraid.formats.weights import bits
 from unbraid.lora import Lora
 from unbraid.lowrank import exact_dense, finite, fold_mid
@@ -47,7 +47,9 @@ class LoraFile:
     modules: dict[str, Lora]
     metadata: dict[str, str]
     family: Family
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)  # MODULE.diff_b, .w_norm, .b_norm: biases' and norms' changes
+    vectors: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # MODULE.diff_b, .w_norm, .b_norm: biases' and norms' changes
     errors: Mapping[str, float] = field(default_factory=dict)  # modules of other kinds → ‖ΔW − BA‖ / ‖ΔW‖
 
 

@@ -4,7 +4,11 @@ import re
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-VECTORS = ("diff_b", "w_norm", "b_norm")  # changes of biases and norms, which no LoRA can hold; a norm's `diff` is w_norm
+VECTORS = (
+    "diff_b",
+    "w_norm",
+    "b_norm",
+)  # changes of biases and norms, which no LoRA can hold; a norm's `diff` is w_norm
 SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), part)
     for pattern, part in (

@@ -48,7 +48,12 @@ def alpha_of(settings: Mapping[str, Any], alpha: float | None, module: str) -> A
     if alpha is not None or not isinstance(settings.get("alpha"), int | float):
         return Alpha(alpha)
     found = peft_alpha({**settings, "lora_alpha": settings["alpha"]}, module, 1)
-    ranks = {**settings, "lora_alpha": settings.get("r"), "alpha_pattern": settings.get("rank_pattern"), "use_rslora": False}
+    ranks = {
+        **settings,
+        "lora_alpha": settings.get("r"),
+        "alpha_pattern": settings.get("rank_pattern"),
+        "use_rslora": False,
+    }
     return Alpha(found, found / (peft_alpha(ranks, module, 0) or found))
 
 
@@ -225,5 +230,3 @@ def _shaped(down: Tensor, up: Tensor, kernel: tuple[int, ...]) -> Lora:
     if kernel and down.shape[1] % taps == 0:
         down, up = down.reshape(rank, -1, *kernel), up[:, :, None, None]
     return Lora(down.float().contiguous(), up.float().contiguous(), float(rank))
-
-

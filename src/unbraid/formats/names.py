@@ -14,28 +14,31 @@ from functools import cache
 from unbraid.formats.blocks import from_ldm
 from unbraid.formats.kinds import SUFFIXES as KIND_SUFFIXES
 
-SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), part)
-    for pattern, part in (
-        (r"\.lora_down\.weight$|\.lora\.down\.weight$|\.lora_linear_layer\.down\.weight$", "down"),
-        (r"\.lora_up\.weight$|\.lora\.up\.weight$|\.lora_linear_layer\.up\.weight$", "up"),
-        (r"_lora\.down\.weight$", "down"),  # attention processors: `….processor.to_q_lora.down.weight`
-        (r"_lora\.up\.weight$", "up"),
-        (r"_lora1\.down\.weight$", "down1"),  # XLabs: 1 = image, 2 = text
-        (r"_lora1\.up\.weight$", "up1"),
-        (r"_lora2\.down\.weight$", "down2"),
-        (r"_lora2\.up\.weight$", "up2"),
-        (r"\.lora_A(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?$", "down"),
-        (r"\.lora_B(\.(?!weight$|bias$)(?P<adapter>[^.]+))?(\.weight)?$", "up"),
-        (r"\.lora_mid\.weight$", "mid"),
-        (r"\.alpha$", "alpha"),
-        (r"\.lora\.weight$", "dense"),  # ziplora-pytorch: the whole d×k change
-        (r"\.oft_\w+(\.weight)?$|\.(oft_|boft_)[\w.]+$", "OFT"),
-        (r"\.[ab][12]\.weight$", "GLoRA"),
-        (r"\.on_input$", "IA3"),
-        (r"\.lora_B(\.[^.]+)?\.bias$|\.bias$", "bias"),
+SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = (
+    tuple(
+        (re.compile(pattern), part)
+        for pattern, part in (
+            (r"\.lora_down\.weight$|\.lora\.down\.weight$|\.lora_linear_layer\.down\.weight$", "down"),
+            (r"\.lora_up\.weight$|\.lora\.up\.weight$|\.lora_linear_layer\.up\.weight$", "up"),
+            (r"_lora\.down\.weight$", "down"),  # attention processors: `….processor.to_q_lora.down.weight`
+            (r"_lora\.up\.weight$", "up"),
+            (r"_lora1\.down\.weight$", "down1"),  # XLabs: 1 = image, 2 = text
+            (r"_lora1\.up\.weight$", "up1"),
+            (r"_lora2\.down\.weight$", "down2"),
+            (r"_lora2\.up\.weight$", "up2"),
+            (r"\.lora_A(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?$", "down"),
+            (r"\.lora_B(\.(?!weight$|bias$)(?P<adapter>[^.]+))?(\.weight)?$", "up"),
+            (r"\.lora_mid\.weight$", "mid"),
+            (r"\.alpha$", "alpha"),
+            (r"\.lora\.weight$", "dense"),  # ziplora-pytorch: the whole d×k change
+            (r"\.oft_\w+(\.weight)?$|\.(oft_|boft_)[\w.]+$", "OFT"),
+            (r"\.[ab][12]\.weight$", "GLoRA"),
+            (r"\.on_input$", "IA3"),
+            (r"\.lora_B(\.[^.]+)?\.bias$|\.bias$", "bias"),
+        )
     )
-) + KIND_SUFFIXES
+    + KIND_SUFFIXES
+)
 KINDS = ("OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised, not read; those that are: unbraid.formats.kinds
 
 PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(

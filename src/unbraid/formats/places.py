@@ -54,7 +54,9 @@ class Layout:
 def layout(shapes: Shapes) -> Layout:
     """By the names that are there."""
     ldm = next((prefix for prefix in UNETS if f"{prefix}input_blocks.0.0.weight" in shapes), None)
-    plain = "" if ldm is None and "conv_in.weight" in shapes and "down_blocks.0.resnets.0.conv1.weight" in shapes else None
+    plain = (
+        "" if ldm is None and "conv_in.weight" in shapes and "down_blocks.0.resnets.0.conv1.weight" in shapes else None
+    )
     texts: dict[str, tuple[str, bool]] = {}
     for component, prefix, open_clip in TEXTS:
         mark = "transformer.resblocks.0.ln_1.weight" if open_clip else "encoder.layers.0.layer_norm1.weight"

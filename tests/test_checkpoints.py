@@ -1,0 +1,350 @@
+"""bake and extract on tiny checkpoints of every kind: against dense arithmetic, diffusers' own loading, and each other."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from ldm import save_header
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_bases import Tiny
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from unbraid.bake import bake
+from unbraid.checkpoint_file import opened_checkpoint
+from unbraid.cli_checkpoints import app
+from unbraid.errors import UsageError
+from unbraid.extract import extract
+from unbraid.file_tools import Source
+from unbraid.files import read, write
+from unbraid.formats.blocks import Family
+from unbraid.formats.places import modules
+from unbraid.lora import Lora
+from unbraid.lowrank import delta
+from unbraid.merge import Size
+from unbraid.single_file import load_single_file
+
+KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
+TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(params=KINDS)
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    return request.getfixturevalue(request.param)
+
+
+def family(tiny: Tiny) -> Family:
+    return "sdxl" if "xl" in tiny.file.parent.name or "tiny_v" in tiny.file.parent.name else "sd15"
+
+
+def layers(tiny: Tiny) -> dict[str, tuple[int, ...]]:
+    """Every layer and its shape."""
+    with opened_checkpoint(tiny.file) as file:
+        return {name: tuple(file.module_weight(name).shape) for name in modules(file.layout)}
+
+
+def random_lora(
+    shapes: dict[str, tuple[int, ...]], rank: int = 2, seed: int = 0, size: float = 0.05
+) -> dict[str, Lora]:
+    rng = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, (d, *rest) in shapes.items():
+        ones = [1] * (len(rest) - 1)
+        down = torch.randn(rank, *rest, generator=rng) * size
+        out[name] = Lora(down, torch.randn(d, rank, *ones, generator=rng) * size, 1.5)
+    return out
+
+
+def pipeline(path: Path) -> Any:
+    return load_single_file(path, torch.float32, None)
+
+
+def weights(pipe: Any) -> dict[str, Tensor]:
+    """Module with its component in front → weight; as LoRAs name modules, whichever transformers is there."""
+    out = {}
+    for component in ("unet", "text_encoder", "text_encoder_2"):
+        model = getattr(pipe, component, None)
+        for name, module in model.named_modules() if model is not None else ():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                short = name.removeprefix("text_model.")
+                out[
+                    f"{component}.{'text_model.' if component != 'unet' and short != 'text_projection' else ''}{short}"
+                ] = module.weight.detach()
+    return out
+
+
+def test_all_layers_are_found_and_are_diffusers_own(tiny: Tiny) -> None:
+    names, there = layers(tiny), weights(pipeline(tiny.file))
+    there.pop("text_encoder_2.text_projection", None)
+    assert set(names) >= set(there) and len(names) - len(there) in (0, 6), "SD2.1's last text layer is not diffusers'"
+    with opened_checkpoint(tiny.file) as file:
+        for name, weight in there.items():
+            assert torch.equal(file.module_weight(name), weight), name
+
+
+def test_a_baked_checkpoint_is_the_base_with_the_lora(tiny: Tiny, tmp_path: Path) -> None:
+    """On every layer, as diffusers loads the checkpoint, and nothing else changes."""
+    loras = [random_lora(layers(tiny), seed=i) for i in range(2)]
+    for i, lora in enumerate(loras):
+        write(tmp_path / f"{i}.safetensors", lora, family=family(tiny), dtype=torch.float32)
+    sources = [Source(tmp_path / "0.safetensors", 0.7), Source(tmp_path / "1.safetensors", -0.4)]
+    done = bake(tiny.file, sources, tmp_path / "out.safetensors")
+    before, after = weights(pipeline(tiny.file)), weights(pipeline(tmp_path / "out.safetensors"))
+    before.pop("text_encoder_2.text_projection", None)
+    for name, weight in before.items():
+        change = 0.7 * delta(loras[0][name]) - 0.4 * delta(loras[1][name])
+        assert torch.allclose(after[name], weight + change.reshape(weight.shape), atol=1e-6), name
+    old, new = load_file(tiny.file), load_file(tmp_path / "out.safetensors")
+    assert list(old) == list(new)
+    assert sum(not torch.equal(old[key], new[key]) for key in old) == done.changed
+    assert done.modules == 2 * len(loras[0]) and not any(
+        "first_stage" in k and not torch.equal(old[k], new[k]) for k in old
+    )
+
+
+def test_header_order_and_untouched_bytes_stay(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
+    base = tmp_path / "base.safetensors"
+    old = {key: value.half() for key, value in load_file(tiny_sdxl.file).items()}
+    save_file(old, base, {"modelspec.title": "Ä", "modelspec.hash_sha256": "0x1"})
+    bake(base, [Source(tmp_path / "l.safetensors", 2.0)], tmp_path / "out.safetensors")
+    heads = []
+    for path in (base, tmp_path / "out.safetensors"):
+        with path.open("rb") as file:
+            heads.append(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+    told = heads[1].pop("__metadata__")
+    assert told["modelspec.title"] == "Ä" and "modelspec.hash_sha256" not in told
+    assert json.loads(told["unbraid.baked"]) == [{"name": "l", "weight": 2.0, "blocks": []}]
+    assert heads[0].pop("__metadata__") and heads[0] == heads[1]
+    new = load_file(tmp_path / "out.safetensors")
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    assert [name for name in old if not torch.equal(old[name], new[name])] == [key]
+    want = old[key].float() + 2 * delta(read(tmp_path / "l.safetensors").modules[TO_Q])
+    assert torch.equal(new[key], want.half()), "rounded once"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_every_dtype_is_kept(dtype: torch.dtype, tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(tiny_sdxl.file).items()}, base)
+    write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
+    bake(base, [Source(tmp_path / "l.safetensors")], tmp_path / "out.safetensors")
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    old, new = load_file(base)[key], load_file(tmp_path / "out.safetensors")[key]
+    change = delta(read(tmp_path / "l.safetensors").modules[TO_Q])
+    assert new.dtype == dtype and torch.equal(
+        new,
+        (
+            old.to(torch.promote_types(dtype, torch.float32) if dtype != torch.float8_e4m3fn else torch.float32)
+            + change
+        ).to(dtype),
+    )
+
+
+def test_dora_norms_and_biases_are_baked(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    """All kinds at once; DoRA is one of this checkpoint's weights, whatever else is baked."""
+    old = load_file(tiny_sdxl.file)
+    stem = "model.diffusion_model.input_blocks.4.1."
+    weight, lora = (
+        old[f"{stem}proj_in.weight"],
+        random_lora(layers(tiny_sdxl))[TO_Q.replace("transformer_blocks.0.attn1.to_q", "proj_in")],
+    )
+    rng = torch.Generator().manual_seed(5)
+    d, magnitude, vectors = (
+        len(weight),
+        torch.rand(len(weight), 1, generator=rng) + 0.5,
+        torch.randn(4, 64, generator=rng),
+    )
+    key, text = "lora_unet_input_blocks_4_1_proj_in", "lora_te2_text_model_encoder_layers_1_self_attn_k_proj"
+    parts = {
+        f"{key}.lora_down.weight": lora.down,
+        f"{key}.lora_up.weight": lora.up,
+        f"{key}.dora_scale": magnitude,
+        f"{key}.diff_b": vectors[0],
+        "lora_unet_input_blocks_4_1_norm.w_norm": vectors[1],
+        "lora_unet_input_blocks_4_1_norm.b_norm": vectors[2],
+        f"{text}.diff_b": vectors[3],
+    }
+    assert d == 64
+    save_file(parts, tmp_path / "l.safetensors")
+    path = tmp_path / "l.safetensors"
+    bake(tiny_sdxl.file, [Source(path, 0.5), Source(path, 0.25)], tmp_path / "out.safetensors")
+    new = load_file(tmp_path / "out.safetensors")
+    moved = weight.double() + lora.up.double() @ lora.down.double()
+    want = weight.double() + 0.75 * (magnitude * moved / moved.norm(dim=1, keepdim=True) - weight.double())
+    assert torch.allclose(new[f"{stem}proj_in.weight"].double(), want, atol=1e-6)
+    for name, vector in zip((f"{stem}proj_in.bias", f"{stem}norm.weight", f"{stem}norm.bias"), vectors, strict=False):
+        assert torch.allclose(new[name], old[name] + 0.75 * vector, atol=1e-6)
+    fused = "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_bias"
+    change = torch.cat([torch.zeros(64), 0.75 * vectors[3], torch.zeros(64)])
+    assert torch.allclose(new[fused], old[fused] + change, atol=1e-6)
+    assert sum(not torch.equal(old[name], new[name]) for name in old) == 5
+
+
+def test_a_diffusers_unet_file_is_baked(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    shapes = {name: shape for name, shape in layers(tiny_sdxl).items() if name.startswith("unet.")}
+    lora = random_lora(shapes)
+    write(tmp_path / "l.safetensors", lora, family="sdxl", dtype=torch.float32)
+    shutil.copytree(tiny_sdxl.folder / "unet", tmp_path / "unet")
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    old = load_file(file)
+    bake(file, [Source(tmp_path / "l.safetensors")], tmp_path / "out.safetensors")
+    shutil.move(tmp_path / "out.safetensors", file)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            want = old[f"{name}.weight"] + delta(lora[f"unet.{name}"]).reshape(module.weight.shape)
+            assert torch.allclose(module.weight.detach(), want, atol=1e-6), name
+
+
+def test_extract_gives_a_baked_lora_back(tiny: Tiny, tmp_path: Path) -> None:
+    """To 1e-3, on a checkpoint in fp32, in which the change is not rounded away."""
+    lora = random_lora(layers(tiny))
+    write(tmp_path / "l.safetensors", lora, family=family(tiny), dtype=torch.float32)
+    bake(tiny.file, [Source(tmp_path / "l.safetensors", 0.8)], tmp_path / "tuned.safetensors")
+    for size in (Size(rank=2), Size(energy=0.9999999), Size(rank=8)):
+        done = extract(tiny.file, tmp_path / "tuned.safetensors", tmp_path / "x.safetensors", size)
+        found = read(tmp_path / "x.safetensors")
+        assert set(found.modules) == set(lora) and not done.left and found.family == family(tiny)
+        for name, one in found.modules.items():
+            want = 0.8 * delta(lora[name])
+            assert float((delta(one) - want).norm() / want.norm()) < 1e-3, name
+            assert one.down.shape[1:] == lora[name].down.shape[1:]
+        assert done.error < 1e-3 and done.worst[0] < 1e-3
+    assert done.modules == len(lora)
+
+
+def test_extract_tells_its_true_error_and_what_is_left(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    old = load_file(tiny_sdxl.file)
+    rng = torch.Generator().manual_seed(0)
+    stem = "model.diffusion_model.input_blocks.4.1."
+    touched = (
+        f"{stem}proj_in.weight",
+        f"{stem}proj_in.bias",
+        f"{stem}norm.weight",
+        "first_stage_model.quant_conv.weight",
+    )
+    new = old | {key: old[key] + torch.randn(old[key].shape, generator=rng) * 0.1 for key in touched}
+    save_file(new, tmp_path / "tuned.safetensors")
+    done = extract(
+        tiny_sdxl.file, tmp_path / "tuned.safetensors", tmp_path / "x.safetensors", Size(rank=5), dtype=torch.float32
+    )
+    change = (new[touched[0]] - old[touched[0]]).double()
+    s = torch.linalg.svdvals(change)
+    assert done.modules == 1 and done.error == pytest.approx(float(s[5:].norm() / s.norm()), rel=1e-3)
+    assert set(done.left) == set(touched[1:])
+    with_energy = extract(tiny_sdxl.file, tmp_path / "tuned.safetensors", tmp_path / "y.safetensors", Size(energy=0.9))
+    want = int(((s.square().cumsum(0) / s.square().sum()) < 0.9).sum()) + 1
+    assert with_energy.ranks == (want, want) and with_energy.error <= 0.1**0.5 + 1e-3
+
+
+def faults(tiny: Tiny, other: Tiny, tmp_path: Path) -> dict[str, Any]:
+    good = tmp_path / "good.safetensors"
+    write(good, {TO_Q: random_lora(layers(tiny))[TO_Q]}, family="sdxl")
+    odd = tmp_path / "odd.safetensors"
+    write(odd, {TO_Q: Lora(torch.ones(2, 7), torch.ones(64, 2), 2.0)}, family="sdxl")
+    huge = tmp_path / "huge.safetensors"
+    write(
+        huge, {TO_Q: Lora(torch.full((1, 64), 3e4), torch.full((64, 1), 3e4), 1.0)}, family="sdxl", dtype=torch.float32
+    )
+    half = tmp_path / "half.safetensors"
+    save_file({key: value.half() for key, value in load_file(tiny.file).items()}, half)
+    flux = tmp_path / "flux.safetensors"
+    write(
+        flux,
+        {"transformer.transformer_blocks.0.attn.to_q": Lora(torch.ones(2, 8), torch.ones(8, 2), 2.0)},
+        family="flux",
+        dialect="diffusers",
+    )
+    out = tmp_path / "out.safetensors"
+    size = Size(rank=2)
+    return {
+        "transformer_blocks.0.attn.to_q": lambda: bake(tiny.file, [Source(flux)], out),
+        "are not in the checkpoint": lambda: bake(other.file, [Source(_wide(tiny, tmp_path))], out),
+        "does not fit a weight": lambda: bake(tiny.file, [Source(odd)], out),
+        "too large for the checkpoint's dtype": lambda: bake(half, [Source(huge)], out),
+        "no UNet is found": lambda: bake(good, [Source(good)], out),
+        "this is a folder": lambda: bake(tiny.folder, [Source(good)], out),
+        "would replace": lambda: bake(half, [Source(good)], half),
+        "as .safetensors": lambda: bake(tiny.file, [Source(good)], tmp_path / "out.ckpt"),
+        "no LoRA to bake": lambda: bake(tiny.file, [], out),
+        "no such file": lambda: bake(tmp_path / "none.safetensors", [Source(good)], out),
+        "no layer differs": lambda: extract(tiny.file, tiny.file, out, size),
+        "no size": lambda: extract(tiny.file, tiny.file, out, Size()),
+        "in one of the checkpoints only": lambda: extract(tiny.file, other.file, out, size),
+    }
+
+
+def _wide(tiny: Tiny, tmp_path: Path) -> Path:
+    """A LoRA of all of SDXL's layers, the second text encoder's too."""
+    write(tmp_path / "all.safetensors", random_lora(layers(tiny)), family="sdxl")
+    return tmp_path / "all.safetensors"
+
+
+def test_faults_are_one_line_and_leave_nothing(tiny_sdxl: Tiny, tiny_sd15: Tiny, tmp_path: Path) -> None:
+    for message, run in faults(tiny_sdxl, tiny_sd15, tmp_path).items():
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises(UsageError, match=message.replace(".", r"\.")) as found:
+            run()
+        assert "\n" not in str(found.value)
+        assert before == sorted(
+            path.name for path in tmp_path.iterdir() if path.name != "all.safetensors" or path.name in before
+        )
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    """A header of a checkpoint larger than any disk; no byte of it is there."""
+    write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
+    state = {key: value.to("meta") for key, value in load_file(tiny_sdxl.file).items()}
+    free = shutil.disk_usage(tmp_path).free
+    state["first_stage_model.huge"] = torch.empty(free // 2 + 10**9, dtype=torch.float16, device="meta")
+    with pytest.raises(UsageError, match="are needed and"):
+        bake(
+            save_header(state, tmp_path / "big.safetensors"),
+            [Source(tmp_path / "l.safetensors")],
+            tmp_path / "o.safetensors",
+        )
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_disk_that_fills_meanwhile_leaves_nothing(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
+    pid = os.fork()  # a limit on the size of files cannot be taken back
+    if not pid:
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            bake(tiny_sdxl.file, [Source(tmp_path / "l.safetensors")], tmp_path / "o.safetensors")
+        except UsageError as error:
+            os._exit(0 if "cannot be written" in str(error) else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l.safetensors"]
+
+
+def call(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if isinstance(result.exception, UsageError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_commands(tiny_sdxl: Tiny, tmp_path: Path) -> None:
+    write(tmp_path / "l.safetensors", random_lora(layers(tiny_sdxl)), family="sdxl")
+    tuned, again = tmp_path / "tuned.safetensors", tmp_path / "again.safetensors"
+    said = call("bake", tiny_sdxl.file, f"{tmp_path / 'l.safetensors'}:0.5", "--out", tuned, "--quiet")
+    assert "tensors changed, by" in said
+    said = call("extract", tiny_sdxl.file, tuned, "--rank", 2, "--out", again, "--quiet")
+    assert "rank 2, off by 0.0" in said and "warning" not in said
+    with safe_open(again, "np") as handle:
+        assert json.loads(handle.metadata()["unbraid.extracted"])["tuned"] == "tuned.safetensors"
