@@ -22,6 +22,26 @@ from unbraid.formats.places import modules
 from unbraid.lora import Lora
 from unbraid.lowrank import svd
 
+UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+ROUNDS = 1
 BLOCK = 1 << 24  # random numbers, used again and again from another place
 SPREAD = 0.03  # of weights, about SDXL's
 RANK, CHANGE = 16, 0.02  # the LoRA's; its change relative to the weights
@@ -31,19 +51,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     """Key → shape of everything in SDXL's single file."""
     text: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77}
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-            use_linear_projection=True,
-        )
+        unet = UNet2DConditionModel(**UNET)
         first = CLIPTextModel(
             CLIPTextConfig(
                 hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **text
@@ -59,12 +67,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
                 **text,
             )
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-        )
+        vae = AutoencoderKL(**VAE)
         state = unet_state(unet) | vae_state(vae, "first_stage_model.")
         state |= clip_state(first, "conditioner.embedders.0.transformer.text_model.")
         state |= open_clip_state(second, "conditioner.embedders.1.model.")
@@ -96,6 +99,65 @@ def make_lora(checkpoint: Path, path: Path) -> None:
         for name in modules(file.layout):
             d, *rest = file.module_weight(name).shape
             size = (SPREAD * CHANGE / RANK**0.5) ** 0.5
+            down, up = (torch.randn(shape, generator=rng) * size for shape in ((RANK, *rest), (d, RANK)))
+            loras[name] = Lora(down.half(), (up if len(rest) == 1 else up[:, :, None, None]).half(), float(RANK))
+    write(path, loras, family="sdxl")
+
+
+def timed(*command: object) -> tuple[float, float]:
+    """Seconds, and the peak memory in GiB, of a process; on its own, so that no other's peak is counted."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    start = perf_counter()
+    said = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True)
+    print(said.stdout.strip().rpartition("\n")[0])
+    return perf_counter() - start, int(said.stdout.split()[-1]) / 2**20
+
+
+def off(first: Path, second: Path) -> tuple[float, float]:
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, and of the worst: from factors."""
+    one, other = read(first).modules, read(second).modules
+    squares, worst = [0.0, 0.0], 0.0
+    for name, lora in one.items():
+        mine = other[name]
+        both = Lora(
+            torch.cat([lora.down.float().flatten(1), mine.down.float().flatten(1)]),
+            torch.cat(
+                [
+                    lora.up.float().flatten(1) * (lora.alpha / len(lora.down)),
+                    mine.up.float().flatten(1) * (-mine.alpha / len(mine.down)),
+                ],
+                1,
+            ),
+            float(len(lora.down) + len(mine.down)),
+        )
+        lost, square = float(svd(both)[1].square().sum()), float(svd(lora)[1].square().sum())
+        squares, worst = [squares[0] + lost, squares[1] + square], max(worst, (lost / square) ** 0.5)
+    return (squares[0] / squares[1]) ** 0.5, worst
+
+
+def main(folder: Path, dtype: str) -> None:
+    base, lora, copy, tuned, again = (
+        folder / f"full-{name}.safetensors" for name in ("base", "lora", "copy", "tuned", "again")
+    )
+    unbraid = (sys.executable, "-m", "unbraid")
+    try:
+        make_checkpoint(base, dtype)
+        make_lora(base, lora)
+        print(f"{base.stat().st_size / 1e9:.2f} GB in {dtype}, a LoRA of {lora.stat().st_size / 1e6:.0f} MB")
+        print(
+            "interpreter with torch: {:.1f} s, {:.2f} GiB".format(
+                *timed(sys.executable, "-c", "import unbraid.bake, unbraid.extract")
+            )
+        )
+        for _ in range(ROUNDS):
+            copy.unlink(missing_ok=True)
+            print("cp: {:.1f} s, {:.2f} GiB".format(*timed("cp", base, copy)))
+            copy.unlink()
+            print(
+                "bake: {:.1f} s, {:.2f} GiB".format(*timed(*unbraid, "bake", base, lora, "--out", tuned, "--quiet")),
+                flush=True,
+            )
+        size = (SPREAD * CHANGE / RANK**0.5) ** 0.5
             down, up = (torch.randn(shape, generator=rng) * size for shape in ((RANK, *rest), (d, RANK)))
             loras[name] = Lora(down.half(), (up if len(rest) == 1 else up[:, :, None, None]).half(), float(RANK))
     write(path, loras, family="sdxl")

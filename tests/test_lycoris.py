@@ -12,9 +12,11 @@ from spelling import save
 from torch import Tensor, nn
 
 from unbraid.changes import TOLD, Ways, change
+from unbraid.doctor import diagnose
 from unbraid.errors import UsageError
 from unbraid.file_tools import Source, convert, edit, merge_files, resize
 from unbraid.files import opened_lora, read
+from unbraid.lora_report import interference, report
 from unbraid.lowrank import delta
 from unbraid.merge import Size
 
@@ -151,6 +153,17 @@ def test_merge_of_kinds_is_the_sum_of_their_changes(tmp_path: Path) -> None:
         wants.append(want * strength(parts, 2.0) * (0.5 + i))
     merge_files(sources, tmp_path / "out.safetensors")
     assert off(delta(read(tmp_path / "out.safetensors").modules[TO_K]), sum(wants, torch.zeros(()))) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inspect_measures_every_kind(case: str, tmp_path: Path) -> None:
+    key, parts, want = CASES[case]
+    path = file_of(tmp_path / "a.safetensors", key, parts, 1.5)
+    found = report(path)
+    assert found.blocks[0].norm == pytest.approx(float((want * strength(parts, 1.5)).norm()), rel=1e-5)
+    assert found.kinds == {case.split(",")[0].replace("diff", "full changes"): len(parts)}
+    assert interference(path, path)[0].cosine == pytest.approx(1, abs=1e-5)
+    assert not any("twice" in warning for warning in diagnose(path, "comfyui").warnings)
 
 
 def with_vectors() -> Parts:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from unbraid.changes import change
+from unbraid.changes import add_change
 from unbraid.checkpoint_file import Checkpoint, copy_changed, opened_checkpoint, part_of
 from unbraid.errors import UsageError
 from unbraid.file_tools import Source
@@ -45,6 +44,10 @@ class Use:
     weight: float
     place: Place
     part: str = ""
+
+    @property
+    def decomposed(self) -> bool:
+        return "dora_scale" in self.lora.found.modules[self.module]
 
 
 def bake(
@@ -86,17 +89,18 @@ def _plan(base: Checkpoint, loras: Sequence[Opened], sources: Sequence[Source]) 
         weights = block_weights(lora.found.modules, source.blocks, lora.family)
         missing = []
         for module, parts in lora.found.modules.items():
-            uses = list(_uses(base, lora, module, parts, weights[module] * source.weight))
+            weight = weights[module] * source.weight
+            uses = list(_uses(base, lora, module, parts, weight)) if weight else []
             missing += [module] if None in uses else []
             for use in uses:
-                if use and use.weight:
+                if use:
                     plan.setdefault(use.place.key, []).append(use)
-            modules += 1
+            modules += bool(uses)
         if missing:
             what = (
                 f"{len(missing)} of its {len(lora.found.modules)} modules are not in the checkpoint: {_some(missing)}"
             )
-            fix = "Is the LoRA for another base model? FILE:WEIGHT:BLOCK=0 cannot leave them out; edit can."
+            fix = "Is it for another base model? To leave out text encoders: FILE:WEIGHT:text_encoder=0."
             raise UsageError(what, lora.header.path, fix)
     return plan, modules
 
@@ -114,21 +118,22 @@ def _uses(base: Checkpoint, lora: Opened, module: str, parts: Mapping[str, str],
 
 
 def _changed(key: str, uses: Sequence[Use], stored: Tensor) -> Tensor:
-    """W + Σ w ΔW in fp32; every change is one of the stored W."""
-    original = wide(stored)
-    total = torch.zeros_like(original)
+    """W + Σ w ΔW in fp32; DoRA's change is one of the stored W, whatever else is baked."""
+    total = wide(stored)
+    original = total.clone() if len(uses) > 1 and any(use.decomposed for use in uses) else total
     for use in uses:
-        mine = part_of(original, use.place)
-        part_of(total, use.place).add_(_change(use, mine, key), alpha=use.weight)
-    return total.add_(original)
+        mine = part_of(total, use.place)
+        if use.part:
+            mine.add_(_vector(use, mine, key), alpha=use.weight)
+        else:
+            add_change(use.lora, use.module, mine, use.weight, part_of(original, use.place))
+    return total
 
 
-def _change(use: Use, weight: Tensor, key: str) -> Tensor:
-    if not use.part:
-        return change(use.lora, use.module, weight)
+def _vector(use: Use, mine: Tensor, key: str) -> Tensor:
     vector = use.lora.parts(use.module)[1][use.part]
-    if vector.shape != weight.shape:
-        what = f"a change of {tuple(vector.shape)} does not fit {key}, {tuple(weight.shape)}"
+    if vector.shape != mine.shape:
+        what = f"a change of {tuple(vector.shape)} does not fit {key}, {tuple(mine.shape)}"
         raise UsageError(what, use.lora.where(use.module), "It was made for another base model.")
     return wide(vector)
 

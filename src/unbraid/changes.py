@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from unbraid.errors import UsageError
 from unbraid.formats import lycoris
 from unbraid.lora import Lora
-from unbraid.lowrank import delta
+from unbraid.lowrank import matrices, wide
 
 if TYPE_CHECKING:
     from unbraid.files import Opened
@@ -73,14 +74,33 @@ def take(file: "Opened", name: str, ways: Ways) -> Taken:
 
 def change(file: "Opened", name: str, weight: Tensor) -> Tensor:
     """The dense change of a weight `[d, k, …]`, in fp32 and its shape; of DoRA, that of this weight."""
+    zero = torch.zeros(weight.shape)
+    add_change(file, name, zero, 1.0, weight)
+    return zero
+
+
+def add_change(file: "Opened", name: str, total: Tensor, strength: float, weight: Tensor) -> None:
+    """total += strength · change, in place; both are fp32 or fp64, `[d, k, …]`. `weight`: what DoRA is the change of."""
     parts, _, alpha = file.parts(name)
     magnitude, where = parts.pop("dora_scale", None), file.where(name)
-    if lycoris.is_kind(parts):
-        found = lycoris.dense(parts, lycoris.alpha_of(file.settings, alpha, name), weight.shape, where)
+    if magnitude is not None:
+        own = torch.zeros(weight.shape, dtype=total.dtype)
+        _add(file, name, parts, alpha, own, 1.0)
+        total.add_(lycoris.decomposed(wide(weight), own, magnitude, where), alpha=strength)
     else:
-        found = delta(file.plain(parts, alpha, name)).float()
-        if found.numel() != weight.numel() or len(found) != len(weight):
-            what = f"a change of {tuple(found.shape)} does not fit a weight of {tuple(weight.shape)}"
-            raise UsageError(what, where, "It was made for another base model.")
-        found = found.reshape(weight.shape)
-    return found if magnitude is None else lycoris.decomposed(weight.float(), found, magnitude, where)
+        _add(file, name, parts, alpha, total, strength)
+
+
+def _add(file: "Opened", name: str, parts: lycoris.Parts, alpha: float | None, total: Tensor, strength: float) -> None:
+    where = file.where(name)
+    if lycoris.is_kind(parts):
+        told = lycoris.alpha_of(file.settings, alpha, name)
+        total.add_(lycoris.dense(parts, told, total.shape, where), alpha=strength)
+        return
+    lora = file.plain(parts, alpha, name)
+    down, up = matrices(lora)
+    if len(up) != len(total) or down.shape[1] != total[0].numel():
+        what = f"a change of {(len(up), down.shape[1])} does not fit a weight of {tuple(total.shape)}"
+        raise UsageError(what, where, "It was made for another base model.")
+    flat = total.flatten(1) if total.ndim == 2 else total.view(len(total), -1)  # never a copy: this is in place
+    flat.addmm_(up.to(flat), down.to(flat), alpha=strength * lora.alpha / len(down))

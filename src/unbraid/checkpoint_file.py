@@ -14,7 +14,6 @@ from torch import Tensor
 from unbraid.errors import UsageError
 from unbraid.formats.header import Header, read_header
 from unbraid.formats.places import Layout, Place, layout, place
-from unbraid.lowrank import finite
 
 DTYPES = {
     "F64": torch.float64,
@@ -112,18 +111,19 @@ def copy_changed(
             begin, end = entry["data_offsets"]
             if key in changed:
                 tensor = _rounded(changed[key](source.tensor(key)), source, key)
-                _write(file, memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy()))
+                _write(file, memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy()))  # type: ignore[arg-type]
             else:
                 _copy(source, file, begin, end, buffer)
             yield end - begin
 
 
 def _rounded(tensor: Tensor, source: Checkpoint, key: str) -> Tensor:
-    out = tensor.to(DTYPES[source.header.dtypes[key]])
-    if not finite(out.float() if out.element_size() == 1 else out):
+    dtype = DTYPES[source.header.dtypes[key]]
+    most = max(abs(float(extreme)) for extreme in torch.aminmax(tensor)) if tensor.numel() else 0.0
+    if not most <= torch.finfo(dtype).max:  # NaN too
         what = "the changed weights are too large for the checkpoint's dtype, or the checkpoint holds NaN"
         raise UsageError(what, f"{source.path}: {key}", "Use a lower weight.")
-    return out
+    return tensor.to(dtype)
 
 
 def _copy(source: Checkpoint, file: Any, begin: int, end: int, buffer: memoryview) -> None:

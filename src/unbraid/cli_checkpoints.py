@@ -74,7 +74,7 @@ def extract(
         with Progress(*columns, console=console, disable=quiet) as bar:
             yield from bar.track(names)
 
-    done = run(base, tuned, out, Size(rank, energy), to=to or "kohya", dtype=dtype_of(dtype or "fp16"), watch=watch)
+    done = run(base, tuned, out, Size(rank, energy), to=to or "kohya", dtype=dtype_of(dtype), watch=watch)
     low, high = done.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     error, worst = f"{done.error:.2%}", f"{done.worst[0]:.2%} in {done.worst[1]}"

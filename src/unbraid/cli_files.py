@@ -140,6 +140,9 @@ def inspect(
         typer.echo(
             f"{path}: {one.family}, names {', '.join(one.namings)}, {', '.join(one.dtypes)}, rank {ranks}, alpha {alphas}"
         )
+        for kind, count in one.kinds.items():
+            more = ": its magnitudes are not in the norms below" if kind == "DoRA" else ""
+            typer.echo(f"  {count} tensors of {kind}{more}")
         for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):
             if key in one.metadata:
                 typer.echo(f"  {key.partition('.')[2]}: {one.metadata[key][:120]}")

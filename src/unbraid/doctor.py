@@ -13,8 +13,11 @@ from pathlib import Path
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
 from unbraid.formats.header import Catalogue, Header, catalogue, family_of, read_header
+from unbraid.formats.kinds import KIND
 from unbraid.formats.loaders import TOOLS, Naming, Tool, naming, style, unet_modules
 from unbraid.formats.weights import alphas, broken
+
+CONVERTED = set(KIND.values()) - {"DoRA"}  # what `convert` makes plain, or keeps
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,13 @@ def judge(
     refused = _refused(header, found, tool, family, dropped, namings)
     loads = 0 if refused else sum(not any(key in dropped for key in parts.values()) for parts in found.modules.values())
     warnings = _warnings(header, found, tool, alpha, not_finite)
-    mendable = not found.unknown and not found.kinds and not found.twice and not not_finite and found.modules
+    mendable = (
+        not found.unknown
+        and not found.kinds.keys() - CONVERTED
+        and not found.twice
+        and not not_finite
+        and found.modules
+    )
     good = not (dropped or refused or warnings)
     mend = _mend(header.path, family) if mendable and not good and family not in tool.none_for else ""
     return Diagnosis(tool.name, family, len(found.modules), loads, dropped, refused, warnings, mend)

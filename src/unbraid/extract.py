@@ -53,13 +53,14 @@ def extract(
     size: Size,
     *,
     to: Dialect = "kohya",
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     watch: Watch = iter,
 ) -> Extracted:
     """tuned − base as a LoRA, by the SVD of every linear layer's and convolution's difference (a randomised one where the rank is small:
     Halko et al., arXiv 0909.4061). `size`: a rank, or the share of every layer's squared norm to keep, or both. `watch` sees the layers.
 
     Errors: files that are no checkpoints of one kind, that differ in nothing, NaN."""
+    dtype = dtype or torch.float16
     if size == Size():
         raise UsageError("no size is given", "extract", "Give --rank N or --energy X.")
     with opened_checkpoint(base) as first, opened_checkpoint(tuned) as second:

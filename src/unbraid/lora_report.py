@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family, block_of
 from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, read_header
+from unbraid.formats.kinds import KIND
 from unbraid.formats.loaders import naming
 from unbraid.formats.metadata import alpha_of
 from unbraid.formats.weights import Read, numbers
@@ -44,6 +45,9 @@ class Report:
     dtypes: tuple[str, ...]
     blocks: tuple[BlockReport, ...]
     metadata: Mapping[str, str]
+    kinds: Mapping[
+        str, int
+    ]  # tensors of what is no plain LoRA: LoHa, DoRA's magnitudes (not in the norms), norms and biases, …
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ def report(path: str | Path) -> Report:
     )
     namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
     dtypes = tuple(sorted(set(header.dtypes.values())))
-    return Report(header.path, family_of(header, found), namings, ranks, alphas, dtypes, blocks, header.metadata)
+    return Report(
+        header.path, family_of(header, found), namings, ranks, alphas, dtypes, blocks, header.metadata, found.kinds
+    )
 
 
 def interference(first: str | Path, second: str | Path) -> tuple[Interference, ...]:
@@ -109,11 +115,12 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     other, there = _open(second)
     inner: dict[str, list[_Pair]] = defaultdict(list)
     settings = (adapter_metadata(header), adapter_metadata(other))
+    others = (_others(header, found), _others(other, there))
     with numbers(header) as read, numbers(other) as read_other:
         for name in found.modules:
             if name in there.modules:
-                mine = _module(header, found, read, name, settings[0])
-                theirs = _module(other, there, read_other, name, settings[1])
+                mine = others[0].get(name) or _module(header, found, read, name, settings[0])
+                theirs = others[1].get(name) or _module(other, there, read_other, name, settings[1])
                 if mine and theirs:
                     inner[block_of(name)].append(_compare(name, mine, theirs))
     if not inner:
@@ -132,12 +139,36 @@ def _open(path: str | Path) -> tuple[Header, Catalogue]:
 
 
 def _modules(header: Header, found: Catalogue) -> Iterator[tuple[str, _Module]]:
-    settings = adapter_metadata(header)
+    settings, others = adapter_metadata(header), _others(header, found)
     with numbers(header) as read:
         for name in found.modules:
-            module = _module(header, found, read, name, settings)
+            module = others.get(name) or _module(header, found, read, name, settings)
             if module:
                 yield name, module
+
+
+def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
+    """The modules of other kinds as factors, see `unbraid.changes`; for these alone torch is imported. DoRA needs its base: its
+    factors are shown as they are."""
+    names = [
+        name
+        for name, parts in found.modules.items()
+        if "dora_scale" not in parts and any(KIND.get(part) in ("LoHa", "LoKr", "full changes") for part in parts)
+    ]
+    if not names:
+        return {}
+    from unbraid.changes import TOLD, take
+    from unbraid.files import opened_lora
+
+    out = {}
+    with opened_lora(header.path) as file:
+        for name in names:
+            lora = take(file, name, TOLD).lora
+            if lora:
+                out[name] = _Module(
+                    lora.down.flatten(1).numpy(), lora.up.flatten(1).numpy(), lora.alpha / len(lora.down)
+                )
+    return out
 
 
 def _module(header: Header, found: Catalogue, read: Read, name: str, settings: Mapping[str, Any]) -> _Module | None:
