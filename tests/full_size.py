@@ -153,65 +153,6 @@ def main(folder: Path, dtype: str) -> None:
             copy.unlink(missing_ok=True)
             print("cp: {:.1f} s, {:.2f} GiB".format(*timed("cp", base, copy)))
             copy.unlink()
-            print(
-                "bake: {:.1f} s, {:.2f} GiB".format(*timed(*unbraid, "bake", base, lora, "--out", tuned, "--quiet")),
-                flush=True,
-            )
-        size = (SPREAD * CHANGE / RANK**0.5) ** 0.5
-            down, up = (torch.randn(shape, generator=rng) * size for shape in ((RANK, *rest), (d, RANK)))
-            loras[name] = Lora(down.half(), (up if len(rest) == 1 else up[:, :, None, None]).half(), float(RANK))
-    write(path, loras, family="sdxl")
-
-
-def timed(*command: object) -> tuple[float, float]:
-    """Seconds, and the peak memory in GiB, of a process; on its own, so that no other's peak is counted."""
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    start = perf_counter()
-    said = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True)
-    print(said.stdout.strip().rpartition("\n")[0])
-    return perf_counter() - start, int(said.stdout.split()[-1]) / 2**20
-
-
-def off(first: Path, second: Path) -> tuple[float, float]:
-    """‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, and of the worst: from factors."""
-    one, other = read(first).modules, read(second).modules
-    squares, worst = [0.0, 0.0], 0.0
-    for name, lora in one.items():
-        mine = other[name]
-        both = Lora(
-            torch.cat([lora.down.float().flatten(1), mine.down.float().flatten(1)]),
-            torch.cat(
-                [
-                    lora.up.float().flatten(1) * (lora.alpha / len(lora.down)),
-                    mine.up.float().flatten(1) * (-mine.alpha / len(mine.down)),
-                ],
-                1,
-            ),
-            float(len(lora.down) + len(mine.down)),
-        )
-        lost, square = float(svd(both)[1].square().sum()), float(svd(lora)[1].square().sum())
-        squares, worst = [squares[0] + lost, squares[1] + square], max(worst, (lost / square) ** 0.5)
-    return (squares[0] / squares[1]) ** 0.5, worst
-
-
-def main(folder: Path, dtype: str) -> None:
-    base, lora, copy, tuned, again = (
-        folder / f"full-{name}.safetensors" for name in ("base", "lora", "copy", "tuned", "again")
-    )
-    unbraid = (sys.executable, "-m", "unbraid")
-    try:
-        make_checkpoint(base, dtype)
-        make_lora(base, lora)
-        print(f"{base.stat().st_size / 1e9:.2f} GB in {dtype}, a LoRA of {lora.stat().st_size / 1e6:.0f} MB")
-        print(
-            "interpreter with torch: {:.1f} s, {:.2f} GiB".format(
-                *timed(sys.executable, "-c", "import unbraid.bake, unbraid.extract")
-            )
-        )
-        for _ in range(2):
-            copy.unlink(missing_ok=True)
-            print("cp: {:.1f} s, {:.2f} GiB".format(*timed("cp", base, copy)))
-            copy.unlink()
             print("bake: {:.1f} s, {:.2f} GiB".format(*timed(*unbraid, "bake", base, lora, "--out", tuned, "--quiet")))
         size = ("--rank", RANK, "--out", again, "--quiet")
         print("extract: {:.1f} s, {:.2f} GiB".format(*timed(*unbraid, "extract", base, tuned, *size)))

@@ -142,7 +142,9 @@ def test_every_dtype_is_kept(dtype: torch.dtype, tiny_sdxl: Tiny, tmp_path: Path
     want = old.to(torch.float64) + change.double()
     assert new.dtype == dtype
     half_a_step = max(torch.finfo(dtype).eps / 2, 2**-24)
-    assert bool(((new.double() - want).abs() <= want.abs() * half_a_step * 1.001 + torch.finfo(dtype).tiny + 1e-7).all())
+    assert bool(
+        ((new.double() - want).abs() <= want.abs() * half_a_step * 1.001 + torch.finfo(dtype).tiny + 1e-7).all()
+    )
 
 
 def test_dora_norms_and_biases_are_baked(tiny_sdxl: Tiny, tmp_path: Path) -> None:
