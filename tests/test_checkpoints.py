@@ -102,7 +102,7 @@ def test_a_baked_checkpoint_is_the_base_with_the_lora(tiny: Tiny, tmp_path: Path
         change = 0.7 * delta(loras[0][name]) - 0.4 * delta(loras[1][name])
         assert torch.allclose(after[name], weight + change.reshape(weight.shape), atol=1e-6), name
     old, new = load_file(tiny.file), load_file(tmp_path / "out.safetensors")
-    assert list(old) == list(new)
+    assert set(old) == set(new)
     assert sum(not torch.equal(old[key], new[key]) for key in old) == done.changed
     assert done.modules == 2 * len(loras[0]) and not any(
         "first_stage" in k and not torch.equal(old[k], new[k]) for k in old

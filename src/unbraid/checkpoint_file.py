@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,11 +48,14 @@ class Checkpoint:
             raise UsageError(f"{dtype} numbers cannot be changed", f"{self.path}: {key}", fix)
         begin, end = self.table[key]["data_offsets"]
         self.file.seek(self.start + begin)
-        data = bytearray(end - begin)
-        if self.file.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise UsageError("the file became shorter while it was read", self.path, "Get it again.")
-        shape = self.header.shapes[key]
-        return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape) if prod(shape) else torch.empty(shape)
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        rest = memoryview(data.numpy())  # type: ignore[arg-type]
+        while len(rest):
+            got = self.file.readinto(rest)  # type: ignore[attr-defined]
+            if not got:
+                raise UsageError("the file became shorter while it was read", self.path, "Get it again.")
+            rest = rest[got:]
+        return data.view(DTYPES[dtype]).reshape(self.header.shapes[key])
 
     def place(self, module: str, leaf: str = "weight") -> Place | None:
         return place(self.layout, module, leaf)
