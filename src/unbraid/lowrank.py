@@ -85,7 +85,8 @@ def from_dense(
         u = basis @ core_u
     else:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    return _kept(u, s, vt, rank, energy, float((weight.double() ** 2).sum()), like)
+    total = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+    return _kept(u, s, vt, rank, energy, total, like)
 
 
 def exact_dense(weight: Tensor) -> Lora:
