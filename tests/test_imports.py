@@ -9,6 +9,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
 LEVELS: dict[str, float] = {
     "errors": 0,
     "presets": 1,
+    "image_files": 1,
+    "captions": 1,
     "clip_tokenizer": 1,
     "lora": 1,
     "packing": 1.25,

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from unbraid.errors import UsageError
+from unbraid.image_files import open_image as open_image
+from unbraid.image_files import whole_size
 
 SMALLEST_SIDE = 16  # pixels; less is not a picture
 WIDEST = 4.0  # longest side over shortest; the bases were trained on at most about this
@@ -22,22 +24,6 @@ class Pixels:
 
     values: Float[Tensor, "3 h w"]
     sizes: tuple[int, int, int, int, int, int]
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read one image: EXIF rotation applied, transparency laid on white, RGB."""
-    if not path.is_file():
-        raise UsageError("there is no such image", path, "Check the path.")
-    try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file)
-            rgba = upright.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(
-            "this is not an image that can be read", path, "Give a whole PNG, JPEG or WebP file."
-        ) from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def list_images(path: Path) -> list[Path]:
@@ -92,7 +78,7 @@ def caption_of(path: Path) -> str | None:
 
 def check_size(image: Image.Image, where: object = "") -> None:
     """UsageError for a picture too small or too long to be used."""
-    width, height = image.size
+    width, height = whole_size(image)
     if min(width, height) < SMALLEST_SIDE:
         raise UsageError(
             f"the image is only {width}×{height} pixels", where, f"Both sides must be {SMALLEST_SIDE} or more."
@@ -122,4 +108,5 @@ def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
     """`cropped`, as pixels with their micro-conditioning."""
     done, top, left = cropped(image, area, step, where)
     values = torch.from_numpy(np.array(done, np.float32)).permute(2, 0, 1) / 127.5 - 1
-    return Pixels(values, (image.height, image.width, top, left, done.height, done.width))
+    width, height = whole_size(image)
+    return Pixels(values, (height, width, top, left, done.height, done.width))

@@ -117,13 +117,9 @@ def card(
 
 def data_uri(picture: Path) -> str:
     """A picture as ModelSpec wants a thumbnail: a data URI, at most 256×256. Errors: not a picture."""
-    from PIL import Image, ImageOps
+    from unbraid.image_files import open_image  # Pillow is loaded where it is used
 
-    try:
-        with Image.open(picture) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UsageError("not a picture", picture, "Give a PNG, JPEG or WebP file.") from error
+    small = open_image(picture, enough=4 * 256**2)
     small.thumbnail((256, 256))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=85)
