@@ -11,6 +11,7 @@ LEVELS: dict[str, float] = {
     "presets": 1,
     "image_files": 1,
     "captions": 1,
+    "picture_folders": 2,
     "clip_tokenizer": 1,
     "lora": 1,
     "packing": 1.25,

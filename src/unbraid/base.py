@@ -56,7 +56,7 @@ class Picture:
     mean: Tensor
     std: Tensor
     sizes: Tensor
-    prompt: str | None = None  # role of its own caption
+    prompts: tuple[str, ...] = ()  # roles of its own captions, of which one is drawn with it
 
 
 @dataclass
@@ -211,7 +211,9 @@ class Studies:
         noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.base.noise.config["prediction_type"] == "v_prediction"
         target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
-        return Sample(noisy, t, target, picture.sizes[None], picture.prompt)
+        some = picture.prompts
+        prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
+        return Sample(noisy, t, target, picture.sizes[None], prompt)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])

@@ -58,7 +58,7 @@ def split(
 @app.command()
 def pair(
     before: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
-    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired in name order.")],
+    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired by their names.")],
     subject: Annotated[
         str,
         typer.Option(help="What is drawn, in a word or two. NAME.txt beside a picture before says it for that one."),
@@ -95,7 +95,8 @@ def pair(
 def learn(
     images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
     prompt: Annotated[
-        str, typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own prompt.")
+        str,
+        typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own: one a line."),
     ],
     class_prompt: Annotated[
         str, typer.Option(help="What it is one of: a dog. Preserves what the base draws of it.")

@@ -34,8 +34,9 @@ class Job:
     seed: int = 0
     previews: int = 3  # preview sheets during training; 0: no pictures at all
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
-    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompt, where it has one
+    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, where it has any
     loading: Loading = AS_IT_IS
+    told: tuple[str, ...] = field(default=(), compare=False)  # what is to be said before it begins
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.data import fit, open_image
 from unbraid.files import read, write
+from unbraid.image_files import moves
 from unbraid.job import Job, Progress, metadata, prompts_of, record
 from unbraid.lora import Active, Lora
 from unbraid.merge import merge
@@ -59,7 +60,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
     """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`: the
     job's base, with nothing in its model; at the end it is so again."""
     texts, opened = prompts_of(job), opened_images(job)
-    warnings = METHODS[job.method].check(opened, job.images)
+    warnings = [*job.told, *remarks(job), *METHODS[job.method].check(opened, job.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
         ready.base.release(tiles=job.loading.preset.fp8)
@@ -97,6 +98,12 @@ def opened_images(job: Job) -> dict[str, list[Image.Image]]:
     return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
 
 
+def remarks(job: Job) -> list[str]:
+    """What is to be said of the pictures."""
+    files = dict.fromkeys(path for paths in job.images.values() for path in paths)
+    return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
+
+
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode, attach: everything before the first step."""
     (made,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
@@ -107,10 +114,10 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     with ExitStack() as undo:
         undo.callback(adapters.detach)
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
-        captions = {f"caption {path}": base.encode_prompt(text) for path, text in job.captions.items()}
+        captions = {role: base.encode_prompt(text) for path in job.captions for role, text in _captions(job, path)}
         encoded = {
             role: [
-                _picture(base, image, where, f"caption {where}" if where in job.captions else None)
+                _picture(base, image, where, tuple(name for name, _ in _captions(job, where)))
                 for image, where in zip(some, job.images.get(role) or [_source(job, role)] * len(some), strict=True)
             ]
             for role, some in images.items()
@@ -138,9 +145,14 @@ def _source(job: Job, role: str) -> Path:
     return job.loras.get(role, Path("the base"))
 
 
-def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) -> Picture:
+def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
+    """The role and the text of each of a picture's own prompts."""
+    return [(f"caption {i} {picture}", text) for i, text in enumerate(job.captions.get(picture, "").splitlines())]
+
+
+def _picture(base: Base, image: Image.Image, where: Path, prompts: tuple[str, ...]) -> Picture:
     pixels = fit(image, base.size**2, base.step, where)
-    return replace(base.encode_picture(pixels.values, pixels.sizes), prompt=prompt)
+    return replace(base.encode_picture(pixels.values, pixels.sizes), prompts=prompts)
 
 
 def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
