@@ -1,6 +1,7 @@
 """The verbs in Python, with the names and settings of the command line."""
 
 import builtins
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from unbraid.picture_folders import look, matched, unused
 from unbraid.presets import Loading
 from unbraid.render import Use, own_prompt, render
 from unbraid.run import Progress, run
-from unbraid.settings import resolve
+from unbraid.settings import PREVIEWS, SEEDS, counted, resolve
 
 
 def split(image: str | Path, *, subject: str, style: str, **options: Any) -> Path:
@@ -139,10 +140,13 @@ def job(
     previews: int = 3,
     config: Path | None = None,
     loras: Mapping[str, Path] | None = None,
+    thumbnail: bool = True,
+    metadata: bool = True,
     **settings: Any,
 ) -> Job:
     """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
-    METHOD`); `vae`, `prediction`, `vram`, `compile` those of `presets.Loading`."""
+    METHOD`); `vae`, `prediction`, `vram`, `compile` those of `presets.Loading`; `thumbnail`, `metadata`: whether the LoRAs hold a
+    small picture, and what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
@@ -150,7 +154,19 @@ def job(
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
     loading, resolved = Loading(vae, prediction, vram, compile), resolve(method, base, config, settings)
     return Job(
-        method, files, words, where, resolved, base, seed, previews, loras or {}, loading=loading, told=tuple(told)
+        method,
+        files,
+        words,
+        where,
+        resolved,
+        base,
+        counted("seed", seed, SEEDS),
+        counted("previews", previews, PREVIEWS),
+        loras or {},
+        loading=loading,
+        thumbnail=thumbnail,
+        metadata=metadata,
+        told=tuple(told),
     )
 
 
@@ -175,6 +191,7 @@ def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
 
 def finish(todo: Job) -> Path:
     """Run a job to its end; returns its folder."""
-    for _ in run(todo):
-        pass
+    for event in run(todo):
+        if event.undone:
+            warnings.warn(event.warning, RuntimeWarning, stacklevel=3)
     return todo.out

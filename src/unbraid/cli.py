@@ -16,7 +16,7 @@ from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 
 app = typer.Typer(
-    epilog="Try: unbraid demo. Then: unbraid split my.png --subject dog --style watercolour",
+    epilog="Try: unbraid demo. Then: unbraid split my.png --subject dog --style watercolour\n\nExit status: 0 done; 1 something to mend, said in one line; 2 wrong command line; 3 the LoRAs are done, a sheet or preview is not; 130 interrupted, --resume goes on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -203,11 +203,11 @@ def _scaled(text: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Entry point. 0 done, 1 UsageError, 2 wrong command line, 130 interrupted (resumable)."""
+    """Entry point. 0 done, 1 UsageError, 2 wrong command line, 3 done but for a picture, 130 interrupted (resumable)."""
     try:
         done = app(standalone_mode=False)
         if isinstance(done, Todo):
-            run_job(done.job, done.resume, done.quiet)
+            done = run_job(done.job, done.resume, done.quiet)
         code = done if isinstance(done, int) else 0
     except UsageError as error:
         print(f"unbraid: {error}", file=sys.stderr)

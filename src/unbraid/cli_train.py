@@ -9,6 +9,7 @@ from unbraid.cli_run import (
     BaseName,
     Compile,
     Config,
+    Metadata,
     Out,
     Prediction,
     Previews,
@@ -16,6 +17,7 @@ from unbraid.cli_run import (
     Resume,
     Seed,
     Set,
+    Thumbnail,
     Todo,
     Vae,
     Vram,
@@ -41,6 +43,8 @@ def split(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -50,6 +54,7 @@ def split(
     from unbraid.api import split_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = split_job(image, subject=subject, style=style, method=method, **given)
     return Todo(job, resume, quiet)
@@ -77,6 +82,8 @@ def pair(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -86,6 +93,7 @@ def pair(
     from unbraid.api import pair_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
     return Todo(job, resume, quiet)
@@ -113,6 +121,8 @@ def learn(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -122,6 +132,7 @@ def learn(
     from unbraid.api import learn_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
     return Todo(job, resume, quiet)
@@ -149,6 +160,8 @@ def zip_(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -158,6 +171,7 @@ def zip_(
     from unbraid.api import zip_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
@@ -183,6 +197,8 @@ def break_(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -194,6 +210,7 @@ def break_(
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
     job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
@@ -224,6 +241,8 @@ def make(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -236,6 +255,7 @@ def make(
         print(join(content, style, out / "merged.safetensors"))
         return None
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)

@@ -62,6 +62,10 @@ def break_job(
 ) -> Job:
     """Learn a content or a style module from images under `prompt`. `partners`: a folder of pictures of the other kind, each with
     its own prompt in NAME.txt; where there are more than are shown at a time, they take turns."""
+    if not options.get("metadata", True):
+        raise UsageError(
+            "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
+        )
     own = [images] if isinstance(images, str | Path) else list(images)
     options["out"] = options.pop("out", None) or Path("runs") / f"{Path(own[0]).stem}-{kind}"
     todo = job({"own": own}, {"prompt": prompt}, method=method, kind=kind, **options)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from PIL import features
@@ -96,6 +97,11 @@ def matched(before: Path, after: Path) -> list[tuple[Path, Path]]:
 
 def _cores(named: dict[str, Path]) -> dict[str, Path]:
     """The names without what all of them begin or end with."""
-    start = len(os.path.commonprefix(list(named)))
-    end = len(os.path.commonprefix([name[start:][::-1] for name in named]))
+    start = _alike(list(named))
+    end = _alike([name[start:][::-1] for name in named])
     return {name[start : len(name) - end]: file for name, file in named.items()}
+
+
+def _alike(names: Sequence[str]) -> int:
+    """With how many letters all begin alike."""
+    return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
