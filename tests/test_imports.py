@@ -30,6 +30,7 @@ LEVELS: dict[str, float] = {
     "checkpoint_config": 4,
     "single_file": 5,
     "pipeline": 5.5,
+    "long_prompts": 5.75,
     "mergers": 3,
     "merger_plot": 3,
     "recipe": 4,

@@ -18,6 +18,7 @@ from unbraid.errors import UsageError
 from unbraid.files import read, write
 from unbraid.image_files import moves
 from unbraid.job import Job, Progress, finished, metadata, opened_images, prompts_of, record
+from unbraid.long_prompts import remarks as long_prompts
 from unbraid.lora import Active, Lora
 from unbraid.merge import merge
 from unbraid.merger_plot import mergers_plot
@@ -77,6 +78,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
     warnings = [*job.told, *remarks(job), *METHODS[job.method].check(opened, job.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
+        warnings += long_prompts(ready.base.pipe, [*texts.values(), *"\n".join(job.captions.values()).splitlines()])
         ready.base.release(tiles=job.loading.preset.fp8)
         warnings += notes(ready.base.device, job.loading.preset)
         with folder.locked(job.out):
@@ -141,8 +143,9 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     adapters = started or Adapters.attach(base.unet, recipe.targets)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
-        images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         captions = {role: base.encode_prompt(text) for path in job.captions for role, text in _captions(job, path)}
+        prompts = base.alike(prompts | captions)
+        images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         encoded = {
             role: [
                 _picture(base, image, where, tuple(name for name, _ in _captions(job, where)))
@@ -152,7 +155,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
-    return Ready(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
+    return Ready(job, base, Studies(base, encoded, prompts), adapters, recipe, state, images)
 
 
 def _drawn(

@@ -97,6 +97,8 @@ class _Record(BaseModel):
     prediction: str = ""
     vram: str = "max"
     compile: bool = False
+    graphs: bool = True
+    device: str = ""
     thumbnail: bool = True
     metadata: bool = True
 
@@ -121,7 +123,7 @@ def recorded(file: Path) -> Job:
         counted("previews", table.previews, PREVIEWS),
         {role: Path(path) for role, path in table.loras.items()},
         {Path(path): text for path, text in table.captions.items()},
-        Loading(table.vae, table.prediction, table.vram, table.compile),
+        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device),
         thumbnail=table.thumbnail,
         metadata=table.metadata,
     )

@@ -21,7 +21,7 @@ MOST = 10_000_000  # of anything that is counted
 LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1}
 SIGNED: frozenset[str] = frozenset()  # measured settings that may be negative
 RECORDED = frozenset(  # what a run.toml holds beside its method's table
-    "unbraid method base vae prediction vram compile seed previews thumbnail metadata words images sha256 loras captions prompts".split()
+    "unbraid method base vae prediction vram compile graphs device seed previews thumbnail metadata words images sha256 loras captions prompts".split()
 )
 
 
