@@ -54,17 +54,24 @@ def learn_job(
     prompt: str,
     class_prompt: str = "",
     class_images: str | Path | None = None,
+    from_: str | Path | None = None,
     method: str = "dreambooth",
     **options: Any,
 ) -> Job:
     """Learn from images, each under `prompt`, or under a line of NAME.txt or NAME.caption beside NAME.png. With a `class_prompt`
-    the prior is preserved: on `class_images`, or on pictures that the base draws of it."""
+    the prior is preserved: on `class_images`, or on pictures that the base draws of it. `from_`: a LoRA to go on from, in place of a
+    fresh one: its modules, ranks and strengths (alpha, folded into the factors)."""
     words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
     if class_prompt:
         words["class_prompt"] = class_prompt
         options = {"prior_weight": 1.0, **options}
     if class_images:
         roles["prior"] = [class_images]
+    if from_:
+        if taken := [key for key in ("rank", "targets") if key in options]:
+            raise UsageError(f"{taken[0]!r} is the LoRA's own", "--from", "Leave it out.")
+        ranks = {len(lora.down) for lora in read(Path(from_)).modules.values()}
+        options |= {"rank": max(ranks), "loras": {"lora": Path(from_)}}
     todo = job(roles, words, method=method, **options)
     if bool(todo.settings.get("prior_weight")) != bool(class_prompt):
         raise UsageError("prior preservation needs a prompt of the class", "--class-prompt", "For example: a dog.")

@@ -48,7 +48,7 @@ Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompt
 UNDONE = 3  # exit status: what was trained is there, some picture of it is not
 OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
     (
-        "method image images words subject style content prompt prompts class_prompt class_images also loras roles single before after pairs beside kind fine_tune"
+        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune"
     ).split()
 )
 

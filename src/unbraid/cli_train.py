@@ -112,6 +112,7 @@ def learn(
     class_images: Annotated[
         Path | None, typer.Option(help="Pictures of the class; without, the base draws them.")
     ] = None,
+    from_: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A LoRA to go on from.")] = None,
     out: Out = None,
     method: str = "dreambooth",
     base: BaseName = "icons",
@@ -134,7 +135,8 @@ def learn(
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
-    job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
+    given |= {"class_prompt": class_prompt, "class_images": class_images, "from_": from_}
+    job = learn_job(images, prompt=prompt, method=method, **given)
     return Todo(job, resume, quiet)
 
 
