@@ -9,6 +9,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
 LEVELS: dict[str, float] = {
     "errors": 0,
     "presets": 1,
+    "image_files": 1,
+    "captions": 1,
+    "picture_folders": 2,
     "clip_tokenizer": 1,
     "lora": 1,
     "packing": 1.25,
@@ -27,6 +30,7 @@ LEVELS: dict[str, float] = {
     "checkpoint_config": 4,
     "single_file": 5,
     "pipeline": 5.5,
+    "long_prompts": 5.75,
     "mergers": 3,
     "merger_plot": 3,
     "recipe": 4,

@@ -1,7 +1,7 @@
 """Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from unbraid.compiling import compile_blocks
 from unbraid.errors import UsageError
 from unbraid.graphs import CudaExecutor, Graphs
+from unbraid.long_prompts import encode
 from unbraid.pipeline import Pipeline, open_pipeline
 from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Denoiser, Sample, Shared
@@ -56,7 +57,7 @@ class Picture:
     mean: Tensor
     std: Tensor
     sizes: Tensor
-    prompt: str | None = None  # role of its own caption
+    prompts: tuple[str, ...] = ()  # roles of its own captions, of which one is drawn with it
 
 
 @dataclass
@@ -112,11 +113,21 @@ class Base:
 
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
-        """Encode as the pipeline does: last hidden state (SD1.5), penultimate ones and pooled vector (SDXL)."""
-        encode: Callable[..., tuple[Any, ...]] = self.pipe.encode_prompt  # the two pipelines return different tuples
-        done = encode(text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        pooled = done[2][0] if self.family == "sdxl" else None
-        return Prompt(done[0][0], pooled)
+        """Encode as the pipeline does, longer texts in chunks: `unbraid.long_prompts`."""
+        return Prompt(*encode(self.pipe, text, self.device))
+
+    def alike(self, prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
+        """Prompts that can be in one batch: shorter ones are followed by empty chunks, blank ones by zeros. Text encoders must be there."""
+        most = max(len(prompt.embeds) for prompt in prompts.values())
+        if all(len(prompt.embeds) == most for prompt in prompts.values()):
+            return dict(prompts)
+        empty = self.encode_prompt("").embeds
+        out = {}
+        for role, prompt in prompts.items():
+            tail = empty if bool(prompt.embeds.any()) else torch.zeros_like(empty)
+            more = (most - len(prompt.embeds)) // len(empty)
+            out[role] = replace(prompt, embeds=torch.cat([prompt.embeds, *[tail] * more]))
+        return out
 
     def encode_negative(self, text: str = "") -> Prompt:
         """What classifier-free guidance moves away from; where there is no text, zeros if the base wants them (SDXL)."""
@@ -211,7 +222,9 @@ class Studies:
         noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.base.noise.config["prediction_type"] == "v_prediction"
         target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
-        return Sample(noisy, t, target, picture.sizes[None], picture.prompt)
+        some = picture.prompts
+        prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
+        return Sample(noisy, t, target, picture.sizes[None], prompt)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])

@@ -9,6 +9,7 @@ from unbraid.cli_run import (
     BaseName,
     Compile,
     Config,
+    Metadata,
     Out,
     Prediction,
     Previews,
@@ -16,6 +17,7 @@ from unbraid.cli_run import (
     Resume,
     Seed,
     Set,
+    Thumbnail,
     Todo,
     Vae,
     Vram,
@@ -41,6 +43,8 @@ def split(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -50,6 +54,7 @@ def split(
     from unbraid.api import split_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = split_job(image, subject=subject, style=style, method=method, **given)
     return Todo(job, resume, quiet)
@@ -58,7 +63,7 @@ def split(
 @app.command()
 def pair(
     before: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
-    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired in name order.")],
+    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired by their names.")],
     subject: Annotated[
         str,
         typer.Option(help="What is drawn, in a word or two. NAME.txt beside a picture before says it for that one."),
@@ -77,6 +82,8 @@ def pair(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -86,6 +93,7 @@ def pair(
     from unbraid.api import pair_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
     return Todo(job, resume, quiet)
@@ -95,7 +103,8 @@ def pair(
 def learn(
     images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
     prompt: Annotated[
-        str, typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own prompt.")
+        str,
+        typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own: one a line."),
     ],
     class_prompt: Annotated[
         str, typer.Option(help="What it is one of: a dog. Preserves what the base draws of it.")
@@ -103,6 +112,7 @@ def learn(
     class_images: Annotated[
         Path | None, typer.Option(help="Pictures of the class; without, the base draws them.")
     ] = None,
+    from_: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A LoRA to go on from.")] = None,
     out: Out = None,
     method: str = "dreambooth",
     base: BaseName = "icons",
@@ -112,6 +122,8 @@ def learn(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -121,8 +133,10 @@ def learn(
     from unbraid.api import learn_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
-    job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
+    given |= {"class_prompt": class_prompt, "class_images": class_images, "from_": from_}
+    job = learn_job(images, prompt=prompt, method=method, **given)
     return Todo(job, resume, quiet)
 
 
@@ -148,6 +162,8 @@ def zip_(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -157,6 +173,7 @@ def zip_(
     from unbraid.api import zip_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
@@ -182,6 +199,8 @@ def break_(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -193,6 +212,7 @@ def break_(
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
     job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
@@ -223,6 +243,8 @@ def make(
     compile: Compile = False,
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -235,6 +257,7 @@ def make(
         print(join(content, style, out / "merged.safetensors"))
         return None
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)

@@ -7,10 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1", "sd3": "sd3"}
 ARCHITECTURES = {
@@ -105,9 +108,9 @@ def card(
     tags: str = "",
     description: str = "",
     author: str = "",
-    thumbnail: Path | None = None,
+    thumbnail: "Path | Image | None" = None,
 ) -> dict[str, str]:
-    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any image, cut down to 256×256."""
+    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any picture, cut down to 256×256."""
     fields = {"title": title, "trigger_phrase": trigger, "tags": tags, "description": description, "author": author}
     told = {f"modelspec.{key}": value for key, value in fields.items() if value}
     if title:
@@ -115,15 +118,11 @@ def card(
     return told | ({"modelspec.thumbnail": data_uri(thumbnail)} if thumbnail else {})
 
 
-def data_uri(picture: Path) -> str:
+def data_uri(picture: "Path | Image") -> str:
     """A picture as ModelSpec wants a thumbnail: a data URI, at most 256×256. Errors: not a picture."""
-    from PIL import Image, ImageOps
+    from unbraid.image_files import open_image  # Pillow is loaded where it is used
 
-    try:
-        with Image.open(picture) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UsageError("not a picture", picture, "Give a PNG, JPEG or WebP file.") from error
+    small = open_image(picture, enough=4 * 256**2) if isinstance(picture, Path) else picture.convert("RGB")
     small.thumbnail((256, 256))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=85)
