@@ -53,6 +53,7 @@ LEVELS: dict[str, float] = {
     "memory": 10.5,
     "run": 11,
     "runs": 12,
+    "spread": 13,
     "api": 12,
     "modules": 13,
     "demo": 13,

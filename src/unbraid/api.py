@@ -143,6 +143,8 @@ def job(
     prediction: str = "",
     vram: str = "max",
     compile: bool = False,
+    graphs: bool = True,
+    device: str = "",
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
@@ -152,14 +154,15 @@ def job(
     **settings: Any,
 ) -> Job:
     """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
-    METHOD`); `vae`, `prediction`, `vram`, `compile` those of `presets.Loading`; `thumbnail`, `metadata`: whether the LoRAs hold a
+    METHOD`); `vae`, `prediction`, `vram`, `compile`, `graphs`, `device` those of `presets.Loading`; `thumbnail`, `metadata`: whether the LoRAs hold a
     small picture, and what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
     told = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading, resolved = Loading(vae, prediction, vram, compile), resolve(method, base, config, settings)
+    loading = Loading(vae, prediction, vram, compile, graphs, device)
+    resolved = resolve(method, base, config, settings)
     return Job(
         method,
         files,
@@ -184,11 +187,14 @@ def generate(
     base: str = "icons",
     vae: str = "",
     prediction: str = "",
+    graphs: bool = True,
+    device: str = "",
     **options: Any,
 ) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files; `vae` and `prediction` as in `presets.Loading`, options as in `render.render`."""
+    """Pictures of a prompt with LoRA files; `vae`, `prediction`, `graphs` and `device` as in `presets.Loading`, options as in `render.render`."""
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    return render(load(base, loading=Loading(vae, prediction)), prompt, uses, **options)
+    loading = Loading(vae, prediction, graphs=graphs, device=device)
+    return render(load(base, loading=loading), prompt, uses, **options)
 
 
 def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:

@@ -39,6 +39,7 @@ BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
 
 
 TILE = 512  # pixels
+DRAWING = 6 * 2**30  # bytes for a picture of 1024 px: the passes, and the VAE in full precision
 MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
 
 
@@ -167,6 +168,10 @@ class Base:
         """A place for captured passes over this base; None on a device that has no CUDA graphs, and where they are not wanted."""
         return Graphs(CudaExecutor(self.device)) if self.graphs and self.device.type == "cuda" else None
 
+    def short_of_memory(self) -> bool:
+        """Whether drawing might not fit beside captured steps, which keep their activations."""
+        return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < DRAWING
+
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
         """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
         dtype = self.unet.dtype
@@ -249,7 +254,7 @@ def joined(models: Mapping[str, Denoiser]) -> Studies:
 def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:
     """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. fp32 on CPU and MPS, bf16 on
     CUDA, unless `loading` says something else."""
-    where = torch.device(device or loading.device or pick_device())
+    where = found_device(device or loading.device)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
@@ -259,6 +264,19 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
         compile_blocks(pipe.unet)
     pipe.to(where)
     return Base(name, pipe, where, loading.graphs)
+
+
+def found_device(name: str = "") -> torch.device:
+    """A device by its name, or the best that there is. UsageError for one that is not there."""
+    try:
+        device = torch.device(name or pick_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's, for a name, a number or a kind that it does not have
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        fix = f"There are: {', '.join([*there, 'cpu'])}."
+        raise UsageError(f"there is no device {name!r}", "--device", fix) from error
+    return device
 
 
 def pick_device() -> str:

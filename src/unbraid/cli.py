@@ -10,7 +10,7 @@ import typer
 from unbraid.cli_batch import app as batch_commands
 from unbraid.cli_bench import app as bench_commands
 from unbraid.cli_files import app as file_commands
-from unbraid.cli_run import BaseName, Prediction, Seed, Todo, Vae, console, run_job
+from unbraid.cli_run import BaseName, Device, Graphs, Prediction, Seed, Todo, Vae, console, run_job
 from unbraid.cli_selftest import app as selftest_commands
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
@@ -100,6 +100,8 @@ def generate(
     base: BaseName = "icons",
     vae: Vae = "",
     prediction: Prediction = "",
+    graphs: Graphs = True,
+    device: Device = "",
 ) -> None:
     """Prompts and LoRAs → pictures. Strengths may be negative."""
     from unbraid.pictures import save_image
@@ -122,7 +124,7 @@ def generate(
         "height": height,
         "width": width,
     }
-    seeds, loading = range(seed, seed + n), Loading(vae, prediction)
+    seeds, loading = range(seed, seed + n), Loading(vae, prediction, graphs=graphs, device=device)
     if sweep:
         over, file = parse_sweep(sweep), out if out.suffix else out / "sweep.png"
         with console.status("drawing"):

@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError, create_model
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unbraid.cli_run import UNDONE, Quiet, Resume, console
+from unbraid.cli_run import UNDONE, Device, Quiet, Resume, console
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 from unbraid.folder import read_toml
@@ -35,14 +35,22 @@ def batch(
     at_once: Annotated[
         int | None, typer.Option(help="Runs in one forward pass; without, as many as there is memory for, up to 8.")
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(help="Processes side by side, each with its share of the runs; several cards are dealt in turn."),
+    ] = 1,
+    device: Device = "",
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> int:
     """Many independent runs over one base, their passes together; each in its own folder, as if run alone."""
     from unbraid.runs import run_many
+    from unbraid.spread import run_spread
 
     jobs = [job for file in files for job in read(file)]
-    failed, undone = _watch(jobs, run_many(jobs, at_once, resume), quiet)
+    one = processes == 1
+    events = run_many(jobs, at_once, resume, device) if one else run_spread(jobs, processes, at_once, resume, device)
+    failed, undone = _watch(jobs, events, quiet)
     if failed:
         fix = "The others are done; --resume goes on with what is not."
         raise UsageError(f"{failed} of {len(jobs)} runs failed", ", ".join(map(str, files)), fix)

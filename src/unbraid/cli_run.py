@@ -35,6 +35,11 @@ Vram = Annotated[
     str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a minute at the start, quicker steps.")]
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs/--no-graphs", help="CUDA graphs, on a card that has them: steps several times as fast."),
+]
+Device = Annotated[str, typer.Option(metavar="cuda:1", help="Where to compute; without, the best that there is.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
 Set = Annotated[

@@ -9,6 +9,8 @@ from unbraid.cli_run import (
     BaseName,
     Compile,
     Config,
+    Device,
+    Graphs,
     Metadata,
     Out,
     Prediction,
@@ -41,6 +43,8 @@ def split(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,
@@ -54,6 +58,7 @@ def split(
     from unbraid.api import split_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = split_job(image, subject=subject, style=style, method=method, **given)
@@ -80,6 +85,8 @@ def pair(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,
@@ -93,6 +100,7 @@ def pair(
     from unbraid.api import pair_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
@@ -120,6 +128,8 @@ def learn(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,
@@ -133,6 +143,7 @@ def learn(
     from unbraid.api import learn_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"class_prompt": class_prompt, "class_images": class_images, "from_": from_}
@@ -160,6 +171,8 @@ def zip_(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,
@@ -173,6 +186,7 @@ def zip_(
     from unbraid.api import zip_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
@@ -197,6 +211,8 @@ def break_(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,
@@ -212,6 +228,7 @@ def break_(
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
@@ -241,6 +258,8 @@ def make(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,
@@ -257,6 +276,7 @@ def make(
         print(join(content, style, out / "merged.safetensors"))
         return None
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
     loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}

@@ -223,6 +223,8 @@ def _preview(ready: Ready) -> Path:
 
 def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
     """The base alone, each LoRA alone under its own prompt, and all together."""
+    if (graphs := ready.studies.graphs) and (ready.state.step == ready.recipe.steps or ready.base.short_of_memory()):
+        graphs.clear()
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
     texts = ready.studies.encoded
     roles = {name: name if name in texts else output.prompt for output in outputs for name in output.adapters}

@@ -43,10 +43,7 @@ def run_many(
 ) -> Generator[tuple[int, Progress | UsageError]]:
     """`run` of several jobs: (which, what happens), and the error of one that fails. With `resume` those that are done are left
     alone, and those that were not begun begin."""
-    seen: dict[Path, int] = {}
-    for i, job in enumerate(jobs):
-        if (other := seen.setdefault(job.out.resolve(), i)) != i:
-            raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
+    distinct(jobs)
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
 
@@ -61,6 +58,14 @@ def run_many(
         return base
 
     return _told([_script(job, resume, find) for job in jobs], at_once)
+
+
+def distinct(jobs: Sequence[Job]) -> None:
+    """UsageError for two jobs with one folder."""
+    seen: dict[Path, int] = {}
+    for i, job in enumerate(jobs):
+        if (other := seen.setdefault(job.out.resolve(), i)) != i:
+            raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
 
 
 def _told(scripts: Sequence[Script[Progress]], at_once: int | None) -> Generator[tuple[int, Progress | UsageError]]:
