@@ -201,7 +201,7 @@ class TestFlux:
     def test_fused_and_back(self, family: str, shared: bool, tmp_path: Path) -> None:
         modules = self.modules(family, shared)
         fused = fuse(modules, family)
-        again = {name: one for module, lora_ in fused.items() for name, one in split(module, lora_).items()}
+        again = {name: one for module, lora_ in fused.items() for name, one in split(module, lora_, family).items()}
         assert same(modules, again) < 1e-14
         assert all(len(again[name].down) == len(modules[name].down) for name in modules)  # no rank is gained
         for dialect in ("kohya", "diffusers"):

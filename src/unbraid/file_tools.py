@@ -12,12 +12,9 @@ from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read, write
 from unbraid.formats.block_weights import block_weights
 from unbraid.formats.blocks import Family
-from unbraid.formats.encode import Dialect
+from unbraid.formats.encode import Dialect, dialect_for
 from unbraid.lora import Lora
 from unbraid.merge import Merged, Size, merge
-
-DEFAULT: dict[Family, Dialect] = {"flux": "diffusers", "sd3": "diffusers"}  # elsewhere kohya: what all tools read
-
 
 @dataclass(frozen=True)
 class Source:
@@ -127,7 +124,7 @@ def _write(
     kept: tuple[float, float] = (1.0, 1.0),
     dialect: Dialect | None = None,
 ) -> Done:
-    dialect = dialect or DEFAULT.get(family, "kohya")
+    dialect = dialect or dialect_for(modules, family)
     write(out, modules, family=family, dialect=dialect, metadata=metadata, dtype=dtype)
     ranks = [len(lora.down) for lora in modules.values()]
     return Done(Path(out), len(modules), (min(ranks), max(ranks)), kept, family)

@@ -16,7 +16,7 @@ from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family, block_of
 from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, read_header
 from unbraid.formats.loaders import naming
-from unbraid.formats.metadata import alpha_of
+from unbraid.formats.patterns import alpha_of
 from unbraid.formats.weights import Read, numbers
 
 Matrix = NDArray[np.float32]
