@@ -59,7 +59,9 @@ def read(path: str | Path, adapter: str | None = None) -> LoraFile:
     found = catalogue(header, adapter)
     _refuse(header, found)
     for name, parts in found.modules.items():
-        check_factors({part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, f"{header.path}: {name}")
+        check_factors(
+            {part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, f"{header.path}: {name}"
+        )
     settings = adapter_metadata(header)
     modules: dict[str, Lora] = {}
     with opened(header.path, "pt") as handle:
@@ -152,7 +154,9 @@ def _refuse(header: Header, found: Catalogue) -> None:
         what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
         raise UsageError(what, where, "Give a LoRA file.")
     if found.twice:
-        what = f"{len(found.twice)} modules are there twice (in two names, or fused and split), such as {found.twice[0]}"
+        what = (
+            f"{len(found.twice)} modules are there twice (in two names, or fused and split), such as {found.twice[0]}"
+        )
         raise UsageError(what, where, "Save it again, each module once.")
     if not found.modules:
         raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
@@ -186,7 +190,9 @@ def _sane(lora: Lora, where: str) -> None:
     """Nothing that overflows when factors are multiplied."""
     sizes = [float(part.abs().max()) for part in (lora.down, lora.up)]
     if max(*sizes, abs(lora.alpha)) > LARGEST or sizes[0] * sizes[1] * abs(lora.alpha) > LARGEST:
-        raise UsageError("weights so large that products overflow", where, "The file is damaged, or its training diverged.")
+        raise UsageError(
+            "weights so large that products overflow", where, "The file is damaged, or its training diverged."
+        )
 
 
 def _number(handle: Any, header: Header, key: str) -> float:

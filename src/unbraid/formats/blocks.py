@@ -105,7 +105,9 @@ def block_of(module: str) -> str:
     """
     component, _, path = module.partition(".")
     if component not in ("unet", "text_encoder", "text_encoder_2", "text_encoder_3"):
-        found = re.search(r"(?<![A-Za-z0-9])([A-Za-z_]{1,40})[._](\d{1,4})(?![0-9])", path if component == "transformer" else module)
+        found = re.search(
+            r"(?<![A-Za-z0-9])([A-Za-z_]{1,40})[._](\d{1,4})(?![0-9])", path if component == "transformer" else module
+        )
         return f"{re.sub('^lora_unet_', '', found[1])}.{found[2]}" if found else "BASE"
     ldm = to_ldm(path) if component == "unet" else None
     found = re.match(r"(input|output)_blocks\.(\d+)\.|middle_block", ldm or "")

@@ -36,5 +36,3 @@ def many(stems: str, leaves: str) -> Templates:
 def pairs(old: str, new: str, leaves: Mapping[str, str]) -> dict[str, Templates]:
     """original template → diffusers templates, of one stem's blocks."""
     return {f"{old}.*.{a}": tuple(f"{new}.*.{b}" for b in leaf.split()) for a, leaf in leaves.items()}
-
-

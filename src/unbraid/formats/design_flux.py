@@ -1,6 +1,6 @@
 """Flux.1, Chroma and Flux.2."""
 
-from unbraid.formats.design import Design, Templates, many, pairs
+from unbraid.formats.design import Design, many, pairs
 
 QKV, ADD = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 JOINT = f"{QKV} attn.to_out.0 {ADD} attn.to_add_out"
@@ -8,7 +8,12 @@ NET = "net.0.proj net.2"
 FF = " ".join(f"{part}.{leaf}" for part in ("ff", "ff_context") for leaf in NET.split())
 TIME = tuple(f"time_text_embed.{part}_embedder.linear_{i}" for part in ("timestep", "text", "guidance") for i in (1, 2))
 _ENDS = ("x_embedder", "context_embedder", "norm_out.linear", "proj_out")
-_DOUBLE = {"img_attn.qkv": QKV, "txt_attn.qkv": ADD, "img_attn.proj": "attn.to_out.0", "txt_attn.proj": "attn.to_add_out"}
+_DOUBLE = {
+    "img_attn.qkv": QKV,
+    "txt_attn.qkv": ADD,
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+}
 _FLUX_IN = {"img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer.linear": ("proj_out",)}
 LAST = {"final_layer.adaLN_modulation.1": ("norm_out.linear",)}
 _FLUX_BLOCKS = (
@@ -22,7 +27,9 @@ _FLUX_BLOCKS = (
     | pairs("single_blocks", "single_transformer_blocks", {"linear1": f"{QKV} proj_mlp", "linear2": "proj_out"})
     | _FLUX_IN
 )
-_FLUX_MOD = pairs("double_blocks", "transformer_blocks", {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"})
+_FLUX_MOD = pairs(
+    "double_blocks", "transformer_blocks", {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
+)
 _FLUX_ROWS = {"single_blocks.*.linear1": 7, "double_blocks.*.img_mlp.0": 4, "double_blocks.*.txt_mlp.0": 4}
 _FLUX_TIME = {
     f"{old}_in.{layer}": (f"time_text_embed.{new}_embedder.linear_{i}",)
@@ -33,8 +40,13 @@ _SINGLES = many("single_transformer_blocks", f"{QKV} proj_mlp proj_out")
 FLUX = Design(
     "flux1",
     "flux-1-dev",
-    many("transformer_blocks", f"{JOINT} {FF} norm1.linear norm1_context.linear")
-    + (*_SINGLES, "single_transformer_blocks.*.norm.linear", *TIME, *_ENDS),
+    (
+        *many("transformer_blocks", f"{JOINT} {FF} norm1.linear norm1_context.linear"),
+        *_SINGLES,
+        "single_transformer_blocks.*.norm.linear",
+        *TIME,
+        *_ENDS,
+    ),
     _FLUX_BLOCKS
     | _FLUX_MOD
     | {"single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",)}
@@ -45,11 +57,13 @@ FLUX = Design(
     rows=_FLUX_ROWS,
     kohya="original",
 )
-_GUIDE = tuple(f"distilled_guidance_layer.{x}" for x in ("in_proj", "out_proj", "layers.*.linear_1", "layers.*.linear_2"))
+_GUIDE = tuple(
+    f"distilled_guidance_layer.{x}" for x in ("in_proj", "out_proj", "layers.*.linear_1", "layers.*.linear_2")
+)
 CHROMA = Design(
     "chroma",
     "chroma",
-    many("transformer_blocks", f"{JOINT} {FF}") + (*_SINGLES, *_GUIDE, "x_embedder", "context_embedder", "proj_out"),
+    (*many("transformer_blocks", f"{JOINT} {FF}"), *_SINGLES, *_GUIDE, "x_embedder", "context_embedder", "proj_out"),
     _FLUX_BLOCKS,
     kept=many("distilled_guidance_layer.layers", "in_layer out_layer"),
     blocks=FLUX.blocks,

@@ -11,9 +11,20 @@ _EXPERTS = " ".join(f"{part}.w{i}" for part in ("ff_i.shared_experts", "ff_i.exp
 HIDREAM = Design(
     "hidream",
     "hidream-i1",
-    kept=tuple(f"{stem}_stream_blocks.*.block.{leaf}" for stem in ("double", "single") for leaf in f"{_STREAM} {_EXPERTS}".split())
-    + ("x_embedder.proj", "final_layer.linear", "final_layer.adaLN_modulation.1", "caption_projection.*.linear")
-    + tuple(f"{x}.linear_{i}" for x in ("t_embedder.timestep_embedder", "p_embedder.pooled_embedder") for i in (1, 2)),
+    kept=(
+        *tuple(
+            f"{stem}_stream_blocks.*.block.{leaf}"
+            for stem in ("double", "single")
+            for leaf in f"{_STREAM} {_EXPERTS}".split()
+        ),
+        "x_embedder.proj",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+        "caption_projection.*.linear",
+        *tuple(
+            f"{x}.linear_{i}" for x in ("t_embedder.timestep_embedder", "p_embedder.pooled_embedder") for i in (1, 2)
+        ),
+    ),
     blocks={"double_stream_blocks": 16, "single_stream_blocks": 32},
     widths=(2560,),
 )
@@ -51,15 +62,34 @@ KREA2 = Design(
     "krea-2",
     kept=many("transformer_blocks text_fusion.layerwise_blocks text_fusion.refiner_blocks", _KREA)
     + many("blocks txtfusion.layerwise_blocks txtfusion.refiner_blocks", _KREA_OLD)
-    + ("img_in", "time_embed.linear_1", "time_embed.linear_2", "time_mod_proj", "text_fusion.projector", "txt_in.linear_1")
-    + ("txt_in.linear_2", "final_layer.linear", "first", "last.linear", "tmlp.0", "tmlp.2", "tproj.1", "txtmlp.1", "txtmlp.3")
+    + (
+        "img_in",
+        "time_embed.linear_1",
+        "time_embed.linear_2",
+        "time_mod_proj",
+        "text_fusion.projector",
+        "txt_in.linear_1",
+    )
+    + (
+        "txt_in.linear_2",
+        "final_layer.linear",
+        "first",
+        "last.linear",
+        "tmlp.0",
+        "tmlp.2",
+        "tproj.1",
+        "txtmlp.1",
+        "txtmlp.3",
+    )
     + ("txtfusion.projector",),
     widths=(6144,),
 )
 LUMINA2 = Design(
     "lumina2",
     "lumina-2",
-    kept=many(_STREAMS, f"attention.qkv attention.out {_FF3} adaLN_modulation.1 attn.to_q attn.to_k attn.to_v attn.to_out.0")
+    kept=many(
+        _STREAMS, f"attention.qkv attention.out {_FF3} adaLN_modulation.1 attn.to_q attn.to_k attn.to_v attn.to_out.0"
+    )
     + many(_STREAMS, "feed_forward.linear_1 feed_forward.linear_2 feed_forward.linear_3 norm1.linear")
     + ("x_embedder", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear")
     + ("final_layer.adaLN_modulation.1", "norm_out.linear_1", "norm_out.linear_2")
@@ -74,12 +104,24 @@ HUNYUAN = Design(
     "hunyuan-video",
     "hunyuan-video",
     kept=FLUX.diffusers
-    + many("double_blocks", " ".join(f"{x}_{leaf}" for x in ("img", "txt") for leaf in ("attn_qkv", "attn_proj", "mod.linear")))
+    + many(
+        "double_blocks",
+        " ".join(f"{x}_{leaf}" for x in ("img", "txt") for leaf in ("attn_qkv", "attn_proj", "mod.linear")),
+    )
     + many("double_blocks", "img_mlp.fc1 img_mlp.fc2 txt_mlp.fc1 txt_mlp.fc2")
     + many("single_blocks", "linear1 linear2 modulation.linear")
     + many("txt_in.individual_token_refiner.blocks", _REFINER)
-    + many("context_embedder.token_refiner.refiner_blocks", f"attn.to_q attn.to_k attn.to_v attn.to_out.0 ff.net.0.proj ff.net.2 norm_out.linear")
-    + ("context_embedder.proj_in", "img_in.proj", "txt_in.input_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1")
+    + many(
+        "context_embedder.token_refiner.refiner_blocks",
+        "attn.to_q attn.to_k attn.to_v attn.to_out.0 ff.net.0.proj ff.net.2 norm_out.linear",
+    )
+    + (
+        "context_embedder.proj_in",
+        "img_in.proj",
+        "txt_in.input_embedder",
+        "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
+    )
     + tuple(f"context_embedder.{x}" for x in TIME[:4])
     + tuple(f"{x}_in.mlp.{i}" for x in ("time", "guidance") for i in (0, 2))
     + ("vector_in.in_layer", "vector_in.out_layer"),

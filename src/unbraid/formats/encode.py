@@ -10,8 +10,9 @@ from torch import Tensor
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family, to_ldm
 from unbraid.formats.families import DESIGNS
-from unbraid.formats.metadata import kohya_metadata, peft_metadata
+from unbraid.formats.metadata import kohya_metadata, labelled, peft_metadata
 from unbraid.formats.recognise import name_in
+from unbraid.formats.widths import other_base
 from unbraid.lora import Lora
 from unbraid.lowrank import rescaled
 
@@ -28,7 +29,11 @@ KOHYA_TEXT: dict[Family, dict[str, str]] = {
     "sd21": _ONE,
     "unknown": _CLIPS,
 }
-DEFAULT: dict[Family, Dialect] = {"sdxl": "kohya", "sd15": "kohya", "sd21": "kohya"}  # what most tools of the family read
+DEFAULT: dict[Family, Dialect] = {
+    "sdxl": "kohya",
+    "sd15": "kohya",
+    "sd21": "kohya",
+}  # what most tools of the family read
 
 
 def dialect_for(modules: Mapping[str, Lora], family: Family) -> Dialect:
@@ -62,11 +67,15 @@ def encode(
             tensors[f"{key}.alpha"] = torch.tensor(alpha)  # 0-d: loaders call .item()
         else:
             if "." not in name:
-                raise UsageError("diffusers' name for this module is not known", name, "Leave --to out: names stay as they are.")
+                raise UsageError(
+                    "diffusers' name for this module is not known", name, "Leave --to out: names stay as they are."
+                )
             tensors |= {f"{name}.lora_A.weight": lora.down, f"{name}.lora_B.weight": lora.up}
+    shapes = {name: tuple(lora.down.shape) for name, lora in modules.items()}
+    told = labelled(metadata, family, bool(other_base(family, shapes)))
     if dialect == "kohya":
-        return _apart(tensors), kohya_metadata(metadata, family, ranks, common)
-    return _apart(tensors), peft_metadata(metadata, family, ranks)
+        return _apart(tensors), kohya_metadata(told, ranks, common)
+    return _apart(tensors), peft_metadata(told, ranks)
 
 
 def kohya_name(module: str, family: Family) -> str:
@@ -84,7 +93,9 @@ def kohya_name(module: str, family: Family) -> str:
         return f"lora_unet_{path.replace('.', '_')}"
     prefix = KOHYA_TEXT.get(family, {}).get(component)
     if prefix is None or not known:
-        raise UsageError(f"kohya's name for this module of {family} is not known", module, "Write it with --to diffusers.")
+        raise UsageError(
+            f"kohya's name for this module of {family} is not known", module, "Write it with --to diffusers."
+        )
     return f"{prefix}_{path.replace('.', '_')}"
 
 

@@ -25,20 +25,24 @@ LABELS: dict[Family, tuple[str, str, str]] = {
     "sd21": ("sd_v2", "stable-diffusion-v2-512/lora", "diffusers"),
     "flux": ("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
     "sd3": ("sd3", "stable-diffusion-3-m/lora", _STABILITY),
-} | {family: (design.base, f"{design.architecture}/lora", "diffusers") for family, design in DESIGNS.items() if family not in ("flux", "sd3")}
+} | {
+    family: (design.base, f"{design.architecture}/lora", "diffusers")
+    for family, design in DESIGNS.items()
+    if family not in ("flux", "sd3")
+}
 PREFIX = "lora_adapter_metadata"
 UNKNOWN_HASH = "0" * 64  # until the tensors are on the disk: see stamp
 
 
-def kohya_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
+def kohya_metadata(given: Mapping[str, str], ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
     """What every tool looks for, over what the caller gave. Never PEFT's settings: diffusers refuses both at once."""
     kept = {key: value for key, value in given.items() if key not in (PREFIX, "format")}
     network = {"ss_network_module": "networks.lora", "ss_network_dim": _rank(ranks), "ss_network_alpha": f"{alpha:g}"}
     hashes = {"sshs_model_hash": UNKNOWN_HASH, "modelspec.hash_sha256": f"0x{UNKNOWN_HASH}"}
-    return {**labelled(kept, family), **network, **hashes}
+    return {**kept, **network, **hashes}
 
 
-def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int]) -> dict[str, str]:
+def peft_metadata(given: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
     """diffusers' header entry, alpha = r for every module."""
     settings: dict[str, Any] = {}
     by_component: dict[str, dict[str, int]] = {}
@@ -55,7 +59,7 @@ def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, 
         mine = {"r": common, "lora_alpha": common, "target_modules": sorted(found), "rank_pattern": other}
         settings |= {f"{component}.{key}": value for key, value in (mine | {"alpha_pattern": other}).items()}
     kept = {key: value for key, value in given.items() if not key.startswith("ss_network_")}
-    return {**labelled(kept, family), "format": "pt", PREFIX: json.dumps(settings)}
+    return {**kept, "format": "pt", PREFIX: json.dumps(settings)}
 
 
 def data_hash(path: Path) -> str:
@@ -87,11 +91,14 @@ def modelspec(family: Family) -> dict[str, str]:
     } | ({"ss_v2": "True"} if family == "sd21" else {})
 
 
-def labelled(given: Mapping[str, str], family: Family) -> dict[str, str]:
-    """The family's labels under what the caller gave, or over it where that names another family."""
+def labelled(given: Mapping[str, str], family: Family, other: bool = False) -> dict[str, str]:
+    """The family's labels under what the caller gave, or over it where that names another family. `other`: for another base of
+    the family's design, which tools must not take for the published one."""
     mine = modelspec(family)
-    if mine and told(given) not in (None, family):
+    if mine and (other or told(given) not in (None, family)):
         given = {key: value for key, value in given.items() if key not in mine or key == "modelspec.title"}
+    if mine and other:
+        mine = {"ss_base_model_version": f"{family}-other", "modelspec.title": "LoRA"}
     return {**mine, **given}
 
 

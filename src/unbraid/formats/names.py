@@ -85,7 +85,11 @@ def _with_weight(head: str, last: str) -> Key | None:
         for middle in (".lora", ".lora_linear_layer"):
             if stem.endswith(middle):
                 return Key(stem[: -len(middle)], end)
-        for tail, side in (("_lora", ""), ("_lora1", "1"), ("_lora2", "2")):  # attention processors; XLabs: 1 image, 2 text
+        for tail, side in (
+            ("_lora", ""),
+            ("_lora1", "1"),
+            ("_lora2", "2"),
+        ):  # attention processors; XLabs: 1 image, 2 text
             if stem.endswith(tail):
                 return Key(stem[: -len(tail)], end + side)
     return _other(stem, end)

@@ -45,7 +45,11 @@ def first_match(keys: tuple[str, ...], path: str) -> str | None:
     for length in ends:
         for place, anchored, letters in plain.get(length, ()):
             whole = not anchored or length == len(path)
-            if place < best and whole and all(a in (None, b) for a, b in zip(letters, path[len(path) - length :], strict=True)):
+            if (
+                place < best
+                and whole
+                and all(a in (None, b) for a, b in zip(letters, path[len(path) - length :], strict=True))
+            ):
                 best = place
     for place, pattern in other:
         if place < best and pattern.match(path):

@@ -11,11 +11,20 @@ from unbraid.formats.families import DESIGNS
 from unbraid.formats.names import bare, canonical, transformer_path
 
 Shape = tuple[int, ...]
-_INPUTS = ("to_q", "qkv", "q_proj", "self_attn.q", "wq", "linear1", "to_qkv_mlp_proj")  # leaves that read the hidden state
+_INPUTS = (
+    "to_q",
+    "qkv",
+    "q_proj",
+    "self_attn.q",
+    "wq",
+    "linear1",
+    "to_qkv_mlp_proj",
+)  # leaves that read the hidden state
 _TOLD: tuple[tuple[str, Family], ...] = (
     ("sdxl", "sdxl"),
     ("stablediffusionxl", "sdxl"),
     ("sdv1", "sd15"),
+    ("sd15", "sd15"),
     ("sd1", "sd15"),
     ("stablediffusionv1", "sd15"),
     ("sdv2", "sd21"),

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 
@@ -98,3 +98,11 @@ def alphas(header: Header) -> dict[str, float]:
             for key in keys
             if header.dtypes[key] in READABLE and prod(header.shapes[key]) == 1
         }
+
+
+def silent(header: Header, keys: Iterable[str]) -> bool:
+    """Whether all these tensors are 0."""
+    with bits(header) as stored:
+        return all(
+            header.dtypes[key] in _BITS and not bool((stored(key) << 1).any()) for key in keys
+        )  # shifted: −0 is 0 too
