@@ -103,10 +103,10 @@ def doctor(
     all_keys: Annotated[bool, typer.Option("--all", help="List every key that is dropped.")] = False,
 ) -> None:
     """Say what a tool would load of a file, drop or refuse, and the line that mends it."""
-    from unbraid.doctor import diagnose
+    from unbraid.doctor import diagnoses
     from unbraid.formats.loaders import TOOLS
 
-    found = [diagnose(file, name) for name in ([tool] if tool else TOOLS)]
+    found = diagnoses(file, [tool] if tool else TOOLS)
     for one in found:
         _tell(one, all_keys)
     for line in dict.fromkeys(one.mend for one in found if one.mend):

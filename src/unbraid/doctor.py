@@ -6,7 +6,7 @@ From the header alone: no torch, no weights (but for the alphas, and a look for 
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +42,16 @@ def diagnose(path: str | Path, tool: str, weights: bool = True) -> Diagnosis:
 
     Errors: unknown tools, unreadable files.
     """
-    rules = TOOLS[tool_named(tool)]
+    return diagnoses(path, [tool], weights)[0]
+
+
+def diagnoses(path: str | Path, tools: Iterable[str], weights: bool = True) -> list[Diagnosis]:
+    """Judge a file, read once, by several tools' rules."""
+    rules = [TOOLS[tool_named(tool)] for tool in tools]
     header = read_header(Path(path))
     found = catalogue(header)
     numbers = look(header, found) if weights else Numbers({}, (), False)
-    return judge(header, found, rules, numbers)
+    return [judge(header, found, one, numbers) for one in rules]
 
 
 @dataclass(frozen=True)

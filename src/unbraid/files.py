@@ -155,7 +155,7 @@ def _refuse(header: Header, found: Catalogue) -> None:
         raise UsageError(what, where, "Give a LoRA file.")
     if found.twice:
         what = (
-            f"{len(found.twice)} modules are there twice (in two names, or fused and split), such as {found.twice[0]}"
+            f"{len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
         )
         raise UsageError(what, where, "Save it again, each module once.")
     if not found.modules:

@@ -12,6 +12,7 @@ from torch import Tensor
 from unbraid.errors import UsageError
 from unbraid.lora import Lora
 
+MOST_ENTRIES = 2**27  # of a matrix that is formed, half a GB; SDXL's largest layer has 29 million, Flux.1's 66
 DENSE = 1300  # beyond it a full SVD takes more than seconds; SDXL's layers have 1280 on their shorter side
 
 
@@ -44,8 +45,11 @@ def finite(tensor: Tensor) -> bool:
 
 
 def delta(lora: Lora) -> Float[Tensor, "d k"]:
-    """alpha / r · up @ down as a dense matrix: for the methods that are defined by its entries."""
+    """alpha / r · up @ down as a dense matrix: for the methods that are defined by its entries. Errors: one that is too large."""
     down, up = wide_pair(lora)
+    if len(up) * down.shape[1] > MOST_ENTRIES:
+        what = f"a whole change of {len(up)}×{down.shape[1]} does not fit into memory"
+        raise UsageError(what, "merge", "Use concat, knots or np-lora, which do not form it.")
     return up @ down * (lora.alpha / len(down))
 
 
@@ -118,7 +122,7 @@ def exact_dense(weight: Tensor, where: str = "") -> Lora:
 
 def _leading(matrix: Tensor, floor: float, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of a large matrix of low rank: its leading directions, more of them until the last one is noise."""
-    for count in (128, 512):
+    for count in (32, 512):
         basis = _range(matrix, count, 0)
         core, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         if float(s[-1]) <= floor:

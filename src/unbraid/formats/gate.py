@@ -10,12 +10,21 @@ from pathlib import Path
 from unbraid.errors import UsageError
 
 MAX_KEYS = 50_000
+MAX_HEADER = 16 << 20  # bytes; thumbnails and tag counts are some MB at most
 MAX_KEY = 500  # characters
 MAX_DIMENSIONS = 8
 MAX_SIZE = 2**31  # of one dimension
 MAX_RANK = 4096  # of a LoRA that is not for layers that are wider
 DAMAGED = "The file is damaged, or made to do harm."
 Shape = tuple[int, ...]
+
+
+def check_size(path: Path) -> None:
+    """Errors: a header that is larger than any LoRA's, which would take minutes to take apart."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < size < path.stat().st_size:
+        raise UsageError(f"a header of {size >> 20} MiB", path, "Take out its metadata, or get the file again.")
 
 
 def check(path: Path, shapes: Mapping[str, Shape]) -> None:

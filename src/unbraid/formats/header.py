@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
-from unbraid.formats.gate import MAX_KEYS, check
+from unbraid.formats.gate import MAX_KEYS, check, check_size
 from unbraid.formats.names import KINDS, Key, split_key
 from unbraid.formats.recognise import Verdict, both_ways, name_in, recognise
 
@@ -56,6 +56,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
             "there is no such file" if not path.exists() else "not a file", path, "Give a .safetensors file."
         )
     try:
+        check_size(path)
         # pread: tensors of their own, so a file that shrinks meanwhile is an error and not a crash.
         with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
             yield handle
