@@ -183,7 +183,8 @@ def test_the_docs_tables_are_what_the_command_prints() -> None:
     mending, writing = list(mended()), list(written())
     assert markdown(mending, "read") in docs and markdown(writing, "written") in docs
     assert all(set(row.tools.values()) == {"yes"} for row in mending), "every dialect in, every tool served"
-    assert [row.family for row in writing if row.dialect == "kohya"] == ["sdxl", "sd15", "flux", "sd3"]
+    families = ["sdxl", "sd15", "flux", "flux2", "sd3", "qwen-image", "z-image"]
+    assert [row.family for row in writing if row.dialect == "kohya"] == families
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:

@@ -146,7 +146,9 @@ def inspect(
         found = interference(file, second)
         typer.echo(f"  {'block':26}{'cosine':>8}{'columns |cos|':>15}{'overlap':>9}")
         for item in found:
-            typer.echo(f"  {printable(item.block, 60):26}{item.cosine:8.3f}{float(item.columns.mean()):15.3f}{item.overlap:9.3f}")
+            typer.echo(
+                f"  {printable(item.block, 60):26}{item.cosine:8.3f}{float(item.columns.mean()):15.3f}{item.overlap:9.3f}"
+            )
         if plot:
             from unbraid.lora_plot import plot_interference
 

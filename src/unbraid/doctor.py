@@ -86,7 +86,7 @@ def judge(header: Header, found: Catalogue, tool: Tool, numbers: Numbers) -> Dia
     if base and tool.name == "diffusers":
         warnings += (f"{base}: it loads into that base alone",)
     elif base:
-        refused = refused or f"{base}: it is for another base"
+        refused = f"{base}: it is for another base"
     loads = 0 if refused else sum(not any(key in dropped for key in found.modules[name].values()) for name in plain)
     mend = ""
     if (dropped or refused or warnings) and not base and not numbers.not_finite and not numbers.silent:

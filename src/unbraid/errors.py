@@ -1,6 +1,5 @@
 """The one error that is meant for the user's eyes."""
 
-
 LONGEST = 299  # characters of a message
 
 
@@ -20,7 +19,7 @@ class UsageError(Exception):
 def printable(text: object, limit: int = 120) -> str:
     """Text from outside as a terminal may show it: one line, no control characters, its middle left out beyond `limit`."""
     text = str(text)
-    text = text if len(text) <= 4 * limit else f"{text[:2 * limit]}{text[-2 * limit:]}"
+    text = text if len(text) <= 4 * limit else f"{text[: 2 * limit]}{text[-2 * limit :]}"
     shown = "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else "\ufffd" for letter in text)
     if len(shown) <= limit:
         return shown

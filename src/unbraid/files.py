@@ -154,9 +154,7 @@ def _refuse(header: Header, found: Catalogue) -> None:
         what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
         raise UsageError(what, where, "Give a LoRA file.")
     if found.twice:
-        what = (
-            f"{len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
-        )
+        what = f"{found.verdict.family}: {len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
         raise UsageError(what, where, "Save it again, each module once.")
     if not found.modules:
         raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")

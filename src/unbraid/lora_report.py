@@ -163,7 +163,10 @@ def _module(header: Header, found: Catalogue, read: Read, name: str, settings: M
     rank = len(down)
     alpha = _alpha(header, read, parts["alpha"]) if "alpha" in parts else alpha_of(settings, name, rank)
     largest = [float(np.abs(part).max()) for part in (down, up)]
-    if not np.isfinite([*largest, alpha]).all() or max(*largest, abs(alpha), largest[0] * largest[1] * abs(alpha)) > 1e15:
+    if (
+        not np.isfinite([*largest, alpha]).all()
+        or max(*largest, abs(alpha), largest[0] * largest[1] * abs(alpha)) > 1e15
+    ):
         raise UsageError("NaN, infinite or far too large weights", where, "The training diverged; see unbraid doctor.")
     return _Module(down.reshape(rank, -1), up.reshape(len(up), -1), alpha / rank)
 

@@ -97,7 +97,6 @@ LUMINA2 = Design(
     + ("time_caption_embed.caption_embedder.1",),
     blocks={"layers": 26, "noise_refiner": 2, "context_refiner": 2},
     widths=(2304,),
-    rows={f"{stem}.*.attn.to_q": 1 for stem in _STREAMS.split()},
 )
 _REFINER = "self_attn_qkv self_attn_proj mlp.fc1 mlp.fc2 adaLN_modulation.1"
 HUNYUAN = Design(
@@ -127,6 +126,7 @@ HUNYUAN = Design(
     + ("vector_in.in_layer", "vector_in.out_layer"),
     blocks={"transformer_blocks": 20, "double_blocks": 20, "single_transformer_blocks": 40, "single_blocks": 40},
     widths=(3072,),
+    rows={"single_blocks.*.linear1": 7, "double_blocks.*.img_mlp.fc1": 4, "double_blocks.*.txt_mlp.fc1": 4},
 )
 KEPT: dict[Family, Design] = {
     "hidream": HIDREAM,

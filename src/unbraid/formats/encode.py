@@ -55,6 +55,9 @@ def encode(
     """Tensors by key, and the metadata. kohya: one alpha for the whole file. diffusers: alpha = r everywhere,
     the rest folded into `lora_B`, so that tools which do not read the settings load it right too."""
     common = _common_alpha(modules)
+    if not 1e-30 < abs(common) < 1e15:
+        size = "large" if abs(common) > 1 else "small"
+        raise UsageError(f"the strength is so {size} that no tool can use it", "alpha", "Give another one.")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, lora in modules.items():

@@ -38,7 +38,8 @@ def bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger]
 
     def read(key: str) -> NDArray[np.unsignedinteger]:
         start, count = 8 + size + table[key]["data_offsets"][0], prod(header.shapes[key])
-        kind = _BITS[header.dtypes[key]][0] if header.dtypes[key] in _BITS else _NUMBERS[header.dtypes[key]]
+        dtype = header.dtypes[key]
+        kind = _BITS[dtype][0] if dtype in _BITS else f"<u{np.dtype(_NUMBERS[dtype]).itemsize}"
         return np.frombuffer(data, kind, count, start) if count else np.zeros(0, kind)
 
     yield read
