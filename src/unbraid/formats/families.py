@@ -91,4 +91,5 @@ DESIGNS: dict[Family, Design] = {
     "qwen-image": QWEN,
     "z-image": Z_IMAGE,
     "chroma": CHROMA,
-} | KEPT
+    **KEPT,
+}

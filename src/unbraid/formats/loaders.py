@@ -82,8 +82,15 @@ _ALL_STYLES: frozenset[Style] = frozenset(
 TOOLS: dict[str, Tool] = {
     "comfyui": Tool(
         "ComfyUI",
-        {"sdxl": _COMFY, "sd15": _COMFY, "sd21": _COMFY, "flux": _DIT, "sd3": _DIT}
-        | {"qwen-image": _NEW | {"lycoris"}, "z-image": frozenset({"transformer.", "diffusion_model"})},
+        {
+            "sdxl": _COMFY,
+            "sd15": _COMFY,
+            "sd21": _COMFY,
+            "flux": _DIT,
+            "sd3": _DIT,
+            "qwen-image": _NEW | {"lycoris"},
+            "z-image": frozenset({"transformer.", "diffusion_model"}),
+        },
         _ALL_STYLES,
         None,
     ),

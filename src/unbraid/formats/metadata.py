@@ -25,10 +25,11 @@ LABELS: dict[Family, tuple[str, str, str]] = {
     "sd21": ("sd_v2", "stable-diffusion-v2-512/lora", "diffusers"),
     "flux": ("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
     "sd3": ("sd3", "stable-diffusion-3-m/lora", _STABILITY),
-} | {
-    family: (design.base, f"{design.architecture}/lora", "diffusers")
-    for family, design in DESIGNS.items()
-    if family not in ("flux", "sd3")
+    **{
+        family: (design.base, f"{design.architecture}/lora", "diffusers")
+        for family, design in DESIGNS.items()
+        if family not in ("flux", "sd3")
+    },
 }
 PREFIX = "lora_adapter_metadata"
 UNKNOWN_HASH = "0" * 64  # until the tensors are on the disk: see stamp

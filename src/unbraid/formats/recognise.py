@@ -77,7 +77,7 @@ def told(metadata: Mapping[str, str]) -> Family | None:
     """The family that the metadata names."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "")[:80].lower())
-        found = next((family for start, family in _TOLD if text.startswith(start)), None)
+        found: Family | None = next((family for start, family in _TOLD if text.startswith(start)), None)
         if found:
             return found
     return None
@@ -153,15 +153,17 @@ def _filled(template: str, name: str) -> str | None:
 
 
 def _transformer(shapes: Mapping[str, tuple[Shape, Shape]], metadata: Mapping[str, str]) -> Verdict:
-    fits = {family: {m: f for m in shapes if (f := fitting(m, family))} for family in DESIGNS}
+    fits: dict[Family, dict[str, Fit]] = {
+        family: {m: f for m in shapes if (f := fitting(m, family))} for family in DESIGNS
+    }
     best = max(len(found) for found in fits.values())
-    named = [family for family, found in fits.items() if len(found) == best]
+    named: list[Family] = [family for family, found in fits.items() if len(found) == best]
     if 2 * best <= len(shapes):
         return Verdict("unknown", "nothing")
-    left = [family for family in named if _possible(family, fits[family], shapes)]
+    left: list[Family] = [family for family in named if _possible(family, fits[family], shapes)]
     if len(left) == 1:
         return Verdict(left[0], "names" if len(named) == 1 else "shapes")
-    wide = [family for family in left if _width(fits[family], shapes) in DESIGNS[family].widths]
+    wide: list[Family] = [family for family in left if _width(fits[family], shapes) in DESIGNS[family].widths]
     if len(wide) == 1:
         return Verdict(wide[0], "shapes")
     left, said = wide or left, told(metadata)

@@ -36,7 +36,7 @@ _JOINED = ("modelspec.trigger_phrase", "modelspec.tags", "modelspec.author")
 def common_family(files: Sequence[tuple[str, Family, Iterable[str]]]) -> Family:
     """The family of all `files` (path, family, names of modules). Errors: different ones; one that is not known beside one that
     is, unless its names are that family's; a UNet's beside a transformer's; names of two spellings."""
-    known = list(dict.fromkeys(family for _, family, _ in files if family != "unknown"))
+    known: list[Family] = list(dict.fromkeys(family for _, family, _ in files if family != "unknown"))
     if len(known) > 1:
         what = f"the LoRAs are for different base models: {', '.join(sorted(known))}"
         raise UsageError(what, "merge", "Merge LoRAs of one family.")
