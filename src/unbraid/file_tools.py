@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 
 import torch
+from torch import Tensor
 
 from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read, write
 from unbraid.formats.block_weights import block_weights
 from unbraid.formats.blocks import Family
-from unbraid.formats.encode import Dialect
+from unbraid.formats.encode import Dialect, dialect_for
+from unbraid.formats.sources import common_family, merged_metadata
 from unbraid.lora import Lora
 from unbraid.merge import Merged, Size, merge
-
-DEFAULT: dict[Family, Dialect] = {"flux": "diffusers", "sd3": "diffusers"}  # elsewhere kohya: what all tools read
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class Done:
     ranks: tuple[int, int]
     kept: tuple[float, float]
     family: Family
+    bundled: tuple[str, ...] = ()  # embeddings that came along
 
 
 def convert(source: str | Path, out: str | Path, to: Dialect | None = None, dtype: torch.dtype | None = None) -> Done:
     """Write a LoRA in another dialect (default: the one that most tools of its family read). Lossless by default:
     a factor that must be scaled by what its dtype cannot hold exactly becomes fp32."""
     lora = read(source)
-    return _write(lora.modules, out, lora.family, lora.metadata, dtype, dialect=to)
+    return _write(lora, out, dtype, dialect=to)
 
 
 def resize(
@@ -55,7 +57,8 @@ def resize(
     lora = read(source)
     merged = list(merge([lora.modules], [1.0], size=size, dtype=dtype))
     told = {"unbraid.resized": json.dumps({"rank": size.rank, "energy": size.energy})}
-    return _write(_modules(merged), out, lora.family, lora.metadata | told, dtype or _dtype(merged), _kept(merged), to)
+    small = replace(lora, modules=_modules(merged), metadata=lora.metadata | told)
+    return _write(small, out, dtype or _dtype(merged), _kept(merged), to)
 
 
 def edit(
@@ -69,7 +72,7 @@ def edit(
     """Scale blocks (0 takes them out), scale the whole, set metadata. Exact, as `convert` is."""
     lora = read(source)
     modules = scaled(lora, tuple(blocks), strength)
-    return _write(modules, out, lora.family, lora.metadata | dict(metadata or {}), None, dialect=to)
+    return _write(replace(lora, modules=modules, metadata=lora.metadata | dict(metadata or {})), out, None, dialect=to)
 
 
 def merge_files(
@@ -82,10 +85,8 @@ def merge_files(
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.merge`. Files of different families are refused."""
     loras = [read(source.path) for source in sources]  # one after the other: torch has every core busy already
-    families: set[Family] = {lora.family for lora in loras if lora.family != "unknown"}
-    if len(families) > 1:
-        what = f"the LoRAs are for different base models: {', '.join(sorted(families))}"
-        raise UsageError(what, "merge", "Merge LoRAs of one family.")
+    family = common_family([(str(s.path), lora.family, lora.modules) for s, lora in zip(sources, loras, strict=True)])
+    kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
     modules = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
     titles = [_title(lora, source.path) for lora, source in zip(loras, sources, strict=True)]
     del loras
@@ -104,12 +105,14 @@ def merge_files(
         "modelspec.merged_from": ", ".join(titles),
         "modelspec.title": Path(out).stem,
     }
-    family = families.pop() if families else "unknown"
-    return _write(_modules(merged), out, family, told, _dtype(merged), _kept(merged), to)
+    lora = LoraFile(_modules(merged), kept | told, family, bundled)
+    return _write(lora, out, _dtype(merged), _kept(merged), to)
 
 
 def scaled(lora: LoraFile, rules: Sequence[str] = (), strength: float = 1.0) -> dict[str, Lora]:
     """A LoRA's modules with block weights, in alpha: no tensor is touched. Modules of weight 0 are left out."""
+    if not isfinite(strength):
+        raise UsageError(f"a strength of {strength}", "--strength", "Give a number such as 0.8.")
     weights = block_weights(lora.modules, rules, lora.family)
     return {
         name: Lora(one.down, one.up, one.alpha * weights[name] * strength)
@@ -119,18 +122,35 @@ def scaled(lora: LoraFile, rules: Sequence[str] = (), strength: float = 1.0) -> 
 
 
 def _write(
-    modules: Mapping[str, Lora],
+    lora: LoraFile,
     out: str | Path,
-    family: Family,
-    metadata: Mapping[str, str],
     dtype: torch.dtype | None,
     kept: tuple[float, float] = (1.0, 1.0),
     dialect: Dialect | None = None,
 ) -> Done:
-    dialect = dialect or DEFAULT.get(family, "kohya")
-    write(out, modules, family=family, dialect=dialect, metadata=metadata, dtype=dtype)
-    ranks = [len(lora.down) for lora in modules.values()]
-    return Done(Path(out), len(modules), (min(ranks), max(ranks)), kept, family)
+    modules, dialect = lora.modules, dialect or dialect_for(lora.modules, lora.family)
+    write(
+        out,
+        modules,
+        family=lora.family,
+        dialect=dialect,
+        metadata=lora.metadata,
+        dtype=dtype,
+        bundled=lora.bundled,
+    )
+    ranks = [len(one.down) for one in modules.values()]
+    return Done(Path(out), len(modules), (min(ranks), max(ranks)), kept, lora.family, tuple(lora.bundled))
+
+
+def _bundled(loras: Iterable[LoraFile]) -> dict[str, Tensor]:
+    """The embeddings of all. Errors: two under one name."""
+    out: dict[str, Tensor] = {}
+    for lora in loras:
+        for key, tensor in lora.bundled.items():
+            if key in out and not torch.equal(out[key], tensor):
+                raise UsageError("two LoRAs bring different embeddings of one name", key, "Rename one of them.")
+            out[key] = tensor
+    return out
 
 
 def _modules(merged: Sequence[Merged]) -> dict[str, Lora]:

@@ -10,7 +10,7 @@ ignores one that differs between modules), and one alpha is written for the whol
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,27 @@ from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect, encode
 from unbraid.formats.fused import fuse, split
-from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
-from unbraid.formats.metadata import alpha_of, data_hash, stamp
-from unbraid.formats.weights import bits
+from unbraid.formats.gate import check_factors
+from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, opened, read_header
+from unbraid.formats.metadata import data_hash, stamp
+from unbraid.formats.patterns import alpha_of
+from unbraid.formats.weights import FLOATS, READABLE, bits
 from unbraid.lora import Lora
 from unbraid.lowrank import exact_dense, finite, fold_mid
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+LARGEST = 1e15  # squares of it are still fp32 numbers
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in memory: canonical module name → factors, the file's metadata, and its base's family."""
+    """A LoRA in memory: module name → factors, the file's metadata, and its base's family. Names that no table knows are the
+    file's own."""
 
     modules: dict[str, Lora]
     metadata: dict[str, str]
     family: Family
+    bundled: Mapping[str, Tensor] = field(default_factory=dict)  # trained embeddings, OneTrainer's `bundle_emb.…`
 
 
 def read(path: str | Path, adapter: str | None = None) -> LoraFile:
@@ -54,18 +58,23 @@ def read(path: str | Path, adapter: str | None = None) -> LoraFile:
     header = read_header(Path(path))
     found = catalogue(header, adapter)
     _refuse(header, found)
+    for name, parts in found.modules.items():
+        check_factors(
+            {part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, f"{header.path}: {name}"
+        )
     settings = adapter_metadata(header)
     modules: dict[str, Lora] = {}
     with opened(header.path, "pt") as handle:
         for name, parts in found.modules.items():
-            tensors = {part: _tensor(handle, header, key) for part, key in parts.items()}
-            given = tensors.pop("alpha", None)
+            tensors = {part: _tensor(handle, header, key) for part, key in parts.items() if part != "alpha"}
+            given = _number(handle, header, parts["alpha"]) if "alpha" in parts else None
             lora = _lora(tensors, f"{header.path}: {name}")
-            alpha = alpha_of(settings, name, len(lora.down)) if given is None else _number(given, header.path, name)
-            if not isfinite(alpha):
-                raise UsageError("alpha is not finite", f"{header.path}: {name}", "The file is damaged.")
-            modules |= split(name, Lora(lora.down, lora.up, alpha))
-    return LoraFile(modules, dict(header.metadata), family_of(header, found))
+            alpha = alpha_of(settings, name, len(lora.down)) if given is None else given
+            lora = Lora(lora.down, lora.up, alpha)
+            _sane(lora, f"{header.path}: {name}")
+            modules |= split(name, lora, found.verdict.family)
+        bundled = {key: handle.get_tensor(key) for key in found.ignored}
+    return LoraFile(modules, dict(header.metadata), found.verdict.family, bundled)
 
 
 def write(
@@ -76,10 +85,11 @@ def write(
     dialect: Dialect = "kohya",
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = torch.float16,
+    bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a LoRA file: under a temporary name, read back and compared bit by bit, then moved into place.
 
-    `dtype=None` keeps each tensor's own, and fp32 where a factor must be scaled and the product is not exact.
+    `bundled` tensors are stored as they are. `dtype=None` keeps each tensor's own, and fp32 where a factor must be scaled and the product is not exact.
     Errors: `UsageError` for NaN, values beyond the dtype, a full disk, a folder that cannot be written to.
     """
     path = Path(path)
@@ -89,6 +99,7 @@ def write(
         raise UsageError("there is nothing to write: the LoRA has no modules", path)
     modules = fuse(modules, family) if dialect == "kohya" else modules
     tensors, strings = encode(modules, family, dialect, metadata or {}, dtype)
+    tensors |= bundled or {}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,28 +144,26 @@ def _refuse(header: Header, found: Catalogue) -> None:
     """The reasons not to read a file, one clear line each."""
     where = header.path
     if found.adapters:
-        names = ", ".join(found.adapters)
+        names = ", ".join(found.adapters[:5])
         raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
     if found.kinds:
         kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in found.kinds.items())
         fix = "Only plain LoRA and LoCon can be merged and converted exactly; train or export it as LoRA."
         raise UsageError(f"not a plain LoRA: {kinds}", where, fix)
     if found.unknown:
-        what = f"{len(found.unknown)} keys are not known, such as {found.unknown[0][:120]!r}"
-        raise UsageError(what, where, "Is it a LoRA? Run unbraid doctor on it.")
+        what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
+        raise UsageError(what, where, "Give a LoRA file.")
     if found.twice:
-        raise UsageError(
-            f"{len(found.twice)} modules are there twice, such as {found.twice[0]}", where, "Save it again."
-        )
+        what = f"{found.verdict.family}: {len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
+        raise UsageError(what, where, "Save it again, each module once.")
     if not found.modules:
         raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
 
 
 def _tensor(handle: Any, header: Header, key: str) -> Tensor:
     if header.dtypes[key] not in FLOATS:
-        raise UsageError(
-            f"{header.dtypes[key]} numbers are not read", f"{header.path}: {key}", "Save it as fp16 or fp32."
-        )
+        what = f"{header.dtypes[key]} numbers are not read"
+        raise UsageError(what, f"{header.path}: {key}", "Save it as fp16 or fp32.")
     tensor = handle.get_tensor(key)
     if header.dtypes[key].startswith("F8"):
         tensor = tensor.to(torch.float16)
@@ -166,22 +175,32 @@ def _tensor(handle: Any, header: Header, key: str) -> Tensor:
 
 
 def _lora(tensors: Mapping[str, Tensor], where: str) -> Lora:
-    """The factors of one module, alpha = r; shapes must fit each other."""
-    if set(tensors) == {"dense"} and tensors["dense"].ndim == 2 and tensors["dense"].numel():
-        return exact_dense(tensors["dense"])
-    missing = {"down", "up"} - set(tensors)
-    if missing or "dense" in tensors:
-        raise UsageError(f"{' and '.join(sorted(missing)) or 'a clear form'} missing", where, "The file is incomplete.")
+    """The factors of one module, alpha = r; the gate has checked the shapes."""
+    if "dense" in tensors:
+        return exact_dense(tensors["dense"], where)
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-    if mid is not None and mid.ndim == 4 and down.ndim == 4 and down.shape[2:] == (1, 1) and mid.shape[1] == len(down):
+    if mid is not None:
         down = fold_mid(down, mid)
-    fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == len(down) and 0 not in down.shape + up.shape
-    if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
-        raise UsageError(f"shapes {tuple(up.shape)} · {tuple(down.shape)} do not fit", where, "The file is damaged.")
     return Lora(down, up, float(len(down)))
 
 
-def _number(tensor: Tensor, path: Path, name: str) -> float:
-    if tensor.numel() != 1:
-        raise UsageError("alpha is not one number", f"{path}: {name}", "The file is damaged.")
-    return float(tensor.flatten()[0])
+def _sane(lora: Lora, where: str) -> None:
+    """Nothing that overflows when factors are multiplied."""
+    sizes = [float(part.abs().max()) for part in (lora.down, lora.up)]
+    if max(*sizes, abs(lora.alpha)) > LARGEST or sizes[0] * sizes[1] * abs(lora.alpha) > LARGEST:
+        raise UsageError(
+            "weights so large that products overflow", where, "The file is damaged, or its training diverged."
+        )
+
+
+def _number(handle: Any, header: Header, key: str) -> float:
+    """An alpha: one number of any type."""
+    where = f"{header.path}: {key}"
+    if header.shapes[key].count(1) != len(header.shapes[key]):
+        raise UsageError("alpha is not one number", where, "The file is damaged.")
+    if header.dtypes[key] not in READABLE:
+        raise UsageError(f"{header.dtypes[key]} is no type of an alpha", where, "The file is damaged.")
+    alpha = float(handle.get_tensor(key).flatten()[0])
+    if not isfinite(alpha):
+        raise UsageError("alpha is not finite", where, "The file is damaged.")
+    return alpha
