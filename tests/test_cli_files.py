@@ -22,7 +22,7 @@ def files(tmp_path: Path) -> Path:
     for n, name in enumerate("ab"):
         rng = torch.Generator().manual_seed(n)
         modules = {
-            m: Lora(torch.randn(4, 2048 if "to_k" in m else 9, generator=rng), torch.randn(8, 4, generator=rng), 2.0)
+            m: Lora(torch.randn(4, 2048 if "to_k" in m else 1280, generator=rng), torch.randn(8, 4, generator=rng), 2.0)
             for m in NAMES
         }
         write(tmp_path / f"{name}.safetensors", modules, family="sdxl", dtype=torch.float32)

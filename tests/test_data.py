@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unbraid.data import fit, list_images, open_image
+from unbraid.data import fit, open_image
 from unbraid.errors import UsageError
+from unbraid.picture_folders import list_images
 
 
 def save(path: Path, image: Image.Image, **options: object) -> Path:

@@ -16,6 +16,7 @@ from unbraid.files import read, write
 from unbraid.formats.blocks import to_ldm
 from unbraid.formats.loader_table import markdown, mended, written
 from unbraid.formats.loaders import TOOLS, unet_modules
+from unbraid.formats.widths import width as true_width
 from unbraid.lora import Lora
 from unbraid.lora_plot import plot_interference
 from unbraid.lora_report import interference, report
@@ -34,7 +35,7 @@ def make(seed: int = 0, names: list[str] | None = None, rank: int = 3, width: in
     rng = torch.Generator().manual_seed(seed)
     out = {}
     for name in names or ATTENTION + FEED:
-        k = width if "attn2.to_k" in name or "attn2.to_v" in name else 10
+        k = width if "attn2.to_k" in name or "attn2.to_v" in name else true_width("sdxl", name) or 10
         out[name] = Lora(torch.randn(rank, k, generator=rng), torch.randn(8, rank, generator=rng), 2.0)
     return out
 
@@ -81,7 +82,10 @@ def test_diffusers_files_elsewhere(tmp_path: Path) -> None:
 
 
 def test_794_modules_of_which_comfyui_knows_234_by_their_diffusers_names(tmp_path: Path) -> None:
-    modules = {f"unet.{name}": Lora(torch.ones(1, 1), torch.ones(1, 1), 1.0) for name in unet_modules("sdxl")}
+    modules = {
+        f"unet.{name}": Lora(torch.ones(1, true_width("sdxl", f"unet.{name}") or 1), torch.ones(1, 1), 1.0)
+        for name in unet_modules("sdxl")
+    }
     path = saved(tmp_path / "a.safetensors", raw(modules, str, "lora_A.weight", "lora_B.weight"))
     assert diagnose(path, "comfyui").loads == 234
     write(tmp_path / "b.safetensors", modules, family="sdxl")
@@ -179,7 +183,8 @@ def test_the_docs_tables_are_what_the_command_prints() -> None:
     mending, writing = list(mended()), list(written())
     assert markdown(mending, "read") in docs and markdown(writing, "written") in docs
     assert all(set(row.tools.values()) == {"yes"} for row in mending), "every dialect in, every tool served"
-    assert [row.family for row in writing if row.dialect == "kohya"] == ["sdxl", "sd15", "flux", "sd3"]
+    families = ["sdxl", "sd15", "flux", "flux2", "sd3", "qwen-image", "z-image"]
+    assert [row.family for row in writing if row.dialect == "kohya"] == families
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from unbraid.formats.loaders import unet_modules
 from unbraid.formats.metadata import card, write_sidecar
 from unbraid.formats.names import canonical
 from unbraid.formats.spelling import DIALECTS, Spelling, kohya, ldm, spelled
+from unbraid.formats.widths import width
 from unbraid.lora import Lora
 from unbraid.lowrank import delta
 
@@ -133,7 +134,8 @@ def test_the_block_table_is_diffusers_own_unet() -> None:
 
 def test_written_kohya_files_have_what_the_tools_look_for(tmp_path: Path) -> None:
     told = card("Octopus", trigger="octopus in ink", tags="Style")
-    write(tmp_path / "a.safetensors", some(), family="sdxl", metadata=told)
+    modules = {n: Lora(torch.ones(len(o.down), width("sdxl", n) or 5), o.up, o.alpha) for n, o in some().items()}
+    write(tmp_path / "a.safetensors", modules, family="sdxl", metadata=told)
     tensors = load_file(tmp_path / "a.safetensors")
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert len(alphas) == 1 and all(t.shape == () for key, t in tensors.items() if key.endswith(".alpha"))
@@ -201,7 +203,7 @@ class TestFlux:
     def test_fused_and_back(self, family: str, shared: bool, tmp_path: Path) -> None:
         modules = self.modules(family, shared)
         fused = fuse(modules, family)
-        again = {name: one for module, lora_ in fused.items() for name, one in split(module, lora_).items()}
+        again = {name: one for module, lora_ in fused.items() for name, one in split(module, lora_, family).items()}
         assert same(modules, again) < 1e-14
         assert all(len(again[name].down) == len(modules[name].down) for name in modules)  # no rank is gained
         for dialect in ("kohya", "diffusers"):

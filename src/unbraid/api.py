@@ -1,6 +1,7 @@
 """The verbs in Python, with the names and settings of the command line."""
 
 import builtins
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 from PIL import Image
 
 from unbraid.base import load
-from unbraid.data import caption_of, list_images, matched
+from unbraid.captions import caption_of, captions_of
 from unbraid.errors import UsageError
 from unbraid.files import read
 from unbraid.job import RARE, Job
 from unbraid.methods.pair import free_slot, numbered
+from unbraid.picture_folders import look, matched, unused
 from unbraid.presets import Loading
 from unbraid.render import Use, own_prompt, render
 from unbraid.run import Progress, run
-from unbraid.settings import resolve
+from unbraid.settings import PREVIEWS, SEEDS, counted, resolve
 
 
 def split(image: str | Path, *, subject: str, style: str, **options: Any) -> Path:
@@ -52,21 +54,28 @@ def learn_job(
     prompt: str,
     class_prompt: str = "",
     class_images: str | Path | None = None,
+    from_: str | Path | None = None,
     method: str = "dreambooth",
     **options: Any,
 ) -> Job:
-    """Learn from images, each under `prompt`, or under the text of NAME.txt beside NAME.png. With a `class_prompt` the prior
-    is preserved: on `class_images`, or on pictures that the base draws of it."""
+    """Learn from images, each under `prompt`, or under a line of NAME.txt or NAME.caption beside NAME.png. With a `class_prompt`
+    the prior is preserved: on `class_images`, or on pictures that the base draws of it. `from_`: a LoRA to go on from, in place of a
+    fresh one: its modules, ranks and strengths (alpha, folded into the factors)."""
     words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
     if class_prompt:
         words["class_prompt"] = class_prompt
         options = {"prior_weight": 1.0, **options}
     if class_images:
         roles["prior"] = [class_images]
+    if from_:
+        if taken := [key for key in ("rank", "targets") if key in options]:
+            raise UsageError(f"{taken[0]!r} is the LoRA's own", "--from", "Leave it out.")
+        ranks = {len(lora.down) for lora in read(Path(from_)).modules.values()}
+        options |= {"rank": max(ranks), "loras": {"lora": Path(from_)}}
     todo = job(roles, words, method=method, **options)
     if bool(todo.settings.get("prior_weight")) != bool(class_prompt):
         raise UsageError("prior preservation needs a prompt of the class", "--class-prompt", "For example: a dog.")
-    captions = {path: text for path in todo.images["image"] if (text := caption_of(path)) is not None}
+    captions = {path: "\n".join(lines) for path in todo.images["image"] if (lines := captions_of(path))}
     return replace(todo, captions=captions)
 
 
@@ -80,7 +89,7 @@ def pair_job(
     method: str = "pair",
     **options: Any,
 ) -> Job:
-    """Learn what a style does to a picture. Folders are paired in name order; NAME.txt beside a picture before says in a word
+    """Learn what a style does to a picture. Folders are paired by name; NAME.txt beside a picture before says in a word
     or two what that one shows, in place of `subject`. `beside`: other styles, which this one shall not meet."""
     couples = matched(Path(before), Path(after))
     files: dict[str, Sequence[str | Path]] = {}
@@ -98,7 +107,7 @@ def pair_job(
         others = {Path(one): read(Path(one)).modules for one in beside}
         slot = free_slot(others, todo.settings["rank"], options.get("slot"))
         todo = replace(todo, settings={**todo.settings, "slot": slot})
-    return replace(todo, captions=captions)
+    return replace(todo, captions=captions, told=unused([Path(before), Path(after)]))
 
 
 def zip_job(
@@ -118,8 +127,7 @@ def zip_job(
     loras = {("content", "style")[i] if i < 2 else f"lora{i + 1}": file for i, file in enumerate(files)}
     words = {role: (prompts or {}).get(role) or own_prompt(file, read(file)) for role, file in loras.items()}
     words["both"] = (prompts or {}).get("both") or ", ".join(words.values())
-    pictures = {role: list_images(Path(where)) for role, where in (images or {}).items()}
-    found = {role: [str(file) for file in some] for role, some in pictures.items()}
+    found = {role: [where] for role, where in (images or {}).items()}
     where = options.pop("out", None) or Path("runs") / f"{files[0].stem}-{files[1].stem}-{method}"
     return job(found, words, method=method, out=where, loras=loras, roles=tuple(loras), **options)
 
@@ -135,19 +143,41 @@ def job(
     prediction: str = "",
     vram: str = "max",
     compile: bool = False,
+    graphs: bool = True,
+    device: str = "",
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
     loras: Mapping[str, Path] | None = None,
+    thumbnail: bool = True,
+    metadata: bool = True,
     **settings: Any,
 ) -> Job:
     """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
-    METHOD`); `vae`, `prediction`, `vram`, `compile` those of `presets.Loading`."""
+    METHOD`); `vae`, `prediction`, `vram`, `compile`, `graphs`, `device` those of `presets.Loading`; `thumbnail`, `metadata`: whether the LoRAs hold a
+    small picture, and what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
-    files = {role: tuple(f for image in some for f in list_images(Path(image))) for role, some in roles.items()}
+    looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
+    files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
+    told = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading, resolved = Loading(vae, prediction, vram, compile), resolve(method, base, config, settings)
-    return Job(method, files, words, where, resolved, base, seed, previews, loras or {}, loading=loading)
+    loading = Loading(vae, prediction, vram, compile, graphs, device)
+    resolved = resolve(method, base, config, settings)
+    return Job(
+        method,
+        files,
+        words,
+        where,
+        resolved,
+        base,
+        counted("seed", seed, SEEDS),
+        counted("previews", previews, PREVIEWS),
+        loras or {},
+        loading=loading,
+        thumbnail=thumbnail,
+        metadata=metadata,
+        told=tuple(told),
+    )
 
 
 def generate(
@@ -157,11 +187,14 @@ def generate(
     base: str = "icons",
     vae: str = "",
     prediction: str = "",
+    graphs: bool = True,
+    device: str = "",
     **options: Any,
 ) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files; `vae` and `prediction` as in `presets.Loading`, options as in `render.render`."""
+    """Pictures of a prompt with LoRA files; `vae`, `prediction`, `graphs` and `device` as in `presets.Loading`, options as in `render.render`."""
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    return render(load(base, loading=Loading(vae, prediction)), prompt, uses, **options)
+    loading = Loading(vae, prediction, graphs=graphs, device=device)
+    return render(load(base, loading=loading), prompt, uses, **options)
 
 
 def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
@@ -171,6 +204,7 @@ def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
 
 def finish(todo: Job) -> Path:
     """Run a job to its end; returns its folder."""
-    for _ in run(todo):
-        pass
+    for event in run(todo):
+        if event.undone:
+            warnings.warn(event.warning, RuntimeWarning, stacklevel=3)
     return todo.out

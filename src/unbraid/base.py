@@ -1,7 +1,7 @@
 """Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from unbraid.compiling import compile_blocks
 from unbraid.errors import UsageError
 from unbraid.graphs import CudaExecutor, Graphs
+from unbraid.long_prompts import encode
 from unbraid.pipeline import Pipeline, open_pipeline
 from unbraid.presets import AS_IT_IS, Loading
 from unbraid.recipe import Denoiser, Sample, Shared
@@ -38,6 +39,7 @@ BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
 
 
 TILE = 512  # pixels
+DRAWING = 6 * 2**30  # bytes for a picture of 1024 px: the passes, and the VAE in full precision
 MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
 
 
@@ -56,7 +58,7 @@ class Picture:
     mean: Tensor
     std: Tensor
     sizes: Tensor
-    prompt: str | None = None  # role of its own caption
+    prompts: tuple[str, ...] = ()  # roles of its own captions, of which one is drawn with it
 
 
 @dataclass
@@ -112,11 +114,21 @@ class Base:
 
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
-        """Encode as the pipeline does: last hidden state (SD1.5), penultimate ones and pooled vector (SDXL)."""
-        encode: Callable[..., tuple[Any, ...]] = self.pipe.encode_prompt  # the two pipelines return different tuples
-        done = encode(text, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        pooled = done[2][0] if self.family == "sdxl" else None
-        return Prompt(done[0][0], pooled)
+        """Encode as the pipeline does, longer texts in chunks: `unbraid.long_prompts`."""
+        return Prompt(*encode(self.pipe, text, self.device))
+
+    def alike(self, prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
+        """Prompts that can be in one batch: shorter ones are followed by empty chunks, blank ones by zeros. Text encoders must be there."""
+        most = max(len(prompt.embeds) for prompt in prompts.values())
+        if all(len(prompt.embeds) == most for prompt in prompts.values()):
+            return dict(prompts)
+        empty = self.encode_prompt("").embeds
+        out = {}
+        for role, prompt in prompts.items():
+            tail = empty if bool(prompt.embeds.any()) else torch.zeros_like(empty)
+            more = (most - len(prompt.embeds)) // len(empty)
+            out[role] = replace(prompt, embeds=torch.cat([prompt.embeds, *[tail] * more]))
+        return out
 
     def encode_negative(self, text: str = "") -> Prompt:
         """What classifier-free guidance moves away from; where there is no text, zeros if the base wants them (SDXL)."""
@@ -155,6 +167,10 @@ class Base:
     def new_graphs(self) -> Graphs | None:
         """A place for captured passes over this base; None on a device that has no CUDA graphs, and where they are not wanted."""
         return Graphs(CudaExecutor(self.device)) if self.graphs and self.device.type == "cuda" else None
+
+    def short_of_memory(self) -> bool:
+        """Whether drawing might not fit beside captured steps, which keep their activations."""
+        return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < DRAWING
 
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
         """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
@@ -211,7 +227,9 @@ class Studies:
         noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.base.noise.config["prediction_type"] == "v_prediction"
         target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
-        return Sample(noisy, t, target, picture.sizes[None], picture.prompt)
+        some = picture.prompts
+        prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
+        return Sample(noisy, t, target, picture.sizes[None], prompt)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])
@@ -236,7 +254,7 @@ def joined(models: Mapping[str, Denoiser]) -> Studies:
 def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:
     """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. fp32 on CPU and MPS, bf16 on
     CUDA, unless `loading` says something else."""
-    where = torch.device(device or loading.device or pick_device())
+    where = found_device(device or loading.device)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
@@ -246,6 +264,19 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
         compile_blocks(pipe.unet)
     pipe.to(where)
     return Base(name, pipe, where, loading.graphs)
+
+
+def found_device(name: str = "") -> torch.device:
+    """A device by its name, or the best that there is. UsageError for one that is not there."""
+    try:
+        device = torch.device(name or pick_device())
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's, for a name, a number or a kind that it does not have
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        fix = f"There are: {', '.join([*there, 'cpu'])}."
+        raise UsageError(f"there is no device {name!r}", "--device", fix) from error
+    return device
 
 
 def pick_device() -> str:

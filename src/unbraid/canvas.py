@@ -17,6 +17,7 @@ from PIL import Image
 from unbraid.base import Base
 from unbraid.data import cropped, open_image
 from unbraid.errors import UsageError
+from unbraid.image_files import whole_size
 from unbraid.pipeline import known_model
 
 
@@ -53,6 +54,9 @@ def prepare(base: Base, start: Start | None, control: Control | None, height: in
     given = _begin(base, start) if start else {}
     map_ = _upright(base, control.image) if control else None
     size = (width or base.size, height or base.size)
+    if any(side < base.step or side % base.pipe.vae_scale_factor for side in size):
+        fix = f"Give multiples of {base.step}."
+        raise UsageError(f"{size[0]}×{size[1]} pixels cannot be drawn", "--width, --height", fix)
     if start:
         size = given["image"].size
     elif map_ and not (height or width):
@@ -79,8 +83,9 @@ def _begin(base: Base, start: Start) -> dict[str, Any]:
     given: dict[str, Any] = {"image": _upright(base, start.image), "strength": start.strength}
     if start.mask:
         picture, mask = open_image(start.image), open_image(start.mask)
-        if picture.size != mask.size:
-            what = f"the mask is {mask.width}×{mask.height}, the picture {picture.width}×{picture.height}"
+        (w, h), (mask_w, mask_h) = whole_size(picture), whole_size(mask)
+        if (w, h) != (mask_w, mask_h):
+            what = f"the mask is {mask_w}×{mask_h}, the picture {w}×{h}"
             raise UsageError(what, start.mask, "Give a mask of the picture's size.")
         given["mask_image"] = _upright(base, start.mask).convert("L")
         if np.asarray(given["mask_image"]).max() < 128:

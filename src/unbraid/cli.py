@@ -11,13 +11,13 @@ from unbraid.cli_batch import app as batch_commands
 from unbraid.cli_bench import app as bench_commands
 from unbraid.cli_checkpoints import app as checkpoint_commands
 from unbraid.cli_files import app as file_commands
-from unbraid.cli_run import BaseName, Prediction, Seed, Todo, Vae, console, run_job
+from unbraid.cli_run import BaseName, Device, Graphs, Prediction, Seed, Todo, Vae, console, run_job
 from unbraid.cli_selftest import app as selftest_commands
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
 
 app = typer.Typer(
-    epilog="Try: unbraid demo. Then: unbraid split my.png --subject dog --style watercolour",
+    epilog="Try: unbraid demo. Then: unbraid split my.png --subject dog --style watercolour\n\nExit status: 0 done; 1 something to mend, said in one line; 2 wrong command line; 3 the LoRAs are done, a sheet or preview is not; 130 interrupted, --resume goes on.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -99,9 +99,9 @@ def generate(
         str, typer.Option(metavar="WHAT=FROM:TO:N", help="One sheet over strengths: style=0:1.5:7, lora=…, guidance=…")
     ] = "",
     negative: str = "",
-    n: Annotated[int, typer.Option("--n", help="How many pictures, at seeds SEED, SEED+1, …")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many pictures, at seeds SEED, SEED+1, …")] = 1,
     seed: Seed = 0,
-    steps: int = 25,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 25,
     sampler: Annotated[str, typer.Option(help="ddim, euler, euler-a, dpm++ or unipc; without, the base's own.")] = "",
     guidance: float = 4.0,
     height: int | None = None,
@@ -109,9 +109,10 @@ def generate(
     base: BaseName = "icons",
     vae: Vae = "",
     prediction: Prediction = "",
+    graphs: Graphs = True,
+    device: Device = "",
 ) -> None:
     """Prompts and LoRAs → pictures. Strengths may be negative."""
-    from unbraid.base import load
     from unbraid.pictures import save_image
     from unbraid.presets import Loading
     from unbraid.render import render
@@ -132,18 +133,21 @@ def generate(
         "height": height,
         "width": width,
     }
-    seeds, loading = range(seed, seed + n), Loading(vae, prediction)
+    seeds, loading = range(seed, seed + n), Loading(vae, prediction, graphs=graphs, device=device)
     if sweep:
         over, file = parse_sweep(sweep), out if out.suffix else out / "sweep.png"
         with console.status("drawing"):
             print(
-                save_image(sweep_sheet(load(base, loading=loading), prompt, over, uses, styles, seeds, **given), file)
+                save_image(
+                    sweep_sheet(_opened(base, loading, prompt, negative), prompt, over, uses, styles, seeds, **given),
+                    file,
+                )
             )
         return
     if n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     with console.status("drawing"):
-        images = render(load(base, loading=loading), prompt, uses, styles=styles, seeds=seeds, **given)
+        images = render(_opened(base, loading, prompt, negative), prompt, uses, styles=styles, seeds=seeds, **given)
     for i, image in enumerate(images):
         print(save_image(image, out if out.suffix else out / f"{seed + i:04d}.png"))
 
@@ -169,6 +173,17 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
         f"\nThe contact sheet: {sheet}\nThe LoRAs:         {out / 'content.safetensors'}, {out / 'style.safetensors'}"
     )
     print(f"Next:              {show.NEXT.format(out=out)}")
+
+
+def _opened(name: str, loading: Any, *prompts: str) -> Any:
+    """The base; of long prompts it is said how they are read."""
+    from unbraid.base import load
+    from unbraid.long_prompts import remarks
+
+    base = load(name, loading=loading)
+    for told in remarks(base.pipe, prompts):
+        console.print(f"  {told}", markup=False, highlight=False, soft_wrap=True)
+    return base
 
 
 def _start(image: Path | None, strength: float, mask: Path | None) -> Any:
@@ -212,11 +227,11 @@ def _scaled(text: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Entry point. 0 done, 1 UsageError, 2 wrong command line, 130 interrupted (resumable)."""
+    """Entry point. 0 done, 1 UsageError, 2 wrong command line, 3 done but for a picture, 130 interrupted (resumable)."""
     try:
         done = app(standalone_mode=False)
         if isinstance(done, Todo):
-            run_job(done.job, done.resume, done.quiet)
+            done = run_job(done.job, done.resume, done.quiet)
         code = done if isinstance(done, int) else 0
     except UsageError as error:
         print(f"unbraid: {error}", file=sys.stderr)

@@ -4,7 +4,6 @@ import difflib
 import inspect
 import json
 import sys
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -14,9 +13,10 @@ import typer
 from pydantic import ValidationError, create_model
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unbraid.cli_run import Quiet, Resume, console
+from unbraid.cli_run import UNDONE, Device, Quiet, Resume, console
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
+from unbraid.folder import read_toml
 
 app = typer.Typer()
 NOT_THERE = ("resume", "quiet")  # options of the batch, not of one of its runs
@@ -35,31 +35,37 @@ def batch(
     at_once: Annotated[
         int | None, typer.Option(help="Runs in one forward pass; without, as many as there is memory for, up to 8.")
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(help="Processes side by side, each with its share of the runs; several cards are dealt in turn."),
+    ] = 1,
+    device: Device = "",
     resume: Resume = False,
     quiet: Quiet = False,
-) -> None:
+) -> int:
     """Many independent runs over one base, their passes together; each in its own folder, as if run alone."""
     from unbraid.runs import run_many
+    from unbraid.spread import run_spread
 
     jobs = [job for file in files for job in read(file)]
-    failed = _watch(jobs, run_many(jobs, at_once, resume), quiet)
+    one = processes == 1
+    events = run_many(jobs, at_once, resume, device) if one else run_spread(jobs, processes, at_once, resume, device)
+    failed, undone = _watch(jobs, events, quiet)
     if failed:
         fix = "The others are done; --resume goes on with what is not."
         raise UsageError(f"{failed} of {len(jobs)} runs failed", ", ".join(map(str, files)), fix)
+    return UNDONE if undone else 0
 
 
 def read(file: Path) -> list[Any]:
     """The jobs of a batch file, or the job of a run.toml."""
     from unbraid.runs import recorded
 
-    try:
-        table = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"not a TOML file: {error}", file, 'One table per run: [[run]], verb = "split", …') from error
+    table = read_toml(file, 'One table per run: [[run]], verb = "split", …')
     if isinstance(table.get("method"), str) and "run" not in table:
         return [recorded(file)]
     runs = table.pop("run", None)
-    if not isinstance(runs, list) or not runs:
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise UsageError("there are no runs in it", file, 'One table per run: [[run]], verb = "split", …')
     for key in table.keys() - set().union(*(_names(verb) for verb in _verbs().values())):
         raise UsageError(f"no verb has {key!r}", file, "Settings of a method stand under `set`.")
@@ -123,9 +129,9 @@ def _checked(verb: Callable[..., Any], given: Mapping[str, Any], where: str) -> 
         ) from error
 
 
-def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) -> int:
-    """Show what happens, and print the LoRAs; how many runs failed."""
-    failed, made = 0, list[Path]()
+def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) -> tuple[int, bool]:
+    """Show what happens, and print the LoRAs; how many runs failed, and whether some picture could not be made."""
+    failed, undone, made = 0, False, list[Path]()
     with Progress(*COLUMNS, console=console, disable=quiet) as bar:
         whole = bar.add_task("runs", total=len(jobs), loss="")
         tasks = [bar.add_task(str(job.out), total=None, visible=False, loss="") for job in jobs]
@@ -135,6 +141,7 @@ def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) 
                 bar.update(tasks[which], visible=False)
                 print(f"unbraid: {jobs[which].out}: {event}", file=sys.stderr)
                 continue
+            undone |= event.undone
             going = event.done < event.total
             bar.update(tasks[which], total=event.total, completed=event.done, visible=going)
             if event.step:
@@ -147,4 +154,4 @@ def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) 
             made += [event.file] if event.file and event.file.suffix == ".safetensors" else []
     for file in made:
         print(file)
-    return failed
+    return failed, undone

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unbraid.errors import UsageError
+from unbraid.errors import UsageError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -113,10 +113,10 @@ def doctor(
     all_keys: Annotated[bool, typer.Option("--all", help="List every key that is dropped.")] = False,
 ) -> None:
     """Say what a tool would load of a file, drop or refuse, and the line that mends it."""
-    from unbraid.doctor import diagnose
+    from unbraid.doctor import diagnoses
     from unbraid.formats.loaders import TOOLS
 
-    found = [diagnose(file, name) for name in ([tool] if tool else TOOLS)]
+    found = diagnoses(file, [tool] if tool else TOOLS)
     for one in found:
         _tell(one, all_keys)
     for line in dict.fromkeys(one.mend for one in found if one.mend):
@@ -130,6 +130,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison into a PNG file.")] = None,
 ) -> None:
     """Show what a LoRA holds, block by block; with two, how much they are in each other's way."""
+    from unbraid.formats.names import KINDS
     from unbraid.lora_report import interference, report
 
     if plot and not second:
@@ -137,23 +138,30 @@ def inspect(
     for path in [file, *([second] if second else [])]:
         one = report(path)
         ranks, alphas = (", ".join(f"{k:g} (×{n})" for k, n in counts.items()) for counts in (one.ranks, one.alphas))
+        by = "" if one.verdict.by == "nothing" else f" (by {one.verdict.by})"
         typer.echo(
-            f"{path}: {one.family}, names {', '.join(one.namings)}, {', '.join(one.dtypes)}, rank {ranks}, alpha {alphas}"
+            f"{printable(path)}: {one.family}{by}, names {', '.join(one.namings)}, {', '.join(one.dtypes)},"
+            f" rank {printable(ranks)}, alpha {printable(alphas)}"
         )
         for kind, count in one.kinds.items():
-            more = ": its magnitudes are not in the norms below" if kind == "DoRA" else ""
+            more = {"DoRA": ": its magnitudes are not in the norms below"}.get(kind, "")
+            more = ": not shown below" if kind in KINDS or kind == "norms and biases" else more
             typer.echo(f"  {count} tensors of {kind}{more}")
+        if one.kept:
+            typer.echo(f"  {len(one.kept)} modules that no table knows, such as {printable(one.kept[0], 80)}")
         for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):
             if key in one.metadata:
-                typer.echo(f"  {key.partition('.')[2]}: {one.metadata[key][:120]}")
+                typer.echo(f"  {key.partition('.')[2]}: {printable(one.metadata[key])}")
         typer.echo(f"  {'block':26}{'modules':>8}{'norm':>12}{'share':>8}")
         for block in one.blocks:
-            typer.echo(f"  {block.block:26}{block.modules:8}{block.norm:12.4g}{block.share:8.1%}")
+            typer.echo(f"  {printable(block.block, 60):26}{block.modules:8}{block.norm:12.4g}{block.share:8.1%}")
     if second:
         found = interference(file, second)
         typer.echo(f"  {'block':26}{'cosine':>8}{'columns |cos|':>15}{'overlap':>9}")
         for item in found:
-            typer.echo(f"  {item.block:26}{item.cosine:8.3f}{float(item.columns.mean()):15.3f}{item.overlap:9.3f}")
+            typer.echo(
+                f"  {printable(item.block, 60):26}{item.cosine:8.3f}{float(item.columns.mean()):15.3f}{item.overlap:9.3f}"
+            )
         if plot:
             from unbraid.lora_plot import plot_interference
 
@@ -187,7 +195,9 @@ def _say(done: "Done") -> None:
     kept = (
         "" if done.kept == (1.0, 1.0) else f", kept {done.kept[0]:.1%} of the energy (worst module {done.kept[1]:.1%})"
     )
-    typer.echo(f"{done.path}: {done.modules} modules for {done.family}, {ranks}{kept}")
+    more = f", and {len(done.bundled)} embeddings" if done.bundled else ""
+    base = "a base that is not known" if done.family == "unknown" else done.family
+    typer.echo(f"{done.path}: {done.modules} modules for {base}, {ranks}{kept}{more}")
     if done.densified[0]:
         count, worst = done.densified
         typer.echo(f"  {count} modules were no LoRA and are one now: off by at most {worst:.2g} of the change")
@@ -198,14 +208,14 @@ def _say(done: "Done") -> None:
 def _tell(one: "Diagnosis", all_keys: bool) -> None:
     verdict = f"refuses it: {one.refused}" if one.refused else f"loads {one.loads} of {one.modules} modules"
     if not one.known:
-        verdict = f"nothing is known of what it does with {one.family} files"
+        verdict = f"nothing is known of what it does with such files ({one.family})"
     typer.echo(f"{one.tool}: {verdict}")
     for warning in one.warnings:
-        typer.echo(f"  warning: {warning}")
+        typer.echo(f"  warning: {printable(warning, 200)}")
     reasons: dict[str, list[str]] = defaultdict(list)
     for key, why in one.dropped.items():
-        reasons[re.sub(r": \S+…$", "", why)].append(key)
+        reasons[re.sub(r": \S+…$", "", why[:300])].append(key)
     for why, keys in reasons.items():
-        typer.echo(f"  drops {len(keys)} keys: {why}")
+        typer.echo(f"  drops {len(keys)} keys: {printable(why)}")
         for key in keys if all_keys else keys[:2]:
-            typer.echo(f"    {key}")
+            typer.echo(f"    {printable(key, 160)}")

@@ -35,6 +35,11 @@ Vram = Annotated[
     str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a minute at the start, quicker steps.")]
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs/--no-graphs", help="CUDA graphs, on a card that has them: steps several times as fast."),
+]
+Device = Annotated[str, typer.Option(metavar="cuda:1", help="Where to compute; without, the best that there is.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
 Set = Annotated[
@@ -43,9 +48,12 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
+Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
+Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
+UNDONE = 3  # exit status: what was trained is there, some picture of it is not
 OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
     (
-        "method image images words subject style content prompt prompts class_prompt class_images also loras roles single before after pairs beside kind fine_tune"
+        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune"
     ).split()
 )
 
@@ -72,7 +80,8 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
     return {**common, **settings}
 
 
-def run_job(job: Any, resume: bool, quiet: bool) -> None:
+def run_job(job: Any, resume: bool, quiet: bool) -> int:
+    """Train, and show what happens; the exit status."""
     from unbraid.job import check
     from unbraid.memory import memory_line
     from unbraid.run import run
@@ -87,7 +96,7 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
     if not quiet and (job.base != "icons" or job.loading.vram != "max"):
         check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
-    events, made = run(job, resume=resume), []
+    events, made, status = run(job, resume=resume), [], 0
     with console.status("loading", spinner="line") if not quiet else nullcontext():
         first = next(events)
     if not quiet:
@@ -100,6 +109,7 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
                 bar.update(task, completed=event.done)
                 if shown:
                     bar.update(task, loss=f"loss {event.step.loss:.4f}")
+            status = UNDONE if event.undone else status
             if event.warning:
                 bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
             if event.file:
@@ -107,6 +117,7 @@ def run_job(job: Any, resume: bool, quiet: bool) -> None:
                 bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
     for file in _results(made):
         print(file)
+    return status
 
 
 def _results(files: Iterable[Path]) -> list[Path]:

@@ -9,6 +9,9 @@ from unbraid.cli_run import (
     BaseName,
     Compile,
     Config,
+    Device,
+    Graphs,
+    Metadata,
     Out,
     Prediction,
     Previews,
@@ -16,6 +19,7 @@ from unbraid.cli_run import (
     Resume,
     Seed,
     Set,
+    Thumbnail,
     Todo,
     Vae,
     Vram,
@@ -39,8 +43,12 @@ def split(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -50,6 +58,8 @@ def split(
     from unbraid.api import split_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = split_job(image, subject=subject, style=style, method=method, **given)
     return Todo(job, resume, quiet)
@@ -58,7 +68,7 @@ def split(
 @app.command()
 def pair(
     before: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
-    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired in name order.")],
+    after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired by their names.")],
     subject: Annotated[
         str,
         typer.Option(help="What is drawn, in a word or two. NAME.txt beside a picture before says it for that one."),
@@ -75,8 +85,12 @@ def pair(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -86,6 +100,8 @@ def pair(
     from unbraid.api import pair_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
     return Todo(job, resume, quiet)
@@ -95,7 +111,8 @@ def pair(
 def learn(
     images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
     prompt: Annotated[
-        str, typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own prompt.")
+        str,
+        typer.Option(help="What to call it: a sks dog. NAME.txt beside NAME.png is that picture's own: one a line."),
     ],
     class_prompt: Annotated[
         str, typer.Option(help="What it is one of: a dog. Preserves what the base draws of it.")
@@ -103,6 +120,7 @@ def learn(
     class_images: Annotated[
         Path | None, typer.Option(help="Pictures of the class; without, the base draws them.")
     ] = None,
+    from_: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A LoRA to go on from.")] = None,
     out: Out = None,
     method: str = "dreambooth",
     base: BaseName = "icons",
@@ -110,8 +128,12 @@ def learn(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -121,8 +143,11 @@ def learn(
     from unbraid.api import learn_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
-    job = learn_job(images, prompt=prompt, class_prompt=class_prompt, class_images=class_images, method=method, **given)
+    given |= {"class_prompt": class_prompt, "class_images": class_images, "from_": from_}
+    job = learn_job(images, prompt=prompt, method=method, **given)
     return Todo(job, resume, quiet)
 
 
@@ -146,8 +171,12 @@ def zip_(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -157,6 +186,8 @@ def zip_(
     from unbraid.api import zip_job
 
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
@@ -180,8 +211,12 @@ def break_(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -193,6 +228,8 @@ def break_(
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
     job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
@@ -221,8 +258,12 @@ def make(
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
     config: Config = None,
     set_: Set = None,
     resume: Resume = False,
@@ -235,6 +276,8 @@ def make(
         print(join(content, style, out / "merged.safetensors"))
         return None
     loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
+    loading |= {"graphs": graphs, "device": device}
+    loading |= {"thumbnail": thumbnail, "metadata": metadata}
     given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)

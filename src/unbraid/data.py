@@ -1,19 +1,20 @@
 """From the user's files to pixels: upright, on white, at a size that the base can take, with honest conditioning."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from unbraid.captions import caption_of as caption_of
 from unbraid.errors import UsageError
+from unbraid.image_files import open_image as open_image
+from unbraid.image_files import whole_size
 
 SMALLEST_SIDE = 16  # pixels; less is not a picture
 WIDEST = 4.0  # longest side over shortest; the bases were trained on at most about this
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
 
 
 @dataclass(frozen=True)
@@ -22,45 +23,6 @@ class Pixels:
 
     values: Float[Tensor, "3 h w"]
     sizes: tuple[int, int, int, int, int, int]
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read one image: EXIF rotation applied, transparency laid on white, RGB."""
-    if not path.is_file():
-        raise UsageError("there is no such image", path, "Check the path.")
-    try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file)
-            rgba = upright.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(
-            "this is not an image that can be read", path, "Give a whole PNG, JPEG or WebP file."
-        ) from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
-
-
-def list_images(path: Path) -> list[Path]:
-    """A file, or all images of a folder in name order (other files are left alone)."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UsageError("there are no images in this folder", path, f"Accepted: {', '.join(sorted(SUFFIXES))}.")
-    return found
-
-
-def matched(before: Path, after: Path) -> list[tuple[Path, Path]]:
-    """Two files, or the images of two folders in name order."""
-    if before.is_dir() != after.is_dir():
-        raise UsageError(
-            "one is a folder and the other is not", f"{before} and {after}", "Give two files or two folders."
-        )
-    first, second = list_images(before), list_images(after)
-    if len(first) != len(second):
-        what = f"{len(first)} pictures before and {len(second)} after"
-        raise UsageError(what, f"{before} and {after}", "Give every picture its counterpart, in the same name order.")
-    return list(zip(first, second, strict=True))
 
 
 def alignment(before: Image.Image, after: Image.Image) -> float:
@@ -76,23 +38,9 @@ def alignment(before: Image.Image, after: Image.Image) -> float:
     return float(np.corrcoef(*maps)[0, 1])
 
 
-def caption_of(path: Path) -> str | None:
-    """The text of NAME.txt beside NAME.png, as kohya's trainers have it; None without one."""
-    file = path.with_suffix(".txt")
-    if not file.is_file():
-        return None
-    try:
-        text = file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot be read as text", file, "Save it as UTF-8, or take it away.") from error
-    if not text:
-        raise UsageError("the caption is empty", file, "Write what the picture shows, or take the file away.")
-    return text
-
-
 def check_size(image: Image.Image, where: object = "") -> None:
     """UsageError for a picture too small or too long to be used."""
-    width, height = image.size
+    width, height = whole_size(image)
     if min(width, height) < SMALLEST_SIDE:
         raise UsageError(
             f"the image is only {width}×{height} pixels", where, f"Both sides must be {SMALLEST_SIDE} or more."
@@ -122,4 +70,5 @@ def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
     """`cropped`, as pixels with their micro-conditioning."""
     done, top, left = cropped(image, area, step, where)
     values = torch.from_numpy(np.array(done, np.float32)).permute(2, 0, 1) / 127.5 - 1
-    return Pixels(values, (image.height, image.width, top, left, done.height, done.width))
+    width, height = whole_size(image)
+    return Pixels(values, (height, width, top, left, done.height, done.width))

@@ -6,18 +6,20 @@ From the header alone: no torch, no weights (but for the alphas, and a look for 
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
-from unbraid.formats.header import Catalogue, Header, catalogue, family_of, read_header
-from unbraid.formats.kinds import KIND
-from unbraid.formats.loaders import TOOLS, Naming, Tool, naming, style, unet_modules
-from unbraid.formats.weights import alphas, broken
+from unbraid.formats.families import DESIGNS
+from unbraid.formats.gate import check_module
+from unbraid.formats.header import Catalogue, Header, catalogue, read_header
+from unbraid.formats.loaders import TOOLS, Naming, Tool, naming, style, tool_named, unet_modules
+from unbraid.formats.weights import alphas, broken, silent
+from unbraid.formats.widths import other_base
 
-CONVERTED = set(KIND.values()) - {"DoRA"}  # what `convert` makes plain, or keeps
+CONVERTED = {"LoHa", "LoKr", "full changes"}  # what `convert` makes a plain LoRA
 
 
 @dataclass(frozen=True)
@@ -44,38 +46,69 @@ def diagnose(path: str | Path, tool: str, weights: bool = True) -> Diagnosis:
 
     Errors: unknown tools, unreadable files.
     """
-    if tool not in TOOLS:
-        raise UsageError(f"no rules for the tool {tool!r}", "doctor", f"There are: {', '.join(TOOLS)}.")
+    return diagnoses(path, [tool], weights)[0]
+
+
+def diagnoses(path: str | Path, tools: Iterable[str], weights: bool = True) -> list[Diagnosis]:
+    """Judge a file, read once, by several tools' rules."""
+    rules = [TOOLS[tool_named(tool)] for tool in tools]
     header = read_header(Path(path))
-    return judge(
-        header, catalogue(header), TOOLS[tool], alphas(header) if weights else {}, broken(header) if weights else ()
-    )
+    found = catalogue(header)
+    numbers = look(header, found) if weights else Numbers({}, (), False)
+    return [judge(header, found, one, numbers) for one in rules]
 
 
-def judge(
-    header: Header, found: Catalogue, tool: Tool, alpha: Mapping[str, float], not_finite: tuple[str, ...] = ()
-) -> Diagnosis:
-    """The verdict on a header; `alpha`: key → value, `not_finite`: keys with NaN."""
-    family = family_of(header, found)
-    if family in ("flux", "sd3") and family not in tool.namings and family not in tool.none_for:
-        return Diagnosis(tool.name, family, len(found.modules), 0, {}, "", (), "", known=False)
-    dropped = _dropped(header, found, tool, family)
+@dataclass(frozen=True)
+class Numbers:
+    """What a look at a file's numbers shows: key of an alpha → its value, keys with NaN, and whether it changes nothing."""
+
+    alphas: Mapping[str, float]
+    not_finite: tuple[str, ...]
+    silent: bool
+
+
+def look(header: Header, found: Catalogue) -> Numbers:
+    """Read a file's numbers, once for all tools."""
+    ups = [parts[part] for parts in found.modules.values() for part in ("up", "dense") if part in parts]
+    return Numbers(alphas(header), broken(header), bool(ups) and not found.kinds and silent(header, ups))
+
+
+def judge(header: Header, found: Catalogue, tool: Tool, numbers: Numbers) -> Diagnosis:
+    """The verdict on a header."""
+    family = found.verdict.family
+    plain = {name for name, parts in found.modules.items() if {"down", "up"} <= set(parts) or "dense" in parts}
+    warnings = _warnings(header, found, tool, numbers)
     namings = Counter(naming(raw) for raw in found.raw.values())
+    if not _knows(tool, found, namings) or (found.kinds and not plain):
+        mend = _mend(header, found, tool, namings, numbers) if found.kinds and not numbers.not_finite else ""
+        return Diagnosis(tool.name, family, len(found.modules), 0, {}, "", warnings, mend, known=False)
+    dropped = _dropped(header, found, tool, family)
     if tool.name == "diffusers":
         _diffusers_mixed(namings, found, dropped)
+    shapes = {name: header.shapes[parts["down"]] for name, parts in found.modules.items() if "down" in parts}
+    base = other_base(family, shapes)
     refused = _refused(header, found, tool, family, dropped, namings)
-    loads = 0 if refused else sum(not any(key in dropped for key in parts.values()) for parts in found.modules.values())
-    warnings = _warnings(header, found, tool, alpha, not_finite)
-    mendable = (
-        not found.unknown
-        and not found.kinds.keys() - CONVERTED
-        and not found.twice
-        and not not_finite
-        and found.modules
-    )
-    good = not (dropped or refused or warnings)
-    mend = _mend(header.path, family) if mendable and not good and family not in tool.none_for else ""
+    if base and tool.name == "diffusers":
+        warnings += (f"{base}: it loads into that base alone",)
+    elif base:
+        refused = f"{base}: it is for another base"
+    loads = 0 if refused else sum(not any(key in dropped for key in found.modules[name].values()) for name in plain)
+    mend = ""
+    if (dropped or refused or warnings) and not base and not numbers.not_finite and not numbers.silent:
+        mend = _mend(header, found, tool, namings, numbers)
     return Diagnosis(tool.name, family, len(found.modules), loads, dropped, refused, warnings, mend)
+
+
+def _knows(tool: Tool, found: Catalogue, namings: Counter[Naming]) -> bool:
+    """Whether there are facts on what the tool does with such a file."""
+    family = found.verdict.family
+    if family in tool.none_for:
+        return True
+    if family in ("flux", "sd3"):
+        return family in tool.namings
+    if family in DESIGNS:
+        return family in tool.namings and set(namings) - {"text_encoder.", "kohya text"} <= tool.namings[family]
+    return not found.kept or len(found.kept) < len(found.modules)
 
 
 def _dropped(header: Header, found: Catalogue, tool: Tool, family: Family) -> dict[str, str]:
@@ -87,7 +120,9 @@ def _dropped(header: Header, found: Catalogue, tool: Tool, family: Family) -> di
         raw = found.raw[module]
         how, path = naming(raw), module.removeprefix("unet.")
         why = ""
-        if how not in accepted:
+        if module in found.kept:
+            why = "no module of this base is known by this name"
+        elif how not in accepted:
             why = f"{tool.name} does not know the names {_example(how, raw)}"
         elif table and module.startswith("unet.") and path not in table:
             why = f"{family} has no such module"
@@ -119,7 +154,7 @@ def _refused(
         return "both namings of the UNet in one file: partially converted"
     if tool.unknown_allowed is not None and len(dropped) > tool.unknown_allowed:
         return f"{len(dropped)} keys that it does not know; it allows {tool.unknown_allowed}"
-    if tool.name == "InvokeAI" and family in ("sdxl", "sd15", "unknown") and not _identifiable(header, found):
+    if tool.name == "InvokeAI" and family in ("sdxl", "sd15", "sd21", "unknown") and not _identifiable(header, found):
         return "it cannot tell the base model: there is no attn2.to_k in it"
     if tool.name == "diffusers":
         return _diffusers_refuses(header, found, namings)
@@ -152,16 +187,18 @@ def _identifiable(header: Header, found: Catalogue) -> bool:
     return False
 
 
-def _warnings(
-    header: Header, found: Catalogue, tool: Tool, alpha: Mapping[str, float], not_finite: tuple[str, ...]
-) -> tuple[str, ...]:
-    out = [f"NaN or infinite weights, such as {not_finite[0]}: black or broken pictures"] if not_finite else []
+def _warnings(header: Header, found: Catalogue, tool: Tool, numbers: Numbers) -> tuple[str, ...]:
+    out = [f"NaN or infinite weights, such as {key}: broken pictures" for key in numbers.not_finite[:1]]
+    if numbers.silent:
+        out.append("all its weights are 0: it changes nothing")
     out += [f"{n} tensors of {kind}: not a plain LoRA, not judged" for kind, n in found.kinds.items()]
     if found.twice:
         out.append(f"{len(found.twice)} modules are there twice; one of each pair is lost")
     if found.adapters:
-        out.append(f"several adapters in one file: {', '.join(found.adapters)}")
-    if tool.name == "diffusers" and len(set(alpha.values())) > 1:
+        out.append(f"several adapters in one file: {', '.join(found.adapters[:5])}")
+    if found.ignored:
+        out.append(f"{len(found.ignored)} embeddings come with it, which are not judged")
+    if tool.name == "diffusers" and len(set(numbers.alphas.values())) > 1:
         out.append("alphas differ between modules; diffusers uses one for all attention layers: wrong strengths")
     peft = any(style(key).startswith("lora_A") for parts in found.modules.values() for key in parts.values())
     if peft and tool.name != "diffusers" and _alpha_matters(header):
@@ -172,14 +209,37 @@ def _warnings(
 def _alpha_matters(header: Header) -> bool:
     text = header.metadata.get("lora_adapter_metadata", "")
     ranks, alphas_ = (re.findall(rf'"[\w.]*\b{key}": ([\d.]+)', text) for key in ("r", "lora_alpha"))
-    return [float(r) for r in ranks] != [float(a) for a in alphas_]
+    try:
+        return [float(r) for r in ranks] != [float(a) for a in alphas_]
+    except ValueError:
+        return True
 
 
 def _example(how: Naming, raw: str) -> str:
     return f"of this kind ({how}): {raw[:60]}…" if how != "other" else raw[:60]
 
 
-def _mend(path: Path, family: Family) -> str:
+def _mend(header: Header, found: Catalogue, tool: Tool, namings: Counter[Naming], numbers: Numbers) -> str:
+    """The command that mends the file; empty where there is none, or where it would write the same file again."""
+    family, path = found.verdict.family, header.path
+    whole = found.modules and not (found.unknown or found.twice or found.adapters or found.kept)
+    whole = whole and not found.kinds.keys() - CONVERTED and _readable(header, found)
+    if not whole or family in tool.none_for or (family in DESIGNS and not DESIGNS[family].diffusers):
+        return ""
+    to = "diffusers" if family in DESIGNS else "kohya"
+    own = {"kohya ldm" if family == "sdxl" else "kohya diffusers", "kohya text"}
+    own = {"transformer.", "text_encoder."} if to == "diffusers" else own
+    if not found.kinds and set(namings) <= own and len(set(numbers.alphas.values())) < 2 and not _alpha_matters(header):
+        return ""
     out = path.with_name(f"{path.stem}-fixed.safetensors")
-    to = "diffusers" if family in ("flux", "sd3") else "kohya"
     return f"unbraid convert {shlex.quote(str(path))} {shlex.quote(str(out))} --to {to}"
+
+
+def _readable(header: Header, found: Catalogue) -> bool:
+    """Whether the shapes of all modules fit."""
+    try:
+        for parts in found.modules.values():
+            check_module({part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, str(header.path))
+    except UsageError:
+        return False
+    return True

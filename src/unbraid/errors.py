@@ -1,5 +1,7 @@
 """The one error that is meant for the user's eyes."""
 
+LONGEST = 299  # characters of a message
+
 
 class UsageError(Exception):
     """Something the user can mend: `what` is wrong, `where` it was seen, and how to `fix` it.
@@ -9,4 +11,16 @@ class UsageError(Exception):
 
     def __init__(self, what: str, where: object = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, str(where), fix
-        super().__init__(": ".join(part for part in (self.where, what) if part) + (f". {fix}" if fix else ""))
+        where_ = printable(self.where, max(LONGEST - min(len(what), 120) - min(len(fix), 90) - 8, 60))
+        parts = [part for part in (where_, printable(what, 120)) if part]
+        super().__init__(": ".join(parts) + (f". {printable(fix, 90)}" if fix else ""))
+
+
+def printable(text: object, limit: int = 120) -> str:
+    """Text from outside as a terminal may show it: one line, no control characters, its middle left out beyond `limit`."""
+    text = str(text)
+    text = text if len(text) <= 4 * limit else f"{text[: 2 * limit]}{text[-2 * limit :]}"
+    shown = "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else "\ufffd" for letter in text)
+    if len(shown) <= limit:
+        return shown
+    return f"{shown[: limit // 2 - 1]}…{shown[-(limit - limit // 2) :]}"

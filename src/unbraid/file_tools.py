@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 
@@ -16,13 +17,12 @@ from unbraid.errors import UsageError
 from unbraid.files import LoraFile, read, write
 from unbraid.formats.block_weights import block_weights
 from unbraid.formats.blocks import Family
-from unbraid.formats.encode import Dialect
+from unbraid.formats.encode import Dialect, dialect_for
 from unbraid.formats.lycoris import LIMIT
+from unbraid.formats.sources import common_family, merged_metadata
 from unbraid.lora import Lora
 from unbraid.lowrank import wide
 from unbraid.merge import Merged, Size, merge
-
-DEFAULT: dict[Family, Dialect] = {"flux": "diffusers", "sd3": "diffusers"}  # elsewhere kohya: what all tools read
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Done:
     ranks: tuple[int, int]
     kept: tuple[float, float]
     family: Family
+    bundled: tuple[str, ...] = ()  # embeddings that came along
     vectors: int = 0
     densified: tuple[int, float] = (0, 0.0)
 
@@ -60,7 +61,7 @@ def convert(
     see `unbraid.changes`; `base`: the checkpoint that DoRA was trained on."""
     with told(base) as ways:
         lora = read(source, ways=ways)
-    return _write(lora, out, lora.metadata, dtype, dialect=to)
+    return _write(lora, out, dtype, dialect=to)
 
 
 def resize(
@@ -78,8 +79,8 @@ def resize(
         lora = read(source, ways=ways)
     merged = list(merge([lora.modules], [1.0], size=size, dtype=dtype))
     strings = lora.metadata | {"unbraid.resized": json.dumps({"rank": size.rank, "energy": size.energy})}
-    small = replace(lora, modules=_modules(merged))
-    return _write(small, out, strings, dtype or _dtype(merged), _kept(merged), to)
+    small = replace(lora, modules=_modules(merged), metadata=strings)
+    return _write(small, out, dtype or _dtype(merged), _kept(merged), to)
 
 
 def edit(
@@ -93,9 +94,8 @@ def edit(
     """Scale blocks (0 takes them out), scale the whole, set metadata. Exact, as `convert` is."""
     lora = read(source, ways=TOLD)
     modules, vectors = scaled(lora, tuple(blocks), strength)
-    return _write(
-        replace(lora, modules=modules, vectors=vectors), out, lora.metadata | dict(metadata or {}), None, dialect=to
-    )
+    strings = lora.metadata | dict(metadata or {})
+    return _write(replace(lora, modules=modules, vectors=vectors, metadata=strings), out, None, dialect=to)
 
 
 def merge_files(
@@ -110,10 +110,9 @@ def merge_files(
     """Merge LoRA files into one; see `unbraid.merge`. Files of different families are refused."""
     with told(base) as ways:  # one after the other: torch has every core busy already
         loras = [read(source.path, ways=ways) for source in sources]
-    families: set[Family] = {lora.family for lora in loras if lora.family != "unknown"}
-    if len(families) > 1:
-        what = f"the LoRAs are for different base models: {', '.join(sorted(families))}"
-        raise UsageError(what, "merge", "Merge LoRAs of one family.")
+    names = [{**lora.modules, **dict.fromkeys(_owners(lora).values())} for lora in loras]
+    family = common_family([(str(s.path), lora.family, n) for s, lora, n in zip(sources, loras, names, strict=True)])
+    kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
     parts = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
     modules, vectors = [one for one, _ in parts], _summed([one for _, one in parts], sources, method)
     errors = {f"{i} {name}": error for i, lora in enumerate(loras) for name, error in lora.errors.items()}
@@ -134,9 +133,8 @@ def merge_files(
         "modelspec.merged_from": ", ".join(titles),
         "modelspec.title": Path(out).stem,
     }
-    family = families.pop() if families else "unknown"
-    found = LoraFile(_modules(merged), {}, family, vectors, errors)
-    return _write(found, out, strings, _dtype(merged), _kept(merged), to)
+    lora = LoraFile(_modules(merged), kept | strings, family, bundled, vectors, errors)
+    return _write(lora, out, _dtype(merged), _kept(merged), to)
 
 
 def scaled(
@@ -144,17 +142,20 @@ def scaled(
 ) -> tuple[dict[str, Lora], dict[str, Tensor]]:
     """A LoRA's modules with block weights, in alpha: no tensor is touched; and its vectors with them. What has weight 0 is left
     out."""
-    owners = {key: key.rpartition(".")[0] for key in lora.vectors}
-    weights = {
-        name: weight * strength
-        for name, weight in block_weights(
-            {**lora.modules, **dict.fromkeys(owners.values())}, rules, lora.family
-        ).items()
-    }
+    if not isfinite(strength):
+        raise UsageError(f"a strength of {strength}", "--strength", "Give a number such as 0.8.")
+    owners = _owners(lora)
+    named = {**lora.modules, **dict.fromkeys(owners.values())}
+    weights = {name: weight * strength for name, weight in block_weights(named, rules, lora.family).items()}
     modules = {
         name: Lora(one.down, one.up, one.alpha * weights[name]) for name, one in lora.modules.items() if weights[name]
     }
     return modules, {key: lora.vectors[key] * weights[owner] for key, owner in owners.items() if weights[owner]}
+
+
+def _owners(lora: LoraFile) -> dict[str, str]:
+    """Vector → its module."""
+    return {key: key.rpartition(".")[0] for key in lora.vectors}
 
 
 @contextmanager
@@ -185,17 +186,39 @@ def _summed(vectors: Sequence[Mapping[str, Tensor]], sources: Sequence[Source], 
 def _write(
     lora: LoraFile,
     out: str | Path,
-    metadata: Mapping[str, str],
     dtype: torch.dtype | None,
     kept: tuple[float, float] = (1.0, 1.0),
     dialect: Dialect | None = None,
 ) -> Done:
-    modules, family, vectors = lora.modules, lora.family, lora.vectors
-    dialect = dialect or DEFAULT.get(family, "kohya")
-    write(out, modules, family=family, dialect=dialect, metadata=metadata, dtype=dtype, vectors=vectors)
+    modules, dialect = (
+        lora.modules,
+        dialect or dialect_for({**lora.modules, **dict.fromkeys(_owners(lora).values())}, lora.family),
+    )
+    write(
+        out,
+        modules,
+        family=lora.family,
+        dialect=dialect,
+        metadata=lora.metadata,
+        dtype=dtype,
+        bundled=lora.bundled,
+        vectors=lora.vectors,
+    )
     ranks = [len(one.down) for one in modules.values()] or [0]
     densified = (len(lora.errors), max(lora.errors.values(), default=0.0))
-    return Done(Path(out), len(modules), (min(ranks), max(ranks)), kept, family, len(vectors), densified)
+    size = (min(ranks), max(ranks))
+    return Done(Path(out), len(modules), size, kept, lora.family, tuple(lora.bundled), len(lora.vectors), densified)
+
+
+def _bundled(loras: Iterable[LoraFile]) -> dict[str, Tensor]:
+    """The embeddings of all. Errors: two under one name."""
+    out: dict[str, Tensor] = {}
+    for lora in loras:
+        for key, tensor in lora.bundled.items():
+            if key in out and not torch.equal(out[key], tensor):
+                raise UsageError("two LoRAs bring different embeddings of one name", key, "Rename one of them.")
+            out[key] = tensor
+    return out
 
 
 def _modules(merged: Sequence[Merged]) -> dict[str, Lora]:

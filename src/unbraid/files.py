@@ -8,11 +8,11 @@ ignores one that differs between modules), and one alpha is written for the whol
 """
 
 import os
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,30 @@ from unbraid.formats import lycoris
 from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect, encode, vector_tensors
 from unbraid.formats.fused import fuse, split
-from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, opened, read_header
-from unbraid.formats.metadata import alpha_of, data_hash, stamp
+from unbraid.formats.gate import check_module
+from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, opened, read_header
+from unbraid.formats.metadata import data_hash, stamp
 from unbraid.formats.names import KINDS
-from unbraid.formats.weights import bits
+from unbraid.formats.patterns import alpha_of
+from unbraid.formats.weights import FLOATS, READABLE, bits
 from unbraid.lora import Lora
 from unbraid.lowrank import exact_dense, finite, fold_mid
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+LARGEST = 1e15  # squares of it are still fp32 numbers
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in memory: canonical module name → factors, the file's metadata, and its base's family."""
+    """A LoRA in memory: module name → factors, the file's metadata, and its base's family. Names that no table knows are the
+    file's own."""
 
     modules: dict[str, Lora]
     metadata: dict[str, str]
     family: Family
-    vectors: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # MODULE.diff_b, .w_norm, .b_norm: biases' and norms' changes
+    bundled: Mapping[str, Tensor] = field(default_factory=dict)  # trained embeddings, OneTrainer's `bundle_emb.…`
+    # MODULE.diff_b, .w_norm, .b_norm: changes of biases and norms
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)  # modules of other kinds → ‖ΔW − BA‖ / ‖ΔW‖
 
 
@@ -65,17 +68,24 @@ class Opened:
 
     def parts(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], float | None]:
         """A module's tensors: of the weight's change, of the bias' and the norm's; and alpha where the file says it."""
-        parts = {part: _tensor(self.handle, self.header, key) for part, key in self.found.modules[name].items()}
-        given = parts.pop("alpha", None)
-        alpha = None if given is None else _number(given, self.header.path, name)
-        if alpha is not None and not isfinite(alpha):
-            raise UsageError("alpha is not finite", self.where(name), "The file is damaged.")
-        return *lycoris.sorted_out(parts), alpha
+        keys, where = dict(self.found.modules[name]), self.where(name)
+        key = keys.pop("alpha", None)
+        alpha = None if key is None else _number(self.handle, self.header, key)
+        parts, vectors = lycoris.sorted_out(
+            {part: _tensor(self.handle, self.header, key) for part, key in keys.items()}
+        )
+        if lycoris.is_kind(parts):
+            _sane(parts.values(), 1.0 if alpha is None else alpha, where)
+        for vector in (*vectors.values(), *(parts[part] for part in parts if part == "dora_scale")):
+            _sane([vector], 1.0, where)
+        return parts, vectors, alpha
 
     def plain(self, parts: Mapping[str, Tensor], alpha: float | None, name: str) -> Lora:
         """down and up, or ziplora-pytorch's dense matrix, with the file's alpha or that of its settings."""
         lora = _lora(parts, self.where(name))
-        return Lora(lora.down, lora.up, alpha_of(self.settings, name, len(lora.down)) if alpha is None else alpha)
+        alpha = alpha_of(self.settings, name, len(lora.down)) if alpha is None else alpha
+        _sane([lora.down, lora.up], alpha, self.where(name))
+        return Lora(lora.down, lora.up, alpha)
 
     def where(self, name: str) -> str:
         return f"{self.header.path}: {name}"
@@ -87,8 +97,12 @@ def opened_lora(path: str | Path, adapter: str | None = None) -> Iterator[Opened
     header = read_header(Path(path))
     found = catalogue(header, adapter)
     _refuse(header, found)
+    for name, parts in found.modules.items():
+        check_module(
+            {part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, f"{header.path}: {name}"
+        )
     with opened(header.path, "pt") as handle:
-        yield Opened(header, found, family_of(header, found), handle, adapter_metadata(header))
+        yield Opened(header, found, found.verdict.family, handle, adapter_metadata(header))
 
 
 def read(path: str | Path, adapter: str | None = None, ways: Ways = STRICT) -> LoraFile:
@@ -106,10 +120,11 @@ def read(path: str | Path, adapter: str | None = None, ways: Ways = STRICT) -> L
             taken = take(file, name, ways)
             vectors |= {f"{name}.{part}": tensor for part, tensor in taken.vectors.items()}
             if taken.lora:
-                modules |= split(name, taken.lora)
+                modules |= split(name, taken.lora, file.family)
             if taken.error is not None:
                 errors[name] = taken.error
-        return LoraFile(modules, dict(file.header.metadata), file.family, vectors, errors)
+        bundled = {key: file.handle.get_tensor(key) for key in file.found.ignored}
+        return LoraFile(modules, dict(file.header.metadata), file.family, bundled, vectors, errors)
 
 
 def write(
@@ -121,10 +136,12 @@ def write(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = torch.float16,
     vectors: Mapping[str, Tensor] | None = None,
+    bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a LoRA file: under a temporary name, read back and compared bit by bit, then moved into place.
 
-    `dtype=None` keeps each tensor's own, and fp32 where a factor must be scaled and the product is not exact.
+    `bundled` tensors are stored as they are; `vectors`: see `LoraFile`. `dtype=None` keeps each tensor's own, and fp32 where
+    a factor must be scaled and the product is not exact.
     Errors: `UsageError` for NaN, values beyond the dtype, a full disk, a folder that cannot be written to.
     """
     path = Path(path)
@@ -135,6 +152,7 @@ def write(
     modules = fuse(modules, family) if dialect == "kohya" else modules
     tensors, strings = encode(modules, family, dialect, metadata or {}, dtype)
     tensors |= vector_tensors(vectors or {}, family, dialect, dtype)
+    tensors |= bundled or {}
     names = {*modules, *(key.rpartition(".")[0] for key in vectors or {})}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
     try:
@@ -180,28 +198,26 @@ def _refuse(header: Header, found: Catalogue) -> None:
     """The reasons not to read a file, one clear line each."""
     where = header.path
     if found.adapters:
-        names = ", ".join(found.adapters)
+        names = ", ".join(found.adapters[:5])
         raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
     if strange := {kind: n for kind, n in found.kinds.items() if kind in KINDS}:
         kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in strange.items())
         fix = "LoRA, LoCon, LoHa, LoKr, DoRA and full changes are read; train or export it as one of them."
         raise UsageError(f"not a LoRA that is read: {kinds}", where, fix)
     if found.unknown:
-        what = f"{len(found.unknown)} keys are not known, such as {found.unknown[0][:120]!r}"
-        raise UsageError(what, where, "Is it a LoRA? Run unbraid doctor on it.")
+        what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
+        raise UsageError(what, where, "Give a LoRA file.")
     if found.twice:
-        raise UsageError(
-            f"{len(found.twice)} modules are there twice, such as {found.twice[0]}", where, "Save it again."
-        )
+        what = f"{found.verdict.family}: {len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
+        raise UsageError(what, where, "Save it again, each module once.")
     if not found.modules:
         raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
 
 
 def _tensor(handle: Any, header: Header, key: str) -> Tensor:
     if header.dtypes[key] not in FLOATS:
-        raise UsageError(
-            f"{header.dtypes[key]} numbers are not read", f"{header.path}: {key}", "Save it as fp16 or fp32."
-        )
+        what = f"{header.dtypes[key]} numbers are not read"
+        raise UsageError(what, f"{header.path}: {key}", "Save it as fp16 or fp32.")
     tensor = handle.get_tensor(key)
     if header.dtypes[key].startswith("F8"):
         tensor = tensor.to(torch.float16)
@@ -213,22 +229,32 @@ def _tensor(handle: Any, header: Header, key: str) -> Tensor:
 
 
 def _lora(tensors: Mapping[str, Tensor], where: str) -> Lora:
-    """The factors of one module, alpha = r; shapes must fit each other."""
-    if set(tensors) == {"dense"} and tensors["dense"].ndim == 2 and tensors["dense"].numel():
-        return exact_dense(tensors["dense"])
-    missing = {"down", "up"} - set(tensors)
-    if missing or "dense" in tensors:
-        raise UsageError(f"{' and '.join(sorted(missing)) or 'a clear form'} missing", where, "The file is incomplete.")
+    """The factors of one module, alpha = r; the gate has checked the shapes."""
+    if "dense" in tensors:
+        return exact_dense(tensors["dense"], where)
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-    if mid is not None and mid.ndim == 4 and down.ndim == 4 and down.shape[2:] == (1, 1) and mid.shape[1] == len(down):
+    if mid is not None:
         down = fold_mid(down, mid)
-    fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == len(down) and 0 not in down.shape + up.shape
-    if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
-        raise UsageError(f"shapes {tuple(up.shape)} · {tuple(down.shape)} do not fit", where, "The file is damaged.")
     return Lora(down, up, float(len(down)))
 
 
-def _number(tensor: Tensor, path: Path, name: str) -> float:
-    if tensor.numel() != 1:
-        raise UsageError("alpha is not one number", f"{path}: {name}", "The file is damaged.")
-    return float(tensor.flatten()[0])
+def _sane(tensors: Iterable[Tensor], alpha: float, where: str) -> None:
+    """Nothing that overflows when the tensors of a change are multiplied."""
+    sizes = [*(float(tensor.abs().max()) for tensor in tensors), abs(alpha)]
+    if max(sizes) > LARGEST or prod(sizes) > LARGEST:
+        raise UsageError(
+            "weights so large that products overflow", where, "The file is damaged, or its training diverged."
+        )
+
+
+def _number(handle: Any, header: Header, key: str) -> float:
+    """An alpha: one number of any type."""
+    where = f"{header.path}: {key}"
+    if header.shapes[key].count(1) != len(header.shapes[key]):
+        raise UsageError("alpha is not one number", where, "The file is damaged.")
+    if header.dtypes[key] not in READABLE:
+        raise UsageError(f"{header.dtypes[key]} is no type of an alpha", where, "The file is damaged.")
+    alpha = float(handle.get_tensor(key).flatten()[0])
+    if not isfinite(alpha):
+        raise UsageError("alpha is not finite", where, "The file is damaged.")
+    return alpha

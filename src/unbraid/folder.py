@@ -2,31 +2,34 @@
 
 import hashlib
 import json
-import re
+import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import tomli_w
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
 
 from unbraid.errors import UsageError
 
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-HOW = re.compile(
-    r"^(vram|compile|graphs|device) = .*\n", re.MULTILINE
-)  # how memory and time are saved may change when a run goes on
-RECORD, EVENTS, STATE = "run.toml", "events.jsonl", "state.safetensors"
+HOW = "vram compile graphs device thumbnail metadata".split()  # may change when a run goes on
+RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
+DIGEST = "sha256"  # of the saved state, in its header
+_numbers = count()
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed at the end, removed on any failure.
+    """A temporary name beside `path`, unique to this process, to write to; renamed at the end, removed on any failure.
 
     Raises UsageError if the folder cannot be written or the disk is full."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{os.getpid():x}-{next(_numbers)}.part{path.suffix}")  # two processes may write one file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -42,18 +45,50 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_record(out: Path, record: Mapping[str, Any]) -> None:
     """run.toml: everything resolved, readable by people and by `--config`."""
     with atomic(out / RECORD) as part:
-        part.write_text(to_toml(record))
+        part.write_text(to_toml(record), "utf-8")
 
 
 def to_toml(record: Mapping[str, Any]) -> str:
-    """Scalars first, then one table per mapping. JSON strings are TOML strings, as keys too."""
-    scalars = [
-        f"{key if KEY.fullmatch(key) else json.dumps(key)} = {json.dumps(value)}"
-        for key, value in record.items()
-        if not isinstance(value, Mapping)
-    ]
-    tables = [f"\n[{key}]\n{to_toml(value)}" for key, value in record.items() if isinstance(value, Mapping)]
-    return "\n".join([*scalars, *tables]) + ("\n" if scalars else "")
+    """UsageError for text that is none: half of a surrogate pair, as in file names of another encoding."""
+    try:
+        text = tomli_w.dumps(record)
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"a word or a name that is no Unicode text: {error.object[:200]!r}"
+        raise UsageError(what, RECORD, "Rename it, or write it anew.") from error
+    return text
+
+
+def read_toml(path: Path, fix: str) -> dict[str, Any]:
+    """A TOML file. UsageError for what is none."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own, too much depth, numbers of too many digits
+        reason = " ".join(str(error).split())[:150]
+        raise UsageError(f"not a TOML file: {reason}", path, fix) from error
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One run at a time works in a folder; UsageError where another one does. What killed runs left half-written is removed."""
+    lock = FileLock(out / LOCK, thread_local=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        fix = "Wait until it is done, or choose another --out."
+        raise UsageError("another run is at work in this folder", out, fix) from error
+    except OSError as error:
+        raise UsageError(f"cannot be written ({error.strerror})", out, "Choose another folder or make room.") from error
+    try:
+        for part in out.glob(".*.part*"):
+            with suppress(OSError):
+                part.unlink()
+        yield
+    finally:
+        with suppress(OSError):
+            (out / LOCK).unlink()  # filelock notices where another process has opened it already
+        lock.release()
 
 
 def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
@@ -65,33 +100,70 @@ def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
 def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     """UsageError if `claim` would refuse the folder."""
     there = out / RECORD
-    if out.exists() and not out.is_dir():
+    try:
+        begun, in_the_way = there.exists(), out.exists() and not out.is_dir()
+    except OSError as error:
+        raise UsageError(f"cannot be used ({error.strerror})", out, "Choose another --out.") from error
+    if in_the_way:
         raise UsageError("is a file, not a folder", out, "Choose another --out.")
-    if resume and not there.exists():
+    if resume and not begun:
         raise UsageError("there is no run to resume here", out, "Start it without --resume.")
-    if resume and HOW.sub("", there.read_text()) != HOW.sub("", to_toml(record)):
+    wanted = tomllib.loads(to_toml(record))
+    if resume and (other := difference(read_toml(there, "Start anew in another folder."), wanted)):
         fix = f"Use the settings of {there}, or start anew in another folder."
-        raise UsageError("the run in this folder has other settings", out, fix)
-    if there.exists() and not resume:
+        raise UsageError(f"the run in this folder has other settings: {other}", out, fix)
+    if begun and not resume:
         raise UsageError(
             "this folder holds a run already", out, "Add --resume to go on with it, or choose another --out."
         )
 
 
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first thing that two records differ in, in words: `style: 'ink' there, 'oil' here`."""
+    for key in dict.fromkeys((*there, *here)):
+        one, other = there.get(key), here.get(key)
+        if one == other or key in HOW:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return difference(one, other)
+        return f"{key[:60]}: {_short(one)} there, {_short(other)} here"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) < 60 else f"{text[:50]} …"
+
+
 def save_state(out: Path, tensors: Mapping[str, Tensor]) -> None:
     with atomic(out / STATE) as part:
-        save_file(dict(tensors), part)
+        save_file(dict(tensors), part, {DIGEST: _digest(tensors)})
 
 
 def load_state(out: Path) -> dict[str, Tensor] | None:
-    """The last saved state; None if the run was killed before the first one."""
+    """The last saved state; None if the run was killed before the first one. UsageError if it is not as it was saved."""
     path = out / STATE
     if not path.exists():
         return None
+    fix = "Delete it to start this run from its beginning."
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UsageError(f"is damaged ({error})", path, "Delete it to start this run from its beginning.") from error
+        with safe_open(path, "pt") as file:
+            found, digest = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(DIGEST)  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"is damaged ({error})", path, fix) from error
+    if digest is None:
+        raise UsageError("was not saved by this unbraid: it has no checksum", path, fix)
+    if digest != _digest(found):
+        raise UsageError("is damaged: its checksum is another one", path, fix)
+    return found
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return found.hexdigest()
 
 
 class Events:
@@ -101,7 +173,7 @@ class Events:
         self.path = out / EVENTS
         kept = [event for event in read_events(out) if event["step"] < step]
         with atomic(self.path) as part:
-            part.write_text("".join(json.dumps(event) + "\n" for event in kept))
+            part.write_text("".join(json.dumps(event) + "\n" for event in kept), "utf-8")
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, **event: Any) -> None:
@@ -109,22 +181,37 @@ class Events:
         self.waiting.append(event)
 
     def flush(self) -> None:
-        """Append what was added since the last flush. Raises UsageError on a full disk."""
+        """Append what was added since the last flush: whole lines, or none of them. Raises UsageError on a full disk."""
+        data = "".join(json.dumps(one, default=Tensor.tolist) + "\n" for one in self.waiting).encode()
         try:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(one, default=Tensor.tolist) + "\n" for one in self.waiting)
+            with self.path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    written = 0
+                    while written < len(data):
+                        written += file.write(data[written:]) or 0
+                except OSError:
+                    file.truncate(before)
+                    raise
         except OSError as error:
             raise UsageError(f"cannot be written ({error.strerror})", self.path, "Make room, then --resume.") from error
         self.waiting.clear()
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:
-    """All whole lines of events.jsonl."""
+    """The lines of events.jsonl that tell of a step; damaged ones are passed over."""
     path = out / EVENTS
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("loss"), float):
+                found.append(event)
+    return found
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

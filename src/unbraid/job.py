@@ -9,6 +9,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from PIL import Image
+
 from unbraid import folder
 from unbraid.data import check_size, open_image
 from unbraid.errors import UsageError
@@ -34,19 +36,24 @@ class Job:
     seed: int = 0
     previews: int = 3  # preview sheets during training; 0: no pictures at all
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
-    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompt, where it has one
+    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, where it has any
     loading: Loading = AS_IT_IS
+    thumbnail: bool = True  # in the LoRAs, of the first picture
+    metadata: bool = True  # in the LoRAs, of the training: prompts, settings, base
+    told: tuple[str, ...] = field(default=(), compare=False)  # what is to be said before it begins
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One thing that happened: a training step, a file that is there now, or something to be told."""
+    """One thing that happened: a training step, a file that is there now, or something to be told; `undone`: that a picture for
+    people could not be made, while the training goes on or is done."""
 
     done: int
     total: int
     step: Step | None = None
     file: Path | None = None
     warning: str = ""
+    undone: bool = False
 
 
 def prompts_of(job: Job) -> dict[str, str]:
@@ -67,12 +74,23 @@ def _fields(template: str) -> list[str]:
 def check(job: Job, resume: bool) -> None:
     """UsageError for what can be known to be wrong before anything is loaded: words, pictures, the folder."""
     texts = prompts_of(job)
-    opened = {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    opened = opened_images(job)
     for role, images in opened.items():
         for image, path in zip(images, job.images[role], strict=True):
             check_size(image, path)
     METHODS[job.method].check(opened, job.images)
     folder.claimable(job.out, record(job, texts), resume)
+
+
+def opened_images(job: Job) -> dict[str, list[Image.Image]]:
+    return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+
+
+def finished(job: Job) -> bool:
+    """Whether a run's folder has all its LoRAs, and nothing to go on from."""
+    stems = METHODS[job.method].outputs(job.settings)
+    there = all((job.out / f"{stem}.safetensors").exists() for stem in stems)
+    return there and not (job.out / folder.STATE).exists()
 
 
 def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
@@ -87,6 +105,7 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
         **{key: value for key, value in asdict(job.loading).items() if value != getattr(AS_IT_IS, key)},
         "seed": job.seed,
         "previews": job.previews,
+        **{name: False for name in ("thumbnail", "metadata") if not getattr(job, name)},
         "words": dict(job.words),
         "images": images,
         "sha256": hashes,
@@ -97,19 +116,23 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def metadata(job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, str]) -> dict[str, str]:
+def metadata(
+    job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, str], shown: Image.Image | None
+) -> dict[str, str]:
     """What the file says of itself, in the keys that other tools read (ss_*, ModelSpec) and our own."""
-    source = next((paths[0] for paths in job.images.values()), None)
+    if not job.metadata:
+        return {}
+    base = Path(job.base).name if Path(job.base).exists() else job.base  # of what is on this machine, the name alone
     return {
-        **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=source),
+        **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.thumbnail else None),
         "modelspec.date": datetime.now(UTC).date().isoformat(),
         "ss_output_name": stem,
-        "ss_sd_model_name": job.base,
+        "ss_sd_model_name": base,
         "ss_seed": str(job.seed),
         "ss_steps": str(steps),
         "unbraid.method": job.method,
         "unbraid.prompt": prompt,
-        "unbraid.base": job.base,
+        "unbraid.base": base,
         **({"unbraid.style": job.words["style"]} if METHODS[job.method].prompts and "style" in job.words else {}),
         "unbraid.settings": json.dumps(job.settings),
     }

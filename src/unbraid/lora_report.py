@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family, block_of
-from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, family_of, read_header
+from unbraid.formats.gate import check_factors
+from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, read_header
 from unbraid.formats.kinds import KIND
 from unbraid.formats.loaders import naming
-from unbraid.formats.metadata import alpha_of
-from unbraid.formats.weights import Read, numbers
+from unbraid.formats.patterns import alpha_of
+from unbraid.formats.recognise import Verdict
+from unbraid.formats.weights import FLOATS, READABLE, Read, numbers
 
 Matrix = NDArray[np.float32]
 
@@ -38,16 +40,19 @@ class Report:
     """What a file holds. Ranks and alphas: value → number of modules."""
 
     path: Path
-    family: Family
+    verdict: Verdict
     namings: tuple[str, ...]
     ranks: Mapping[int, int]
     alphas: Mapping[float, int]
     dtypes: tuple[str, ...]
     blocks: tuple[BlockReport, ...]
     metadata: Mapping[str, str]
-    kinds: Mapping[
-        str, int
-    ]  # tensors of what is no plain LoRA: LoHa, DoRA's magnitudes (not in the norms), norms and biases, …
+    kinds: Mapping[str, int]  # tensors of what is no plain LoRA: LoHa, DoRA's magnitudes, norms and biases, …
+    kept: tuple[str, ...]
+
+    @property
+    def family(self) -> Family:
+        return self.verdict.family
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def report(path: str | Path) -> Report:
     namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
     dtypes = tuple(sorted(set(header.dtypes.values())))
     return Report(
-        header.path, family_of(header, found), namings, ranks, alphas, dtypes, blocks, header.metadata, found.kinds
+        header.path, found.verdict, namings, ranks, alphas, dtypes, blocks, header.metadata, found.kinds, found.kept
     )
 
 
@@ -176,19 +181,34 @@ def _module(header: Header, found: Catalogue, read: Read, name: str, settings: M
     parts = found.modules[name]
     if "down" not in parts or "up" not in parts or "mid" in parts:
         return None
-    if any(header.dtypes[parts[part]] not in ("F16", "BF16", "F32", "F64") for part in ("down", "up")):
+    if any(header.dtypes[parts[part]] not in FLOATS for part in ("down", "up")):
         return None
+    where = f"{header.path}: {name}"
+    check_factors({part: header.shapes[parts[part]] for part in ("down", "up")}, where)
     down, up = read(parts["down"]), read(parts["up"])
-    if down.ndim < 2 or up.ndim < 2 or len(down) != up.shape[1] or not down.size or not up.size:
-        return None
     rank = len(down)
-    alpha = float(read(parts["alpha"]).flat[0]) if "alpha" in parts else alpha_of(settings, name, rank)
-    return _Module(down.reshape(rank, -1), up.reshape(len(up), -1)[:, :rank], alpha / rank)
+    alpha = _alpha(header, read, parts["alpha"]) if "alpha" in parts else alpha_of(settings, name, rank)
+    largest = [float(np.abs(part).max()) for part in (down, up)]
+    if (
+        not np.isfinite([*largest, alpha]).all()
+        or max(*largest, abs(alpha), largest[0] * largest[1] * abs(alpha)) > 1e15
+    ):
+        raise UsageError("NaN, infinite or far too large weights", where, "The training diverged; see unbraid doctor.")
+    return _Module(down.reshape(rank, -1), up.reshape(len(up), -1), alpha / rank)
+
+
+def _alpha(header: Header, read: Read, key: str) -> float:
+    if header.dtypes[key] not in READABLE or header.shapes[key].count(1) != len(header.shapes[key]):
+        raise UsageError("alpha is not one number", f"{header.path}: {key}", "The file is damaged.")
+    return float(read(key).flat[0])
 
 
 def _square(module: _Module) -> float:
-    """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ)."""
-    return module.scale**2 * max(float(((module.up.T @ module.up) * (module.down @ module.down.T)).sum()), 0.0)
+    """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ), or from BA where that is smaller."""
+    up, down = module.up, module.down
+    if len(down) ** 2 > len(up) * down.shape[1]:
+        return module.scale**2 * float(np.square(up @ down).sum())
+    return module.scale**2 * max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
 
 def _compare(name: str, a: _Module, b: _Module) -> _Pair:
@@ -205,6 +225,10 @@ def _compare(name: str, a: _Module, b: _Module) -> _Pair:
 
 def _whitening(down: Matrix) -> NDArray[np.float64]:
     """W `[r, q]` such that Wᵀ·down has orthonormal rows: the row space's basis, from the r×r Gram matrix."""
+    if len(down) > down.shape[1]:
+        left, sizes, _ = np.linalg.svd(down.astype(np.float64), full_matrices=False)
+        some = sizes > sizes[0] * 1e-3
+        return left[:, some] / sizes[some] if sizes[0] else np.zeros((len(down), 1))
     values, vectors = np.linalg.eigh((down @ down.T).astype(np.float64))
     kept = values > values[-1] * 1e-6
     return vectors[:, kept] / np.sqrt(values[kept]) if kept.any() else np.zeros((len(down), 1))

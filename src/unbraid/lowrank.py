@@ -12,6 +12,9 @@ from torch import Tensor
 from unbraid.errors import UsageError
 from unbraid.lora import Lora
 
+MOST_ENTRIES = 2**27  # of a matrix that is formed, half a GB; SDXL's largest layer has 29 million, Flux.1's 66
+DENSE = 1300  # beyond it a full SVD takes more than seconds; SDXL's layers have 1280 on their shorter side
+
 
 def matrices(lora: Lora) -> tuple[Tensor, Tensor]:
     """down `[r, k]` and up `[d, r]` as matrices, in the file's dtype."""
@@ -29,21 +32,32 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def wide_pair(lora: Lora) -> tuple[Tensor, Tensor]:
+    """down and up as matrices, at least fp32 and of one dtype."""
+    down, up = (wide(part) for part in matrices(lora))
+    dtype = torch.promote_types(down.dtype, up.dtype)
+    return down.to(dtype), up.to(dtype)
+
+
 def finite(tensor: Tensor) -> bool:
     """No NaN, no infinity. The extremes carry both, and are 60 times quicker than isfinite."""
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def delta(lora: Lora) -> Float[Tensor, "d k"]:
-    """alpha / r · up @ down as a dense matrix: for the methods that are defined by its entries."""
-    down, up = matrices(lora)
-    return wide(up) @ wide(down) * (lora.alpha / len(down))
+    """alpha / r · up @ down as a dense matrix: for the methods that are defined by its entries. Errors: one that is too large."""
+    down, up = wide_pair(lora)
+    if len(up) * down.shape[1] > MOST_ENTRIES:
+        what = f"a whole change of {len(up)}×{down.shape[1]} does not fit into memory"
+        raise UsageError(what, "merge", "Use concat, knots or np-lora, which do not form it.")
+    return up @ down * (lora.alpha / len(down))
 
 
 def norm(lora: Lora) -> float:
-    """Frobenius norm of the change, from the r×r Gram matrices: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)."""
+    """Frobenius norm of the change, from the r×r Gram matrices, ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), or from BA where that is smaller."""
     down, up = (part.double() for part in matrices(lora))
-    square = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0)
+    small = len(down) ** 2 <= len(up) * down.shape[1]
+    square = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0) if small else (up @ down).square().sum()
     return float(square.sqrt()) * abs(lora.alpha) / len(down)
 
 
@@ -51,12 +65,13 @@ def outside(down: Float[Tensor, "r k"], protected: Float[Tensor, "q k"], mu: flo
     """down (I − μ/(1+μ) QQᵀ), Q the input directions that `protected` reads (NP-LoRA, arXiv 2511.11051)."""
     _, s, vt = torch.linalg.svd(wide(protected), full_matrices=False)
     q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would invent directions where there are too few
+    q = q.to(down.dtype)
     return down - mu / (1 + mu) * (down @ q) @ q.T
 
 
 def svd(lora: Lora) -> tuple[Float[Tensor, "d q"], Float[Tensor, " q"], Float[Tensor, "q k"]]:
     """U, S, Vᵀ of the change: QR of both factors and the SVD of an r×r core (ziplora.md E4). q = min(r, d, k)."""
-    down, up = (wide(part) for part in matrices(lora))
+    down, up = wide_pair(lora)
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     u, s, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
@@ -89,25 +104,39 @@ def from_dense(
     return _kept(u, s, vt, rank, energy, total, like)
 
 
-def exact_dense(weight: Tensor) -> Lora:
+def exact_dense(weight: Tensor, where: str = "") -> Lora:
     """A dense change that is low-rank but for its rounding (ziplora-pytorch's files): all that is not noise.
 
     Rounding to eps adds noise of spectral norm ≤ eps ‖W‖ (√d + √k) / √(dk): singular values below that go.
+    Errors: a large matrix that is not of low rank.
     """
     eps = torch.finfo(weight.dtype).eps
     matrix = wide(weight)
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     d, k = matrix.shape
     rounding = eps * float(matrix.norm()) * (d**0.5 + k**0.5) / (d * k) ** 0.5
+    u, s, vt = _leading(matrix, rounding, where) if min(d, k) > DENSE else torch.linalg.svd(matrix, full_matrices=False)
     floor = max(rounding, 8 * torch.finfo(s.dtype).eps * float(s[0]))  # the SVD's own error
     rank = max(int((s > floor).sum()), 1)
     root = s[:rank].sqrt()
     return Lora((root[:, None] * vt[:rank]).contiguous(), u[:, :rank] * root, float(rank))
 
 
+def _leading(matrix: Tensor, floor: float, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of a large matrix of low rank: its leading directions, more of them until the last one is noise."""
+    for count in (32, 512):
+        basis = _range(matrix, count, 0)
+        core, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        if float(s[-1]) <= floor:
+            return basis @ core, s, vt
+    d, k = matrix.shape
+    fix = "It is no LoRA; a whole change of this size takes hours to take apart."
+    raise UsageError(f"a whole change of {d}×{k} of a rank over 512", where, fix)
+
+
 def fold_mid(down: Tensor, mid: Tensor) -> Tensor:
     """LoCon's Tucker form: down `[r, k, 1, 1]` and mid `[r, r, kh, kw]` → one down `[r, k, kh, kw]`."""
-    return torch.einsum("rshw,sk->rkhw", wide(mid), wide(down.flatten(1))).to(down.dtype)
+    dtype = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
+    return torch.einsum("rshw,sk->rkhw", mid.to(dtype), down.flatten(1).to(dtype)).to(down.dtype)
 
 
 def times_power_of_two(tensor: Tensor, factor: float) -> Tensor | None:
@@ -115,7 +144,7 @@ def times_power_of_two(tensor: Tensor, factor: float) -> Tensor | None:
     of two. None: it is not, or the factor is none."""
     if factor == 1:
         return tensor
-    if abs(frexp(factor)[0]) != 0.5:
+    if abs(frexp(factor)[0]) != 0.5 or abs(factor) > 1e30:
         return None
     scaled = tensor * factor
     below = abs(factor) < 1 and not torch.equal(scaled / factor, tensor)  # bits lost under the smallest normal number
@@ -140,6 +169,11 @@ def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) ->
         scaled = up.double() * factor
         exact = torch.equal(scaled.to(up.dtype).double(), scaled)
         up = scaled.to(up.dtype) if exact else scaled.float() if up.dtype != torch.float64 else scaled
+    if not finite(up) or (bool(lora.up.any()) and not bool(up.any())):
+        size = "large" if abs(factor) > 1 else "small"
+        raise UsageError(
+            f"the strength is so {size} that no weight is a number of use any more", where, "Give another one."
+        )
     if dtype is not None:
         down, up = _cast(down, up, dtype)
     return Lora(down.contiguous(), up.contiguous(), alpha)

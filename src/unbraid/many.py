@@ -119,9 +119,12 @@ class _Joint:
         self.made: dict[tuple[int, ...], tuple[Denoiser, Adapters]] = {}
 
     def answer(self, jobs: Sequence[_Job[T]]) -> None:
-        groups: dict[tuple[int, bool], list[_Job[T]]] = {}
+        groups: dict[tuple[int, bool, int], list[_Job[T]]] = {}
         for job in jobs:
-            groups.setdefault((id(job.asked.adapters.model), job.asked.learns), []).append(job)
+            tokens = max(
+                (len(one) for one in job.asked.model.prompts.values()), default=0
+            )  # long prompts: several chunks
+            groups.setdefault((id(job.asked.adapters.model), job.asked.learns, tokens), []).append(job)
         used = [tuple(job.number for job in group) for group in groups.values()]
         self.made = {key: made for key, made in self.made.items() if key in used}
         for key, group in zip(used, groups.values(), strict=True):

@@ -68,7 +68,7 @@ def memory_line(job: Job) -> str:
 def estimate(job: Job, device: str | None = None) -> Estimate:
     """On `device` (cuda, mps, cpu; none: the one that the run would take). UsageError for a base whose configuration cannot be read."""
     preset = job.loading.preset
-    where = torch.device(device or job.loading.device or pick_device())
+    where = torch.device(device or job.loading.device or pick_device())  # it need not be there
     dtype = torch.bfloat16 if preset.half or where.type == "cuda" else torch.float32
     config = unet_config(job.base)
     with quiet():

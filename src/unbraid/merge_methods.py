@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unbraid.lora import Lora
-from unbraid.lowrank import delta, from_dense, matrices, outside, shaped, times_power_of_two, truncate, wide
+from unbraid.lowrank import delta, from_dense, matrices, outside, shaped, times_power_of_two, truncate, wide, wide_pair
 
 CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."  # B-LoRA, arXiv 2403.14572
 
@@ -49,7 +49,7 @@ def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
         first = _strength(parts[0])  # into alpha: LoRAs of one strength are joined as they are
         scaled = [_times(up, _strength(part) / first) for up, part in zip(ups, parts, strict=True)]
         if one_down(downs):
-            down, up = downs[0], torch.stack([wide(one) for one in scaled]).sum(0)
+            down, up = downs[0], torch.stack(_promoted([wide(one) for one in scaled])).sum(0)
         else:
             down, up = torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1)
         joined = shaped(down, up, first * len(down), parts[0].lora)
@@ -58,7 +58,7 @@ def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
 
 def ties(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
     """TIES (arXiv 2306.01708) on the entries of w ΔW: trim, elect the sign of the sum, mean of those that agree."""
-    merged = _elect(torch.stack([_trim(delta(part.lora), density) * part.weight for part in parts]))
+    merged = _elect(torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])))
     return _factored(name, merged, parts, size)
 
 
@@ -75,17 +75,18 @@ def dare(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, 
 
 def prune(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
     """Σ w of each ΔW's `density` largest entries (ZipLoRA's observation: 80 % can go, arXiv 2311.13600)."""
-    total = torch.stack([_trim(delta(part.lora), density) * part.weight for part in parts]).sum(0)
+    total = torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])).sum(0)
     return _factored(name, total, parts, size)
 
 
 def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
     """KnOTS (arXiv 2410.19735): TIES in the shared left basis U of [ΔW_1 | ΔW_2 | …]; exactly of rank ≤ Σ r."""
-    downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
-    basis, r = torch.linalg.qr(torch.cat([wide(up) for up in ups], 1))
+    downs, ups = zip(*(wide_pair(part.lora) for part in parts), strict=True)
+    downs, ups = _promoted(downs + ups)[: len(parts)], _promoted(downs + ups)[len(parts) :]
+    basis, r = torch.linalg.qr(torch.cat(ups, 1))
     scales = [part.lora.alpha / len(part.lora.down) for part in parts]
     ranks = [len(down) for down in downs]
-    tasks = [block @ wide(down) * s for block, down, s in zip(r.split(ranks, 1), downs, scales, strict=True)]
+    tasks = [block @ down * s for block, down, s in zip(r.split(ranks, 1), downs, scales, strict=True)]
     turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[0]  # U of the small [Rᵀ side], not of d×k
     merged = _elect(
         torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
@@ -100,11 +101,11 @@ def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) ->
     style = next((part for part in parts if part.source == -1), None)
     if style is None:
         return concat(name, parts, size)
-    protected = matrices(style.lora)[0]
+    protected = wide_pair(style.lora)[0]
     projected = []
     for part in parts:
         if part is not style:
-            down, up = (wide(factor) for factor in matrices(part.lora))
+            down, up = wide_pair(part.lora)
             part = Part(shaped(outside(down, protected, mu), up, part.lora.alpha, part.lora), part.weight, part.source)
         projected.append(part)
     return concat(name, projected, size)

@@ -12,13 +12,14 @@ from PIL import Image
 from unbraid import pictures
 from unbraid.api import finish, job
 from unbraid.base import load
-from unbraid.data import caption_of, list_images
+from unbraid.captions import captions_of
 from unbraid.errors import UsageError
 from unbraid.files import read, write
 from unbraid.formats.metadata import card
 from unbraid.job import Job
 from unbraid.lora import Lora
 from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
+from unbraid.picture_folders import Found, look
 from unbraid.render import Use, own_prompt, render
 
 
@@ -61,22 +62,27 @@ def break_job(
 ) -> Job:
     """Learn a content or a style module from images under `prompt`. `partners`: a folder of pictures of the other kind, each with
     its own prompt in NAME.txt; where there are more than are shown at a time, they take turns."""
+    if not options.get("metadata", True):
+        raise UsageError(
+            "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
+        )
     own = [images] if isinstance(images, str | Path) else list(images)
     options["out"] = options.pop("out", None) or Path("runs") / f"{Path(own[0]).stem}-{kind}"
     todo = job({"own": own}, {"prompt": prompt}, method=method, kind=kind, **options)
-    wanted, files = todo.settings["partner_count"], list_images(Path(partners)) if partners else []
+    wanted, found = todo.settings["partner_count"], look(Path(partners)) if partners else Found(())
+    files = found.files
     if len(files) < wanted:
         other = "style" if kind == "content" else "content"
         fix = f"Give --partners DIR, pictures of {other}s with NAME.txt each; or --set partner_count={len(files)}."
         raise UsageError(f"{len(files)} partner images, {wanted} at every step", partners or "--partners", fix)
-    captions = {file: caption_of(file) for file in files}
+    captions = {file: "\n".join(captions_of(file)) for file in files}
     for file, text in captions.items():
-        if text is None:
+        if not text:
             what = "a partner image without a prompt of its own"
             raise UsageError(what, file, f"Write it to {file.with_suffix('.txt').name}: a fish in ink style.")
     roles = {f"partner{i + 1}": tuple(files[i::wanted]) for i in range(wanted)}
     told = {file: text for file, text in captions.items() if text and wanted}
-    return replace(todo, images={**todo.images, **roles}, captions=told)
+    return replace(todo, images={**todo.images, **roles}, captions=told, told=todo.told + found.unused)
 
 
 def make_job(
@@ -96,7 +102,7 @@ def make_job(
         raise UsageError(f"{taken[0]!r} is the modules' own", "make", "Leave it out.")
     words = {module.kind: module.prompt for module in pair}
     words["both"] = prompt or together(*pair)
-    found = {role: [str(file) for file in list_images(Path(where))] for role, where in (images or {}).items()}
+    found = {role: [where] for role, where in (images or {}).items()}
     loras = {module.kind: module.path for module in pair}
     options["out"] = options.pop("out", None) or Path("runs") / f"{pair[0].path.parent.name}-{pair[1].path.parent.name}"
     options |= {} if fine_tune is None else {"fine_tune": fine_tune}

@@ -21,7 +21,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]],
     pen = ImageDraw.Draw(sheet)
     for r, (title, cells) in enumerate(rows):
         top = GAP + r * row_height
-        pen.text((GAP, top), title, INK, font)
+        pen.text((GAP, top), _plain(title), INK, font)
         for c, (label, picture) in enumerate(cells):
             left = GAP + c * (cell + GAP)
             sheet.paste(_scaled(picture, cell), (left, top + 22))
@@ -40,11 +40,17 @@ def _scaled(picture: Image.Image, cell: int) -> Image.Image:
 
 
 def _short(label: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    label = _plain(label)
     if pen.textlength(label, font) <= width:
         return label
     while label and pen.textlength(label + "…", font) > width:
         label = label[:-1]
     return label.rstrip() + "…"
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what no font can measure: file names hold anything."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def save_image(picture: Image.Image, path: Path) -> Path:

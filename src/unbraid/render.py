@@ -87,6 +87,7 @@ def render(
     cast = _cast(prompt, uses, styles)
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(negative)
+    prompts = base.alike(prompts)
     guides = [Style(Active(role), role, use.scale * guidance, style_from) for role, (use, _) in cast.styles.items()]
     loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.styles.items()}
     if edit:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,12 @@ from PIL import Image
 from unbraid import folder, mergers, pictures
 from unbraid.adapters import Adapters
 from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
-from unbraid.data import fit, open_image
+from unbraid.data import fit
+from unbraid.errors import UsageError
 from unbraid.files import read, write
-from unbraid.job import Job, Progress, metadata, prompts_of, record
+from unbraid.image_files import moves
+from unbraid.job import Job, Progress, finished, metadata, opened_images, prompts_of, record
+from unbraid.long_prompts import remarks as long_prompts
 from unbraid.lora import Active, Lora
 from unbraid.merge import merge
 from unbraid.merger_plot import mergers_plot
@@ -30,6 +34,13 @@ PREVIEW_STEPS, SHEET_STEPS, GUIDANCE = 12, 25, 4.0
 DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws where none are given
 UNCAPTURED = "steps run one kernel at a time, several times slower: no CUDA graph could be captured"
 SHOWN = 8  # inputs in a row of the sheet
+UNDONE = (
+    UsageError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+)  # what drawing can fail with; torch's out of memory, too
 
 
 @dataclass(frozen=True)
@@ -59,15 +70,22 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
     """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`: the
     job's base, with nothing in its model; at the end it is so again."""
     texts, opened = prompts_of(job), opened_images(job)
-    warnings = METHODS[job.method].check(opened, job.images)
+    said = record(job, texts)
+    folder.claimable(job.out, said, resume)
+    if resume and finished(job):
+        yield Progress(1, 1, warning="this run is done already: nothing is trained")
+        return
+    warnings = [*job.told, *remarks(job), *METHODS[job.method].check(opened, job.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
+        warnings += long_prompts(ready.base.pipe, [*texts.values(), *"\n".join(job.captions.values()).splitlines()])
         ready.base.release(tiles=job.loading.preset.fp8)
         warnings += notes(ready.base.device, job.loading.preset)
-        folder.claim(job.out, record(job, texts), resume)
-        for warning in warnings:
-            yield Progress(0, ready.recipe.steps, warning=warning)
-        yield from _conduct(ready, texts, resume)
+        with folder.locked(job.out):
+            folder.claim(job.out, said, resume)
+            for warning in warnings:
+                yield Progress(0, ready.recipe.steps, warning=warning)
+            yield from _conduct(ready, texts, resume)
     finally:
         ready.adapters.detach()
 
@@ -76,11 +94,16 @@ def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> Script[Pro
     job, total = ready.job, ready.recipe.steps
     for role in ready.images.keys() - job.images.keys():
         for i, image in enumerate(ready.images[role]):
-            pictures.save_image(image, job.out / "drawn" / f"{role}_{i}.png")
+            path = job.out / "drawn" / f"{role}_{i}.png"
+            if (event := _errand(ready, path.name, partial(pictures.save_image, image, path))).undone:
+                yield event
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
         kept, told = fitting(saved, job.loading.preset)
         ready.state.restore(kept)
+        if ready.state.step > total:
+            fix = f"Delete {folder.STATE} to start this run from its beginning."
+            raise UsageError(f"the saved state is of step {ready.state.step}, of {total}", job.out, fix)
         for warning in told:
             yield Progress(ready.state.step, ready.recipe.steps, warning=warning)
     events = folder.Events(job.out, ready.state.step)
@@ -88,13 +111,27 @@ def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> Script[Pro
     if mergers.collapsed(mergers.summary(ready.adapters)):
         warning = "the coefficients collapsed: all LoRAs were weakened alike. Lower lr or weight, or use similarity=cos"
         yield Progress(total, total, warning=warning)
-    for file in _finish(ready, texts):
+    for file in _written(ready, texts):
         yield Progress(total, total, file=file)
+    for name, draw in _drawings(ready, texts).items():
+        yield _errand(ready, name, draw)
     (job.out / folder.STATE).unlink(missing_ok=True)
 
 
-def opened_images(job: Job) -> dict[str, list[Image.Image]]:
-    return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+def _errand(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
+    """Make a picture for people. If that fails, it is said: nothing that is trained may be lost to it."""
+    done, total = ready.state.step, ready.recipe.steps
+    try:
+        return Progress(done, total, file=make())
+    except UNDONE as error:
+        reason = error.what if isinstance(error, UsageError) else str(error)
+        return Progress(done, total, warning=f"{name} could not be made: {' '.join(reason.split())[:200]}", undone=True)
+
+
+def remarks(job: Job) -> list[str]:
+    """What is to be said of the pictures."""
+    files = dict.fromkeys(path for paths in job.images.values() for path in paths)
+    return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
 
 
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
@@ -106,18 +143,19 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     adapters = started or Adapters.attach(base.unet, recipe.targets)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
+        captions = {role: base.encode_prompt(text) for path in job.captions for role, text in _captions(job, path)}
+        prompts = base.alike(prompts | captions)
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
-        captions = {f"caption {path}": base.encode_prompt(text) for path, text in job.captions.items()}
         encoded = {
             role: [
-                _picture(base, image, where, f"caption {where}" if where in job.captions else None)
+                _picture(base, image, where, tuple(name for name, _ in _captions(job, where)))
                 for image, where in zip(some, job.images.get(role) or [_source(job, role)] * len(some), strict=True)
             ]
             for role, some in images.items()
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
-    return Ready(job, base, Studies(base, encoded, prompts | captions), adapters, recipe, state, images)
+    return Ready(job, base, Studies(base, encoded, prompts), adapters, recipe, state, images)
 
 
 def _drawn(
@@ -138,9 +176,14 @@ def _source(job: Job, role: str) -> Path:
     return job.loras.get(role, Path("the base"))
 
 
-def _picture(base: Base, image: Image.Image, where: Path, prompt: str | None) -> Picture:
+def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
+    """The role and the text of each of a picture's own prompts."""
+    return [(f"caption {i} {picture}", text) for i, text in enumerate(job.captions.get(picture, "").splitlines())]
+
+
+def _picture(base: Base, image: Image.Image, where: Path, prompts: tuple[str, ...]) -> Picture:
     pixels = fit(image, base.size**2, base.step, where)
-    return replace(base.encode_picture(pixels.values, pixels.sizes), prompt=prompt)
+    return replace(base.encode_picture(pixels.values, pixels.sizes), prompts=prompts)
 
 
 def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
@@ -163,7 +206,7 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Scrip
         events.add(step=said.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
         yield Progress(state.step, steps, step=said)
         if state.step in preview_at:
-            yield Progress(state.step, steps, file=_preview(ready))
+            yield _errand(ready, f"the preview of step {state.step}", partial(_preview, ready))
         if time.monotonic() - saved > SAVE_EVERY or state.step == steps:
             events.flush()
             folder.save_state(job.out, state.tensors())
@@ -180,6 +223,8 @@ def _preview(ready: Ready) -> Path:
 
 def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
     """The base alone, each LoRA alone under its own prompt, and all together."""
+    if (graphs := ready.studies.graphs) and (ready.state.step == ready.recipe.steps or ready.base.short_of_memory()):
+        graphs.clear()
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
     texts = ready.studies.encoded
     roles = {name: name if name in texts else output.prompt for output in outputs for name in output.adapters}
@@ -198,8 +243,10 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
         yield name, [image for images in made for image in images]
 
 
-def _finish(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
+def _written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
+    """The LoRAs."""
     job = ready.job
+    shown = next((ready.images[role][0] for role in job.images), None)
     for stem, output in METHODS[job.method].outputs(job.settings).items():
         modules = {f"unet.{name}": lora for name, lora in _folded(ready.adapters, output).items()}
         path = job.out / f"{stem}.safetensors"
@@ -207,17 +254,23 @@ def _finish(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
             path,
             modules,
             family=ready.base.family,
-            metadata={**metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts), **ready.base.told},
+            metadata={**metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts, shown), **ready.base.told},
         )
         yield path
-    events = folder.read_events(job.out)
-    if events:
-        yield pictures.loss_plot([event["loss"] for event in events], job.out / "loss.png")
+
+
+def _drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], Path]]:
+    """What is drawn once the LoRAs are there, by name."""
+    job, out = ready.job, dict[str, Callable[[], Path]]()
+    if events := folder.read_events(job.out):
+        losses = [event["loss"] for event in events]
+        out["loss.png"] = lambda: pictures.loss_plot(losses, job.out / "loss.png")
     found = {name: mergers.values(ready.adapters, name) for name in ready.adapters.names}
     if job.loras and any(found.values()):
-        yield mergers_plot(events, found, job.out / "coefficients.png")
+        out["coefficients.png"] = lambda: mergers_plot(events, found, job.out / "coefficients.png")
     if job.previews:
-        yield _sheet(ready, texts)
+        out["sheet.png"] = lambda: _sheet(ready, texts)
+    return out
 
 
 def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:

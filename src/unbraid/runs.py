@@ -1,24 +1,25 @@
 """Several runs in one process: each in its own folder, as if alone, and their passes through a common base together."""
 
 import copy
-import tomllib
+import warnings
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unbraid import folder
 from unbraid.base import Base, joined, load
 from unbraid.errors import UsageError
-from unbraid.job import Job, Progress, prompts_of, record
+from unbraid.job import Job, Progress
 from unbraid.many import together
-from unbraid.methods import METHODS
-from unbraid.presets import AS_IT_IS, Loading
+from unbraid.presets import Loading
 from unbraid.recipe import Script
 from unbraid.run import script
-from unbraid.settings import resolve
+from unbraid.settings import PREVIEWS, SEEDS, counted, resolve
+
+FAULTS = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError)
 
 
 def batch(
@@ -26,7 +27,12 @@ def batch(
 ) -> list[Path]:
     """Train independent jobs into their folders; returns these. `at_once`: how many at a time, by default as many as there is
     memory for, up to 8. A run that fails leaves the others alone; at the end UsageError says which did."""
-    failed = [event for _, event in run_many(jobs, at_once, resume, device) if isinstance(event, UsageError)]
+    failed = list[UsageError]()
+    for which, event in run_many(jobs, at_once, resume, device):
+        if isinstance(event, UsageError):
+            failed.append(event)
+        elif event.undone:
+            warnings.warn(f"{jobs[which].out}: {event.warning}", RuntimeWarning, stacklevel=2)
     if failed:
         raise UsageError(f"{len(failed)} of {len(jobs)} runs failed", "batch", f"The first: {failed[0]}")
     return [job.out for job in jobs]
@@ -37,10 +43,7 @@ def run_many(
 ) -> Generator[tuple[int, Progress | UsageError]]:
     """`run` of several jobs: (which, what happens), and the error of one that fails. With `resume` those that are done are left
     alone, and those that were not begun begin."""
-    seen: dict[Path, int] = {}
-    for i, job in enumerate(jobs):
-        if (other := seen.setdefault(job.out.resolve(), i)) != i:
-            raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
+    distinct(jobs)
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
 
@@ -57,6 +60,14 @@ def run_many(
     return _told([_script(job, resume, find) for job in jobs], at_once)
 
 
+def distinct(jobs: Sequence[Job]) -> None:
+    """UsageError for two jobs with one folder."""
+    seen: dict[Path, int] = {}
+    for i, job in enumerate(jobs):
+        if (other := seen.setdefault(job.out.resolve(), i)) != i:
+            raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
+
+
 def _told(scripts: Sequence[Script[Progress]], at_once: int | None) -> Generator[tuple[int, Progress | UsageError]]:
     try:
         yield from together(scripts, joined, at_once)
@@ -66,41 +77,58 @@ def _told(scripts: Sequence[Script[Progress]], at_once: int | None) -> Generator
 
 
 def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
-    begun = resume and (job.out / folder.RECORD).exists()
-    if begun and finished(job):
-        folder.claim(job.out, record(job, prompts_of(job)), resume=True)
-        yield Progress(1, 1, warning="done already")
-        return
-    yield from script(job, begun, find)
+    try:
+        yield from script(job, resume and (job.out / folder.RECORD).exists(), find)
+    except FAULTS as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(
+            what, job.out, "The other runs go on. By itself it says more: `unbraid batch`, with its run.toml."
+        ) from error
 
 
-def finished(job: Job) -> bool:
-    """Whether a run's folder has all its LoRAs, and nothing to go on from."""
-    stems = METHODS[job.method].outputs(job.settings)
-    there = all((job.out / f"{stem}.safetensors").exists() for stem in stems)
-    return there and not (job.out / folder.STATE).exists()
+class _Record(BaseModel):
+    """What a run.toml must hold."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    method: str
+    base: str
+    seed: int
+    previews: int
+    words: dict[str, str]
+    images: dict[str, list[str]]
+    loras: dict[str, str] = {}
+    captions: dict[str, str] = {}
+    vae: str = ""
+    prediction: str = ""
+    vram: str = "max"
+    compile: bool = False
+    graphs: bool = True
+    device: str = ""
+    thumbnail: bool = True
+    metadata: bool = True
 
 
 def recorded(file: Path) -> Job:
     """The job of a run.toml, in that file's folder. UsageError if it is no such file."""
+    fix = "Give the run.toml of a run's folder."
     try:
-        table = tomllib.loads(file.read_text())
-        method, images, loras = table["method"], table["images"], table.get("loras", {})
-        settings = resolve(method, table["base"], file, {})
-        return Job(
-            method,
-            {role: tuple(map(Path, paths)) for role, paths in images.items()},
-            table["words"],
-            file.parent,
-            settings,
-            table["base"],
-            table["seed"],
-            table["previews"],
-            {role: Path(path) for role, path in loras.items()},
-            {Path(path): text for path, text in table.get("captions", {}).items()},
-            Loading(**{name: table[name] for name in asdict(AS_IT_IS) if name in table}),
-        )
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"this is no whole run.toml ({error})", file, "Give the run.toml of a run's folder."
-        ) from error
+        table = _Record(**folder.read_toml(file, fix))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"this is no whole run.toml ({'.'.join(map(str, first['loc']))[:80]}: {first['msg']})"
+        raise UsageError(what, file, fix) from error
+    return Job(
+        table.method,
+        {role: tuple(map(Path, paths)) for role, paths in table.images.items()},
+        table.words,
+        file.parent,
+        resolve(table.method, table.base, file, {}),
+        table.base,
+        counted("seed", table.seed, SEEDS),
+        counted("previews", table.previews, PREVIEWS),
+        {role: Path(path) for role, path in table.loras.items()},
+        {Path(path): text for path, text in table.captions.items()},
+        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device),
+        thumbnail=table.thumbnail,
+        metadata=table.metadata,
+    )

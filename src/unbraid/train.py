@@ -78,7 +78,19 @@ class State:
         return {key: value.detach().cpu().clone().contiguous() for key, value in out.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo `tensors()`. Raises UsageError if the snapshot is of another recipe."""
+        """Undo `tensors()`. Raises UsageError if the snapshot is of another recipe, or none."""
+        fix = "Resume with the settings of run.toml, or start anew in another folder."
+        try:
+            self._restore(tensors)
+        except (
+            RuntimeError,
+            KeyError,
+            ValueError,
+            TypeError,
+        ) as error:  # what torch says of other shapes, names and random states
+            raise UsageError("the saved state does not fit these settings", "resume", fix) from error
+
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         adapters = {k.removeprefix("adapter/"): v for k, v in tensors.items() if k.startswith("adapter/")}
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -86,20 +98,23 @@ class State:
                 _, i, what = key.split("/")
                 moments.setdefault(int(i), {})[what] = value
         groups = self.optimizer.state_dict()["param_groups"]
-        try:
-            if max(moments, default=0) >= sum(len(group["params"]) for group in groups):
-                raise RuntimeError(
-                    "moments of tensors that are not there: saved by an unbraid that did not stack its factors"
-                )
-            self._modules().load_state_dict(adapters)
-        except RuntimeError as error:
-            fix = "Resume with the settings of run.toml, or start anew in another folder."
-            raise UsageError("the saved state does not fit these settings", "resume", fix) from error
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if max(moments, default=0) >= len(parameters):
+            raise ValueError(
+                "moments of tensors that are not there: saved by an unbraid that did not stack its factors"
+            )
+        if any(some.keys() != one.keys() for one in moments.values() for some in moments.values()):
+            raise ValueError("a moment is missing")
+        if not all(_fits(moments[i], parameters[i]) for i in moments):
+            raise ValueError("moments of other shapes")
+        step, least, waited = int(tensors["step"]), float(tensors["least"]), int(tensors["waited"])
+        best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        if step < 0 or (best and best.keys() != adapters.keys()):
+            raise ValueError("no step, or other adapters")
+        self._modules().load_state_dict(adapters)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
-        self.step = int(tensors["step"])
-        self.least, self.waited = float(tensors["least"]), int(tensors["waited"])
-        self.best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        self.step, self.least, self.waited, self.best = step, least, waited, best
 
     def saw(self, step: Step) -> None:
         """Take note of a step; look at its figures at once if that costs nothing, else once in a while: looking waits for the device."""
@@ -134,6 +149,15 @@ class State:
     def _modules(self) -> nn.ModuleDict:
         layers = {name.replace(".", "/"): layer.adapters for name, layer in self.adapters.layers.items()}
         return nn.ModuleDict(layers)
+
+
+def _fits(moments: Mapping[str, Tensor], p: Tensor) -> bool:
+    """Whether an optimiser's moments are those of a parameter; 8-bit ones are of several, in a row."""
+    return "exp_avg_scale" in moments or all(
+        moments[key].ndim == p.ndim and all(m in (1, n) for m, n in zip(moments[key].shape, p.shape, strict=True))
+        for key in ("exp_avg", "exp_avg_sq")
+        if key in moments
+    )
 
 
 def train(

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from unbraid.bench.tasks import Cell
 from unbraid.bench.world import Truth
-from unbraid.data import SUFFIXES, caption_of, list_images
+from unbraid.captions import caption_of
 from unbraid.errors import UsageError
 from unbraid.folder import sha256
+from unbraid.picture_folders import SUFFIXES, list_images
 
 Pictures = tuple[Truth, ...]
 LAYOUT = "Make contents/NAME/*.png and styles/'cat in ink.png': see docs/field-metrics.md."

@@ -7,7 +7,24 @@ The rule, for both families: `down_blocks.i.*.j` is `input_blocks.(3i+j+1)`, `up
 import re
 from typing import Literal
 
-Family = Literal["sdxl", "sd15", "flux", "sd3", "unknown"]
+Family = Literal[
+    "sdxl",
+    "sd15",
+    "sd21",
+    "flux",
+    "flux2",
+    "sd3",
+    "qwen-image",
+    "z-image",
+    "chroma",
+    "hidream",
+    "wan",
+    "anima",
+    "krea2",
+    "lumina2",
+    "hunyuan-video",
+    "unknown",
+]
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -52,7 +69,7 @@ def to_ldm(path: str, family: Family = "sdxl") -> str | None:
         return f"input_blocks.{3 * i + 3}.0.op"
     if kind == "upsamplers":
         # In the last place of its block: behind the attention where the block has one.
-        has_attention = i > 0 if family == "sd15" else i < 2
+        has_attention = i > 0 if family in ("sd15", "sd21") else i < 2
         return f"output_blocks.{3 * i + 2}.{2 if has_attention else 1}.conv"
     sub = 0 if kind == "resnets" else 1
     return f"input_blocks.{3 * i + j + 1}.{sub}.{leaf}" if side == "down" else f"output_blocks.{3 * i + j}.{sub}.{leaf}"
@@ -85,12 +102,14 @@ def from_ldm(path: str) -> str | None:
 def block_of(module: str) -> str:
     """The block-weight name of a module: IN00…IN11, MID, OUT00…OUT11; BASE for text encoders and embeddings.
 
-    Flux and SD3 have no such table: there it is the block's own name, `transformer_blocks.3`.
+    Transformers have no such table: there it is the block's own name, `transformer_blocks.3`.
     """
     component, _, path = module.partition(".")
-    if component == "transformer":
-        found = re.match(r"[a-z_]+\.\d+", path)
-        return found[0] if found else "BASE"
+    if component not in ("unet", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        found = re.search(
+            r"(?<![A-Za-z0-9])([A-Za-z_]{1,40})[._](\d{1,4})(?![0-9])", path if component == "transformer" else module
+        )
+        return f"{re.sub('^lora_unet_', '', found[1])}.{found[2]}" if found else "BASE"
     ldm = to_ldm(path) if component == "unet" else None
     found = re.match(r"(input|output)_blocks\.(\d+)\.|middle_block", ldm or "")
     if not found:

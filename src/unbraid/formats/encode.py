@@ -1,7 +1,7 @@
 """A LoRA as keys, tensors and metadata, ready to be saved: kohya's dialect or diffusers'."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -9,18 +9,41 @@ from torch import Tensor
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family, to_ldm
-from unbraid.formats.metadata import kohya_metadata, peft_metadata
+from unbraid.formats.families import DESIGNS
+from unbraid.formats.metadata import kohya_metadata, labelled, peft_metadata
+from unbraid.formats.recognise import fitting, name_in
+from unbraid.formats.widths import other_base
 from unbraid.lora import Lora
 from unbraid.lowrank import rescaled
 
 Dialect = Literal["kohya", "diffusers"]
-KOHYA_TEXT = {
+_CLIPS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
+_FLUX_TEXT = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}
+_ONE = {"text_encoder": "lora_te"}
+KOHYA_TEXT: dict[Family, dict[str, str]] = {
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
-    "sd3": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"},
-    "flux": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"},
-    "sd15": {"text_encoder": "lora_te"},
-    "unknown": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"},
+    "sd3": _CLIPS,
+    "flux": _FLUX_TEXT,
+    "chroma": _FLUX_TEXT,
+    "sd15": _ONE,
+    "sd21": _ONE,
+    "unknown": _CLIPS,
 }
+DEFAULT: dict[Family, Dialect] = {
+    "sdxl": "kohya",
+    "sd15": "kohya",
+    "sd21": "kohya",
+}  # what most tools of the family read
+
+
+def dialect_for(modules: Iterable[str], family: Family) -> Dialect:
+    """The dialect to write where none is asked for: kohya for UNets, diffusers for transformers; where names are kept, the one
+    that they follow."""
+    modules = tuple(modules)
+    kept = [name for name in modules if name_in(name, family) != name]
+    if kept:
+        return "diffusers" if "." in kept[0] else "kohya"
+    return DEFAULT.get(family) or ("diffusers" if any(name.startswith("transformer.") for name in modules) else "kohya")
 
 
 def encode(
@@ -33,6 +56,9 @@ def encode(
     """Tensors by key, and the metadata. kohya: one alpha for the whole file. diffusers: alpha = r everywhere,
     the rest folded into `lora_B`, so that tools which do not read the settings load it right too."""
     common = _common_alpha(modules)
+    if not 1e-30 < abs(common) < 1e15:
+        size = "large" if abs(common) > 1 else "small"
+        raise UsageError(f"the strength is so {size} that no tool can use it", "alpha", "Give another one.")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, lora in modules.items():
@@ -44,10 +70,16 @@ def encode(
             tensors |= {f"{key}.lora_down.weight": lora.down, f"{key}.lora_up.weight": lora.up}
             tensors[f"{key}.alpha"] = torch.tensor(alpha)  # 0-d: loaders call .item()
         else:
+            if "." not in name:
+                raise UsageError(
+                    "diffusers' name for this module is not known", name, "Leave --to out: names stay as they are."
+                )
             tensors |= {f"{name}.lora_A.weight": lora.down, f"{name}.lora_B.weight": lora.up}
+    shapes = {name: tuple(lora.down.shape) for name, lora in modules.items()}
+    told = labelled(metadata, family, bool(other_base(family, shapes)))
     if dialect == "kohya":
-        return _apart(tensors), kohya_metadata(metadata, family, ranks, common)
-    return _apart(tensors), peft_metadata(metadata, family, ranks)
+        return _apart(tensors), kohya_metadata(told, ranks, common)
+    return _apart(tensors), peft_metadata(told, ranks)
 
 
 def vector_tensors(
@@ -60,21 +92,32 @@ def vector_tensors(
     out = {}
     for name, tensor in vectors.items():
         module, _, part = name.rpartition(".")
+        fit = fitting(module, family) if family in DESIGNS and DESIGNS[family].kohya == "original" else None
+        if fit and module.startswith("transformer.") and fit.template not in DESIGNS[family].original:
+            what = f"kohya's files of {family} have other layers than this one: its {part} has no place in them"
+            raise UsageError(what, module, "Bring it in kohya's names, or train it without biases and norms.")
         out[f"{kohya_name(module, family)}.{part}"] = (tensor if dtype is None else tensor.to(dtype)).contiguous()
     return out
 
 
 def kohya_name(module: str, family: Family) -> str:
     """`unet.down_blocks.1.attentions.0.proj_in` → `lora_unet_input_blocks_4_1_proj_in` (SDXL: LDM names)."""
+    if "." not in module:
+        return module  # kept as it was read
     component, _, path = module.partition(".")
-    if component == "unet":
+    known = name_in(module, family) == module
+    if component == "unet" and known:
         ldm = to_ldm(path) if family == "sdxl" else path
         if ldm is None:
             raise UsageError("the module has no place in SDXL's block table", module, "Write it with --to diffusers.")
         return "lora_unet_" + ldm.replace(".", "_")
-    prefix = "lora_unet" if component == "transformer" else KOHYA_TEXT[family].get(component)
-    if prefix is None:
-        raise UsageError(f"kohya files have no {component} for {family}", module, "Write it with --to diffusers.")
+    if component == "transformer" and known and DESIGNS[family].kohya:
+        return f"lora_unet_{path.replace('.', '_')}"
+    prefix = KOHYA_TEXT.get(family, {}).get(component)
+    if prefix is None or not known:
+        raise UsageError(
+            f"kohya's name for this module of {family} is not known", module, "Write it with --to diffusers."
+        )
     return f"{prefix}_{path.replace('.', '_')}"
 
 

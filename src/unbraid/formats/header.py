@@ -1,23 +1,22 @@
 """What a LoRA file holds, from its header alone: names, shapes, dtypes, metadata. No torch, no weights read."""
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from unbraid.errors import UsageError
-from unbraid.formats.blocks import Family
-from unbraid.formats.kinds import KIND
-from unbraid.formats.names import KINDS, canonical, split_key
+from unbraid.formats.gate import MAX_KEYS, check, check_size
+from unbraid.formats.kinds import KIND, sizes
+from unbraid.formats.names import KINDS, Key, split_key
+from unbraid.formats.recognise import Verdict, both_ways, name_in, recognise
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-MAX_KEYS = 200_000
 Shape = tuple[int, ...]
 
 
@@ -42,6 +41,8 @@ class Catalogue:
     twice: tuple[str, ...]  # modules that the file names in two ways
     adapters: tuple[str, ...]  # PEFT adapter names, when there are several
     ignored: tuple[str, ...]  # embeddings bundled with the LoRA
+    kept: tuple[str, ...]  # modules that no table knows: under the file's own names
+    verdict: Verdict
 
 
 @contextmanager
@@ -55,6 +56,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
             "there is no such file" if not path.exists() else "not a file", path, "Give a .safetensors file."
         )
     try:
+        check_size(path)
         # pread: tensors of their own, so a file that shrinks meanwhile is an error and not a crash.
         with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
             yield handle
@@ -70,110 +72,91 @@ def read_header(path: Path) -> Header:
             raise UsageError(f"{len(keys)} tensors are too many for a LoRA", path, "Is it one?")
         slices = {key: handle.get_slice(key) for key in keys}
         shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-        return Header(path, shapes, {key: part.get_dtype() for key, part in slices.items()}, handle.metadata() or {})
+        header = Header(path, shapes, {key: part.get_dtype() for key, part in slices.items()}, handle.metadata() or {})
+    check(path, header.shapes)
+    return header
 
 
 def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
     """Sort a header's keys by module and part; of a PEFT file with several adapters only `adapter`, if given.
 
     Nothing is refused here: `doctor` wants to see it all."""
-    modules: dict[str, dict[str, str]] = defaultdict(dict)
-    raw: dict[str, str] = {}
-    unknown, twice, ignored = [], [], []
-    kinds: Counter[str] = Counter()
-    adapters: dict[str, None] = {}
+    cuts: dict[str, Key] = {}
+    unknown, ignored = [], []
     for key in header.shapes:
+        cut = split_key(key)
         if key.startswith("bundle_emb."):
             ignored.append(key)
-            continue
-        cut = split_key(key)
-        if cut and adapter and cut.adapter not in ("", adapter):
-            continue
-        found = cut and _place(cut.module, cut.part)
-        if not cut or not found:
+        elif not cut:
             unknown.append(key)
-            continue
-        module, part = found
-        if part in KINDS or part in KIND:
-            kinds[KIND.get(part, part)] += 1
-        if cut.adapter:
-            adapters[cut.adapter] = None
-        if part in modules[module]:
-            twice.append(module)
-        modules[module][part] = key
-        raw.setdefault(module, cut.module)
-    several = tuple(adapters) if len(adapters) > 1 else ()
-    _flux_t5(modules, raw)
-    return Catalogue(modules, raw, tuple(unknown), kinds, tuple(dict.fromkeys(twice)), several, tuple(ignored))
+        elif not adapter or cut.adapter in ("", adapter):
+            cuts[key] = _place(cut)
+    verdict = recognise(_factors(header, cuts), header.metadata)
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    raw: dict[str, str] = {}
+    kept, twice = [], []
+    for key, cut in cuts.items():
+        name = name_in(cut.module, verdict.family)
+        if name is None:
+            name = cut.module
+            kept += [] if name in raw else [name]
+        part = key[len(cut.module) + 1 :] if cut.part in KINDS else cut.part
+        if part in modules[name] or raw.setdefault(name, cut.module) != cut.module:
+            twice.append(name)
+        modules[name][part] = key
+    twice += both_ways(modules, verdict.family)
+    adapters = tuple(dict.fromkeys(cut.adapter for cut in cuts.values() if cut.adapter))
+    kinds = Counter(kind for key, cut in cuts.items() if (kind := _kind(cut.part, header.shapes[key])))
+    if verdict.family in ("flux", "chroma"):
+        _t5(modules, raw)
+    return Catalogue(
+        modules,
+        raw,
+        tuple(unknown),
+        kinds,
+        tuple(dict.fromkeys(twice)),
+        adapters if len(adapters) > 1 else (),
+        tuple(ignored),
+        tuple(kept),
+        verdict,
+    )
 
 
-def _place(module: str, part: str) -> tuple[str, str] | None:
-    """Canonical module and part. XLabs' processors hold the image's and the text's half of one attention."""
+def _kind(part: str, shape: Shape) -> str:
+    """What a tensor is one of, if it is no part of a plain LoRA; a norm's own `diff` is a vector."""
+    if part == "diff" and len(shape) == 1:
+        part = "w_norm"
+    return part if part in KINDS else KIND.get(part, "")
+
+
+def _factors(header: Header, cuts: Mapping[str, Key]) -> dict[str, tuple[Shape, Shape]]:
+    """Module as the file calls it → the shapes of down and up, or what they would be of another kind; empty where there is none."""
+    modules: dict[str, dict[str, Shape]] = {}
+    for key, cut in cuts.items():
+        modules.setdefault(cut.module, {})[cut.part] = header.shapes[key]
+    out: dict[str, tuple[Shape, Shape]] = {}
+    for module, parts in modules.items():
+        size = sizes(parts)
+        out[module] = ((1, size[1]), (size[0], 1)) if size else (parts.get("down", ()), parts.get("up", ()))
+    return out
+
+
+def _place(cut: Key) -> Key:
+    """XLabs' processors hold the image's and the text's half of one attention: the module's name without them."""
+    module, part = cut.module, cut.part
+    stem, found, leaf = module.rpartition(".processor.")
     if part in ("down1", "up1", "down2", "up2"):
-        stem, _, leaf = module.rpartition(".processor.")
-        module, part = f"{stem}.{'img' if part[-1] == '1' else 'txt'}_attn.{leaf}", part[:-1]
-    elif ".processor." in module and module.rpartition(".processor.")[0].rpartition(".")[0].endswith("single_blocks"):
-        stem, _, leaf = module.rpartition(".processor.")
-        module = f"{stem}.{ {'qkv': 'linear1', 'proj': 'linear2'}.get(leaf, leaf) }"
-    name = canonical(module)
-    return None if name is None else (name, part)
+        return replace(cut, module=f"{stem}.{'img' if part[-1] == '1' else 'txt'}_attn.{leaf}", part=part[:-1])
+    if found and stem.rpartition(".")[0].endswith("single_blocks"):
+        return replace(cut, module=f"{stem}.{ {'qkv': 'linear1', 'proj': 'linear2'}.get(leaf, leaf) }")
+    return cut
 
 
-def _flux_t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
+def _t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
     """Flux's T5 is `te3` to kohya's tools and `text_encoder_2` to diffusers."""
-    t5 = [name for name in modules if name.startswith("text_encoder_3.")]
-    if t5 and family_of_names(modules) == "flux":
-        for name in t5:
-            renamed = name.replace("text_encoder_3.", "text_encoder_2.", 1)
-            modules[renamed], raw[renamed] = modules.pop(name), raw.pop(name)
-
-
-def family_of_names(modules: Mapping[str, object]) -> Family:
-    """Flux or SD3 by their blocks' names; anything else is `unknown`."""
-    paths = [name.partition(".")[2] for name in modules if name.startswith("transformer.")]
-    if any(path.startswith(("single_transformer_blocks.", "single_blocks.", "double_blocks.")) for path in paths):
-        return "flux"
-    if any(path.startswith("joint_blocks.") or ".attn.add_q_proj" in path for path in paths):
-        return "sd3"
-    return "unknown"
-
-
-def family_of(header: Header, found: Catalogue) -> Family:
-    """The base model's family: by what only one family has, then by the metadata, then by what is likely."""
-    modules = found.modules
-    names = family_of_names(modules)
-    if names != "unknown" or any(name.startswith("transformer.") for name in modules):
-        return names
-    for name, parts in modules.items():
-        if name.endswith(("attn2.to_k", "attn2.to_v")) and "down" in parts:
-            width = header.shapes[parts["down"]][-1:]
-            if width in ((2048,), (768,)):
-                return "sdxl" if width == (2048,) else "sd15"
-    if any(".up_blocks.3." in name or ".down_blocks.3." in name for name in modules):
-        return "sd15"
-    return _told(header.metadata) or _likely(found)
-
-
-def _told(metadata: Mapping[str, str]) -> Family | None:
-    base = metadata.get("ss_base_model_version", "").lower()
-    architecture = metadata.get("modelspec.architecture", "").lower()
-    if base.startswith("sdxl") or architecture.startswith("stable-diffusion-xl"):
-        return "sdxl"
-    if base.startswith(("sd_v1", "sd_1")) or architecture.startswith("stable-diffusion-v1"):
-        return "sd15"
-    return None
-
-
-def _likely(found: Catalogue) -> Family:
-    if any(name.startswith("text_encoder_2.") for name in found.modules):
-        return "sdxl"
-    if any(re.search(r"(input|output)_blocks|middle_block", raw) for raw in found.raw.values()):
-        return "sdxl"  # nobody writes LDM names for SD1.5
-    if any(re.search(r"\.transformer_blocks\.[1-9]", name) for name in found.modules):
-        return "sdxl"
-    if any(raw.startswith("lora_te_") for raw in found.raw.values()):
-        return "sd15"
-    return "unknown"
+    for name in [name for name in modules if name.startswith("text_encoder_3.")]:
+        renamed = name.replace("text_encoder_3.", "text_encoder_2.", 1)
+        modules[renamed], raw[renamed] = modules.pop(name), raw.pop(name)
 
 
 def adapter_metadata(header: Header) -> dict[str, Any]:

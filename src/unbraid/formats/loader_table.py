@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from unbraid.doctor import judge
+from unbraid.doctor import judge, look
 from unbraid.file_tools import convert
 from unbraid.files import write
 from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect
-from unbraid.formats.fused import LAYOUT
+from unbraid.formats.families import DESIGNS
 from unbraid.formats.header import catalogue, read_header
 from unbraid.formats.loaders import TOOLS, unet_modules
 from unbraid.formats.spelling import DIALECTS, dense, spelled
-from unbraid.formats.weights import alphas
+from unbraid.formats.widths import width
 from unbraid.lora import Lora
 
 LAYERS = {"text_encoder": 12, "text_encoder_2": 32}  # CLIP-L, OpenCLIP bigG
@@ -40,16 +40,8 @@ class Row:
 
 def names(family: Family) -> list[str]:
     """Every module that a LoRA of the family can hold: the UNet's linears and convolutions and the text encoders'."""
-    if family in ("flux", "sd3"):
-        blocks = {"flux": ("double_blocks", "single_blocks"), "sd3": ("joint_blocks",)}[family]
-        found = (
-            (new, leaf)
-            for (old, new), table in LAYOUT.items()
-            if old in blocks
-            for leaves in table.values()
-            for leaf in leaves
-        )
-        return [f"transformer.{block}.0.{leaf}" for block, leaf in found]
+    if family in DESIGNS:
+        return [f"transformer.{name.replace('*', '0')}" for name in DESIGNS[family].diffusers if "*" in name]
     encoders = LAYERS if family == "sdxl" else {"text_encoder": 12}
     text = [
         f"{e}.text_model.encoder.layers.{i}.{leaf}" for e, n in encoders.items() for i in range(n) for leaf in LEAVES
@@ -59,7 +51,7 @@ def names(family: Family) -> list[str]:
 
 def written() -> Iterator[Row]:
     """Write every family in every dialect and judge each file."""
-    families: tuple[Family, ...] = ("sdxl", "sd15", "flux", "sd3")
+    families: tuple[Family, ...] = ("sdxl", "sd15", "flux", "flux2", "sd3", "qwen-image", "z-image")
     dialects: tuple[Dialect, ...] = ("kohya", "diffusers")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
@@ -96,17 +88,20 @@ def markdown(rows: Iterable[Row], what: str) -> str:
 
 
 def _lora(name: str, family: Family) -> Lora:
-    # Only attn2.to_k's width is looked at (InvokeAI); fused rows must divide: q, k, v = 6 rows, the MLP 4 · 6.
-    k = {"sdxl": 2048, "sd15": 768}.get(family, 6) if name.endswith("attn2.to_k") else 6
-    return Lora(torch.ones(1, k), torch.ones(24 if name.endswith("proj_mlp") else 6, 1), 1.0)
+    """Of the widths that are looked at: fused rows must divide (q, k, v and the MLP, 4·6 or 6·6), and families differ in them."""
+    text = {"sdxl": 2048, "sd15": 768}.get(family, 6) if name.endswith("attn2.to_k") else 6
+    rows = {"proj_mlp": 24, "net.0.proj": 24, "linear_in": 36, "to_qkv_mlp_proj": 54}
+    tall = next((n for leaf, n in rows.items() if name.endswith(leaf)), 6)
+    return Lora(torch.ones(1, width(family, name) or text), torch.ones(tall, 1), 1.0)
 
 
 def _verdicts(path: Path, family: Family) -> dict[str, str]:
     header = read_header(path)
-    found, alpha = catalogue(header), alphas(header)
+    found = catalogue(header)
+    numbers = look(header, found)
     out = {}
     for name, tool in TOOLS.items():
-        verdict = judge(header, found, tool, alpha)
+        verdict = judge(header, found, tool, numbers)
         if family in tool.none_for:
             out[name] = "–"
         elif not verdict.known:

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
+from unbraid.formats.families import DESIGNS
 
 Naming = str  # one of the second column of _NAMINGS, or "other"
 Style = str  # one of the second column of _STYLES, or "other"
@@ -24,6 +26,7 @@ _NAMINGS: tuple[tuple[str, Naming], ...] = (
     (r"lycoris_", "lycoris"),
     (r"(model\.)?diffusion_model\.", "diffusion_model"),
     (r"unet\.unet\.", "unet.unet."),
+    (r"unet\.(input_blocks|middle_block|output_blocks)\.", "unet. ldm"),
     (r"unet\..*\.processor", "unet. processor"),
     (r"unet\..*\.to_", "unet. attention"),
     (r"unet\.", "unet."),
@@ -70,23 +73,49 @@ _COMFY: frozenset[Naming] = _KOHYA | {
 _DIT: frozenset[Naming] = frozenset(
     {"kohya fused", "kohya text", "transformer.", "diffusion_model", "lora_transformer", "lycoris"}
 )
+_NEW: frozenset[Naming] = frozenset({"transformer.", "diffusion_model", "kohya diffusers", "kohya fused"})
 _DIFFUSERS: frozenset[Naming] = _KOHYA | {"unet.", "unet. attention", "unet. processor", "text_encoder."}
 _ALL_STYLES: frozenset[Style] = frozenset(
     {"lora_down", "lora.down", "linear_layer", "_lora.down", "lora_A", "lora_A.name"}
 )
 
 TOOLS: dict[str, Tool] = {
-    "comfyui": Tool("ComfyUI", {"sdxl": _COMFY, "sd15": _COMFY, "flux": _DIT, "sd3": _DIT}, _ALL_STYLES, None),
-    "forge": Tool("Forge", {"sdxl": _COMFY, "sd15": _COMFY, "flux": _DIT, "sd3": _DIT}, _ALL_STYLES, 12),
-    "a1111": Tool(
-        "A1111", {"sdxl": _KOHYA, "sd15": _KOHYA}, frozenset({"lora_down"}), None, none_for=frozenset({"flux"})
+    "comfyui": Tool(
+        "ComfyUI",
+        {
+            "sdxl": _COMFY,
+            "sd15": _COMFY,
+            "sd21": _COMFY,
+            "flux": _DIT,
+            "sd3": _DIT,
+            "qwen-image": _NEW | {"lycoris"},
+            "z-image": frozenset({"transformer.", "diffusion_model"}),
+        },
+        _ALL_STYLES,
+        None,
     ),
-    "invokeai": Tool("InvokeAI", {"sdxl": _KOHYA, "sd15": _KOHYA}, frozenset({"lora_down"}), 0, refuses_mixed=True),
+    "forge": Tool(
+        "Forge", {"sdxl": _COMFY, "sd15": _COMFY, "sd21": _COMFY, "flux": _DIT, "sd3": _DIT}, _ALL_STYLES, 12
+    ),
+    "a1111": Tool(
+        "A1111",
+        {"sdxl": _KOHYA, "sd15": _KOHYA, "sd21": _KOHYA},
+        frozenset({"lora_down"}),
+        None,
+        none_for=frozenset(DESIGNS) - {"sd3"},
+    ),
+    "invokeai": Tool(
+        "InvokeAI", {"sdxl": _KOHYA, "sd15": _KOHYA, "sd21": _KOHYA}, frozenset({"lora_down"}), 0, refuses_mixed=True
+    ),
     "diffusers": Tool(
         "diffusers",
         {
             "sdxl": _DIFFUSERS,
             "sd15": _DIFFUSERS,
+            "sd21": _DIFFUSERS,
+            "flux2": _NEW,
+            "qwen-image": _NEW,
+            "z-image": _NEW,
             "flux": frozenset(
                 {"kohya fused", "kohya text", "transformer.", "text_encoder.", "lora_transformer", "xlabs"}
             ),
@@ -96,6 +125,17 @@ TOOLS: dict[str, Tool] = {
         None,
     ),
 }
+
+
+def tool_named(name: str) -> str:
+    """The key in TOOLS of a tool by its name, in any case, or short. Errors: none such."""
+    asked = "".join(letter for letter in name.lower() if letter.isalnum())
+    short = {"comfy": "comfyui", "auto1111": "a1111", "automatic1111": "a1111", "webui": "a1111", "sdwebui": "a1111"}
+    short |= {"invoke": "invokeai", "forgeui": "forge", "webuiforge": "forge", "hf": "diffusers"}
+    found = short.get(asked) or next((tool for tool in TOOLS if asked and tool.startswith(asked)), None)
+    if not found:
+        raise UsageError(f"no rules for the tool {name[:40]!r}", "doctor", f"There are: {', '.join(TOOLS)}.")
+    return found
 
 
 def naming(module: str) -> Naming:
@@ -113,7 +153,7 @@ def unet_modules(family: Family) -> frozenset[str]:
     """Every Linear and Conv2d of the family's UNet by diffusers path: 794 for SDXL. Empty: no table."""
     if family == "sdxl":
         return frozenset(_unet((0, 2, 10), 10, (10, 2, 0), True))
-    return frozenset(_unet((1, 1, 1, 0), 1, (0, 1, 1, 1), False)) if family == "sd15" else frozenset()
+    return frozenset(_unet((1, 1, 1, 0), 1, (0, 1, 1, 1), False)) if family in ("sd15", "sd21") else frozenset()
 
 
 def _unet(down: tuple[int, ...], mid: int, up: tuple[int, ...], added: bool) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unbraid.errors import UsageError
 from unbraid.formats.kinds import KIND, VECTORS
-from unbraid.formats.metadata import alpha_of as peft_alpha
+from unbraid.formats.patterns import alpha_of as peft_alpha
 from unbraid.lora import Lora
 from unbraid.lowrank import from_dense, truncate, wide
 
@@ -54,7 +54,8 @@ def alpha_of(settings: Mapping[str, Any], alpha: float | None, module: str) -> A
         "alpha_pattern": settings.get("rank_pattern"),
         "use_rslora": False,
     }
-    return Alpha(found, found / (peft_alpha(ranks, module, 0) or found))
+    rank = peft_alpha(ranks, module, 0)
+    return Alpha(found, found / rank if rank else 1.0)
 
 
 def is_kind(parts: Parts) -> bool:
@@ -162,16 +163,17 @@ def _halves(parts: Parts) -> list[tuple[Tensor, Tensor]]:
 
 def _loha(parts: Parts, alpha: Alpha, kernel: tuple[int, ...], limit: int) -> tuple[Lora, float]:
     (left, right), (left2, right2) = _halves(parts)
-    up = torch.einsum("di,dj->dij", left, left2).flatten(1)
-    down = torch.einsum("ik,jk->ijk", right, right2).flatten(0, 1)
     scale = _scale(alpha, left.shape[1])
     kernel = _kernel(parts.get("hada_t1"), kernel)
-    if down.shape[0] <= limit:
-        return _shaped(down, up * scale, kernel), 0.0
-    if down.shape[0] < min(len(up), down.shape[1]):
-        lora, kept = truncate(Lora(down, up * scale, float(len(down))), limit)
-        return _shaped(lora.down, lora.up, kernel), max(1 - kept, 0.0) ** 0.5
-    return _dense_svd(((left @ right) * (left2 @ right2) * scale).float(), limit, kernel)
+    rank = left.shape[1] * left2.shape[1]
+    if rank > limit and rank >= min(len(left), right.shape[1]):  # its factors would be larger than the change itself
+        return _dense_svd(((left @ right) * (left2 @ right2) * scale).float(), limit, kernel)
+    up = torch.einsum("di,dj->dij", left, left2).flatten(1) * scale
+    down = torch.einsum("ik,jk->ijk", right, right2).flatten(0, 1)
+    if rank <= limit:
+        return _shaped(down, up, kernel), 0.0
+    lora, kept = truncate(Lora(down, up, float(rank)), limit)
+    return _shaped(lora.down, lora.up, kernel), max(1 - kept, 0.0) ** 0.5
 
 
 def _kron_parts(parts: Parts) -> tuple[Tensor, Tensor, int]:

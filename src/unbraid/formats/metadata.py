@@ -7,31 +7,43 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unbraid.errors import UsageError
 from unbraid.formats.blocks import Family
+from unbraid.formats.families import DESIGNS
+from unbraid.formats.recognise import told
 
-BASES = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "flux": "flux1", "sd3": "sd3"}
-ARCHITECTURES = {
-    "sdxl": ("stable-diffusion-xl-v1-base/lora", "https://github.com/Stability-AI/generative-models"),
-    "sd15": ("stable-diffusion-v1/lora", "diffusers"),
-    "flux": ("flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
-    "sd3": ("stable-diffusion-3-m/lora", "https://github.com/Stability-AI/generative-models"),
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_STABILITY = "https://github.com/Stability-AI/generative-models"
+# family → kohya's name of the base, ModelSpec's architecture, whose names the keys follow
+LABELS: dict[Family, tuple[str, str, str]] = {
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _STABILITY),
+    "sd15": ("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
+    "sd21": ("sd_v2", "stable-diffusion-v2-512/lora", "diffusers"),
+    "flux": ("flux1", "flux-1-dev/lora", "https://github.com/black-forest-labs/flux"),
+    "sd3": ("sd3", "stable-diffusion-3-m/lora", _STABILITY),
+    **{
+        family: (design.base, f"{design.architecture}/lora", "diffusers")
+        for family, design in DESIGNS.items()
+        if family not in ("flux", "sd3")
+    },
 }
 PREFIX = "lora_adapter_metadata"
 UNKNOWN_HASH = "0" * 64  # until the tensors are on the disk: see stamp
 
 
-def kohya_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
+def kohya_metadata(given: Mapping[str, str], ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
     """What every tool looks for, over what the caller gave. Never PEFT's settings: diffusers refuses both at once."""
     kept = {key: value for key, value in given.items() if key not in (PREFIX, "format")}
-    told = {"ss_network_module": "networks.lora", "ss_network_dim": _rank(ranks), "ss_network_alpha": f"{alpha:g}"}
+    network = {"ss_network_module": "networks.lora", "ss_network_dim": _rank(ranks), "ss_network_alpha": f"{alpha:g}"}
     hashes = {"sshs_model_hash": UNKNOWN_HASH, "modelspec.hash_sha256": f"0x{UNKNOWN_HASH}"}
-    return {**modelspec(family), **kept, **told, **hashes}
+    return {**kept, **network, **hashes}
 
 
-def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, int]) -> dict[str, str]:
+def peft_metadata(given: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
     """diffusers' header entry, alpha = r for every module."""
     settings: dict[str, Any] = {}
     by_component: dict[str, dict[str, int]] = {}
@@ -41,11 +53,14 @@ def peft_metadata(given: Mapping[str, str], family: Family, ranks: Mapping[str, 
         by_component.setdefault(component, {})[path.removeprefix("text_model.")] = rank
     for component, found in by_component.items():
         common = Counter(found.values()).most_common(1)[0][0]
-        other = {path: rank for path, rank in found.items() if rank != common}
-        told = {"r": common, "lora_alpha": common, "target_modules": sorted(found), "rank_pattern": other}
-        settings |= {f"{component}.{key}": value for key, value in (told | {"alpha_pattern": other}).items()}
+        named = {path for path, rank in found.items() if rank != common}
+        ends = {path for path in found if any(path.endswith(f".{name}") for name in named if len(name) < len(path))}
+        # PEFT takes the first pattern that a name ends in, so the longest stand first
+        other = {path: found[path] for path in sorted(named | ends, key=lambda path: (-len(path), path))}
+        mine = {"r": common, "lora_alpha": common, "target_modules": sorted(found), "rank_pattern": other}
+        settings |= {f"{component}.{key}": value for key, value in (mine | {"alpha_pattern": other}).items()}
     kept = {key: value for key, value in given.items() if not key.startswith("ss_network_")}
-    return {**modelspec(family), **kept, "format": "pt", PREFIX: json.dumps(settings)}
+    return {**kept, "format": "pt", PREFIX: json.dumps(settings)}
 
 
 def data_hash(path: Path) -> str:
@@ -65,33 +80,27 @@ def stamp(path: Path, digest: str) -> None:
 
 def modelspec(family: Family) -> dict[str, str]:
     """The family, in kohya's words and in ModelSpec 1.0.1's."""
-    if family not in ARCHITECTURES:
+    if family not in LABELS:
         return {}
-    architecture, implementation = ARCHITECTURES[family]
+    base, architecture, implementation = LABELS[family]
     return {
-        "ss_base_model_version": BASES[family],
+        "ss_base_model_version": base,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
         "modelspec.implementation": implementation,
         "modelspec.title": "LoRA",
-    }
+    } | ({"ss_v2": "True"} if family == "sd21" else {})
 
 
-def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """A module's alpha by PEFT's settings (`alpha_pattern`, then `lora_alpha`, rsLoRA included); else its rank."""
-    component, _, path = module.partition(".")
-    mine = {
-        key.partition(".")[2]: value for key, value in settings.items() if key.startswith(component + ".")
-    } or settings
-    alpha = mine.get("lora_alpha", rank)
-    pattern = mine.get("alpha_pattern")
-    for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        if path == key or path.endswith("." + key):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
-        return float(rank)
-    return alpha * rank**0.5 if mine.get("use_rslora") else float(alpha)
+def labelled(given: Mapping[str, str], family: Family, other: bool = False) -> dict[str, str]:
+    """The family's labels under what the caller gave, or over it where that names another family. `other`: for another base of
+    the family's design, which tools must not take for the published one."""
+    mine = modelspec(family)
+    if mine and (other or told(given) not in (None, family)):
+        given = {key: value for key, value in given.items() if key not in mine or key == "modelspec.title"}
+    if mine and other:
+        mine = {"ss_base_model_version": f"{family}-other", "modelspec.title": "LoRA"}
+    return {**mine, **given}
 
 
 def _rank(ranks: Mapping[str, int]) -> str:
@@ -105,9 +114,9 @@ def card(
     tags: str = "",
     description: str = "",
     author: str = "",
-    thumbnail: Path | None = None,
+    thumbnail: "Path | Image | None" = None,
 ) -> dict[str, str]:
-    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any image, cut down to 256×256."""
+    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any picture, cut down to 256×256."""
     fields = {"title": title, "trigger_phrase": trigger, "tags": tags, "description": description, "author": author}
     told = {f"modelspec.{key}": value for key, value in fields.items() if value}
     if title:
@@ -115,15 +124,11 @@ def card(
     return told | ({"modelspec.thumbnail": data_uri(thumbnail)} if thumbnail else {})
 
 
-def data_uri(picture: Path) -> str:
+def data_uri(picture: "Path | Image") -> str:
     """A picture as ModelSpec wants a thumbnail: a data URI, at most 256×256. Errors: not a picture."""
-    from PIL import Image, ImageOps
+    from unbraid.image_files import open_image  # Pillow is loaded where it is used
 
-    try:
-        with Image.open(picture) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UsageError("not a picture", picture, "Give a PNG, JPEG or WebP file.") from error
+    small = open_image(picture, enough=4 * 256**2) if isinstance(picture, Path) else picture.convert("RGB")
     small.thumbnail((256, 256))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=85)

@@ -3,7 +3,8 @@
 A key is a module's name and a suffix. `split_key` takes the suffix off, `canonical` gives the module its
 diffusers path with the component in front: `unet.mid_block.attentions.0.proj_in`,
 `text_encoder.text_model.encoder.layers.0.mlp.fc1`, `transformer.transformer_blocks.0.attn.to_q`.
-Dots and underscores are read alike: a name is cut into words and put together by a vocabulary.
+Names joined by underscores are cut into words and put together by a vocabulary; dotted ones are not touched. Transformers:
+see `unbraid.formats.recognise`. Matching is linear in the key's length.
 Pure Python, no torch: `doctor` and `inspect` answer from a file's header alone.
 """
 
@@ -12,59 +13,24 @@ from dataclasses import dataclass
 from functools import cache
 
 from unbraid.formats.blocks import from_ldm
-from unbraid.formats.kinds import SUFFIXES as KIND_SUFFIXES
+from unbraid.formats.kinds import KIND, LOHA, LOKR
 
-SUFFIXES: tuple[tuple[re.Pattern[str], str], ...] = (
-    tuple(
-        (re.compile(pattern), part)
-        for pattern, part in (
-            (r"\.lora_down\.weight$|\.lora\.down\.weight$|\.lora_linear_layer\.down\.weight$", "down"),
-            (r"\.lora_up\.weight$|\.lora\.up\.weight$|\.lora_linear_layer\.up\.weight$", "up"),
-            (r"_lora\.down\.weight$", "down"),  # attention processors: `….processor.to_q_lora.down.weight`
-            (r"_lora\.up\.weight$", "up"),
-            (r"_lora1\.down\.weight$", "down1"),  # XLabs: 1 = image, 2 = text
-            (r"_lora1\.up\.weight$", "up1"),
-            (r"_lora2\.down\.weight$", "down2"),
-            (r"_lora2\.up\.weight$", "up2"),
-            (r"\.lora_A(\.(?!weight$)(?P<adapter>[^.]+))?(\.weight)?$", "down"),
-            (r"\.lora_B(\.(?!weight$|bias$)(?P<adapter>[^.]+))?(\.weight)?$", "up"),
-            (r"\.lora_mid\.weight$", "mid"),
-            (r"\.alpha$", "alpha"),
-            (r"\.lora\.weight$", "dense"),  # ziplora-pytorch: the whole d×k change
-            (r"\.oft_\w+(\.weight)?$|\.(oft_|boft_)[\w.]+$", "OFT"),
-            (r"\.[ab][12]\.weight$", "GLoRA"),
-            (r"\.on_input$", "IA3"),
-            (r"\.lora_B(\.[^.]+)?\.bias$|\.bias$", "bias"),
-        )
-    )
-    + KIND_SUFFIXES
-)
+_CLIPS = (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", "text_encoder_3"))
 KINDS = ("OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised, not read; those that are: unbraid.formats.kinds
+_WHICH = {"down": "down", "up": "up", "mid": "mid"}
 
-PREFIXES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), component)
-    for pattern, component in (
-        (r"lora_unet_(?=double_blocks_|single_blocks_|joint_blocks_)", "transformer"),
-        (r"(model\.)?diffusion_model\.(?=double_blocks|single_blocks|joint_blocks)", "transformer"),
-        (
-            r"lora_unet_(?=img_in|txt_in|time_in|vector_in|guidance_in|final_layer|x_embedder|context_embedder)",
-            "transformer",
-        ),
-        (r"(lora_|lycoris_)?transformer[._](?!blocks[._])", "transformer"),
-        (r"lycoris_(?=transformer_blocks_|single_transformer_blocks_)", "transformer"),
-        (
-            r"(?=transformer_blocks\.|single_transformer_blocks\.|double_blocks\.|single_blocks\.|joint_blocks\.)",
-            "transformer",
-        ),
-        (r"lora_unet_|lycoris_(unet_)?|(model\.)?diffusion_model\.", "unet"),
-        (r"(unet\.)+", "unet"),
-        (r"(?=(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding)\.)", "unet"),
-        (r"lora_te1?_|(text_encoder\.)+|text_encoders\.clip_l\.(transformer\.)?|clip_l\.", "text_encoder"),
-        (r"lora_te2_|(text_encoder_2\.)+|text_encoders\.clip_g\.(transformer\.)?|clip_g\.", "text_encoder_2"),
-        (r"lora_te3_|(text_encoder_3\.)+|text_encoders\.t5xxl\.(transformer\.)?|t5xxl\.", "text_encoder_3"),
-        (r"(?=text_model\.)", "text_encoder"),
-    )
+# the longest first: a prefix, and the component that it stands for
+UNET = ("lora_unet_", "lycoris_unet_", "lycoris_", "model.diffusion_model.", "diffusion_model.", "unet.", "")
+TRANSFORMER = ("lora_transformer_", "lycoris_transformer_", "lora_unet_", "lycoris_unet_", "lycoris_", "transformer.")
+TRANSFORMER += ("model.diffusion_model.", "diffusion_model.", "")
+TEXT: tuple[tuple[str, str], ...] = (
+    *((f"lora_te{i}_", name) for i, name in (("", "text_encoder"), ("1", "text_encoder"))),
+    *((f"lora_te{i}_", f"text_encoder_{i}") for i in "23"),
+    *((f"text_encoders.{x}.{y}", n) for x, n in _CLIPS for y in ("transformer.", "")),
+    *((f"{x}.", n) for x, n in _CLIPS),
+    *((f"text_encoder{i}.", f"text_encoder{i}") for i in ("_3", "_2", "")),
 )
+UNET_TOPS = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 
 VOCABULARY = """
 down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers conv transformer_blocks attn1 attn2 to_q to_k
@@ -73,11 +39,6 @@ time_embedding add_embedding linear_1 linear_2 conv_norm_out
 input_blocks middle_block output_blocks op in_layers out_layers emb_layers skip_connection time_embed label_emb out
 text_model encoder layers layer_norm1 layer_norm2 final_layer_norm self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding
 position_embedding block layer SelfAttention DenseReluDense wi_0 wi_1 wi wo q k v o shared
-single_transformer_blocks attn add_q_proj add_k_proj add_v_proj to_add_out ff_context norm1_context norm_out linear
-proj_mlp x_embedder context_embedder time_text_embed timestep_embedder text_embedder guidance_embedder pos_embed
-double_blocks single_blocks img_attn txt_attn qkv img_mlp txt_mlp img_mod txt_mod lin linear1 linear2 modulation img_in
-txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation
-joint_blocks x_block context_block
 """.split()
 _WORDS: dict[tuple[str, ...], str] = {tuple(word.split("_")): word for word in VOCABULARY}
 _LONGEST = max(map(len, _WORDS))
@@ -93,45 +54,137 @@ class Key:
 
 
 def split_key(key: str) -> Key | None:
-    """`lora_unet_mid_block_….lora_up.weight` → (`lora_unet_mid_block_…`, up). None: no known suffix."""
-    for pattern, part in SUFFIXES:
-        found = pattern.search(key)
-        if found:
-            return Key(key[: found.start()], part, found.groupdict().get("adapter") or "")
+    """`lora_unet_mid_block_….lora_up.weight` → (`lora_unet_mid_block_…`, up). None: no known suffix. In linear time."""
+    head, dot, last = key.rpartition(".")
+    if not dot:
+        return None
+    if last == "alpha":
+        return Key(head, "alpha")
+    if last in ("weight", "bias"):
+        found = _with_weight(head, last)
+        return found or (Key(head, "bias") if last == "bias" else None)
+    return _ab(key.split(".")) or _other(head, last)
+
+
+def _with_weight(head: str, last: str) -> Key | None:
+    """A key without its last `.weight` or `.bias`."""
+    parts = head.split(".")
+    ab = _ab(parts)
+    if ab:
+        return ab if last == "weight" else Key(ab.module, "bias")
+    stem, _, end = head.rpartition(".")
+    if not stem or last != "weight":
+        return None
+    if end.startswith("lora_") and end[5:] in _WHICH:
+        return Key(stem, end[5:])
+    if end == "lora":
+        return Key(stem, "dense")  # ziplora-pytorch: the whole d×k change
+    if end in ("a1", "a2", "b1", "b2"):
+        return Key(stem, "GLoRA")
+    if end in ("down", "up"):
+        for middle in (".lora", ".lora_linear_layer"):
+            if stem.endswith(middle):
+                return Key(stem[: -len(middle)], end)
+        for tail, side in (
+            ("_lora", ""),
+            ("_lora1", "1"),
+            ("_lora2", "2"),
+        ):  # attention processors; XLabs: 1 image, 2 text
+            if stem.endswith(tail):
+                return Key(stem[: -len(tail)], end + side)
+    return _other(stem, end)
+
+
+def _ab(parts: list[str]) -> Key | None:
+    """PEFT's `.lora_A`, `.lora_A.NAME` (without `.weight`)."""
+    for place, adapter in ((len(parts) - 1, ""), (len(parts) - 2, parts[-1])):
+        if place > 0 and parts[place] in ("lora_A", "lora_B"):
+            return Key(".".join(parts[:place]), "down" if parts[place] == "lora_A" else "up", adapter)
     return None
+
+
+def _other(head: str, last: str) -> Key | None:
+    """The parts of other kinds, with PEFT's adapter behind some; those that are not read can have two more words."""
+    tail = ""
+    for words in range(3):
+        part = _part(last)
+        if part in KINDS or (part and (not words or (words == 1 and part in _NAMED))):
+            return Key(head, part, "" if part in KINDS else tail)
+        if part or not head:
+            return None
+        head, _, last, tail = *head.rpartition("."), last
+    return None
+
+
+_NAMED = frozenset((*LOHA, *LOKR, "dora_scale"))
+
+
+def _part(word: str) -> str:
+    """The part of another kind that a key's word names; of those that are not read, the kind."""
+    if word in KIND:
+        return word
+    if word == "lora_magnitude_vector":
+        return "dora_scale"
+    if word.startswith(("oft_", "boft_")):
+        return "OFT"
+    return {"on_input": "IA3", "set_weight": "full weights"}.get(word, "")
+
+
+def bare(module: str) -> str:
+    """A module without PEFT's `base_model.model.`."""
+    while module.startswith("base_model.model."):
+        module = module[len("base_model.model.") :]
+    return module
 
 
 @cache
 def canonical(module: str) -> str | None:
-    """The diffusers path of a module that a file calls `module`, or None where it is not known.
+    """The diffusers path of a UNet's or text encoder's module that a file calls `module`; None where it is not known.
 
-    Fused Flux and SD3 modules keep their original names (`transformer.double_blocks.0.img_attn.qkv`):
-    `unbraid.formats.fused` splits them. Both namings of SD1.5's and SDXL's UNets come out the same.
+    Both namings of SD1.5's and SDXL's UNets come out the same. A name with dots is taken letter for letter.
     """
-    while module.startswith("base_model.model."):
-        module = module[len("base_model.model.") :]
-    for pattern, component in PREFIXES:
-        found = pattern.match(module)
-        if found:
-            return _canonical_in(component, module[found.end() :])
-    return None
-
-
-def _canonical_in(component: str, rest: str) -> str | None:
-    path = _path(re.sub(r"(^|[._])processor[._]", r"\1", rest))
-    if path is None:
-        # Other diffusion transformers: their dotted names are taken as they are.
-        dotted = component == "transformer" and re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+", rest)
-        return f"transformer.{rest}" if dotted else None
-    if component == "unet":
-        path = from_ldm(path)
-        if path is None:
-            return None
-    if path.endswith(("attn1.to_out", "attn2.to_out", "attn.to_out")):
+    module = bare(module)
+    for prefix, component in TEXT:
+        if module.startswith(prefix):
+            rest = module[len(prefix) :]
+            while rest.startswith(prefix) and prefix.endswith("."):
+                rest = rest[len(prefix) :]
+            return _text(component, _read(rest, "." in prefix))
+    if module.startswith("text_model."):
+        return _text("text_encoder", _read(module, True))
+    prefix = next(prefix for prefix in UNET if module.startswith(prefix))
+    rest = module[len(prefix) :]
+    while prefix == "unet." and rest.startswith("unet."):
+        rest = rest[5:]
+    path = _read(rest, not prefix or "." in prefix)
+    path = from_ldm(path) if path else None
+    if not path or not path.startswith(UNET_TOPS):
+        return None
+    if path.endswith(("attn1.to_out", "attn2.to_out")):
         path += ".0"  # the attention processors' name for it
-    if component.startswith("text_encoder") and path.startswith("encoder.layers."):
+    return f"unet.{path}"
+
+
+def _text(component: str, path: str | None) -> str | None:
+    if path and path.startswith("encoder.layers."):
         path = "text_model." + path  # transformers 5 flattened CLIPTextModel: no tool loads the short name
-    return f"{component}.{path}"
+    return f"{component}.{path}" if path else None
+
+
+def _read(rest: str, dotted: bool) -> str | None:
+    for word in (".processor.", "_processor_"):
+        rest = rest.replace(word, word[0])
+    path = _path(rest)
+    return None if path != rest and dotted else path
+
+
+def transformer_path(module: str) -> tuple[str, bool]:
+    """What a file calls a transformer's module, without the prefix; and whether its words are joined by dots."""
+    module = bare(module)
+    prefix = next(prefix for prefix in TRANSFORMER if module.startswith(prefix))
+    if prefix.endswith("transformer_") and module[len(prefix) :].startswith("blocks_"):
+        prefix = prefix.removesuffix("transformer_")
+    return module[len(prefix) :], not prefix or prefix.endswith(".")
 
 
 def _path(name: str) -> str | None:
@@ -141,6 +194,8 @@ def _path(name: str) -> str | None:
     i = 0
     while i < len(words):
         if words[i].isdigit():
+            if len(words[i]) > 4 or not words[i].isascii():
+                return None
             out.append(words[i])
             i += 1
             continue

@@ -23,7 +23,7 @@ def dreambooth(
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style.
 
-    rank: of the adapter. steps: optimiser steps. lr, weight_decay: of AdamW. targets: attention's projections, or all
+    rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr, weight_decay: of AdamW. targets: attention's projections, or all
     linear layers of the transformers. prior_weight: of the loss on pictures of the class (prior preservation).
     """
     parts: tuple[Part, ...] = ("down", "up")
@@ -32,7 +32,7 @@ def dreambooth(
         branches.append(Branch("prior", "prior", (Active("lora"),), weight=prior_weight))
     return (
         Recipe(
-            lambda adapters, rng: adapters.new("lora", rank, rng),
+            lambda adapters, rng: None if "lora" in adapters.names else adapters.new("lora", rank, rng),
             lambda step: tuple(branches),
             {("lora", part): Rate(lr, weight_decay) for part in parts},
             steps,

@@ -105,10 +105,10 @@ def _above(score: Tensor, n: int) -> Tensor:
 @torch.no_grad()
 def _count(factors: Factors) -> Tensor:
     """Share of inputs i with |W_ji · M_ji| over the threshold, [d]; W = B A and M = g ⊙ (B ∂A + ∂B A)."""
-    down_grad, up_grad, rows = factors.gradient("down"), factors.gradient("up"), []
-    for span in torch.arange(len(factors.up)).split(CHUNK):
-        up = factors.up[span]
-        change = gates(factors)[span, None] * (up @ down_grad + up_grad[span] @ factors.down)
+    down_grad, rows = factors.gradient("down"), []
+    parts = (factors.up.split(CHUNK), factors.gradient("up").split(CHUNK), gates(factors).split(CHUNK))
+    for up, up_grad, gate in zip(*parts, strict=True):
+        change = gate[:, None] * (up @ down_grad + up_grad @ factors.down)
         rows.append(((up @ factors.down * change * LOSS_SCALE).abs() > THRESHOLD).float().mean(1))
     return torch.cat(rows)
 

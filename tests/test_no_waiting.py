@@ -1,0 +1,59 @@
+"""Nothing in a step waits for the device: counted on one that is not the CPU, for every method."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from second_device import host_copies, second
+from test_graphs import METHODS, STEPS
+from test_many import ROLES
+
+from unbraid.adapters import Adapters
+from unbraid.base import Picture, Prompt, Studies, load
+from unbraid.errors import UsageError
+from unbraid.lora import Factors
+from unbraid.train import LOOK, State, Step, train
+
+__all__ = ["second"]  # a fixture
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
+    """No value goes to the host in any step after the first, channels being granted and a style joining included. To the device go the draws
+    alone: of each branch its latent's noise, its timestep and its noise."""
+    recipe, loras, _ = METHODS[name]
+    base, rng = load(str(v_base), second), torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).to(second)
+
+    pictures = {role: [Picture(rand(4, 8, 8), rand(4, 8, 8).abs() / 9, rand(6))] for role in ROLES}
+    prompts = {role: Prompt(rand(24, 64), rand(64)) for role in ROLES}
+    adapters = Adapters.attach(base.unet, recipe.targets)
+    for lora in ("content", "style")[:loras]:
+        sizes = {layer: one.base.weight.shape for layer, one in adapters.layers.items()}
+        adapters.add(lora, {layer: Factors(rand(4, k) / 8, rand(d, 4) / 8) for layer, (d, k) in sizes.items()})
+    state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
+    going, told = train(Studies(base, pictures, prompts), recipe, state), []
+    next(going)
+    for i in range(1, min(recipe.steps, STEPS + 3) - 1):  # the last one looks at the figures of all
+        with host_copies() as found:
+            next(going)
+        told.append((i, found.to_host, found.from_host <= 3 * len(recipe.branches(i))))
+    adapters.detach()
+    assert told and all(to_host == 0 and draws_alone for _, to_host, draws_alone in told), told
+
+
+def test_figures_are_looked_at_once_in_a_while(second: str, v_base: Path) -> None:
+    """A loss that is not finite ends the run, names its own step, and no state is saved meanwhile."""
+    adapters = Adapters.attach(load(str(v_base), second).unet)
+    state = State(adapters, torch.optim.AdamW([torch.zeros(1)]), torch.Generator())
+    for i in range(LOOK - 1):
+        state.saw(Step(i, torch.tensor([1.0, 1.0 if i != 5 else float("nan"), 1.0], device=second)))
+    with pytest.raises(UsageError, match="step 5"):
+        state.tensors()
+    for i in range(LOOK - 1):
+        state.saw(Step(i, torch.ones(3, device=second)))
+    with pytest.raises(UsageError, match=f"step {LOOK - 1}: the loss is inf"):
+        state.saw(Step(LOOK - 1, torch.tensor([float("inf"), 1.0, 1.0], device=second)))
+    adapters.detach()
