@@ -59,6 +59,7 @@ class Picture:
     std: Tensor
     sizes: Tensor
     prompts: tuple[str, ...] = ()  # roles of its own captions, of which one is drawn with it
+    weight: Tensor | None = None  # [1, h, w], of each place of the latent in the loss
 
 
 @dataclass
@@ -229,7 +230,8 @@ class Studies:
         target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
         some = picture.prompts
         prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
-        return Sample(noisy, t, target, picture.sizes[None], prompt)
+        weight = None if picture.weight is None else picture.weight[None]
+        return Sample(noisy, t, target, picture.sizes[None], prompt, weight=weight)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unbraid.cli_run import UNDONE, Device, Quiet, Resume, console
 from unbraid.cli_train import app as training_commands
 from unbraid.errors import UsageError
-from unbraid.folder import read_toml
 
 app = typer.Typer()
 NOT_THERE = ("resume", "quiet")  # options of the batch, not of one of its runs
@@ -59,6 +58,7 @@ def batch(
 
 def read(file: Path) -> list[Any]:
     """The jobs of a batch file, or the job of a run.toml."""
+    from unbraid.folder import read_toml  # torch, which the file tools do without
     from unbraid.runs import recorded
 
     table = read_toml(file, 'One table per run: [[run]], verb = "split", …')

@@ -33,8 +33,8 @@ def _backward(
 ) -> list[Tensor]:
     """Losses of some branches, each a mean over its elements; their weighted gradients are accumulated."""
 
-    def losses(noisy: Tensor, t: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
-        return _losses(model, adapters, branches, _filled(samples, noisy, t, target, sizes))
+    def losses(*tensors: Tensor) -> Tensor:
+        return _losses(model, adapters, branches, _filled(samples, *tensors))
 
     told = tuple((sample.prompt, sample.taught) for sample in samples)
     key = ("losses", tuple(branches), told, torch.is_grad_enabled())
@@ -55,18 +55,27 @@ def _losses(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], sam
         losses = F.mse_loss(
             out.float() if out.dtype in (torch.float16, torch.bfloat16) else out, torch.cat(targets), reduction="none"
         )
-        losses = losses.flatten(1).mean(1)
+        if all(sample.weight is None for sample in samples):
+            losses = losses.flatten(1).mean(1)
+        else:
+            losses = torch.stack([_weighted(*both) for both in zip(losses, samples, strict=True)])
         if losses.requires_grad:  # a branch may have nothing that trains
             torch.stack([loss * branch.weight for loss, branch in zip(losses, branches, strict=True)]).sum().backward()
     return losses.detach()
+
+
+def _weighted(errors: Tensor, sample: Sample) -> Tensor:
+    """The mean of the errors `[c, h, w]` of one sample, by its weights."""
+    weight = torch.ones_like(errors[:1]) if sample.weight is None else sample.weight[0]
+    return (errors * weight).sum() / (len(errors) * weight.sum())
 
 
 @torch.no_grad()
 def taught(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
     """What teachers predict, `[b, c, h, w]`."""
 
-    def answers(noisy: Tensor, t: Tensor, target: Tensor, sizes: Tensor) -> Tensor:
-        return _taught(model, adapters, teachers, _filled(samples, noisy, t, target, sizes))
+    def answers(*tensors: Tensor) -> Tensor:
+        return _taught(model, adapters, teachers, _filled(samples, *tensors))
 
     key = ("taught", tuple(teachers), tuple(sample.prompt for sample in samples))
     return _called(model, adapters, key, answers, samples)
@@ -78,10 +87,23 @@ def _taught(model: Denoiser, adapters: Adapters, teachers: Sequence[Branch], sam
         return model.predict(samples, [teacher.prompt for teacher in teachers])
 
 
-def _filled(samples: Sequence[Sample], noisy: Tensor, t: Tensor, target: Tensor, sizes: Tensor) -> list[Sample]:
-    """The samples with other tensors, each a batch of theirs."""
-    rows = zip(*(one.split(1) for one in (noisy, t, target, sizes)), strict=True)
-    return [replace(one, noisy=n, t=i, target=x, sizes=s) for one, (n, i, x, s) in zip(samples, rows, strict=True)]
+def _filled(samples: Sequence[Sample], *tensors: Tensor) -> list[Sample]:
+    """The samples with other tensors, each a batch of theirs, in the order of `_tensors`."""
+    rows = zip(*(one.split(1) for one in tensors), strict=True)
+    return [
+        replace(one, noisy=noisy, t=t, target=target, sizes=sizes, weight=weight[0] if weight else None)
+        for one, (noisy, t, target, sizes, *weight) in zip(samples, rows, strict=True)
+    ]
+
+
+def _tensors(samples: Sequence[Sample]) -> list[Tensor]:
+    """What differs from step to step, as batches; weights only where a sample has one."""
+    rows = [(one.noisy, one.t, one.target, one.sizes) for one in samples]
+    found = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    if any(one.weight is not None for one in samples):
+        every = [torch.ones_like(one.noisy[:, :1]) if one.weight is None else one.weight for one in samples]
+        found.append(torch.cat(every))
+    return found
 
 
 def _called(
@@ -92,9 +114,7 @@ def _called(
     samples: Sequence[Sample],
 ) -> Tensor:
     """A function of samples, as a CUDA graph where the model has them."""
-    inputs = [
-        torch.cat(parts) for parts in zip(*((one.noisy, one.t, one.target, one.sizes) for one in samples), strict=True)
-    ]
+    inputs = _tensors(samples)
     if model.graphs is None:
         return function(*inputs)
     keep = (model, adapters)  # so that nothing else can get their ids

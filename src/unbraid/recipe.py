@@ -59,6 +59,9 @@ class Sample:
     sizes: Tensor  # [1, 6]: original height and width, crop top and left, target height and width
     prompt: str | None = None  # role of the picture's own caption, in place of the branch's prompt
     taught: bool = False  # the target is its teacher's answer already
+    weight: Tensor | None = (
+        None  # [1, 1, h, w], 0 to 1: how much of the loss each place of the latent has; none: all alike
+    )
 
 
 @runtime_checkable

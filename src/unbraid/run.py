@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from unbraid import folder, mergers, pictures
 from unbraid.adapters import Adapters
@@ -16,7 +18,7 @@ from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
 from unbraid.data import fit
 from unbraid.errors import UsageError
 from unbraid.files import read, write
-from unbraid.image_files import moves
+from unbraid.image_files import moves, open_alpha
 from unbraid.job import Job, Progress, finished, metadata, opened_images, prompts_of, record
 from unbraid.long_prompts import remarks as long_prompts
 from unbraid.lora import Active, Lora
@@ -148,7 +150,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         encoded = {
             role: [
-                _picture(base, image, where, tuple(name for name, _ in _captions(job, where)))
+                _picture(base, image, where, job)
                 for image, where in zip(some, job.images.get(role) or [_source(job, role)] * len(some), strict=True)
             ]
             for role, some in images.items()
@@ -181,9 +183,22 @@ def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
     return [(f"caption {i} {picture}", text) for i, text in enumerate(job.captions.get(picture, "").splitlines())]
 
 
-def _picture(base: Base, image: Image.Image, where: Path, prompts: tuple[str, ...]) -> Picture:
+def _picture(base: Base, image: Image.Image, where: Path, job: Job) -> Picture:
     pixels = fit(image, base.size**2, base.step, where)
-    return replace(base.encode_picture(pixels.values, pixels.sizes), prompts=prompts)
+    picture = base.encode_picture(pixels.values, pixels.sizes)
+    masked = job.settings.get("mask") == "alpha" and any(where in some for some in job.images.values())
+    weight = opacity(where, base, picture) if masked else None
+    return replace(picture, prompts=tuple(name for name, _ in _captions(job, where)), weight=weight)
+
+
+def opacity(where: Path, base: Base, picture: Picture) -> Tensor:
+    """How opaque a picture is at each place of its latent, `[1, h, w]`, 0 to 1. UsageError for one that is wholly transparent."""
+    alpha = fit(open_alpha(where).convert("RGB"), base.size**2, base.step, where).values[:1] / 2 + 0.5
+    _, height, width = picture.mean.shape
+    found = adaptive_avg_pool2d(alpha, (height, width))
+    if not bool(found.any()):
+        raise UsageError("is wholly transparent: nothing of it would be learnt", where, "Leave out mask=alpha.")
+    return found.to(picture.mean)
 
 
 def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Script[Progress]:

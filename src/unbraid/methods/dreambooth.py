@@ -20,12 +20,15 @@ def dreambooth(
     weight_decay: float = 1e-4,
     targets: Literal["attention", "transformers"] = "attention",
     prior_weight: float = 0.0,
+    mask: Literal["none", "alpha"] = "none",
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style.
 
     rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr, weight_decay: of AdamW. targets: attention's projections, or all
-    linear layers of the transformers. prior_weight: of the loss on pictures of the class (prior preservation).
+    linear layers of the transformers. prior_weight: of the loss on pictures of the class (prior preservation). mask: with `alpha`,
+    what is transparent in a picture does not count in its loss (the run sees to it: it is about pictures).
     """
+    del blocks, mask
     parts: tuple[Part, ...] = ("down", "up")
     branches = [Branch("image", "both", (Active("lora"),))]
     if prior_weight:
