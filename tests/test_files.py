@@ -19,7 +19,7 @@ from torch import nn
 from unbraid.errors import UsageError
 from unbraid.file_tools import convert
 from unbraid.files import LoraFile, read, write
-from unbraid.formats.blocks import block_of, from_ldm, to_ldm
+from unbraid.formats.blocks import Family, block_of, from_ldm, to_ldm
 from unbraid.formats.fused import fuse, split
 from unbraid.formats.header import catalogue, read_header
 from unbraid.formats.loaders import unet_modules
@@ -200,14 +200,14 @@ class TestFlux:
 
     @pytest.mark.parametrize("family", ["flux", "sd3"])
     @pytest.mark.parametrize("shared", [False, True])
-    def test_fused_and_back(self, family: str, shared: bool, tmp_path: Path) -> None:
+    def test_fused_and_back(self, family: Family, shared: bool, tmp_path: Path) -> None:
         modules = self.modules(family, shared)
         fused = fuse(modules, family)
         again = {name: one for module, lora_ in fused.items() for name, one in split(module, lora_, family).items()}
         assert same(modules, again) < 1e-14
         assert all(len(again[name].down) == len(modules[name].down) for name in modules)  # no rank is gained
         for dialect in ("kohya", "diffusers"):
-            write(tmp_path / "a.safetensors", modules, family=family, dialect=dialect, dtype=None)  # type: ignore[arg-type]
+            write(tmp_path / "a.safetensors", modules, family=family, dialect=dialect, dtype=None)
             back = read(tmp_path / "a.safetensors")
             assert back.family == family and same(modules, back.modules) < 1e-14
             keys = list(load_file(tmp_path / "a.safetensors"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
@@ -111,8 +111,12 @@ def test_every_module_at_pefts_own_scale(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(Net(), config)
-        model.save_pretrained(folder)
-        model = PeftModel.from_pretrained(Net(), folder)  # as it is loaded: saving sorts the patterns
+        model.save_pretrained(str(folder))
+        try:
+            model = PeftModel.from_pretrained(Net(), str(folder))  # as it is loaded: saving sorts the patterns
+        except RuntimeError as error:  # by which ranks that overlap change, so that PEFT cannot load its own file
+            assert "size mismatch" in str(error)
+            reject()
     file = read(folder / "adapter_model.safetensors")
     layers = {name: one for name, one in model.named_modules() if hasattr(one, "scaling") and hasattr(one, "lora_A")}
     assert len(file.modules) == len(layers)

@@ -16,6 +16,7 @@ from unbraid.doctor import diagnose
 from unbraid.errors import UsageError
 from unbraid.file_tools import Source, convert, edit, merge_files, resize
 from unbraid.files import opened_lora, read
+from unbraid.formats.recognise import Verdict
 from unbraid.lora_report import interference, report
 from unbraid.lowrank import delta
 from unbraid.merge import Size
@@ -215,6 +216,27 @@ DAMAGED: dict[str, tuple[Callable[[], Parts], str]] = {
         lambda: {"lora_up.weight": rnd(D, 2), "lora_down.weight": rnd(2, K), "dora_scale": rnd(D, 1)},
         "DoRA needs the weights of its base",
     ),
+    "LoKr of two forms": (lambda: {"lokr_w1": W1, "lokr_w2": W2, "lokr_w2_a": W2_A, "lokr_w2_b": W2_B}, "not belong"),
+    "LoHa with half a core": (lambda: HADA | {"hada_t1": rnd(3, 3, 3, 3)}, "hada_t2 is missing"),
+    "LoHa of another core": (lambda: HADA_CORE | {"hada_t2": rnd(3, 2, 3, 3)}, "do not fit"),
+    "a rank of LoHa": (
+        lambda: {
+            f"hada_w{i}_{a}": torch.ones(5000, 1) if a == "b" else torch.ones(1, 5000) for i in "12" for a in "ab"
+        },
+        "rank 5000",
+    ),
+    "LoKr far larger than its file": (
+        lambda: {"lokr_w1": torch.ones(2000, 1), "lokr_w2_a": torch.ones(2000, 1), "lokr_w2_b": torch.ones(1, 2000)},
+        "too large",
+    ),
+    "LoHa far larger than its file": (
+        lambda: {f"hada_w{i}_{a}": torch.ones(*((40000, 1) if a == "a" else (1, 40000))) for i in "12" for a in "ab"},
+        "too large",
+    ),
+    "products that overflow": (lambda: {key: one * 1e8 for key, one in HADA.items()}, "overflow"),
+    "a diff that overflows": (lambda: {"diff": rnd(D, K) * 1e30}, "overflow"),
+    "NaN": (lambda: {"lokr_w1": W1 * torch.nan, "lokr_w2": W2}, "NaN"),
+    "a norm that is a matrix": (lambda: {"w_norm": rnd(3, 4)}, "no vector"),
     "a magnitude alone": (lambda: {"dora_scale": rnd(D, 1)}, "DoRA"),
 }
 
@@ -314,3 +336,27 @@ def test_lycoris_own_forward_is_the_oracle(algo: str, conv: bool, core: bool, do
     changed = weight + delta(one).reshape(weight.shape)
     got = nn.functional.conv2d(x, changed, bias, padding=1) if conv else nn.functional.linear(x, changed, bias)
     assert off(got, want) < 1e-5
+
+
+def test_a_kind_tells_its_base_by_its_sizes_and_doctor_how_to_make_it_plain(tmp_path: Path) -> None:
+    """2048 columns are those of SDXL's text; what is converted is what the tool then loads."""
+    path, out = tmp_path / "a.safetensors", tmp_path / "a-fixed.safetensors"
+    lokr = {"lokr_w1": rnd(8, 8), "lokr_w2_a": rnd(80, 4), "lokr_w2_b": rnd(4, 256)}
+    file_of(path, LINEAR, lokr, 4.0)
+    assert report(path).verdict == Verdict("sdxl", "shapes")
+    found = diagnose(path, "comfyui")
+    assert not found.known and found.warnings and found.mend == f"unbraid convert {path} {out} --to kohya"
+    convert(path, out, "kohya")
+    assert diagnose(out, "comfyui").healthy
+    file_of(path, LINEAR, {"lokr_w1": rnd(8, 8)}, 4.0)
+    assert not diagnose(path, "comfyui").mend
+
+
+def test_a_layer_that_kohyas_files_have_not_keeps_no_bias_in_them(tmp_path: Path) -> None:
+    """Flux's q alone: kohya's files have q, k and v in one layer."""
+    module = "transformer.single_transformer_blocks.0.attn.to_q"
+    parts = {"lora_A.weight": rnd(2, 3072), "lora_B.weight": rnd(3072, 2), "diff_b": rnd(3072)}
+    path = file_of(tmp_path / "a.safetensors", module, parts)
+    for to in ("kohya", "diffusers"):
+        with pytest.raises(UsageError, match="no place in"):
+            convert(path, tmp_path / "b.safetensors", to)

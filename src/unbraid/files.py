@@ -30,9 +30,8 @@ from unbraid.formats.blocks import Family
 from unbraid.formats.encode import Dialect, encode, vector_tensors
 from unbraid.formats.fused import fuse, split
 from unbraid.formats.gate import check_module
-from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, opened, read_header
+from unbraid.formats.header import Catalogue, Header, adapter_metadata, catalogue, check_readable, opened, read_header
 from unbraid.formats.metadata import data_hash, stamp
-from unbraid.formats.names import KINDS
 from unbraid.formats.patterns import alpha_of
 from unbraid.formats.weights import FLOATS, READABLE, bits
 from unbraid.lora import Lora
@@ -96,7 +95,7 @@ def opened_lora(path: str | Path, adapter: str | None = None) -> Iterator[Opened
     """Errors: `UsageError` for a file that is not there, is a pickle, is damaged, or holds keys that are not known."""
     header = read_header(Path(path))
     found = catalogue(header, adapter)
-    _refuse(header, found)
+    check_readable(header, found)
     for name, parts in found.modules.items():
         check_module(
             {part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, f"{header.path}: {name}"
@@ -192,26 +191,6 @@ def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Set[str]) -> No
 def _same(stored: NDArray[np.unsignedinteger], tensor: Tensor) -> bool:
     """Bit by bit, in numpy: three times as fast as torch.equal, and without a copy of what is on the disk."""
     return np.array_equal(stored, tensor.flatten().view(BITS[tensor.element_size()]).numpy().view(stored.dtype))
-
-
-def _refuse(header: Header, found: Catalogue) -> None:
-    """The reasons not to read a file, one clear line each."""
-    where = header.path
-    if found.adapters:
-        names = ", ".join(found.adapters[:5])
-        raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
-    if strange := {kind: n for kind, n in found.kinds.items() if kind in KINDS}:
-        kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in strange.items())
-        fix = "LoRA, LoCon, LoHa, LoKr, DoRA and full changes are read; train or export it as one of them."
-        raise UsageError(f"not a LoRA that is read: {kinds}", where, fix)
-    if found.unknown:
-        what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
-        raise UsageError(what, where, "Give a LoRA file.")
-    if found.twice:
-        what = f"{found.verdict.family}: {len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
-        raise UsageError(what, where, "Save it again, each module once.")
-    if not found.modules:
-        raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
 
 
 def _tensor(handle: Any, header: Header, key: str) -> Tensor:

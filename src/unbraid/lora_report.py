@@ -170,9 +170,8 @@ def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
         for name in names:
             lora = take(file, name, TOLD).lora
             if lora:
-                out[name] = _Module(
-                    lora.down.flatten(1).numpy(), lora.up.flatten(1).numpy(), lora.alpha / len(lora.down)
-                )
+                down, up = (part.flatten(1).numpy() for part in (lora.down, lora.up))
+                out[name] = _Module(down, up, lora.alpha / len(down))
     return out
 
 

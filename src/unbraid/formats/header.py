@@ -159,6 +159,26 @@ def _t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
         modules[renamed], raw[renamed] = modules.pop(name), raw.pop(name)
 
 
+def check_readable(header: Header, found: Catalogue) -> None:
+    """Errors: the reasons not to read a file, one clear line each."""
+    where = header.path
+    if found.adapters:
+        names = ", ".join(found.adapters[:5])
+        raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
+    if strange := {kind: n for kind, n in found.kinds.items() if kind in KINDS}:
+        kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in strange.items())
+        fix = "LoRA, LoCon, LoHa, LoKr, DoRA and full changes are read; train or export it as one of them."
+        raise UsageError(f"not a LoRA that is read: {kinds}", where, fix)
+    if found.unknown:
+        what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
+        raise UsageError(what, where, "Give a LoRA file.")
+    if found.twice:
+        what = f"{found.verdict.family}: {len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
+        raise UsageError(what, where, "Save it again, each module once.")
+    if not found.modules:
+        raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
+
+
 def adapter_metadata(header: Header) -> dict[str, Any]:
     """PEFT's settings as diffusers stores them: `unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, …"""
     text = header.metadata.get("lora_adapter_metadata")
