@@ -81,7 +81,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tiny_sdxl: Tiny, tmp_pat
     write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
     state = {key: value.to("meta") for key, value in load_file(tiny_sdxl.file).items()}
     free = shutil.disk_usage(tmp_path).free
-    state["first_stage_model.huge"] = torch.empty(free // 2 + 10**9, dtype=torch.float16, device="meta")
+    state["first_stage_model.huge"] = torch.empty(free // 2**21 + 1000, 2**20, dtype=torch.float16, device="meta")
     with pytest.raises(UsageError, match="are needed and"):
         bake(
             save_header(state, tmp_path / "big.safetensors"),

@@ -175,6 +175,7 @@ def with_vectors() -> Parts:
 def test_norms_and_biases_are_kept_scaled_and_summed(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", with_vectors())
     keys = {f"{LINEAR}.diff_b", f"{NORM}.w_norm", f"{NORM}.b_norm"}
+    assert not diagnose(path, "comfyui").dropped
     done = convert(path, tmp_path / "b.safetensors")
     assert done.vectors == 3
     kept = load_file(tmp_path / "b.safetensors")

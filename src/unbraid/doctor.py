@@ -15,10 +15,12 @@ from unbraid.formats.blocks import Family
 from unbraid.formats.families import DESIGNS
 from unbraid.formats.gate import check_module
 from unbraid.formats.header import Catalogue, Header, catalogue, read_header
+from unbraid.formats.kinds import VECTORS
 from unbraid.formats.loaders import TOOLS, Naming, Tool, naming, style, tool_named, unet_modules
 from unbraid.formats.weights import alphas, broken, silent
 from unbraid.formats.widths import other_base
 
+_NORM = {*VECTORS, "diff", "alpha"}  # parts of a norm, which the table of linear layers and convolutions has not
 CONVERTED = {"LoHa", "LoKr", "full changes"}  # what `convert` makes a plain LoRA
 
 
@@ -124,7 +126,7 @@ def _dropped(header: Header, found: Catalogue, tool: Tool, family: Family) -> di
             why = "no module of this base is known by this name"
         elif how not in accepted:
             why = f"{tool.name} does not know the names {_example(how, raw)}"
-        elif table and module.startswith("unet.") and path not in table:
+        elif table and module.startswith("unet.") and path not in table and set(parts) - _NORM:
             why = f"{family} has no such module"
         for part, key in parts.items():
             if why:
