@@ -75,6 +75,8 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
     said = record(job, texts)
     folder.claimable(job.out, said, resume)
     if resume and finished(job):
+        with folder.locked(job.out):  # what a kill has left there goes
+            pass
         yield Progress(1, 1, warning="this run is done already: nothing is trained")
         return
     warnings = [*job.told, *remarks(job), *METHODS[job.method].check(opened, job.images)]
