@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import second_device
 import torch
 from PIL import Image, ImageDraw
 from tiny_bases import Tiny, save_both, sd15, sd21, sdxl
@@ -14,6 +15,12 @@ from unbraid.bases.recipe import captions, config, model, vae
 
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
 WORDS = ("dog", "cat", "line", "teapot")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A device that autograd does not know at its first backward pass, it never knows."""
+    if any("second" in getattr(item, "fixturenames", ()) for item in session.items):
+        second_device.available()
 
 
 @pytest.fixture(autouse=True)

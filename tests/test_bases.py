@@ -245,6 +245,8 @@ def called(*words: str) -> int:
 def test_loras_say_that_they_are_for_sd21(tiny_sd21: Tiny, picture: Path, tmp_path: Path) -> None:
     job = learn_job(picture, prompt="a cat", base=str(tiny_sd21.file), rank=2, steps=1, previews=0, out=tmp_path / "r")
     list(running.run(job, device="cpu"))
-    told = read(tmp_path / "r" / "lora.safetensors").metadata
+    told = load(str(tiny_sd21.file), "cpu").told
     assert told["ss_v2"] == "True" and told["ss_base_model_version"] == "sd_v2_v"
     assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    written = read(tmp_path / "r" / "lora.safetensors").metadata
+    assert written["ss_v2"] == "True" and written["ss_base_model_version"].endswith("-other"), "it is not SD2.1's size"
