@@ -2,8 +2,8 @@
 # Everything that only a GPU can show, unattended, the most important things first.
 #
 #   tools/gpu_check.sh wheels DIR [PYTHON_VERSION]   where there is a network: fetch what the GPU machine lacks (all but torch)
-#   tools/gpu_check.sh run DIR OUT                   on the GPU machine, which needs Python and torch alone: about five minutes,
-#                                                    and another ten for compilation; every part has its own time limit and log
+#   tools/gpu_check.sh run DIR OUT                   on the GPU machine, which needs Python and torch alone: the first three parts in five minutes,
+#                                                    then tests and compilation in ten more; every part has its own time limit and log
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,8 +39,8 @@ run() {
   "$python" -m pip install -q --no-index --no-deps --no-build-isolation "$from"/*.whl
   export PYTHONPATH=$PWD/src
   nvidia-smi >"$out/card.txt"
-  part selftest 150 "$python" -m unbraid selftest
-  part graphs 150 "$python" -m unbraid.bench.speed gpu --way eager --way graphs
+  part selftest 120 "$python" -m unbraid selftest
+  part graphs 120 "$python" -m unbraid.bench.speed gpu --way eager --way graphs
   part jobs 60 "$python" -m unbraid.bench.many --only icons --at-once 8 --device cuda
   part tests 200 "$python" -m pytest -n 4 tests/test_graphs.py tests/test_run.py tests/test_lora.py tests/test_unziplora.py tests/test_memory.py
   part compiled 400 "$python" -m unbraid.bench.speed gpu
