@@ -20,7 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-NAME = "second"
+NAME = "second_device"  # not a name that an adapter has somewhere: it becomes a method of every module
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
