@@ -1,8 +1,8 @@
 """Several runs in several processes, dealt out in turn; where there are several cards, each process has one of them."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from unbraid.errors import UsageError
-from unbraid.job import Job, Progress
+from unbraid.job import Job, Progress, finished
 from unbraid.runs import distinct, run_many
 
 Event = tuple[int, Progress | UsageError]
-LOOK = 1.0  # seconds between looks at whether the processes are alive
 
 
 def run_spread(
@@ -26,20 +25,23 @@ def run_spread(
         raise UsageError(f"{processes} processes", "--processes", "Give 1 or more.")
     distinct(jobs)
     context = multiprocessing.get_context("spawn")
-    events: Any = context.Queue()
     shares = [share for i in range(processes) if (share := {n: jobs[n] for n in range(i, len(jobs), processes)})]
     threads = max(1, (os.cpu_count() or 1) // len(shares))
-    working = []
-    for share, where in zip(shares, cards(len(shares), device), strict=True):
-        given = (share, where, at_once, resume, threads, os.getpid(), events)
-        working.append(context.Process(target=_work, args=given, daemon=True))
-        working[-1].start()
+    workers: dict[Any, tuple[Any, Mapping[int, Job]]] = {}
     try:
-        yield from _told(working, events, shares)
+        for share, where in zip(shares, cards(len(shares), device), strict=True):
+            ours, theirs = context.Pipe(duplex=False)
+            given = (share, where, at_once, resume, threads, os.getpid(), theirs)
+            process = context.Process(target=_work, args=given, daemon=True)
+            workers[ours] = process, share
+            process.start()
+            theirs.close()  # so that the pipe ends with the process
+        yield from _received(dict(workers))
     finally:
-        for process in working:
-            process.terminate()
-            process.join()
+        for process, _ in workers.values():
+            if process.pid:
+                process.terminate()
+                process.join()
 
 
 def cards(count: int, device: str = "") -> list[str]:
@@ -48,36 +50,29 @@ def cards(count: int, device: str = "") -> list[str]:
     return [device or (f"cuda:{i % there}" if there else "") for i in range(count)]
 
 
-def _told(working: Sequence[Any], events: Any, shares: Sequence[Mapping[int, Job]]) -> Generator[Event]:
-    going = dict(enumerate(working))
-    while going:
-        dead = [who for who, process in going.items() if not process.is_alive()]
-        try:
-            while True:  # first what is there: a process may have ended just now
-                who, event = events.get(timeout=0 if dead else LOOK)
-                if event is None:
-                    going.pop(who).join()
-                    break
-                yield event
-        except queue.Empty:
-            pass
-        for who in dead:
-            if who in going:
-                process, share = going.pop(who), shares[who]
+def _received(workers: dict[Any, tuple[Any, Mapping[int, Job]]]) -> Generator[Event]:
+    """Each process has a pipe of its own: one that is killed while it writes would hold the lock of a shared queue for ever."""
+    while workers:
+        ready: list[Any] = multiprocessing.connection.wait(list(workers))
+        for pipe in ready:
+            try:
+                yield pipe.recv()
+            except (EOFError, OSError):  # it has ended, maybe in the middle of a message
+                process, share = workers.pop(pipe)
+                process.join()
                 what = f"its process ended with {process.exitcode}"
                 fix = "Too little memory may be why: give fewer --processes, and --resume."
-                yield from ((n, UsageError(what, job.out, fix)) for n, job in share.items())
+                unfinished = (n for n, job in share.items() if process.exitcode and not finished(job))
+                yield from ((n, UsageError(what, share[n].out, fix)) for n in unfinished)
 
 
 def _work(
-    share: Mapping[int, Job], device: str, at_once: int | None, resume: bool, threads: int, parent: int, events: Any
+    share: Mapping[int, Job], device: str, at_once: int | None, resume: bool, threads: int, parent: int, pipe: Any
 ) -> None:
     """In a process of its own. Without its parent it stops: nobody would know that it goes on."""
     torch.set_num_threads(threads)
-    numbers, who = list(share), min(share)
+    numbers = list(share)
     for which, event in run_many(list(share.values()), at_once, resume, device or None):
         if os.getppid() != parent:
             return
-        light = event if isinstance(event, UsageError) else replace(event, step=None)
-        events.put((who, (numbers[which], light)))
-    events.put((who, None))
+        pipe.send((numbers[which], event if isinstance(event, UsageError) else replace(event, step=None)))
