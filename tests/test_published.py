@@ -85,7 +85,9 @@ def test_a_row_of_another_length_is_refused() -> None:
 
 def test_the_report_shows_every_table_as_not_comparable(tmp_path: Path) -> None:
     drawing = Drawing("both", "a dog", "dog", "ink", 0, "0.png", {"content": 0.5, "style": 0.5})
-    write([Unit("", "none", "a row", "", 0, (drawing,), None, Cost(), {"code": "", "base": ""})], 1, tmp_path, tmp_path)
+    write(
+        [Unit("", "none", "a row", "", 0, (drawing,), None, Cost(), {"truth": "", "base": ""})], 1, tmp_path, tmp_path
+    )
     html = (tmp_path / "report.html").read_text("utf-8")
     assert html.count("not comparable") == len(published())
     assert "UnZipLoRA, alignment (arXiv 2412.04465" in html and "<td>0.265</td>" in html

@@ -29,7 +29,9 @@ def bench(
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
     known: Annotated[
         Path | None,
-        typer.Option("--results", help="A results.jsonl: units in it are done, if code, base and settings are these."),
+        typer.Option(
+            "--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."
+        ),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
@@ -127,11 +129,10 @@ def _processes() -> int:
 
 
 def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
-    from unbraid.bench import report, results
-    from unbraid.bench.version import code_digest
+    from unbraid.bench import grid, report, results
 
-    planned = [(todo.cell.task, todo.row, str(todo.cell)) for todo in todos]
-    units = results.wanted([*given, *results.collect(work)], planned, code_digest())
+    planned = {grid.key(todo): (todo.cell.task, todo.row, str(todo.cell)) for todo in todos}
+    units = results.wanted([*given, *results.collect(work)], planned)
     if not units:
         raise UsageError("there is nothing to report", work, "Run it without --report first.")
     rows: dict[str, set[str]] = {}

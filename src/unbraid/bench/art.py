@@ -18,6 +18,7 @@ from torch import Tensor
 from unbraid.bases.recipe.subjects import SETS, held_out
 
 FOLDER = Path(__file__).parent
+SHEETS = ("held_out.webp", "known.webp")
 HELD_OUT = held_out()[:100]
 KNOWN = tuple(
     "dog umbrella violin strawberry balloon bat bird bomb broccoli castle chicken crown doughnut dragon gorilla koala lime "
@@ -47,17 +48,17 @@ def to_image(values: Float[Tensor, "3 h w"]) -> Image.Image:
 
 @cache
 def held_out_art() -> Art:
-    return _read(FOLDER / "held_out.webp", HELD_OUT)
+    return _read(FOLDER / SHEETS[0], HELD_OUT)
 
 
 @cache
 def known_art() -> Art:
-    return _read(FOLDER / "known.webp", KNOWN)
+    return _read(FOLDER / SHEETS[1], KNOWN)
 
 
 def write_sheets(art: np.ndarray, names: tuple[str, ...]) -> None:
     """Pack both sheets from all art, uint8 `[subject, set, 64, 64, 3]`, losslessly."""
-    for file, wanted in (("held_out.webp", HELD_OUT), ("known.webp", KNOWN)):
+    for file, wanted in zip(SHEETS, (HELD_OUT, KNOWN), strict=True):
         chosen = art[[names.index(name) for name in wanted]]
         columns = gcd(COLUMNS, len(wanted))
         rows, size = len(wanted) // columns, chosen.shape[2]

@@ -1,10 +1,9 @@
 """Running the benchmark: every row on every cell that is not there yet, over processes that share one folder.
 
-A unit is known by a hash of its settings, its cell, the base and the code, and appears all at once when it is finished: killed at
+A unit is known by a hash of what it depends on (docs/benchmark.md), and appears all at once when it is finished: killed at
 any moment and started again, nothing finished is done twice.
 """
 
-import inspect
 import multiprocessing
 import os
 import threading
@@ -25,10 +24,9 @@ from unbraid.bench.rows import BASE, Row
 from unbraid.bench.scores import diversity, scored
 from unbraid.bench.shop import Shop, short, slug
 from unbraid.bench.tasks import Cell, Item, Scale, cells, items
-from unbraid.bench.version import base_digest, code_digest
+from unbraid.bench.version import base_digest, truth_digest, versions
 from unbraid.data import alignment
 from unbraid.errors import UsageError
-from unbraid.folder import sha256
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def _do(todo: Todo) -> Unit:
             where = str(file.with_name(name).relative_to(todo.work))
             truth = item.truth
             drawings.append(Drawing(item.use, item.prompt, truth.subject, truth.style, seed, where, found))
-    made = {"code": code_digest(), "base": base_digest(todo.base)}
+    made = {"base": base_digest(todo.base), "truth": truth_digest()}
     unit = Unit(key(todo), cell.task, row.name, str(cell), cell.seed, tuple(drawings), spread, cost, made)
     results.write(unit, file)
     return results.read(file)[0]  # as a later run will find it, to the same place
@@ -124,20 +122,13 @@ def key(todo: Todo) -> str:
     """Of everything that a unit depends on."""
     row, asked = _row(todo), [_asked(item) for item in items(todo.cell, todo.scale)]
     training = {method: dict(settings) for method, settings in todo.scale.training.items()}
-    own = (row.task, row.name, dict(row.settings), _source(row), str(todo.cell))
-    return short(own, asked, todo.scale.steps, training, base_digest(todo.base), code_digest())
+    own = (row.task, row.name, row.version, dict(row.settings), versions(row.methods), str(todo.cell))
+    return short(own, asked, todo.scale.steps, training, base_digest(todo.base), truth_digest())
 
 
 def _asked(item: Item) -> list[object]:
     leaks = {kind: str(truth) for kind, truth in item.leaks.items()}
     return [item.use, item.prompt, str(item.truth), leaks, item.seeds]
-
-
-def _source(row: Row) -> str:
-    """The digest of the file that a row of another package comes from; the package's own code has its digest already."""
-    if row.make.__module__.startswith("unbraid."):
-        return ""
-    return sha256(Path(inspect.getfile(row.make)))
 
 
 @cache

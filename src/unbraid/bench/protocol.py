@@ -22,7 +22,7 @@ from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import CEILING, Row
 from unbraid.bench.shop import Shop, short, slug
 from unbraid.bench.tasks import Cell, Item, Scale, Task
-from unbraid.bench.version import base_digest, code_digest
+from unbraid.bench.version import base_digest, versions
 from unbraid.bench.world import Truth
 from unbraid.data import open_image
 from unbraid.errors import UsageError
@@ -157,9 +157,9 @@ def references(given: Given, cell: Cell, use: str) -> dict[str, list[Path]]:
 def unit_file(shop: Shop, given: Given, way: Protocol, row: Row, cell: Cell) -> Path:
     """Where a unit is. Its name is a hash of everything that its drawings depend on."""
     asked = [[item.use, item.prompt, item.seeds] for item in items(cell, way)]
-    own = (row.task, row.name, dict(row.settings), str(cell), given.hashes(cell))
+    own = (row.task, row.name, row.version, dict(row.settings), versions(row.methods), str(cell), given.hashes(cell))
     scale = {method: dict(settings) for method, settings in shop.scale.training.items()}
-    key = short(own, asked, way.steps, way.guidance, scale, base_digest(shop.base_name), code_digest())
+    key = short(own, asked, way.steps, way.guidance, scale, base_digest(shop.base_name))
     return shop.work / "units" / f"{slug(f'{cell.task} {row.name} {cell}')[:80]}-{key}" / "unit.json"
 
 
@@ -176,7 +176,7 @@ def _unit(shop: Shop, given: Given, way: Protocol, models: FieldModels, row: Row
     for use, prompt in dict.fromkeys((one.use, one.prompt) for one in unit.drawings):
         some = [one for one in unit.drawings if (one.use, one.prompt) == (use, prompt)]
         scored += _scored(shop.work, some, references(given, cell, use), models)
-    made = {"code": code_digest(), "base": base_digest(shop.base_name), "models": told}
+    made = {"base": base_digest(shop.base_name), "models": told}
     unit = replace(unit, drawings=tuple(scored), made=made)
     results.write(unit, file)
     return results.read(file)[0]  # as a later run will find it, to the same place

@@ -11,7 +11,7 @@ from unbraid.bench import claims, plots, published, tables
 from unbraid.bench.results import Unit, save
 from unbraid.bench.tables import Table
 from unbraid.bench.tasks import TASKS
-from unbraid.bench.version import code_digest
+from unbraid.bench.version import truth_digest
 from unbraid.folder import atomic
 
 
@@ -72,11 +72,10 @@ def _published() -> list[tuple[str, Table]]:
 
 
 def _about(units: Sequence[Unit], planned: int) -> str:
-    codes = sorted({unit.made["code"] for unit in units})
-    bases = ", ".join(sorted({unit.made["base"] for unit in units}))
+    bases, truths = (", ".join(sorted({unit.made[of] for unit in units})) for of in ("base", "truth"))
     seeds = ", ".join(map(str, sorted({unit.seed for unit in units})))
-    own = "this code" if codes == [code_digest()] else f"this code is {code_digest()}"
-    return f"{len(units)} of {planned} units; seeds {seeds}; base {bases}; code {', '.join(codes)} ({own})."
+    own = "" if truths == truth_digest() else f" (here: {truth_digest()})"
+    return f"{len(units)} of {planned} units; seeds {seeds}; base {bases}; judge and art {truths}{own}."
 
 
 def _embedded(section: Section) -> dict[str, object]:

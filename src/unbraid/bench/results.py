@@ -26,7 +26,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Unit:
-    """One row on one cell. `made`: digests of the code and the base."""
+    """One row on one cell. `made`: digests of the base, and of judge and art."""
 
     key: str
     task: str
@@ -66,14 +66,14 @@ def collect(work: Path) -> list[Unit]:
     return [unit for file in sorted((work / "units").glob("*/unit.json")) for unit in read(file)]
 
 
-def wanted(units: Iterable[Unit], planned: Iterable[tuple[str, str, str]], code: str) -> list[Unit]:
-    """One unit for every (task, row, cell) that is planned and there: this code's where there is one, else another's."""
+def wanted(units: Iterable[Unit], planned: Mapping[str, tuple[str, str, str]]) -> list[Unit]:
+    """One unit for every (task, row, cell) that is planned, by key, and there: the one of this key, else another's."""
     found: dict[tuple[str, str, str], Unit] = {}
     for unit in units:
         place = (unit.task, unit.row, unit.cell)
-        if place not in found or unit.made["code"] == code:
+        if place not in found or unit.key in planned:
             found[place] = unit
-    return [found[place] for place in planned if place in found]
+    return [found[place] for place in planned.values() if place in found]
 
 
 def complete(units: Sequence[Unit], rows: Mapping[str, set[str]]) -> list[Unit]:

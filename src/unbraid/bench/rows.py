@@ -25,6 +25,8 @@ class Row:
     make: Callable[[Shop, Cell, Settings], Hands]
     settings: Settings = field(default_factory=dict)
     ablation: bool = False
+    methods: tuple[str, ...] = ()  # that it trains, whose versions its results depend on
+    version: int = 1  # its own: raised when the same settings give other drawings
 
 
 BASE, CEILING, COPY = "base alone", "true counterpart", "copy of the input"

@@ -17,12 +17,13 @@ from unbraid.api import learn_job, split_job
 from unbraid.base import Base, load
 from unbraid.bench.cost import Cost, counted, measured
 from unbraid.bench.tasks import Cell, Item, Scale, content_prompt, style_prompt
-from unbraid.bench.version import base_digest, code_digest
+from unbraid.bench.version import DRAWING, MERGING, base_digest, versions
 from unbraid.bench.world import TRAINED, Truth
 from unbraid.combine import Combine
 from unbraid.data import open_image
 from unbraid.folder import atomic, sha256
 from unbraid.job import Job
+from unbraid.methods import METHODS
 from unbraid.render import Use, render
 from unbraid.run import run
 
@@ -88,7 +89,7 @@ class Shop:
 
     def derive(self, name: str, sources: Iterable[Path], write: Callable[[Path], Any], *settings: Any) -> Path:
         """A file made of other files by `write`, which is given its path; `name` and `settings` say how."""
-        key = short(name, [sha256(one) for one in sources], settings, code_digest())
+        key = short(name, [sha256(one) for one in sources], settings, MERGING)
         out = self.work / "made" / f"{slug(name)}-{key}.safetensors"
         told = out.with_suffix(".json")
         with self._lock(out.with_suffix(".lock")):
@@ -102,7 +103,8 @@ class Shop:
 
     def found(self, name: str, sources: Iterable[Path], search: Callable[[], list[float]]) -> list[float]:
         """Numbers that are searched for once."""
-        told = self.work / "made" / f"{slug(name)}-{short(name, [sha256(one) for one in sources], code_digest())}.json"
+        key = short(name, [sha256(one) for one in sources], versions(()))
+        told = self.work / "made" / f"{slug(name)}-{key}.json"
         with self._lock(told.with_suffix(".lock")):
             if not told.exists():
                 cost, used = Cost(), dict(self.used)
@@ -116,7 +118,7 @@ class Shop:
 
     def plain(self, item: Item, seed: int) -> Image.Image:
         """What the base alone makes of an item."""
-        key = short(item.prompt, seed, self.scale.steps, base_digest(self.base_name), code_digest())
+        key = short(item.prompt, seed, self.scale.steps, base_digest(self.base_name), DRAWING)
         file = self.work / "plain" / f"{key}.png"
         with self._lock(file.with_suffix(".lock")):
             if not file.exists():
@@ -162,7 +164,7 @@ class Shop:
     def _counted(self, job: Job) -> Cost:
         """FLOPs and trained parameters, which do not depend on what the pictures show."""
         shapes = {role: len(some) for role, some in job.images.items()}
-        told = self.work / "counts" / f"{job.method}-{short(shapes, dict(job.settings), code_digest())}.json"
+        told = self.work / "counts" / f"{job.method}-{short(shapes, dict(job.settings), versions([job.method]))}.json"
         if not told.exists():
             write_json(told, asdict(counted(job)))
         return Cost(**json.loads(told.read_text()))
@@ -172,7 +174,7 @@ class Shop:
         loras = {role: sha256(file) for role, file in job.loras.items()}
         texts = [text for files in job.images.values() for file in files if (text := job.captions.get(file))]
         told = (job.method, dict(job.words), images, loras, texts, dict(job.settings), job.seed)
-        return short(told, base_digest(self.base_name), code_digest())
+        return short(told, base_digest(self.base_name), METHODS[job.method].version)
 
     def _lock(self, file: Path) -> FileLock:
         file.parent.mkdir(parents=True, exist_ok=True)

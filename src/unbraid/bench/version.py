@@ -1,36 +1,28 @@
-"""What a figure depends on beside its settings: the code that can change a picture, and the base."""
+"""What a unit of the benchmark depends on beside its settings: declared versions, the base, and the measuring instruments.
 
-import ast
+A version is a number that is raised by hand when results change. tests/test_versions.py runs everything that has one, and says
+which is to be raised. So results outlive every change of the code that leaves the figures as they are.
+"""
+
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import unbraid
+from unbraid.bases.recipe import filters
+from unbraid.bench import art, judge
+from unbraid.methods import METHODS
 
-PACKAGE = Path(unbraid.__file__).parent
-FRONTS = ("cli", "cli_batch", "cli_bench", "cli_files", "cli_run", "cli_train", "demo", "explain", "__main__")
-SHOWN = ("report", "tables", "plots", "published", "stats", "claims", "results")  # of the bench: how figures are shown
-SPEED = (  # other benchmarks
-    *("file_cost", "judge_validation", "many", "memory_table"),
-    *("speed", "speed_cases", "speed_count", "speed_published", "speed_sampling", "speed_time", "speed_world"),
-)
-FIELD = ("field", "field_models", "field_report", "csd", "given", "protocol")  # scores of a user's pictures, taken anew
-NOT_OURS = ("recipe", "studio", "formats")  # making the base (it has a digest of its own), other programs' spellings
+DRAWING = 1  # how a picture is drawn from a prompt and LoRAs
+MERGING = 1  # the merge methods, and what else makes a LoRA file of other files
+SCORING = 1  # what a drawing's scores are
 
 
-@cache
-def code_digest() -> str:
-    """Of the code that figures depend on, without comments, docstrings and layout: the same code, the same pictures."""
-    digest = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        shown = parts[0] == "bench" and parts[-1] in SHOWN + SPEED + FIELD
-        if parts[0] in FRONTS or shown or set(parts[:-1]) & set(NOT_OURS):
-            continue
-        digest.update("/".join(parts).encode())
-        digest.update(ast.dump(_bare(ast.parse(file.read_text("utf-8")))).encode())
-    return digest.hexdigest()[:12]
+def versions(methods: Iterable[str]) -> dict[str, int]:
+    """Of what the rows that train these methods depend on."""
+    own = {method: METHODS[method].version for method in sorted(methods)}
+    return {"drawing": DRAWING, "merging": MERGING, "scoring": SCORING, "filters": filters.VERSION, **own}
 
 
 @cache
@@ -40,22 +32,18 @@ def base_digest(name: str) -> str:
     some = sorted(one for one in folder.rglob("*") if one.suffix in (".safetensors", ".json", ".toml", ".txt"))
     if folder.is_file():
         some = [folder]
-    digest = hashlib.sha256(name.encode() if not some else b"")
+    return _digest(some) if some else hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+@cache
+def truth_digest() -> str:
+    """Of the judge's weights, and of the real art that is the right answer."""
+    return _digest([judge.WEIGHTS, *(art.FOLDER / name for name in art.SHEETS)])
+
+
+def _digest(some: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
     for file in some:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _bare(tree: ast.AST) -> ast.AST:
-    """Without docstrings."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-    return tree

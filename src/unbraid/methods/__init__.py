@@ -43,6 +43,7 @@ class Entry:
     outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
     paper: str
     check: Check = lambda images, files: []  # of the opened pictures by role: raises UsageError, or returns warnings
+    version: int = 1  # raised when the same settings train other LoRAs: results of the benchmark depend on it
 
 
 SPLIT_PROMPTS = {

@@ -102,6 +102,7 @@ def thermal(x: Tensor) -> Tensor:
     return _ramp(1 - _grey(x), "100060", "a000c0", "ff5020", "ffe030", "ffffff")
 
 
+VERSION = 1  # raised when a filter changes: results of the benchmark depend on it
 TRAIN_FILTERS: dict[str, Filter] = {
     f.__name__: f for f in (sepia, night, pastel, blueprint, risograph, pixel, blurred, comic, noir, neon)
 }

@@ -1,0 +1,117 @@
+"""Results of the benchmark are known by versions: whatever changes a figure must raise the version that stands for it.
+
+tests/versions.json holds what everything with a version gives. After a change that is meant, raise the version that the test names
+and record anew: `RECORD=1 python -m pytest -n 0 tests/test_versions.py`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_every_base import everything
+from tiny_bases import Tiny
+
+from unbraid.base import load
+from unbraid.bases.recipe import filters
+from unbraid.bench import grid, version
+from unbraid.bench.art import known_art
+from unbraid.bench.judge import load_judge
+from unbraid.bench.registry import chosen
+from unbraid.bench.tasks import QUICK
+from unbraid.file_tools import Source, merge_files
+from unbraid.files import read
+from unbraid.lowrank import delta
+from unbraid.merge import Size
+from unbraid.merge_methods import METHODS as MERGES
+from unbraid.methods import METHODS
+from unbraid.render import Use, render
+
+RECORD = Path(__file__).with_name("versions.json")
+Figures = dict[str, list[float]]
+
+
+def of_file(file: Path) -> float:
+    """Depends on every change of weight in it."""
+    total = 0.0
+    for name, lora in read(file).modules.items():
+        change = delta(lora).double()
+        rng = torch.Generator().manual_seed(len(name))
+        total += float((change * torch.randn(change.shape, generator=rng, dtype=torch.float64)).sum())
+    return total
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_sdxl: Tiny, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
+    """Version → what it stands for gives: losses and LoRAs of every method, brightness of drawings, scores."""
+    work = tmp_path_factory.mktemp("versions")
+    made = everything(str(tiny_sdxl.folder), picture, work)
+    methods = {
+        method: {
+            str(file.relative_to(work)): [of_file(file), *(losses(file.parent) if method != "np-lora" else [])]
+            for file in sorted(files)
+        }
+        for method, files in made.items()
+    }
+    content, style = sorted(made["unziplora"])
+    merged = {}
+    for name in MERGES:
+        merge_files([Source(content), Source(style)], work / f"{name}.safetensors", name, Size())
+        merged[name] = [of_file(work / f"{name}.safetensors")]
+    base, drawn = load(str(tiny_sdxl.folder), "cpu"), {}
+    for combine in ("sum", "k-lora", "switch", "composite"):
+        (image,) = render(base, "a sks cat", [Use(content), Use(style)], combine=combine, steps=2)
+        drawn[combine] = (np.asarray(image).mean((0, 1)) / 255).tolist()
+    art = known_art()
+    shown = torch.stack([art.picture(name, "noto") for name in ("dog", "violin")])
+    looks = {**filters.TRAIN_FILTERS, **filters.HELD_OUT_FILTERS}
+    judge = load_judge()
+    return {
+        **methods,
+        "merging": merged,
+        "drawing": drawn,
+        "filters": {name: [float(look(shown).mean()), float(look(shown).std())] for name, look in looks.items()},
+        "scoring": {"judge": torch.cat([some[:, :4].flatten() for some in judge.embed(shown)]).tolist()},
+    }
+
+
+def test_what_changes_results_raises_a_version(found: dict[str, Figures]) -> None:
+    now = {**version.versions(METHODS)}
+    assert found.keys() == now.keys()
+    if os.environ.get("RECORD"):
+        RECORD.write_text(json.dumps({name: {"version": now[name], "figures": found[name]} for name in now}, indent=1))
+    recorded = json.loads(RECORD.read_text())
+    assert recorded.keys() == now.keys(), "record anew: see above"
+    for name, figures in found.items():
+        assert recorded[name]["version"] == now[name], f"{name}: record anew, see above"
+        for what, values in recorded[name]["figures"].items():
+            assert figures[what] == pytest.approx(values, rel=1e-3, abs=1e-5), (
+                f"{name} gives other results ({what}): raise its version, and record anew (see above)"
+            )
+
+
+def test_a_key_knows_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not where the code is: a module that is moved, or a function by another name, throws nothing away."""
+    (todo,) = grid.plan(tmp_path, QUICK, chosen(("separate",), ("UnZipLoRA",)))
+    key = grid.key(todo)
+    row = grid._row(todo)
+    monkeypatch.setattr(row.make, "__module__", "somewhere.else")
+    monkeypatch.setattr(row.make, "__qualname__", "another_name")
+    assert grid.key(todo) == key
+    for name in ("DRAWING", "MERGING", "SCORING"):
+        with monkeypatch.context() as patch:
+            patch.setattr(version, name, 99)
+            assert grid.key(todo) != key, name
+    with monkeypatch.context() as patch:
+        patch.setattr(filters, "VERSION", 99)
+        assert grid.key(todo) != key
+    for method in METHODS:
+        with monkeypatch.context() as patch:
+            patch.setitem(vars(METHODS[method]), "version", 99)
+            assert (grid.key(todo) != key) == (method == "unziplora"), method
