@@ -3,10 +3,10 @@
 import torch
 from tiny_bases import Tiny
 
-from unbraid.checkpoint_file import opened_checkpoint
-from unbraid.formats.blocks import Family
-from unbraid.formats.places import modules
-from unbraid.lora import Lora
+from unbraid.core.lora import Lora
+from unbraid.files.checkpoint_file import opened_checkpoint
+from unbraid.files.formats.blocks import Family
+from unbraid.files.formats.places import modules
 
 TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from tiny_bases import Tiny, save_both, sd15, sd21, sdxl
 
-from unbraid import base as bases
-from unbraid.bases.recipe import captions, config, model, vae
+from tools.recipe import captions, config, model, vae
+from unbraid.bases import base as bases
 
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
 WORDS = ("dog", "cat", "line", "teapot")
@@ -26,8 +26,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs on random weights draw nothing but noise: two sampling steps show that they draw."""
-    monkeypatch.setattr("unbraid.run.PREVIEW_STEPS", 2)
-    monkeypatch.setattr("unbraid.run.SHEET_STEPS", 2)
+    monkeypatch.setattr("unbraid.runs.run.PREVIEW_STEPS", 2)
+    monkeypatch.setattr("unbraid.runs.run.SHEET_STEPS", 2)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from unbraid.adapters import Adapters
-from unbraid.recipe import Recipe
+from unbraid.core.adapters import Adapters
+from unbraid.core.recipe import Recipe
 
 
 def in_double(recipe: Recipe) -> Recipe:

@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ldm import clip_state, open_clip_state, unet_state, vae_state
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unbraid.checkpoint_file import opened_checkpoint
-from unbraid.files import read, write
-from unbraid.formats.places import modules
-from unbraid.lora import Lora
-from unbraid.lowrank import svd
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import svd
+from unbraid.files.checkpoint_file import opened_checkpoint
+from unbraid.files.formats.places import modules
+from unbraid.files.lora_file import read, write
 
 UNET: dict[str, Any] = {
     "sample_size": 128,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unbraid.formats.blocks import Family, to_ldm
+from unbraid.files.formats.blocks import Family, to_ldm
 
 State = dict[str, Tensor]
 OPEN_CLIP = {

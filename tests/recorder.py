@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unbraid.graphs import Call
+from unbraid.core.graphs import Call
 
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh", "masked_select", "unique")
 
@@ -29,7 +29,7 @@ class _Recording(TorchDispatchMode):
 
 
 class Recorder:
-    """An executor of `unbraid.graphs`. Python runs once, while it records: whatever it decided then is decided for good."""
+    """An executor of `unbraid.core.graphs`. Python runs once, while it records: whatever it decided then is decided for good."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails, self.eager_calls, self.captures, self.replays = fails, 0, 0, 0

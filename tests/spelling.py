@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unbraid.lora import Lora
-from unbraid.lowrank import delta
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta
 
 ATTN = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 TEXT = "text_encoder.text_model.encoder.layers.0"

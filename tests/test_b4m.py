@@ -10,23 +10,23 @@ from double import in_double
 from PIL import Image
 from torch import Tensor, nn
 
-from unbraid import base as bases
-from unbraid.adapters import Adapters
-from unbraid.api import learn_job
-from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
-from unbraid.errors import UsageError
-from unbraid.files import read
-from unbraid.graphs import Graphs
-from unbraid.lora import Active, Branch, Factors, Fixed
-from unbraid.lowrank import delta
+from unbraid.bases import base as bases
+from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.graphs import Graphs
+from unbraid.core.lora import Active, Branch, Factors, Fixed
+from unbraid.core.lowrank import delta
+from unbraid.core.optim import Rate, Riemannian
+from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared, Stop
+from unbraid.core.train import State, train
+from unbraid.files.lora_file import read
 from unbraid.methods.b4m import Cut, break_
-from unbraid.modules import break_job, join, make_job, matrix, together
-from unbraid.modules import make as api_make
-from unbraid.modules import opened as opened_module
-from unbraid.optim import Rate, Riemannian
-from unbraid.recipe import Denoiser, Recipe, Sample, Shared, Stop
-from unbraid.run import run
-from unbraid.train import State, train
+from unbraid.runs.api import learn_job
+from unbraid.runs.modules import break_job, join, make_job, matrix, together
+from unbraid.runs.modules import make as api_make
+from unbraid.runs.modules import opened as opened_module
+from unbraid.runs.run import run
 
 QUICK: dict[str, Any] = {"rank": 4, "steps": 4, "lr": 1e-2, "partner_lr": 1e-2, "partner_count": 1, "previews": 0}
 

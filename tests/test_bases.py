@@ -14,16 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_bases import SIDE, Tiny, save_both, sd15, sdxl
 
-from unbraid import run as running
-from unbraid.api import learn_job
-from unbraid.base import Base, load
-from unbraid.cli import main
-from unbraid.errors import UsageError
-from unbraid.files import read
-from unbraid.job import prompts_of
-from unbraid.presets import Loading
-from unbraid.render import render
-from unbraid.train import train
+from unbraid.bases.base import Base, load
+from unbraid.bases.presets import Loading
+from unbraid.cli.main import main
+from unbraid.common.errors import UsageError
+from unbraid.core.train import train
+from unbraid.files.lora_file import read
+from unbraid.runs import run as running
+from unbraid.runs.api import learn_job
+from unbraid.runs.job import prompts_of
+from unbraid.sampling.render import render
 
 KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from test_run import cli_in_process
 
 import unbraid
-from unbraid.api import learn_job, pair_job, split_job, zip_job
-from unbraid.cli_batch import read
-from unbraid.errors import UsageError
-from unbraid.job import Job
-from unbraid.run import run
-from unbraid.runs import recorded, run_many
+from unbraid.cli.batch import read
+from unbraid.common.errors import UsageError
+from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.runs.batch import recorded, run_many
+from unbraid.runs.job import Job
+from unbraid.runs.run import run
 
 SPLIT = {"rank": 4, "steps": 6, "window": 1, "content_lr": 1e-3, "style_lr": 1e-3}
 
@@ -139,7 +139,7 @@ def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None
         files[name] = tmp_path / f"{name}.toml"
         files[name].write_text((common + run_tables).replace("OUT", name).replace("previous", "previews"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
-    script = "import unbraid.run; unbraid.run.SAVE_EVERY = 0.3; from unbraid.cli import main; main()"
+    script = "import unbraid.runs.run; unbraid.runs.run.SAVE_EVERY = 0.3; from unbraid.cli.main import main; main()"
     command = [sys.executable, "-c", script, "batch", "--quiet", "--at-once", "3"]
     done = subprocess.run([*command, str(files["whole"])], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 8, done.stderr
@@ -178,7 +178,7 @@ def test_more_memory_is_not_taken_than_there_is(
     v_base: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without --at-once the first step of the first run says how many fit: with half the memory, half as many."""
-    from unbraid import many
+    from unbraid.core import many
 
     counts = []
     for share in (0.5, 1e-9):

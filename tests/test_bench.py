@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unbraid.bench import claims, contenders, cost, grid, plots, registry, report, results, stats, tables
+from unbraid.bench import contenders, cost, grid, registry, results
 from unbraid.bench.registry import all_rows, chosen
+from unbraid.bench.reports import claims, plots, report, stats, tables
 from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import BASE, CEILING, COPY, SANITY
 from unbraid.bench.shop import Shop
-from unbraid.bench.tasks import FULL, QUICK, TASKS, Scale, cells, items
-from unbraid.bench.world import Truth
-from unbraid.cli import main
-from unbraid.errors import UsageError
+from unbraid.bench.truth.tasks import FULL, QUICK, TASKS, Scale, cells, items
+from unbraid.bench.truth.world import Truth
+from unbraid.cli.main import main
+from unbraid.common.errors import UsageError
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
 FEW = {method: {"steps": 4, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
@@ -317,7 +318,9 @@ def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`unbraid bench --quick` on the embedded base, with rows that are not trained."""
-    monkeypatch.setattr("unbraid.bench.tasks.QUICK", Scale(("fox",), ("line art",), ("stencil",), others=1, steps=2))
+    monkeypatch.setattr(
+        "unbraid.bench.truth.tasks.QUICK", Scale(("fox",), ("line art",), ("stencil",), others=1, steps=2)
+    )
     rows = [argument for row in (BASE, COPY) for argument in ("--only", row)]
     told = ["--work", str(tmp_path), "--processes", "1", "--quiet", *rows]
     monkeypatch.setattr(sys, "argv", ["unbraid", "bench", *told])
@@ -328,7 +331,7 @@ def test_the_command_runs_and_reports(
 
 
 def test_flops_grow_with_steps_and_truth_is_itself(tmp_path: Path, v_base: Path) -> None:
-    from unbraid.api import learn_job
+    from unbraid.runs.api import learn_job
 
     picture = tmp_path / "fox.png"
     Truth("fox", "line art").image.save(picture)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from unbraid.errors import UsageError
-from unbraid.formats.block_weights import VECTORS, block_weights
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.block_weights import VECTORS, block_weights
 
 MODULES = (
     "unet.down_blocks.1.attentions.0.proj_in",

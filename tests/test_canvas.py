@@ -9,14 +9,14 @@ import torch
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image, ControlNetModel
 from PIL import Image, ImageDraw
 
-from unbraid import base as bases
-from unbraid.adapters import Adapters
-from unbraid.base import Base
-from unbraid.canvas import Control, Start, load_control
-from unbraid.data import cropped, open_image
-from unbraid.errors import UsageError
-from unbraid.files import write
-from unbraid.render import Use, render
+from unbraid.bases import base as bases
+from unbraid.bases.base import Base
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.files.lora_file import write
+from unbraid.images.crop import cropped, open_image
+from unbraid.sampling.canvas import Control, Start, load_control
+from unbraid.sampling.render import Use, render
 
 STEPS, GUIDANCE = 6, 5.0
 

@@ -13,13 +13,13 @@ from ldm import save_header
 from safetensors.torch import load_file, save_file
 from tiny_bases import Tiny
 
-from unbraid.bake import bake
-from unbraid.errors import UsageError
-from unbraid.extract import extract
-from unbraid.file_tools import Source
-from unbraid.files import write
-from unbraid.lora import Lora
-from unbraid.merge import Size
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.files.bake import bake
+from unbraid.files.extract import extract
+from unbraid.files.lora_file import write
+from unbraid.files.merge import Size
+from unbraid.files.tools import Source
 
 
 def faults(tiny: Tiny, other: Tiny, tmp_path: Path) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from tiny_bases import Tiny
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from unbraid.bake import bake
-from unbraid.checkpoint_file import opened_checkpoint
-from unbraid.cli_checkpoints import app
-from unbraid.errors import UsageError
-from unbraid.extract import extract
-from unbraid.file_tools import Source
-from unbraid.files import read, write
-from unbraid.lowrank import delta
-from unbraid.merge import Size
-from unbraid.single_file import load_single_file
+from unbraid.bases.single_file import load_single_file
+from unbraid.cli.checkpoints import app
+from unbraid.common.errors import UsageError
+from unbraid.core.lowrank import delta
+from unbraid.files.bake import bake
+from unbraid.files.checkpoint_file import opened_checkpoint
+from unbraid.files.extract import extract
+from unbraid.files.lora_file import read, write
+from unbraid.files.merge import Size
+from unbraid.files.tools import Source
 
 KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
 

@@ -8,11 +8,11 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from unbraid.cli_files import app
-from unbraid.errors import UsageError
-from unbraid.files import read, write
-from unbraid.lora import Lora
-from unbraid.lowrank import delta
+from unbraid.cli.files import app
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta
+from unbraid.files.lora_file import read, write
 
 NAMES = ("unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "unet.up_blocks.0.attentions.1.proj_in")
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from unbraid.base import load
-from unbraid.combine import ALPHA, BETA, composite, k_lora, k_lora_terms, sampling_times, scheduled, switch
-from unbraid.errors import UsageError
-from unbraid.files import write
-from unbraid.lora import Active, Lora
-from unbraid.lowrank import delta
-from unbraid.render import Use, render
-from unbraid.sample import Term
+from unbraid.bases.base import load
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Active, Lora
+from unbraid.core.lowrank import delta
+from unbraid.files.lora_file import write
+from unbraid.sampling.combine import ALPHA, BETA, composite, k_lora, k_lora_terms, sampling_times, scheduled, switch
+from unbraid.sampling.render import Use, render
+from unbraid.sampling.sample import Term
 
 STEPS = 8
 TIMES = [1 - i / STEPS for i in range(STEPS)]

@@ -14,7 +14,7 @@ import json, sys
 import torch
 from torch._dynamo.utils import counters
 from unbraid import compiling, run
-from unbraid.api import split_job
+from unbraid.runs.api import split_job
 compiling.BACKEND = "aot_eager"
 torch.set_num_threads(1)
 run.SHEET_STEPS = run.PREVIEW_STEPS = 2

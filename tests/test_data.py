@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unbraid.data import fit, open_image
-from unbraid.errors import UsageError
-from unbraid.picture_folders import list_images
+from unbraid.common.errors import UsageError
+from unbraid.images.crop import fit, open_image
+from unbraid.images.folders import list_images
 
 
 def save(path: Path, image: Image.Image, **options: object) -> Path:

@@ -11,19 +11,19 @@ from PIL import Image
 from test_second_device import random_loras
 from torch import nn
 
-from unbraid.adapters import AdaptedLinear
-from unbraid.api import learn_job, pair_job, split_job, zip_job
-from unbraid.base import Base, load
-from unbraid.bench.speed_gpu import whole_run
-from unbraid.bench.speed_time import timed
-from unbraid.bench.speed_world import World
-from unbraid.errors import UsageError
-from unbraid.job import Job
+from tools.speed.gpu import whole_run
+from tools.speed.time import timed
+from tools.speed.world import World
+from unbraid.bases.base import Base, load
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import AdaptedLinear
 from unbraid.methods import METHODS
-from unbraid.modules import break_job, make_job
-from unbraid.render import Use, render
-from unbraid.run import run
-from unbraid.runs import batch
+from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.runs.batch import batch
+from unbraid.runs.job import Job
+from unbraid.runs.modules import break_job, make_job
+from unbraid.runs.run import run
+from unbraid.sampling.render import Use, render
 
 
 class Broken(Exception):
@@ -55,7 +55,7 @@ def bare(base: Base) -> bool:
 def base(eps_base: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     """The one that every run of the test gets."""
     found = load(str(eps_base), "cpu")
-    for module in ("unbraid.run", "unbraid.runs"):
+    for module in ("unbraid.runs.run", "unbraid.runs.batch"):
         monkeypatch.setattr(f"{module}.load", lambda *_: found)
     return found
 

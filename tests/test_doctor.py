@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from unbraid.doctor import diagnose
-from unbraid.errors import UsageError
-from unbraid.file_tools import convert
-from unbraid.files import read, write
-from unbraid.formats.blocks import to_ldm
-from unbraid.formats.loader_table import markdown, mended, written
-from unbraid.formats.loaders import TOOLS, unet_modules
-from unbraid.formats.widths import width as true_width
-from unbraid.lora import Lora
-from unbraid.lora_plot import plot_interference
-from unbraid.lora_report import interference, report
-from unbraid.lowrank import delta
+from tools.loader_table import markdown, mended, written
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta
+from unbraid.files.doctor import diagnose
+from unbraid.files.formats.blocks import to_ldm
+from unbraid.files.formats.loaders import TOOLS, unet_modules
+from unbraid.files.formats.widths import width as true_width
+from unbraid.files.lora_file import read, write
+from unbraid.files.plot import plot_interference
+from unbraid.files.report import interference, report
+from unbraid.files.tools import convert
 
 ATTENTION = [
     f"unet.down_blocks.1.attentions.0.transformer_blocks.{i}.attn{n}.to_{x}"
@@ -171,8 +171,8 @@ def test_interference_equals_its_dense_definition(tmp_path: Path) -> None:
 def test_no_torch_is_imported(tmp_path: Path) -> None:
     write(tmp_path / "a.safetensors", make(), family="sdxl")
     code = (
-        "import sys; from unbraid.doctor import diagnose; from unbraid.lora_report import report, interference;"
-        "import unbraid.cli; p = sys.argv[1]; diagnose(p, 'comfyui'); report(p); interference(p, p);"
+        "import sys; from unbraid.files.doctor import diagnose; from unbraid.files.report import report, interference;"
+        "import unbraid.cli.main; p = sys.argv[1]; diagnose(p, 'comfyui'); report(p); interference(p, p);"
         "assert not {'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], check=True, timeout=60)

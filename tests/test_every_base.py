@@ -14,16 +14,16 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from tiny_bases import SIDE, Tiny
 
-from unbraid import run as running
-from unbraid.api import learn_job, pair_job, split_job, zip_job
-from unbraid.base import Base, load
-from unbraid.files import read
-from unbraid.job import Job
-from unbraid.memory import estimate
+from unbraid.bases.base import Base, load
+from unbraid.bases.presets import Loading
+from unbraid.files.lora_file import read
 from unbraid.methods import METHODS
-from unbraid.modules import break_job, make_job
-from unbraid.presets import Loading
-from unbraid.render import Use, render
+from unbraid.runs import run as running
+from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.runs.job import Job
+from unbraid.runs.memory import estimate
+from unbraid.runs.modules import break_job, make_job
+from unbraid.sampling.render import Use, render
 
 BASES = (
     ("tiny_sdxl", "folder"),

@@ -28,9 +28,9 @@ from transformers import (
     ViTModel,
 )
 
-from unbraid.bench.field import TEXT, diversity, embed, embed_texts, lpips, measure, merged, patch_distance
-from unbraid.bench.field_models import FieldModels, load_models
-from unbraid.errors import UsageError
+from unbraid.bench.field.models import FieldModels, load_models
+from unbraid.bench.field.scores import TEXT, diversity, embed, embed_texts, lpips, measure, merged, patch_distance
+from unbraid.common.errors import UsageError
 
 PROMPTS = ("a dog in line style", "a cat", "a red teapot on a table in cartoon style", "a cat")
 

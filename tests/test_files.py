@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 from spelling import ATTN, lora, same, save, some
 from torch import nn
 
-from unbraid.errors import UsageError
-from unbraid.file_tools import convert
-from unbraid.files import LoraFile, read, write
-from unbraid.formats.blocks import Family, block_of, from_ldm, to_ldm
-from unbraid.formats.fused import fuse, split
-from unbraid.formats.header import catalogue, read_header
-from unbraid.formats.loaders import unet_modules
-from unbraid.formats.metadata import card, write_sidecar
-from unbraid.formats.names import canonical
-from unbraid.formats.spelling import DIALECTS, Spelling, kohya, ldm, spelled
-from unbraid.formats.widths import width
-from unbraid.lora import Lora
-from unbraid.lowrank import delta
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta
+from unbraid.files.formats.blocks import Family, block_of, from_ldm, to_ldm
+from unbraid.files.formats.fused import fuse, split
+from unbraid.files.formats.header import catalogue, read_header
+from unbraid.files.formats.loaders import unet_modules
+from unbraid.files.formats.metadata import card, write_sidecar
+from unbraid.files.formats.names import canonical
+from unbraid.files.formats.spelling import DIALECTS, Spelling, kohya, ldm, spelled
+from unbraid.files.formats.widths import width
+from unbraid.files.lora_file import LoraFile, read, write
+from unbraid.files.tools import convert
 
 
 def kohya_like(name: Callable[[str], str]) -> Spelling:

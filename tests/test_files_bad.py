@@ -8,10 +8,10 @@ import pytest
 import torch
 from spelling import ATTN, lora, save, some
 
-from unbraid.errors import UsageError
-from unbraid.files import read, write
-from unbraid.formats.spelling import DIALECTS, spelled
-from unbraid.lora import Lora
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.files.formats.spelling import DIALECTS, spelled
+from unbraid.files.lora_file import read, write
 
 BAD: dict[str, Callable[[Path], object]] = {
     "empty": lambda p: p.write_bytes(b""),
@@ -55,7 +55,7 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         def fail(*_: object, error: OSError = bad) -> None:
             raise error
 
-        monkeypatch.setattr("unbraid.files.save_file", fail)
+        monkeypatch.setattr("unbraid.files.lora_file.save_file", fail)
         with pytest.raises(UsageError, match="cannot be written"):
             write(tmp_path / "a.safetensors", some(), family="sdxl")
         assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

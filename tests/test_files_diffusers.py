@@ -10,9 +10,9 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from unbraid.files import read, write
-from unbraid.lora import Lora
-from unbraid.lowrank import delta
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta
+from unbraid.files.lora_file import read, write
 
 
 def loras(pipe: StableDiffusionXLPipeline | StableDiffusionPipeline) -> dict[str, Lora]:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from spelling import lora, same, save
 from torch import nn
 
-from unbraid.errors import UsageError
-from unbraid.file_tools import Source, convert, edit, merge_files, resize
-from unbraid.files import read
-from unbraid.formats.families import DESIGNS
-from unbraid.formats.recognise import recognise
-from unbraid.lora_report import report
-from unbraid.merge import Size
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.families import DESIGNS
+from unbraid.files.formats.recognise import recognise
+from unbraid.files.lora_file import read
+from unbraid.files.merge import Size
+from unbraid.files.report import report
+from unbraid.files.tools import Source, convert, edit, merge_files, resize
 
 JOINT: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24}
 FLUX = JOINT | {"num_layers": 2, "num_single_layers": 2, "in_channels": 8, "axes_dims_rope": (4, 4, 8)}

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from unbraid.doctor import diagnose
-from unbraid.errors import UsageError
-from unbraid.file_tools import Source, convert, edit, merge_files, resize
-from unbraid.files import read
-from unbraid.lora_report import interference, report
-from unbraid.merge import Size
+from unbraid.common.errors import UsageError
+from unbraid.files.doctor import diagnose
+from unbraid.files.lora_file import read
+from unbraid.files.merge import Size
+from unbraid.files.report import interference, report
+from unbraid.files.tools import Source, convert, edit, merge_files, resize
 
 FILES = int(os.environ.get("UNBRAID_FUZZ", "400"))
 

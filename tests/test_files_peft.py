@@ -13,10 +13,10 @@ from peft.utils.other import get_pattern_key
 from spelling import lora, save
 from torch import nn
 
-from unbraid.errors import UsageError
-from unbraid.files import read
-from unbraid.formats.patterns import first_match
-from unbraid.lowrank import delta
+from unbraid.common.errors import UsageError
+from unbraid.core.lowrank import delta
+from unbraid.files.formats.patterns import first_match
+from unbraid.files.lora_file import read
 
 PATHS = [
     f"{side}.{i}.attentions.{j}.transformer_blocks.0.attn{n}.to_{x}"

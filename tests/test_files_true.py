@@ -12,16 +12,16 @@ from spelling import ATTN, lora, save
 from torch import Tensor
 from typer.testing import CliRunner
 
-from unbraid.cli_files import app
-from unbraid.doctor import diagnose
-from unbraid.errors import LONGEST, UsageError, printable
-from unbraid.file_tools import Source, convert, edit, merge_files, resize
-from unbraid.files import read
-from unbraid.formats.header import read_header
-from unbraid.formats.loaders import TOOLS
-from unbraid.formats.weights import numbers
-from unbraid.lora_report import interference, report
-from unbraid.merge import Size
+from unbraid.cli.files import app
+from unbraid.common.errors import LONGEST, UsageError, printable
+from unbraid.files.doctor import diagnose
+from unbraid.files.formats.header import read_header
+from unbraid.files.formats.loaders import TOOLS
+from unbraid.files.formats.weights import numbers
+from unbraid.files.lora_file import read
+from unbraid.files.merge import Size
+from unbraid.files.report import interference, report
+from unbraid.files.tools import Source, convert, edit, merge_files, resize
 
 KEY = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 

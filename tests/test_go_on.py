@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_run import cli_in_process
 
-from unbraid.api import learn_job
-from unbraid.errors import UsageError
-from unbraid.file_tools import convert
-from unbraid.files import read
-from unbraid.lora import Lora
-from unbraid.run import run
-from unbraid.runs import recorded
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.files.lora_file import read
+from unbraid.files.tools import convert
+from unbraid.runs.api import learn_job
+from unbraid.runs.batch import recorded
+from unbraid.runs.run import run
 
 
 def change(lora: Lora) -> torch.Tensor:

@@ -9,12 +9,14 @@ from recorder import Recorder
 from test_many import ROLES, Start, start
 from torch import nn
 
-from unbraid.adapters import Adapters
-from unbraid.base import BLOCKS, Base, Prompt, Studies, joined
-from unbraid.combine import switch
-from unbraid.graphs import MOST, WARM, Graphs
-from unbraid.lora import Active, Branch
-from unbraid.many import train_many
+from unbraid.bases.base import BLOCKS, Base, Prompt, Studies, joined
+from unbraid.core.adapters import Adapters
+from unbraid.core.graphs import MOST, WARM, Graphs
+from unbraid.core.lora import Active, Branch
+from unbraid.core.many import train_many
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe, Stop
+from unbraid.core.train import lessons, train
 from unbraid.methods.b4m import break_
 from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth
@@ -22,10 +24,8 @@ from unbraid.methods.pair import pair
 from unbraid.methods.slider import slider
 from unbraid.methods.unziplora import unziplora
 from unbraid.methods.ziplora import ziplora
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe, Stop
-from unbraid.sample import Style, generate, style_guidance
-from unbraid.train import lessons, train
+from unbraid.sampling.combine import switch
+from unbraid.sampling.sample import Style, generate, style_guidance
 
 SDXL, STEPS = BLOCKS["sdxl"], 9
 SPLIT = {"rank": 4, "steps": STEPS, "window": 1, "column_ratio": 0.3}

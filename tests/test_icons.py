@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from unbraid.base import Base, load
-from unbraid.bases.recipe.filters import TRAIN_FILTERS
-from unbraid.bases.recipe.subjects import SETS, STYLE_WORDS, TRAIN_SETS
-from unbraid.bases.recipe.vae import psnr
-from unbraid.bench.art import held_out_art, known_art
-from unbraid.bench.judge import load_judge
-from unbraid.render import render
+from tools.recipe.vae import psnr
+from unbraid.bases.base import Base, load
+from unbraid.bench.truth.art import held_out_art, known_art
+from unbraid.bench.truth.filters import TRAIN_FILTERS
+from unbraid.bench.truth.judge import load_judge
+from unbraid.bench.truth.subjects import SETS, STYLE_WORDS, TRAIN_SETS
+from unbraid.sampling.render import render
 
 ICONS = Path(str(files("unbraid.bases").joinpath("icons")))
 

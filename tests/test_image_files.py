@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin, features
 
-from unbraid.errors import UsageError
-from unbraid.formats.metadata import data_uri
-from unbraid.image_files import MOST, moves, open_alpha, open_image, whole_size
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.metadata import data_uri
+from unbraid.images.opening import MOST, moves, open_alpha, open_image, whole_size
 
 W, H = 64, 48
 YY, XX = np.mgrid[:H, :W]
@@ -163,7 +163,7 @@ def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"])  # fmt: skip
 def test_every_mode_of_pillow(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flat picture, also in strips, and of modes that no file has: those are handed to the door as a file would."""
-    from unbraid import image_files
+    from unbraid.images import opening as image_files
 
     grey = Image.new("L", (40, 30), 128)
     sixteen = Image.fromarray(np.full((30, 40), 128 * 257, np.uint16))

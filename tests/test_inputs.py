@@ -8,14 +8,14 @@ import torch
 from PIL import Image, features
 from test_run import cli_in_process
 
-from unbraid.api import learn_job, pair_job
-from unbraid.base import Picture, Studies, load
-from unbraid.captions import caption_of, captions_of
-from unbraid.errors import UsageError
-from unbraid.job import Job
-from unbraid.picture_folders import look, matched
-from unbraid.run import run
-from unbraid.runs import recorded
+from unbraid.bases.base import Picture, Studies, load
+from unbraid.common.errors import UsageError
+from unbraid.images.captions import caption_of, captions_of
+from unbraid.images.folders import look, matched
+from unbraid.runs.api import learn_job, pair_job
+from unbraid.runs.batch import recorded
+from unbraid.runs.job import Job
+from unbraid.runs.run import run
 
 READ = {
     "plain": (".txt", b"a sks cat on a mat", ("a sks cat on a mat",)),

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unbraid.bases.recipe.subjects import SETS, TRAIN_SETS, held_out
-from unbraid.bench import judge as judge_module
-from unbraid.bench.art import held_out_art
-from unbraid.bench.judge import Judge, load_judge, retrieval_top1, roc_auc, similarity
-from unbraid.bench.judge_validation import shifted, validate
-from unbraid.errors import UsageError
+from tools.judge_validation import shifted, validate
+from unbraid.bench.truth import judge as judge_module
+from unbraid.bench.truth.art import held_out_art
+from unbraid.bench.truth.judge import Judge, load_judge, retrieval_top1, roc_auc, similarity
+from unbraid.bench.truth.subjects import SETS, TRAIN_SETS, held_out
+from unbraid.common.errors import UsageError
 
 torch.set_num_threads(1)
 

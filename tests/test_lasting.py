@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from test_run import cli_in_process
 
 import unbraid
-from unbraid import folder
-from unbraid.api import learn_job
-from unbraid.cli_batch import read as read_batch
-from unbraid.errors import UsageError
-from unbraid.job import Job, finished
-from unbraid.run import run
-from unbraid.runs import recorded, run_many
+from unbraid.cli.batch import read as read_batch
+from unbraid.common.atomic import atomic
+from unbraid.common.errors import UsageError
+from unbraid.runs import folder
+from unbraid.runs.api import learn_job
+from unbraid.runs.batch import recorded, run_many
+from unbraid.runs.job import Job, finished
+from unbraid.runs.run import run
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ FAULTS = [OSError(28, "No space left on device"), ValueError("multiline"), Usage
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda one: type(one).__name__)
 def test_nothing_trained_is_lost_to_a_drawing(fault: Exception, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever drawing fails with: previews and sheet are missing, the LoRAs are not, and each is said."""
-    from unbraid import pictures
+    from unbraid.images import sheets as pictures
 
     def fail(*_: object) -> Image.Image:
         raise fault
@@ -86,7 +87,7 @@ def test_in_a_batch_a_fault_is_that_run_s_alone(
     v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that nobody foresaw."""
-    from unbraid import run as runs
+    from unbraid.runs import run as runs
 
     prepare = runs.prepare
 
@@ -161,7 +162,7 @@ def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
     next(events)
     with pytest.raises(UsageError, match="another run is at work"):
         list(run(job, resume=True, device="cpu"))
-    script = "import sys; from unbraid.cli import main; main()"
+    script = "import sys; from unbraid.cli.main import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     command = [sys.executable, "-c", script, *arguments(job, "--previews=2", "--resume")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -187,7 +188,7 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
     def write(i: int) -> None:
         try:
             for _ in range(50):
-                with folder.atomic(tmp_path / "x.txt") as part:
+                with atomic(tmp_path / "x.txt") as part:
                     part.write_text(str(i) * 5000)
         except (UsageError, OSError) as error:
             errors.append(error)

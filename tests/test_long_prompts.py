@@ -10,14 +10,14 @@ from test_run import cli_in_process
 from tiny_bases import Tiny
 from torch import Tensor
 
-from unbraid.api import learn_job
-from unbraid.base import Base, load
-from unbraid.errors import UsageError
-from unbraid.job import Job
-from unbraid.long_prompts import chunks, remarks
-from unbraid.render import render
-from unbraid.run import run
-from unbraid.runs import run_many
+from unbraid.bases.base import Base, load
+from unbraid.bases.long_prompts import chunks, remarks
+from unbraid.common.errors import UsageError
+from unbraid.runs.api import learn_job
+from unbraid.runs.batch import run_many
+from unbraid.runs.job import Job
+from unbraid.runs.run import run
+from unbraid.sampling.render import render
 
 KINDS = ["tiny_sdxl", "tiny_sd15", "tiny_sd21", "v_base", "sd15_base"]
 

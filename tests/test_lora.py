@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbraid.adapters import Adapters
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Factors
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Factors
 
 D, K, R, N = 6, 5, 3, 4
 

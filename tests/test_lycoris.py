@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 from spelling import save
 from torch import Tensor, nn
 
-from unbraid.changes import TOLD, Ways, change
-from unbraid.doctor import diagnose
-from unbraid.errors import UsageError
-from unbraid.file_tools import Source, convert, edit, merge_files, resize
-from unbraid.files import opened_lora, read
-from unbraid.formats.recognise import Verdict
-from unbraid.lora_report import interference, report
-from unbraid.lowrank import delta
-from unbraid.merge import Size
+from unbraid.common.errors import UsageError
+from unbraid.core.lowrank import delta
+from unbraid.files.changes import TOLD, Ways, change
+from unbraid.files.doctor import diagnose
+from unbraid.files.formats.recognise import Verdict
+from unbraid.files.lora_file import read
+from unbraid.files.merge import Size
+from unbraid.files.opened import opened_lora
+from unbraid.files.report import interference, report
+from unbraid.files.tools import Source, convert, edit, merge_files, resize
 
 LINEAR = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_input_blocks_1_0_in_layers_2"

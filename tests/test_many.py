@@ -7,11 +7,13 @@ import pytest
 import torch
 from double import in_double
 
-from unbraid.adapters import Adapters
-from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, joined
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch, Factors
-from unbraid.many import train_many
+from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies, joined
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Factors
+from unbraid.core.many import train_many
+from unbraid.core.recipe import Recipe, Stop
+from unbraid.core.train import State, Step, train
 from unbraid.methods.b4m import break_
 from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth
@@ -19,8 +21,6 @@ from unbraid.methods.pair import pair
 from unbraid.methods.slider import slider
 from unbraid.methods.unziplora import unziplora
 from unbraid.methods.ziplora import ziplora
-from unbraid.recipe import Recipe, Stop
-from unbraid.train import State, Step, train
 
 ROLES = ("image", "before", "after", "content", "style", "both", "own", "partner1", "prior")
 Start = Callable[[], tuple[Studies, Recipe, State]]  # a job, ready to go; its adapters are in the model

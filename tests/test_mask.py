@@ -10,14 +10,14 @@ from recorder import Recorder
 from safetensors.torch import load_file
 from test_many import start
 
-from unbraid.api import learn_job
-from unbraid.base import BLOCKS, Base, Studies, load
-from unbraid.errors import UsageError
-from unbraid.graphs import Graphs
-from unbraid.job import opened_images, prompts_of
+from unbraid.bases.base import BLOCKS, Base, Studies, load
+from unbraid.common.errors import UsageError
+from unbraid.core.graphs import Graphs
+from unbraid.core.train import train
 from unbraid.methods.dreambooth import dreambooth
-from unbraid.run import prepare, run
-from unbraid.train import train
+from unbraid.runs.api import learn_job
+from unbraid.runs.job import opened_images, prompts_of
+from unbraid.runs.run import prepare, run
 
 QUICK: dict[str, Any] = {"rank": 2, "steps": 6, "lr": 1e-2, "previews": 0}
 

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unbraid import run as running
-from unbraid.adapters import Adapters
-from unbraid.api import split_job
-from unbraid.base import Base, load
-from unbraid.errors import UsageError
-from unbraid.files import read
-from unbraid.job import prompts_of
-from unbraid.lora import Active
-from unbraid.memory import GIB, estimate, memory_line
-from unbraid.optim8 import AdamW8
-from unbraid.presets import PRESETS, Loading
-from unbraid.savings import save_memory
-from unbraid.train import train
+from unbraid.bases.base import Base, load
+from unbraid.bases.presets import PRESETS, Loading
+from unbraid.bases.savings import save_memory
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active
+from unbraid.core.optim8 import AdamW8
+from unbraid.core.train import train
+from unbraid.files.lora_file import read
+from unbraid.runs import run as running
+from unbraid.runs.api import split_job
+from unbraid.runs.job import prompts_of
+from unbraid.runs.memory import GIB, estimate, memory_line
 
 QUICK = {"rank": 2, "steps": 4, "window": 1, "sample_times": 1, "content_lr": 1e-3, "style_lr": 1e-3, "previews": 0}
 

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 from torch import Tensor, nn
 
-from unbraid.errors import UsageError
-from unbraid.lora import Lora
-from unbraid.lowrank import delta, norm, rescaled, svd, truncate
-from unbraid.merge import Size, merge
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta, norm, rescaled, svd, truncate
+from unbraid.files.merge import Size, merge
 
 NAMES = ("unet.a", "unet.b", "unet.c")
 D, K = 9, 7

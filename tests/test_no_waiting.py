@@ -8,11 +8,11 @@ from second_device import host_copies, second
 from test_graphs import METHODS, STEPS
 from test_many import ROLES
 
-from unbraid.adapters import Adapters
-from unbraid.base import Picture, Prompt, Studies, load
-from unbraid.errors import UsageError
-from unbraid.lora import Factors
-from unbraid.train import LOOK, State, Step, train
+from unbraid.bases.base import Picture, Prompt, Studies, load
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Factors
+from unbraid.core.train import LOOK, State, Step, train
 
 __all__ = ["second"]  # a fixture
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbraid import optim8
-from unbraid.optim8 import BLOCK, MEAN, SQUARE, AdamW8
+from unbraid.core import optim8
+from unbraid.core.optim8 import BLOCK, MEAN, SQUARE, AdamW8
 
 
 def test_codes_are_right_in_the_mean_and_close_every_time() -> None:

@@ -3,9 +3,9 @@
 import torch
 from test_stacked import K, N, model  # two self-attention layers of one shape, one of another, two of cross-attention
 
-from unbraid.lora import ALL, Active
-from unbraid.optim import Rate, Rates, adamw, groups
-from unbraid.packing import stack
+from unbraid.core.lora import ALL, Active
+from unbraid.core.optim import Rate, Rates, adamw, groups
+from unbraid.core.packing import stack
 
 Q, KEY, VALUE = (f"block.attn1.to_{one}" for one in "qkv")
 

@@ -11,26 +11,26 @@ from double import double, in_double
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from unbraid import base as bases
-from unbraid.adapters import Adapters
-from unbraid.api import pair_job
-from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
-from unbraid.data import alignment, fit, open_image
-from unbraid.errors import UsageError
-from unbraid.files import read
-from unbraid.invert import invert, reconstruct
-from unbraid.lora import Active
-from unbraid.lowrank import delta
-from unbraid.merge import merge
+from unbraid.bases import base as bases
+from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active
+from unbraid.core.lowrank import delta
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared
+from unbraid.core.train import State, train
+from unbraid.files.lora_file import read
+from unbraid.files.merge import merge
+from unbraid.images.crop import alignment, fit, open_image
 from unbraid.methods.pair import pair, rows
-from unbraid.optim import Rate
-from unbraid.recipe import Denoiser, Recipe, Sample, Shared
-from unbraid.render import Use, render
-from unbraid.run import run
-from unbraid.sample import NEGATIVE, Guided, Style, Term, style_guidance
-from unbraid.samplers import with_sampler
-from unbraid.sweep import parse_sweep, sweep_sheet
-from unbraid.train import State, train
+from unbraid.runs.api import pair_job
+from unbraid.runs.run import run
+from unbraid.sampling.invert import invert, reconstruct
+from unbraid.sampling.render import Use, render
+from unbraid.sampling.sample import NEGATIVE, Guided, Style, Term, style_guidance
+from unbraid.sampling.samplers import with_sampler
+from unbraid.sampling.sweep import parse_sweep, sweep_sheet
 
 QUICK = {"rank": 4, "steps": 6, "style_from": 2, "lr": 1e-2}
 

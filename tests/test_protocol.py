@@ -17,17 +17,17 @@ from tiny_models import save_clip, save_dino
 from unbraid.bench import results
 from unbraid.bench.contenders import ROWS
 from unbraid.bench.cost import Cost
-from unbraid.bench.field import embed, measure
-from unbraid.bench.field_models import FieldModels, load_models
-from unbraid.bench.field_report import ALL_FOUR, HARMONIC, cell_means, markdown, tables, write
-from unbraid.bench.given import read_given, words
+from unbraid.bench.field.given import read_given, words
+from unbraid.bench.field.models import FieldModels, load_models
+from unbraid.bench.field.protocol import NEED_TRUTH, PROTOCOLS, Protocol, cells, chosen_rows, items, protocol
+from unbraid.bench.field.report import ALL_FOUR, HARMONIC, cell_means, markdown, tables, write
+from unbraid.bench.field.scores import embed, measure
 from unbraid.bench.grid import Done
-from unbraid.bench.protocol import NEED_TRUTH, PROTOCOLS, Protocol, cells, chosen_rows, items, protocol
-from unbraid.bench.published import published
+from unbraid.bench.reports.published import published
 from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import BASE, CEILING, COPY
-from unbraid.data import open_image
-from unbraid.errors import UsageError
+from unbraid.common.errors import UsageError
+from unbraid.images.crop import open_image
 
 TINY = Protocol(
     "a test",
@@ -348,7 +348,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from unbraid.bench import protocol as p
-from unbraid.bench.field_models import load_models
+from unbraid.bench.field.models import load_models
 work, base, images, dino = sys.argv[1:]
 way = p.Protocol("a test", {"content": (), "style": (), "both": ("a {rare} {subject} in {style} style",)}, draws=2, steps=2)
 p.PROTOCOLS["tiny"] = way

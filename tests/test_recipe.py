@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from unbraid.bases.recipe import captions, config, filters, model, parallel, subjects, unet, vae
+from tools.recipe import captions, config, model, parallel, unet, vae
+from unbraid.bench.truth import filters, subjects
 
 TINY = config.Config(
     32,

@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from unbraid.api import learn_job, split_job
-from unbraid.errors import UsageError
-from unbraid.files import read
-from unbraid.run import run
-from unbraid.settings import parse_set, resolve
+from unbraid.common.errors import UsageError
+from unbraid.files.lora_file import read
+from unbraid.runs.api import learn_job, split_job
+from unbraid.runs.run import run
+from unbraid.runs.settings import parse_set, resolve
 
 QUICK = {"rank": 4, "steps": 12, "window": 2, "content_lr": 1e-3, "style_lr": 1e-3}
 
 
 def cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from unbraid.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from unbraid.cli.main import main; main()", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
 
@@ -90,7 +90,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, pictu
     arguments += [f"--set={key}={value}" for key, value in {**QUICK, "steps": 40}.items()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli(*arguments, "--out", str(whole)).returncode == 0
-    script = "import unbraid.run; unbraid.run.SAVE_EVERY = 0.3; from unbraid.cli import main; main()"
+    script = "import unbraid.runs.run; unbraid.runs.run.SAVE_EVERY = 0.3; from unbraid.cli.main import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments, "--out", str(cut)], env=environment, stdout=subprocess.DEVNULL
@@ -204,7 +204,7 @@ def cli_in_process(arguments: list[str]) -> tuple[int, str]:
     import contextlib
     import io
 
-    from unbraid.cli import main
+    from unbraid.cli.main import main
 
     err = io.StringIO()
     argv, sys.argv = sys.argv, ["unbraid", *arguments]

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from unbraid import base as bases
-from unbraid.adapters import Adapters
-from unbraid.base import BLOCKS, Base
-from unbraid.errors import UsageError
-from unbraid.files import write
-from unbraid.lora import Active, Lora
-from unbraid.render import OWN, Use, render
-from unbraid.sample import Term, classifier_free, generate
-from unbraid.samplers import SAMPLERS, with_sampler
+from unbraid.bases import base as bases
+from unbraid.bases.base import BLOCKS, Base
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Lora
+from unbraid.files.lora_file import write
+from unbraid.sampling.render import OWN, Use, render
+from unbraid.sampling.sample import Term, classifier_free, generate
+from unbraid.sampling.samplers import SAMPLERS, with_sampler
 
 SIZE = 32
 
@@ -83,7 +83,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
 def test_terms_are_a_weighted_sum_in_their_time(v_model: Base) -> None:
     """A term outside its interval does not count; three passes sum as written."""
     prompts = {name: v_model.encode_prompt(name) for name in ("a cat", "a dog", "negative")}
-    from unbraid.sample import Guided
+    from unbraid.sampling.sample import Guided
 
     x, sizes = torch.randn(2, 4, 8, 8), torch.full((2, 6), 32.0)
     terms = (Term(-1.5, "negative"), Term(2.0, "a cat", t_max=0.5), Term(0.5, "a dog", t_min=0.3))

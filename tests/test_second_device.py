@@ -19,22 +19,22 @@ from test_every_base import everything, loaded_once
 from tiny_bases import Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unbraid import folder
-from unbraid.adapters import Adapters
-from unbraid.api import learn_job, pair_job, split_job
-from unbraid.base import Base, load
-from unbraid.bench.speed_time import timed
-from unbraid.bench.speed_world import World
-from unbraid.canvas import Control, Start
-from unbraid.files import read, write
-from unbraid.job import Job
-from unbraid.lora import Lora
+from tools.speed.time import timed
+from tools.speed.world import World
+from unbraid.bases.base import Base, load
+from unbraid.bases.presets import PRESETS, Loading
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Lora
+from unbraid.files.lora_file import read, write
 from unbraid.methods import METHODS
 from unbraid.methods.b4m import CUT, break_
-from unbraid.presets import PRESETS, Loading
-from unbraid.render import Use, render
-from unbraid.run import run
-from unbraid.runs import batch
+from unbraid.runs import folder
+from unbraid.runs.api import learn_job, pair_job, split_job
+from unbraid.runs.batch import batch
+from unbraid.runs.job import Job
+from unbraid.runs.run import run
+from unbraid.sampling.canvas import Control, Start
+from unbraid.sampling.render import Use, render
 
 __all__ = ["loaded_once", "second"]  # fixtures
 KINDS = ("tiny_sdxl", "tiny_sd15")
@@ -152,7 +152,7 @@ def split(base: Path, picture: Path, out: Path, **more: Any) -> Job:
 def test_interrupted_and_resumed_it_is_the_same(
     second: str, tiny: Tiny, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unbraid.run.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("unbraid.runs.run.SAVE_EVERY", 0.0)
     whole, cut = (split(tiny.folder, picture, tmp_path / name, previews=1) for name in ("whole", "cut"))
     list(run(whole, device=second))
     going: Any = run(cut, device=second)

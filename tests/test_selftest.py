@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny_bases import Tiny
 
-from unbraid import cli, selftest_scene
-from unbraid import run as running
-from unbraid.errors import UsageError
+from unbraid.bases.presets import PRESETS
+from unbraid.cli import main as cli
+from unbraid.common.errors import UsageError
 from unbraid.methods import METHODS
-from unbraid.presets import PRESETS
-from unbraid.selftest import choose, pick, selftest
-from unbraid.selftest_scene import Scene
+from unbraid.runs import run as running
+from unbraid.runs.selftest import scene as selftest_scene
+from unbraid.runs.selftest.rows import choose, pick, selftest
+from unbraid.runs.selftest.scene import Scene
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -10,11 +10,11 @@ from ldm import State, clip_state, open_clip_state, save_header, unet_state, vae
 from tiny_bases import Tiny
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unbraid.clip_tokenizer import clip_tokenizer
-from unbraid.errors import UsageError
-from unbraid.formats.header import read_header
-from unbraid.single_file import configs, empty_unet
-from unbraid.sniff import sniff
+from unbraid.bases.clip_tokenizer import clip_tokenizer
+from unbraid.bases.single_file import configs, empty_unet
+from unbraid.bases.sniff import sniff
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.header import read_header
 
 SDXL = {
     "sample_size": 128,

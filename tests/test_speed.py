@@ -10,20 +10,20 @@ import torch
 import torch.nn.functional as F
 from double import double, in_double
 
-from unbraid.adapters import Adapters
-from unbraid.base import Base, Picture, Prompt, Studies
-from unbraid.bench.speed import gpu
-from unbraid.bench.speed_cases import CASES, SDXL
-from unbraid.bench.speed_count import _kinds
-from unbraid.bench.speed_gpu import whole_run
-from unbraid.bench.speed_published import Form, dense_product, factorised, published
-from unbraid.bench.speed_time import timed
-from unbraid.bench.speed_world import WORDS, World, icons
+from tools.speed.__main__ import gpu
+from tools.speed.cases import CASES, SDXL
+from tools.speed.count import _kinds
+from tools.speed.gpu import whole_run
+from tools.speed.published import Form, dense_product, factorised, published
+from tools.speed.time import timed
+from tools.speed.world import WORDS, World, icons
+from unbraid.bases.base import Base, Picture, Prompt, Studies
+from unbraid.core.adapters import Adapters
+from unbraid.core.recipe import Recipe
+from unbraid.core.train import State, train
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.pair import pair
 from unbraid.methods.unziplora import unziplora
-from unbraid.recipe import Recipe
-from unbraid.train import State, train
 
 STEPS = 6
 METHODS: dict[str, tuple[Recipe, Form]] = {
@@ -129,6 +129,6 @@ def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, m
 
 def test_a_whole_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     world = icons("cpu")
-    monkeypatch.setattr("unbraid.bench.speed_gpu.CASES", {"pair": replace(CASES["pair"], steps=3)})
+    monkeypatch.setattr("tools.speed.gpu.CASES", {"pair": replace(CASES["pair"], steps=3)})
     seconds, _ = whole_run("pair", world)
     assert seconds > 0 and not any("adapters" in name for name, _ in world.base.unet.named_modules())

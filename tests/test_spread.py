@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from test_run import cli_in_process
 
-from unbraid.api import learn_job, split_job
-from unbraid.base import found_device, load
-from unbraid.errors import UsageError
-from unbraid.job import Job, Progress
-from unbraid.presets import Loading
-from unbraid.run import run
-from unbraid.spread import cards, run_spread
+from unbraid.bases.base import found_device, load
+from unbraid.bases.presets import Loading
+from unbraid.common.errors import UsageError
+from unbraid.runs.api import learn_job, split_job
+from unbraid.runs.job import Job, Progress
+from unbraid.runs.run import run
+from unbraid.runs.spread import cards, run_spread
 
 SLOW = 4000  # steps: more than a test waits for
 

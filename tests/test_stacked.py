@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unbraid.adapters import MOST_ROWS, Adapters
-from unbraid.lora import Active, Factors, Part
-from unbraid.optim import AdamW
+from unbraid.core.adapters import MOST_ROWS, Adapters
+from unbraid.core.lora import Active, Factors, Part
+from unbraid.core.optim import AdamW
 
 D, K, N, B = 6, 5, 3, 4
 UP: frozenset[Part] = frozenset({"up"})

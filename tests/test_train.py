@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from double import in_double
 
-from unbraid.adapters import Adapters
-from unbraid.base import Base, Picture, Prompt, Studies
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
-from unbraid.train import State, train
+from unbraid.bases.base import Base, Picture, Prompt, Studies
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.core.train import State, train
 
 BRANCHES = (
     Branch("one", "p", (Active("a", prompt="q"), Active("b", 0.5))),

@@ -5,15 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from unbraid.adapters import Adapters
-from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies
-from unbraid.errors import UsageError
-from unbraid.lora import ALL
-from unbraid.methods.unziplora import ROLES, Columns, Ledger, grant, ledger, pairs, unziplora
+from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import ALL
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.core.train import State, train
+from unbraid.methods.columns import Columns, Ledger, ledger, pairs
+from unbraid.methods.entry import ROLES
+from unbraid.methods.unziplora import grant, unziplora
 from unbraid.methods.unziplora_official import _above, _count, _gated
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
-from unbraid.train import State, train
 
 STEPS, TIMES, RATIO, WINDOW = 12, 3, 0.1, 2
 SETTINGS = {
@@ -207,7 +209,7 @@ def test_official_score_is_the_thresholded_count() -> None:
         name: torch.randn(*shape, generator=rng)
         for name, shape in {"b": (7, 3), "a": (3, 5), "gb": (7, 3), "ga": (3, 5)}.items()
     }
-    from unbraid.lora import Factors
+    from unbraid.core.lora import Factors
 
     factors = Factors(state["a"], state["b"])
     factors.channels = torch.nn.Parameter(torch.rand(7, generator=rng))
@@ -238,7 +240,7 @@ def test_official_run_keeps_its_defects(studies: Studies) -> None:
 
 
 def test_explain_prints_the_method() -> None:
-    from unbraid.explain import explain
+    from unbraid.runs.explain import explain
 
     text = explain("unziplora")
     assert "content (reads 'content') + style (reads 'style')" in text and "column_ratio = 0.3  (elsewhere 0.1)" in text

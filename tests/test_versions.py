@@ -14,20 +14,20 @@ import torch
 from test_every_base import everything
 from tiny_bases import Tiny
 
-from unbraid.base import load
-from unbraid.bases.recipe import filters
+from unbraid.bases.base import load
 from unbraid.bench import grid, version
-from unbraid.bench.art import known_art
-from unbraid.bench.judge import load_judge
 from unbraid.bench.registry import chosen
-from unbraid.bench.tasks import QUICK
-from unbraid.file_tools import Source, merge_files
-from unbraid.files import read
-from unbraid.lowrank import delta
-from unbraid.merge import Size
-from unbraid.merge_methods import METHODS as MERGES
+from unbraid.bench.truth import filters
+from unbraid.bench.truth.art import known_art
+from unbraid.bench.truth.judge import load_judge
+from unbraid.bench.truth.tasks import QUICK
+from unbraid.core.lowrank import delta
+from unbraid.files.lora_file import read
+from unbraid.files.merge import Size
+from unbraid.files.merge_methods import METHODS as MERGES
+from unbraid.files.tools import Source, merge_files
 from unbraid.methods import METHODS
-from unbraid.render import Use, render
+from unbraid.sampling.render import Use, render
 
 RECORD = Path(__file__).with_name("versions.json")
 Figures = dict[str, list[float]]

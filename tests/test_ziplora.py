@@ -12,22 +12,22 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unbraid import mergers
-from unbraid.adapters import Adapters
-from unbraid.api import zip_job
-from unbraid.base import BLOCKS, Base, Picture, Prompt, Studies, load
-from unbraid.bench.speed_published import dense_sum, published
-from unbraid.errors import UsageError
-from unbraid.file_tools import Source, merge_files
-from unbraid.files import read, write
-from unbraid.graphs import Graphs
-from unbraid.lora import Factors, Lora
-from unbraid.lowrank import delta
+from tools.speed.published import dense_sum, published
+from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies, load
+from unbraid.common.errors import UsageError
+from unbraid.core import mergers
+from unbraid.core.adapters import Adapters
+from unbraid.core.graphs import Graphs
+from unbraid.core.lora import Factors, Lora
+from unbraid.core.lowrank import delta
+from unbraid.core.recipe import Sample, Shared
+from unbraid.core.train import State, lessons, train
+from unbraid.files.lora_file import read, write
+from unbraid.files.tools import Source, merge_files
 from unbraid.methods.ziplora import ziplora
-from unbraid.recipe import Sample, Shared
-from unbraid.render import attach
-from unbraid.run import run
-from unbraid.train import State, lessons, train
+from unbraid.runs.api import zip_job
+from unbraid.runs.run import run
+from unbraid.sampling.render import attach
 
 ROLES = ("content", "style")
 
@@ -293,7 +293,7 @@ def test_np_lora_is_the_merge_in_two_files(v_base: Path, tmp_path: Path) -> None
 def test_a_killed_zip_ends_the_same(
     v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unbraid import run as runs
+    from unbraid.runs import run as runs
 
     base = load(str(v_base), "cpu")
     files = [make(tmp_path / f"{i}.safetensors", base, i, 4, "kohya", "a cat") for i in range(2)]

@@ -17,7 +17,7 @@ from diffusers import (
 from ldm import save_single_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unbraid.clip_tokenizer import END, SIZE, clip_tokenizer
+from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
 
 SIDE = 64  # pixels
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -40,10 +40,10 @@ run() {
   export PYTHONPATH=$PWD/src
   nvidia-smi >"$out/card.txt"
   part selftest 120 "$python" -m unbraid selftest
-  part graphs 120 "$python" -m unbraid.bench.speed gpu --way eager --way graphs
-  part jobs 60 "$python" -m unbraid.bench.many --only icons --at-once 8 --device cuda
+  part graphs 120 "$python" -m tools.speed gpu --way eager --way graphs
+  part jobs 60 "$python" -m tools.speed.many --only icons --at-once 8 --device cuda
   part tests 200 "$python" -m pytest -n 4 tests/test_graphs.py tests/test_run.py tests/test_lora.py tests/test_unziplora.py tests/test_memory.py
-  part compiled 400 "$python" -m unbraid.bench.speed gpu
+  part compiled 400 "$python" -m tools.speed gpu
   rm -rf "$out/venv"
 }
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import advises on torchvision, which is not used
 
 if TYPE_CHECKING:
-    from unbraid.api import generate, learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
-    from unbraid.modules import break_job, break_module, make, make_job
-    from unbraid.runs import batch
+    from unbraid.runs.api import generate, learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
+    from unbraid.runs.batch import batch
+    from unbraid.runs.modules import break_job, break_module, make, make_job
 
 __all__ = [
     "batch", "break_job", "break_module", "generate", "learn", "learn_job", "make", "make_job",
@@ -21,6 +21,7 @@ def __getattr__(name: str) -> Any:
     """The verbs, loaded when they are first used: the file tools need no diffusers."""
     if name not in __all__:
         raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
-    from unbraid import api, modules, runs
+    from unbraid.runs import api, modules
+    from unbraid.runs import batch as runs
 
     return getattr(runs if name == "batch" else modules if name in MODULES else api, name)

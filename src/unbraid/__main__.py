@@ -1,5 +1,5 @@
 """`python -m unbraid` is the command line."""
 
-from unbraid.cli import main
+from unbraid.cli.main import main
 
 main()

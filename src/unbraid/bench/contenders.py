@@ -5,22 +5,22 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from unbraid.api import learn_job, pair_job, zip_job
-from unbraid.bases.recipe.filters import TRAIN_FILTERS
-from unbraid.bench.art import known_art, to_image
 from unbraid.bench.rows import Hands, Row, every_use
 from unbraid.bench.scores import harmonic, likeness
 from unbraid.bench.shop import Shop
-from unbraid.bench.tasks import PLACE, TAUGHT, Cell, content_prompt, items, joint_prompt, style_prompt
-from unbraid.bench.world import BEFORE, TRAINED, Truth
-from unbraid.errors import UsageError
-from unbraid.file_tools import Source, merge_files
-from unbraid.merge import Size
+from unbraid.bench.truth.art import known_art, to_image
+from unbraid.bench.truth.filters import TRAIN_FILTERS
+from unbraid.bench.truth.tasks import PLACE, TAUGHT, Cell, content_prompt, items, joint_prompt, style_prompt
+from unbraid.bench.truth.world import BEFORE, TRAINED, Truth
+from unbraid.common.errors import UsageError
+from unbraid.files.merge import Size
+from unbraid.files.tools import Source, merge_files
+from unbraid.images.sheets import save_image
 from unbraid.methods.b4m import Kind
-from unbraid.modules import break_job, join, make_job
-from unbraid.pictures import save_image
-from unbraid.render import OWN, Use
-from unbraid.settings import Settings
+from unbraid.runs.api import learn_job, pair_job, zip_job
+from unbraid.runs.modules import break_job, join, make_job
+from unbraid.runs.settings import Settings
+from unbraid.sampling.render import OWN, Use
 
 TUNING = ("horse", "house")  # subjects of no table, on which the direct sum's weights are chosen
 WEIGHTS = (0.5, 0.75, 1.0, 1.25)

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unbraid.base import load
+from unbraid.bases.base import load
 from unbraid.bench.measure import ATTENTION_FLOPS
-from unbraid.job import Job, prompts_of
-from unbraid.lora import Branch
-from unbraid.recipe import Recipe
-from unbraid.run import Ready, opened_images, prepare
-from unbraid.train import train
+from unbraid.core.lora import Branch
+from unbraid.core.recipe import Recipe
+from unbraid.core.train import train
+from unbraid.runs.job import Job, prompts_of
+from unbraid.runs.run import Ready, opened_images, prepare
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

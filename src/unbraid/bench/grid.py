@@ -16,17 +16,17 @@ from pathlib import Path
 
 import torch
 
-from unbraid import pictures
 from unbraid.bench import results
 from unbraid.bench.registry import all_rows
 from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows import BASE, Row
 from unbraid.bench.scores import diversity, scored
 from unbraid.bench.shop import Shop, short, slug
-from unbraid.bench.tasks import Cell, Item, Scale, cells, items
+from unbraid.bench.truth.tasks import Cell, Item, Scale, cells, items
 from unbraid.bench.version import base_digest, truth_digest, versions
-from unbraid.data import alignment
-from unbraid.errors import UsageError
+from unbraid.common.errors import UsageError
+from unbraid.images import sheets as pictures
+from unbraid.images.crop import alignment
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 
 from unbraid.bench.contenders import ABLATIONS, ROWS
 from unbraid.bench.rows import SANITY, Row
-from unbraid.errors import UsageError
+from unbraid.common.errors import UsageError
 
 GROUP = "unbraid.bench"
 

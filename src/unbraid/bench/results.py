@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.bench.cost import Cost
-from unbraid.errors import UsageError
-from unbraid.folder import atomic
+from unbraid.common.atomic import atomic
+from unbraid.common.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from unbraid.bench.art import to_image
 from unbraid.bench.shop import Hand, Shop
-from unbraid.bench.tasks import TASKS, Cell, Item, Task
-from unbraid.settings import Settings
+from unbraid.bench.truth.art import to_image
+from unbraid.bench.truth.tasks import TASKS, Cell, Item, Task
+from unbraid.runs.settings import Settings
 
 Hands = Mapping[str, Hand]
 

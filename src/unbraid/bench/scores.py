@@ -10,11 +10,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from unbraid.base import Base
-from unbraid.bench.art import held_out_art, known_art
-from unbraid.bench.judge import Judge, load_judge
-from unbraid.bench.tasks import Item
-from unbraid.bench.world import DRAWN, Truth
+from unbraid.bases.base import Base
+from unbraid.bench.truth.art import held_out_art, known_art
+from unbraid.bench.truth.judge import Judge, load_judge
+from unbraid.bench.truth.tasks import Item
+from unbraid.bench.truth.world import DRAWN, Truth
 
 
 def harmonic(a: float, b: float) -> float:

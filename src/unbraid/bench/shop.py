@@ -12,20 +12,20 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 
-from unbraid import pictures
-from unbraid.api import learn_job, split_job
-from unbraid.base import Base, load
+from unbraid.bases.base import Base, load
 from unbraid.bench.cost import Cost, counted, measured
-from unbraid.bench.tasks import Cell, Item, Scale, content_prompt, style_prompt
+from unbraid.bench.truth.tasks import Cell, Item, Scale, content_prompt, style_prompt
+from unbraid.bench.truth.world import TRAINED, Truth
 from unbraid.bench.version import DRAWING, MERGING, base_digest, versions
-from unbraid.bench.world import TRAINED, Truth
-from unbraid.combine import Combine
-from unbraid.data import open_image
-from unbraid.folder import atomic, sha256
-from unbraid.job import Job
+from unbraid.common.atomic import atomic, sha256
+from unbraid.images import sheets as pictures
+from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
-from unbraid.render import Use, render
-from unbraid.run import run
+from unbraid.runs.api import learn_job, split_job
+from unbraid.runs.job import Job
+from unbraid.runs.run import run
+from unbraid.sampling.combine import Combine
+from unbraid.sampling.render import Use, render
 
 Hand = Callable[[Item, Sequence[int]], list[Image.Image]]  # draws an item at some seeds
 

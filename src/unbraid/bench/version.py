@@ -10,8 +10,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from unbraid.bases.recipe import filters
-from unbraid.bench import art, judge
+from unbraid.bench.truth import art, filters, judge
 from unbraid.methods import METHODS
 
 DRAWING = 1  # how a picture is drawn from a prompt and LoRAs

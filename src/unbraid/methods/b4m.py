@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from unbraid.adapters import AdaptedLinear, Adapters
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch, Factors, Fixed, Lora, Part
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import AdaptedLinear, Adapters
+from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
+from unbraid.core.optim import Rate, Rates, adamw, riemannian
+from unbraid.core.recipe import Recipe, Stop
+from unbraid.methods.entry import Blocks, Entry, Output
 from unbraid.methods.pair import rows
-from unbraid.methods.unziplora import Blocks
-from unbraid.optim import Rate, Rates, adamw, riemannian
-from unbraid.recipe import Recipe, Stop
 
 Kind = Literal["content", "style"]
 Halves = Literal["heads", "first"]
@@ -221,3 +221,26 @@ def _redraw(factors: Factors, rng: torch.Generator) -> None:
         factors.fixed.down, factors.fixed.up = torch.zeros_like(factors.down), frozen.to(factors.up)
         factors.fixed.down_ranks, factors.fixed.columns = torch.ones(rank), torch.ones(k)
         factors.down.copy_(down)
+
+
+PAPER = "doi 10.1145/3728461"
+ENTRIES = (
+    Entry(
+        "break",
+        "break",
+        break_,
+        {"both": "{prompt}"},
+        lambda settings: {"module": Output(("module",), "both")},
+        "Break-for-Make: a module",
+        PAPER,
+    ),
+    Entry(
+        "make",
+        "make",
+        make,
+        {},
+        lambda settings: {"merged": Output(("merged",), "both")},
+        "Break-for-Make: fine-tuning",
+        PAPER,
+    ),
+)

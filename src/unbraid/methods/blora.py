@@ -6,11 +6,11 @@ drawn and the second how; cut in two, the halves touch different layers and cann
 
 import torch
 
-from unbraid.adapters import Adapters
-from unbraid.lora import Active, Branch, Part
-from unbraid.methods.unziplora import ROLES, Blocks
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Part
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.methods.entry import ROLES, Blocks, Entry, Output
 
 
 def blora(
@@ -29,3 +29,14 @@ def blora(
     parts: tuple[Part, ...] = ("down", "up")
     rates: dict[tuple[str, Part], Rate] = {(role, part): Rate(lr, weight_decay) for role in ROLES for part in parts}
     return (Recipe(prepare, lambda step: (both,), rates, steps),)
+
+
+ENTRY = Entry(
+    "blora",
+    "split",
+    blora,
+    {"both": "a {rare}"},
+    lambda settings: {role: Output((role,), "both") for role in ROLES},
+    "B-LoRA",
+    "arXiv 2403.14572",
+)

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-from unbraid.adapters import ATTENTION, TRANSFORMERS
-from unbraid.lora import Active, Branch, Part
-from unbraid.methods.unziplora import Blocks
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
+from unbraid.core.adapters import ATTENTION, TRANSFORMERS
+from unbraid.core.lora import Active, Branch, Part
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.methods.entry import Blocks, Entry, Output
 
 TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
 
@@ -42,3 +42,14 @@ def dreambooth(
             targets=TARGETS[targets],
         ),
     )
+
+
+ENTRY = Entry(
+    "dreambooth",
+    "learn",
+    dreambooth,
+    {"both": "{prompt}", "prior": "{class_prompt}"},
+    lambda settings: {"lora": Output(("lora",), "both")},
+    "DreamBooth-LoRA",
+    "arXiv 2208.12242",
+)

@@ -2,10 +2,10 @@
 
 import torch
 
-from unbraid.adapters import Adapters
-from unbraid.lowrank import outside
-from unbraid.methods.unziplora import Blocks
-from unbraid.recipe import Recipe
+from unbraid.core.adapters import Adapters
+from unbraid.core.lowrank import outside
+from unbraid.core.recipe import Recipe
+from unbraid.methods.entry import Blocks, Entry, zip_outputs
 
 
 def nplora(
@@ -29,3 +29,6 @@ def nplora(
                     factors.down.copy_(outside(factors.down, styles[name].down, mu))
 
     return (Recipe(prepare, lambda step: (), {}, 0),)
+
+
+ENTRY = Entry("np-lora", "zip", nplora, {}, zip_outputs, "NP-LoRA", "arXiv 2511.11051")

@@ -10,19 +10,19 @@ What differs from the published code, and why, is in docs/pair.md; `compat="offi
 from collections.abc import Iterator, Mapping, Sequence
 from math import log
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from unbraid.adapters import Adapters
-from unbraid.data import alignment
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch, Factors, Lora, Part
-from unbraid.methods.unziplora import Blocks
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Factors, Lora, Part
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.images.crop import alignment
+from unbraid.methods.entry import Blocks, Entry, Output
 
 ALIGNED = 0.2  # edges' correlation; below, a pair is probably none (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -162,3 +162,25 @@ def check_pairs(images: Mapping[str, Sequence[Image.Image]], files: Mapping[str,
         if any(word in first.stem.lower() for word in STYLED) or any(word in second.stem.lower() for word in PLAIN):
             warnings.append(f"{where}: by their names, before and after are swapped")
     return warnings
+
+
+def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
+    """Several pairs: the content adapters, one for each, are of no use afterwards."""
+    content = {"content": Output(("content",), "content")} if settings["joint"] and settings["pairs"] == 1 else {}
+    return {"style": Output(("style",), "style"), **content}
+
+
+ENTRY = Entry(
+    "pair",
+    "pair",
+    pair,
+    {
+        "both": "a {rare} {subject} in {style} style",
+        "content": "a {rare} {subject}",
+        "style": "a {rare} {subject} in {style} style",
+    },
+    outputs,
+    "Pair Customization",
+    "arXiv 2405.01536",
+    check_pairs,
+)

@@ -2,12 +2,12 @@
 
 import torch
 
-from unbraid.adapters import Adapters
-from unbraid.lora import Active, Branch, Part
-from unbraid.methods.pair import numbered
-from unbraid.methods.unziplora import Blocks
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Part
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.pair import check_pairs, numbered
 
 SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
 
@@ -42,3 +42,15 @@ def slider(
 
     rates: dict[tuple[str, Part], Rate] = {("style", part): Rate(lr, weight_decay) for part in parts}
     return (Recipe(prepare, branches, rates, steps, frozenset(("crop", "noise", "timestep")), targets=SELF_ATTENTION),)
+
+
+ENTRY = Entry(
+    "slider",
+    "pair",
+    slider,
+    {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
+    lambda settings: {"style": Output(("style",), "content")},
+    "Concept Slider",
+    "arXiv 2311.12092",
+    check_pairs,
+)

@@ -10,77 +10,19 @@ What differs from the published code by default, and why, is in docs/unziplora.m
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import ceil
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from unbraid.adapters import Adapters
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch, Factors, Part
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
-
-ROLES = ("content", "style")
-Blocks = Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column separation: `times` periods, each opening with a scoring window and granting `ratio` of the channels."""
-
-    steps: int
-    times: int
-    ratio: float
-    window: int
-    blocks: Blocks
-
-    def check(self, needs_window: bool) -> None:
-        if not 0 < self.ratio * self.times <= 1:
-            what, fix = f"column_ratio {self.ratio} × sample_times {self.times}", "Their product may be at most 1."
-            raise UsageError(what, "unziplora", fix)
-        if needs_window and not 1 <= self.window <= self.period:
-            what = f"window {self.window} does not fit a period of {self.period} steps"
-            raise UsageError(what, "unziplora", "Shorten it.")
-
-    @property
-    def period(self) -> int:
-        return ceil(self.steps / self.times)
-
-    def scoring(self, step: int) -> bool:
-        return step % self.period < self.window
-
-    def granting(self, step: int) -> bool:
-        return step % self.period == self.window - 1
-
-    def exempt(self, layer: str) -> str | None:
-        """The adapter that uses every channel of this layer, if any."""
-        return next((role for role in ROLES if layer.startswith(self.blocks.get(role, ()))), None)
-
-
-class Ledger(nn.Module):
-    """One adapter's books on one layer's output channels, kept beside its factors so that they are saved with them.
-
-    owned [d]: granted so far. losing [d]: contested, and the other adapter won. score [d]: importance, summed.
-    """
-
-    owned: Tensor
-    losing: Tensor
-    score: Tensor
-
-    def __init__(self, like: Tensor, owned: bool) -> None:
-        super().__init__()
-        self.register_buffer("owned", torch.full_like(like, owned, dtype=torch.bool))
-        self.register_buffer("losing", torch.zeros_like(like, dtype=torch.bool))
-        self.register_buffer("score", torch.zeros_like(like))
-
-
-def ledger(factors: Factors) -> Ledger:
-    books = factors.ledger
-    assert isinstance(books, Ledger)
-    return books
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Part
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
+from unbraid.methods.entry import ROLES, Blocks, Entry, Output, split_outputs
+from unbraid.methods.unziplora_official import official
 
 
 def unziplora(
@@ -119,8 +61,6 @@ def unziplora(
         (role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in factors
     }
     if compat == "official":
-        from unbraid.methods.unziplora_official import official
-
         rates |= {(role, "merger"): Rate(merger_lr, weight_decay) for role in ROLES}
         return (official(columns, rates, rank, overlap, column_separation),)
     alone = {"content": content_alone, "style": style_alone}
@@ -148,18 +88,6 @@ def separated(recipe: Recipe, columns: Columns, merger_lr: float, overlap: float
         after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
         after_step=lambda adapters, step: clamp_gates(adapters),
     )
-
-
-def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
-    """(content, style) factors by layer."""
-    content, style = (adapters.of(role) for role in ROLES)
-    return {name: (one, style[name]) for name, one in content.items()}
-
-
-def pieces(adapters: Adapters) -> list[tuple[Factors, Factors]]:
-    """(content, style) of every stack of layers, or of every layer where nothing is packed."""
-    content, style = ROLES
-    return [(some[content], some[style]) for some in adapters.pieces()]
 
 
 def open_books(adapters: Adapters, columns: Columns) -> None:
@@ -233,14 +161,24 @@ def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
     return weight / len(adapters.layers) * torch.stack(terms).sum() if terms else None
 
 
-def gates(factors: Factors) -> nn.Parameter:
-    assert factors.channels is not None
-    return factors.channels
+def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
+    """The published code applies its gates in joint use only, so it needs two more files for that."""
+    if settings.get("compat") != "official":
+        return split_outputs(settings)
+    alone = {role: Output((role,), role, gates=False) for role in ROLES}
+    return alone | {f"{role}_joint": Output((role,), role) for role in ROLES}
 
 
-@torch.no_grad()
-def clamp_gates(adapters: Adapters) -> None:
-    for both in pieces(adapters):
-        for factors in both:
-            if factors.channels is not None:
-                factors.channels.clamp_(0.0, 1.0)
+ENTRY = Entry(
+    "unziplora",
+    "split",
+    unziplora,
+    {
+        "both": "a {rare} {subject} in {style} style",
+        "content": "a {rare} {subject}",
+        "style": "a {subject} in {style} style",
+    },
+    outputs,
+    "UnZipLoRA",
+    "arXiv 2412.04465",
+)

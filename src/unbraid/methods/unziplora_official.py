@@ -11,11 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from unbraid.adapters import Adapters
-from unbraid.lora import Active, Branch, Factors, Part
-from unbraid.methods.unziplora import ROLES, Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Factors, Part
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
+from unbraid.methods.entry import ROLES
 
 LOSS_SCALE = 65536.0
 THRESHOLD = 1e-5

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.adapters import Adapters
-from unbraid.errors import UsageError
-from unbraid.lora import Active, Branch, Factors
-from unbraid.methods.unziplora import Blocks
-from unbraid.optim import Rate
-from unbraid.recipe import Recipe
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch, Factors
+from unbraid.core.optim import Rate
+from unbraid.core.recipe import Recipe
+from unbraid.methods.entry import Blocks, Entry, zip_outputs
 
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
@@ -140,3 +140,6 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
         first, second = (torch.cat(side) for side in zip(*pairs, strict=True))
         out.append(SIMILARITIES[kind](first, second))
     return torch.cat(out)
+
+
+ENTRY = Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600")

@@ -1,0 +1,145 @@
+"""Open a base model as a diffusers pipeline: the embedded one, a folder, a hub id, or a single file; with another VAE if wanted."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from unbraid.bases.single_file import load_single_file, load_vae_file
+from unbraid.bases.sniff import Kind, sniff
+from unbraid.common.errors import UsageError
+
+Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline
+EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "") -> Pipeline:
+    """UNet and text encoders in `dtype`, the VAE in full precision: fp16 ones overflow. `vae`: a folder, hub id or file in the
+    place of the base's own. `prediction`: `epsilon` or `v`, if the base does not say it, or says it wrongly."""
+    if prediction and prediction not in PREDICTIONS:
+        raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
+    path = location(name)
+    with quiet():
+        other = _open_vae(vae, path) if vae else None
+        pipe = load_single_file(Path(path), dtype, other) if Path(path).is_file() else _folder(name, path, dtype, other)
+    _check(pipe, name, vae)
+    if prediction:
+        pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
+    pipe.set_progress_bar_config(disable=True)
+    _mind_precision(pipe.vae)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+        if part is not None:
+            part.requires_grad_(False).eval()
+    return pipe
+
+
+def location(name: str) -> str:
+    """Where a base is: a folder, a file, or the hub id. UsageError for what is none of them."""
+    path = str(files("unbraid.bases").joinpath("icons")) if name == "icons" else name
+    known_model(path, "base model", f"Give icons, a diffusers folder, a .safetensors checkpoint, or {EXAMPLE}", name)
+    return path
+
+
+def known_model(path: str, what: str, fix: str, name: str = "") -> None:
+    """Refuse what is neither a path that exists nor looks like a hub id."""
+    if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~")) or _is_file_name(path)):
+        raise UsageError(f"there is no such {what}", name or path, fix)
+
+
+def _is_file_name(path: str) -> bool:
+    return path.endswith((".safetensors", ".ckpt", ".pt"))
+
+
+def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
+    given: dict[str, Any] = {"vae": vae} if vae is not None else {}
+    try:
+        return DiffusionPipeline.from_pretrained(
+            path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
+        )
+    except (OSError, ValueError, KeyError) as error:
+        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
+        raise UsageError(f"the base cannot be loaded: {_first_line(error)}", name, fix) from error
+
+
+def _open_vae(name: str, base: str) -> AutoencoderKL:
+    known_model(
+        name, "VAE", "Give a diffusers folder, a .safetensors file, or a hub id such as madebyollin/sdxl-vae-fp16-fix."
+    )
+    if Path(name).is_file():
+        return load_vae_file(Path(name), _kind(base))
+    inside = {"subfolder": "vae"} if (Path(name) / "vae").is_dir() else {}
+    try:
+        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
+    except (OSError, ValueError, KeyError) as error:
+        fix = "Give a complete diffusers folder with .safetensors weights, a file, or a hub id."
+        raise UsageError(f"the VAE cannot be loaded: {_first_line(error)}", name, fix) from error
+
+
+def _kind(base: str) -> Kind:
+    """What the base is, for the scaling factor of a VAE that has no configuration."""
+    if Path(base).is_file():
+        return sniff(Path(base)).kind
+    try:
+        index: Any = DiffusionPipeline.load_config(base)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the base cannot be loaded: {_first_line(error)}", base, "Give a diffusers folder."
+        ) from error
+    return "sdxl" if "XL" in str(index.get("_class_name")) else "sd15"
+
+
+def _check(pipe: Any, name: str, vae: str) -> None:
+    """What training and sampling rely on."""
+    if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # the refiner is of the second kind
+        what = f"{type(pipe).__name__} is no text-to-image model"
+        raise UsageError(what, name, "Give the text-to-image model that it was made from.")
+    if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):
+        raise UsageError(
+            f"{type(pipe).__name__} is not an SDXL, SD1.5 or SD2.1 type of model", name, "Choose another base."
+        )
+    if pipe.unet.config["in_channels"] != pipe.unet.config["out_channels"]:
+        what = f"its UNet takes {pipe.unet.config['in_channels']} channels: an inpainting or image-conditioned model"
+        raise UsageError(what, name, "Give the text-to-image model that it was made from.")
+    if pipe.text_encoder is None or (isinstance(pipe, StableDiffusionXLPipeline) and pipe.text_encoder_2 is None):
+        fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
+        raise UsageError("a text encoder is missing, as in SDXL's refiner", name, fix)
+    if pipe.vae.config["latent_channels"] != pipe.unet.config["in_channels"]:
+        what = f"the VAE has {pipe.vae.config['latent_channels']} latent channels, the UNet {pipe.unet.config['in_channels']}"
+        raise UsageError(what, vae or name, "Give a VAE of this kind of base.")
+
+
+def _mind_precision(vae: Any) -> None:
+    """Let a full-precision VAE take what a half-precision UNet hands it."""
+
+    def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].to(next(module.parameters()).dtype), *args[1:])
+
+    for part in (vae.encoder, vae.post_quant_conv or vae.decoder):
+        part.register_forward_pre_hook(cast)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' own remarks."""
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,4 +1,0 @@
-"""How the embedded base `icons` is made: art, captions, tokenizer, VAE, UNet, judge, card.
-
-Run `python -m unbraid.bases.recipe --help`. Every stage resumes where it was killed.
-"""

@@ -1,0 +1,162 @@
+"""Single-file checkpoints (Civitai's kind, LDM names) of SDXL, SD1.5 and SD2.1, and VAEs: to diffusers, without a network."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from torch import nn
+
+from unbraid.bases.checkpoint_config import (
+    Config,
+    expected_names,
+    model_index,
+    scheduler_config,
+    text_configs,
+    unet_config,
+    vae_config,
+)
+from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
+from unbraid.bases.sniff import VAE, Checkpoint, Kind, sniff
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.header import Shape, read_header
+
+PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
+    "sdxl": StableDiffusionXLPipeline,
+    "sd15": StableDiffusionPipeline,
+    "sd21": StableDiffusionPipeline,
+}
+PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # OpenCLIP's pad is token 0
+UNFIT = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SingleFileComponentError)
+
+
+def configs(checkpoint: Checkpoint) -> dict[str, Config]:
+    """File of a diffusers folder → what stands in it. UsageError if the UNet's shapes do not fit together."""
+    try:
+        scheduler = scheduler_config(checkpoint.kind, checkpoint.prediction, checkpoint.zero_snr)
+        found = {
+            "model_index.json": model_index(checkpoint.kind, scheduler),
+            "scheduler/scheduler_config.json": scheduler,
+            "unet/config.json": unet_config(checkpoint),
+        }
+        texts = dict(
+            zip(("text_encoder/config.json", "text_encoder_2/config.json"), text_configs(checkpoint), strict=False)
+        )
+        if checkpoint.has_vae:
+            found["vae/config.json"] = vae_config(checkpoint.shapes, checkpoint.kind)
+    except (KeyError, IndexError) as error:
+        raise UsageError(
+            f"the checkpoint lacks {error.args[0]}", checkpoint.path, "Get the full checkpoint."
+        ) from error
+    _check_unet(checkpoint, found["unet/config.json"])
+    for config in texts.values():
+        if config["vocab_size"] < SIZE:
+            what = f"its text encoder knows {config['vocab_size']} tokens, CLIP has {SIZE}"
+            raise UsageError(what, checkpoint.path, "Give a diffusers folder of the model, with its tokenizer.")
+    return found | texts
+
+
+def empty_unet(config: Config) -> UNet2DConditionModel:
+    """A UNet without weights, for its shapes."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)  # type: ignore[return-value]
+
+
+def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
+    """Every weight of the UNet must be in the file, in the size that the others ask for."""
+    try:
+        parameters = dict(empty_unet(config).named_parameters())
+    except ValueError as error:
+        raise UsageError(
+            f"not a UNet that can be built ({error})", checkpoint.path, "Give a diffusers folder of it."
+        ) from error
+    for name, parameter in parameters.items():
+        key = expected_names(name, checkpoint.kind)
+        if checkpoint.shapes.get(key) != tuple(parameter.shape):
+            there = (
+                f"is {checkpoint.shapes[key]}, not {tuple(parameter.shape)}"
+                if key in checkpoint.shapes
+                else "is not there"
+            )
+            fix = "It is not whole, or of another make than the stock models: give a diffusers folder of it."
+            raise UsageError(f"{key} {there}", checkpoint.path, fix)
+
+
+def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
+    """The pipeline of a checkpoint, its UNet and text encoders in `dtype`, its VAE in full precision, or the `vae` given."""
+    checkpoint = sniff(path)
+    if vae is None and not checkpoint.has_vae:
+        fix = "Add --vae FOLDER or FILE (for SDXL, an fp16-safe one)."
+        raise UsageError("the checkpoint has no VAE", path, fix)
+    tokenizers = {f"tokenizer{'_2' * i}": clip_tokenizer(pad) for i, pad in enumerate(PADS[checkpoint.kind])}
+    with TemporaryDirectory() as name:
+        folder = _write(Path(name), configs(checkpoint))
+        try:
+            given = vae or _vae(path, folder)
+            load: Any = PIPELINES[checkpoint.kind].from_single_file  # type: ignore[attr-defined]
+            pipe = load(str(path), config=name, local_files_only=True, torch_dtype=dtype, vae=given, **tokenizers)
+        except UNFIT as error:
+            raise UsageError(f"cannot be loaded: {_line(error)}", path, "Get the full checkpoint.") from error
+    _check_whole(pipe, path)
+    return pipe
+
+
+def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
+    """A VAE from a file of its own, or from a checkpoint; the scaling factor is that of the kind."""
+    shapes = read_header(path).shapes
+    prefix = VAE if f"{VAE}decoder.conv_in.weight" in shapes else ""
+    if f"{prefix}encoder.down.0.block.0.conv2.weight" not in shapes:
+        fix = "Give a VAE with LDM names, or a diffusers folder or hub id of one."
+        raise UsageError("there is no VAE in this file that is known", path, fix)
+    with TemporaryDirectory() as name:
+        config = _vae_config(shapes, kind, prefix, path)
+        try:
+            vae = _vae(path, _write(Path(name), {"vae/config.json": config}))
+        except UNFIT as error:
+            raise UsageError(f"cannot be loaded: {_line(error)}", path, "Get another copy of it.") from error
+    _check_whole({"vae": vae}, path)
+    return vae
+
+
+def _vae_config(shapes: Mapping[str, Shape], kind: Kind, prefix: str, path: Path) -> Config:
+    try:
+        return vae_config(shapes, kind, prefix)
+    except KeyError as error:
+        raise UsageError(f"the VAE lacks {error.args[0]}", path, "Get another copy of it.") from error
+
+
+def _vae(path: Path, folder: Path) -> AutoencoderKL:
+    load: Any = AutoencoderKL.from_single_file
+    return load(str(path), config=str(folder), subfolder="vae", local_files_only=True, torch_dtype=torch.float32)
+
+
+def _write(folder: Path, found: Mapping[str, Config]) -> Path:
+    for name, config in found.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+def _check_whole(pipe: Any, path: Path) -> None:
+    """Weights that the file lacks stay without values."""
+    parts = pipe if isinstance(pipe, dict) else pipe.components
+    for part, model in parts.items():
+        empty = [name for name, p in model.named_parameters() if p.is_meta] if isinstance(model, nn.Module) else []
+        if empty:
+            raise UsageError(
+                f"it lacks {len(empty)} weights of its {part}, such as {empty[0]}", path, "Get the full file."
+            )
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, NotImplementedError):  # torch's, of a weight that has no values
+        return "weights are missing"
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]

@@ -1,0 +1,1 @@
+"""The benchmark on a user's own pictures, by the field's metrics."""

@@ -1,0 +1,66 @@
+"""What papers say, put to the test: each claim is a difference between two rows of one task."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from unbraid.bench.reports.stats import METRICS, Lead, holm, lead, problems
+from unbraid.bench.results import Unit
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`row` is better than `other` in `metric`."""
+
+    task: str
+    row: str
+    other: str
+    metric: str
+    source: str
+
+
+CLAIMS = (
+    Claim("separate", "UnZipLoRA", "DreamBooth-LoRA", "likeness", "arXiv 2412.04465"),
+    Claim("separate", "UnZipLoRA", "B-LoRA", "likeness", "arXiv 2412.04465"),
+    Claim("separate", "UnZipLoRA", "UnZipLoRA, official", "likeness", "this project's corrections"),
+    Claim("separate", "B-LoRA", "DreamBooth-LoRA", "leak", "arXiv 2403.14572"),
+    Claim("recombine", "UnZipLoRA", "DreamBooth-LoRAs", "likeness", "arXiv 2412.04465"),
+    Claim("recombine", "UnZipLoRA", "B-LoRA", "likeness", "arXiv 2412.04465"),
+    Claim("recombine", "UnZipLoRA, zipped", "UnZipLoRA", "likeness", "arXiv 2311.13600"),
+    Claim("combine", "ZipLoRA", "direct sum", "likeness", "arXiv 2311.13600"),
+    Claim("combine", "ZipLoRA", "joint training", "likeness", "arXiv 2311.13600"),
+    Claim("combine", "ZipLoRA", "ZipLoRA, public recipe", "likeness", "this project's corrections"),
+    Claim("combine", "ZipRank", "ZipLoRA", "likeness", "DuoLoRA, ICCV 2025"),
+    Claim("combine", "K-LoRA", "ZipLoRA", "likeness", "arXiv 2502.18461"),
+    Claim("combine", "NP-LoRA", "direct sum", "likeness", "arXiv 2511.11051"),
+    Claim("combine", "LoRA Switch", "direct sum", "likeness", "arXiv 2402.16843"),
+    Claim("combine", "LoRA Composite", "direct sum", "likeness", "arXiv 2402.16843"),
+    Claim("combine", "KnOTS", "TIES", "likeness", "arXiv 2410.19735"),
+    Claim("combine", "Break-for-Make, fine-tuned", "ZipLoRA", "likeness", "doi 10.1145/3728461"),
+    Claim("combine", "Break-for-Make, fine-tuned", "joint training", "likeness", "doi 10.1145/3728461"),
+    Claim("transfer", "Pair", "DreamBooth-LoRA of the picture after", "likeness", "arXiv 2405.01536"),
+    Claim("transfer", "Pair", "Concept Slider", "likeness", "arXiv 2405.01536"),
+    Claim("transfer", "Pair", "Pair at LoRA scale", "structure", "arXiv 2405.01536"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    claim: Claim
+    lead: Lead
+    word: str  # holds, reversed, undecided
+
+
+def verdicts(units: Iterable[Unit]) -> list[Verdict]:
+    """Every claim whose rows are there. It holds, or the reverse does, where the difference has p < 0.05 after Holm's correction
+    over all claims; else it is undecided."""
+    some = list(units)
+    pairs = [(one, lead(problems(some, one.task), one.row, one.other, one.metric)) for one in CLAIMS]
+    there = [(claim, found) for claim, found in pairs if found]
+    corrected = holm([found for _, found in there])
+    return [Verdict(claim, found, _word(claim, found)) for (claim, _), found in zip(there, corrected, strict=True)]
+
+
+def _word(claim: Claim, found: Lead) -> str:
+    if found.p >= 0.05:
+        return "undecided"
+    return "holds" if (found.ahead.mean > 0) == METRICS[claim.metric][1] else "reversed"

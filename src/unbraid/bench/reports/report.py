@@ -1,0 +1,99 @@
+"""The report: one page that needs nothing beside it, the tables as Markdown, and the pictures."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from unbraid.bench.reports import claims, plots, published, tables
+from unbraid.bench.reports.tables import Table
+from unbraid.bench.results import Unit, save
+from unbraid.bench.truth.tasks import TASKS
+from unbraid.bench.version import truth_digest
+from unbraid.common.atomic import atomic
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one task."""
+
+    name: str
+    about: str
+    scores: Table
+    leads: Table
+    uses: Table | None
+    failures: Table
+    costs: Table
+    pictures: tuple[Path, ...]
+
+
+def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Path]:
+    """Everything into `out`: report.html, table.md, results.jsonl, and a few pictures per task. `planned`: how many units a whole run
+    has."""
+    sections = [_section(units, task, work, out) for task in TASKS if any(unit.task == task for unit in units)]
+    verdicts = tables.claims(claims.verdicts(units))
+    about = _about(units, planned)
+    page = Environment(loader=PackageLoader("unbraid.bench.reports", "."), autoescape=True).get_template(
+        "report.html.j2"
+    )
+    told = [_embedded(section) for section in sections]
+    html = page.render(about=about, tasks=told, claims=verdicts, published=_published())
+    with atomic(out / "report.html") as part:
+        part.write_text(html, "utf-8")
+    with atomic(out / "table.md") as part:
+        part.write_text(_markdown(about, sections, verdicts), "utf-8")
+    return [out / "report.html", out / "table.md", save(units, out / "results.jsonl")]
+
+
+def _section(units: Sequence[Unit], task: str, work: Path, out: Path) -> Section:
+    pictures = [
+        plots.scatter(units, task, out / f"{task}-scatter.png"),
+        plots.sheet(units, task, work, out / f"{task}-sheet.webp"),
+        plots.by_problem(units, task, out / f"{task}-problems.png"),
+        plots.costs(units, task, out / f"{task}-costs.png"),
+    ]
+    several = len({drawing.use for unit in units if unit.task == task for drawing in unit.drawings}) > 1
+    return Section(
+        task,
+        TASKS[task],  # type: ignore[index]
+        tables.scores(units, task),
+        tables.leads(units, task)[0],
+        tables.uses(units, task) if several else None,
+        tables.failures(units, task),
+        tables.costs(units, task),
+        tuple(one for one in pictures if one),
+    )
+
+
+def _published() -> list[tuple[str, Table]]:
+    """What papers report: caption and table."""
+    shown = [(published.caption(one), published.cells(one)) for one in published.published()]
+    return [(caption, Table(tuple(head), tuple(map(tuple, lines)))) for caption, (head, *lines) in shown]
+
+
+def _about(units: Sequence[Unit], planned: int) -> str:
+    bases, truths = (", ".join(sorted({unit.made[of] for unit in units})) for of in ("base", "truth"))
+    seeds = ", ".join(map(str, sorted({unit.seed for unit in units})))
+    own = "" if truths == truth_digest() else f" (here: {truth_digest()})"
+    return f"{len(units)} of {planned} units; seeds {seeds}; base {bases}; judge and art {truths}{own}."
+
+
+def _embedded(section: Section) -> dict[str, object]:
+    kinds = {".png": "image/png", ".webp": "image/webp"}
+    shown = [
+        {"name": one.stem, "data": f"data:{kinds[one.suffix]};base64,{base64.b64encode(one.read_bytes()).decode()}"}
+        for one in section.pictures
+    ]
+    return {**vars(section), "pictures": shown}
+
+
+def _markdown(about: str, sections: Sequence[Section], verdicts: Table) -> str:
+    parts = [about]
+    for section in sections:
+        parts += [f"## {section.name}", section.scores.markdown, section.leads.markdown]
+        parts += [section.uses.markdown] if section.uses else []
+        parts += [section.costs.markdown]
+    parts += ["## claims", verdicts.markdown] if verdicts.lines else []
+    return "\n\n".join(parts) + "\n"

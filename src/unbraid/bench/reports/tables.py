@@ -1,0 +1,135 @@
+"""The benchmark's tables as data, and as Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from unbraid.bench.cost import Cost
+from unbraid.bench.reports.claims import Verdict
+from unbraid.bench.reports.stats import METRICS, Lead, Values, by_use, estimate, holm, lead, problems
+from unbraid.bench.results import Unit
+from unbraid.bench.rows import BASE, CEILING, COPY
+
+SANITY = (CEILING, COPY, BASE)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells under headings. `best`: (line, column) of the best value of each measured column, sanity rows apart."""
+
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def markdown(self) -> str:
+        out = ["| " + " | ".join(self.headings) + " |", "|---" * len(self.headings) + "|"]
+        for i, line in enumerate(self.lines):
+            cells = [f"**{cell}**" if (i, j) in self.best else cell for j, cell in enumerate(line)]
+            out.append("| " + " | ".join(cells) + " |")
+        return "\n".join(out)
+
+
+def order(found: Mapping[str, Mapping[str, Values]]) -> list[str]:
+    """The ceiling, then rows by likeness, the copy and the base alone last."""
+    mine = [row for row in found if row not in SANITY]
+    mine.sort(key=lambda row: -mean(one["likeness"] for one in found[row].values()))
+    return [row for row in (CEILING, *mine, COPY, BASE) if row in found]
+
+
+def scores(units: Iterable[Unit], task: str) -> Table:
+    """A line per row, a column per metric: mean over problems and 95 % interval."""
+    found = problems(units, task)
+    rows = order(found)
+    columns = [name for name in METRICS if any(name in one for by in found.values() for one in by.values())]
+    lines, values = [], {}
+    for i, row in enumerate(rows):
+        cells = []
+        for j, name in enumerate(columns):
+            some = [one[name] for one in found[row].values() if name in one]
+            cells.append(str(estimate(some)) if some else "–")
+            if some and row not in SANITY:
+                values[i, j + 1] = mean(some) * (1 if METRICS[name][1] else -1)
+        lines.append((row, *cells, str(len(found[row]))))
+    best = {
+        max((place for place in values if place[1] == j + 1), key=lambda place: values[place])
+        for j in range(len(columns))
+        if any(place[1] == j + 1 for place in values)
+    }
+    return Table(("", *columns, "problems"), tuple(lines), frozenset(best))
+
+
+def uses(units: Iterable[Unit], task: str) -> Table:
+    """Content and style of each use apart; for tasks with several."""
+    some = list(units)
+    found, rows = by_use(some, task), order(problems(some, task))
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    lines = [(row, *(str(found[row][one]) if one in found[row] else "–" for one in columns)) for row in rows]
+    return Table(("", *columns), tuple(lines))
+
+
+def leads(units: Iterable[Unit], task: str) -> tuple[Table, list[Lead]]:
+    """The best row against all others on the same problems."""
+    found = problems(units, task)
+    rows = [row for row in order(found) if row not in (CEILING, COPY)]
+    if len(rows) < 2:
+        return Table(("",), ()), []
+    first, *others = rows
+    known = holm([one for other in others if (one := lead(found, first, other))])
+    lines = [
+        (one.other, str(one.ahead), f"{one.wins} of {one.ahead.n}", f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001")
+        for one in known
+    ]
+    return Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines)), known
+
+
+def costs(units: Iterable[Unit], task: str) -> Table:
+    """What each row costs on one cell: medians would hide one-off searches, so means."""
+    some = [unit for unit in units if unit.task == task]
+    lines = []
+    for row in order(problems(some, task)):
+        mine = [unit.cost for unit in some if unit.row == row]
+        if row not in SANITY and mine:
+            lines.append((row, *_cost(mine)))
+    return Table(("", "seconds", "TFLOP", "peak memory, MB", "trained parameters", "file, MB"), tuple(lines))
+
+
+def _cost(mine: Sequence[Cost]) -> tuple[str, ...]:
+    peaks = [one.memory for one in mine if one.memory is not None]
+    parameters = max(one.parameters for one in mine)
+    return (
+        f"{mean(one.seconds for one in mine):.1f}",
+        f"{mean(one.flops for one in mine) / 1e12:.2f}",
+        f"{max(peaks) / 1e6:.0f}" if peaks else "–",
+        f"{parameters:,}" if parameters else "–",
+        f"{mean(one.file for one in mine) / 1e6:.2f}",
+    )
+
+
+def failures(units: Iterable[Unit], task: str, count: int = 5) -> Table:
+    """The problems on which the best row is worst, and how the others do there."""
+    found = problems(units, task)
+    rows = [row for row in order(found) if row not in (CEILING, COPY)]
+    if not rows:
+        return Table(("",), ())
+    worst = sorted(found[rows[0]], key=lambda one: found[rows[0]][one]["likeness"])[:count]
+    lines = [
+        (problem, *(f"{found[row][problem]['likeness']:.2f}" if problem in found[row] else "–" for row in rows))
+        for problem in worst
+    ]
+    return Table(("likeness", *rows), tuple(lines))
+
+
+def claims(verdicts: Iterable[Verdict]) -> Table:
+    lines = [
+        (
+            f"{one.claim.task}: {one.claim.row} {'above' if METRICS[one.claim.metric][1] else 'below'} {one.claim.other}",
+            one.claim.metric,
+            one.claim.source,
+            str(one.lead.ahead),
+            f"{one.lead.p:.3f}" if one.lead.p >= 0.001 else "< 0.001",
+            one.word,
+        )
+        for one in verdicts
+    ]
+    return Table(("claim", "measured by", "source", "difference", "p", "here"), tuple(lines))

@@ -1,0 +1,41 @@
+"""Which subjects are trained on, and which are held out. Names are those of the icon sets."""
+
+import random
+from functools import cache
+from importlib.resources import files
+
+TRAIN_SETS = ("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat")
+HELD_OUT_SETS = ("fluent-emoji-high-contrast", "openmoji")
+SETS = TRAIN_SETS + HELD_OUT_SETS
+
+STYLE_WORDS = {
+    "noto": "cartoon",
+    "twemoji": "flat",
+    "fluent-emoji": "glossy",
+    "fluent-emoji-flat": "minimal",
+    "fluent-emoji-high-contrast": "stencil",
+    "openmoji": "line art",
+}
+
+HELD_OUT = 156  # a tenth of the 1,561 subjects that all six sets draw
+SEED = 20_26
+
+
+@cache
+def concrete() -> tuple[str, ...]:
+    """Single-word, concrete, visually distinct subjects, in alphabetical order."""
+    return tuple(files("unbraid.bench.truth").joinpath("concrete.txt").read_text().split())
+
+
+@cache
+def held_out() -> tuple[str, ...]:
+    """The subjects that no training of base or judge ever sees, in any style."""
+    return tuple(sorted(random.Random(SEED).sample(concrete(), HELD_OUT)))
+
+
+def trained(every: tuple[str, ...], limit: int | None) -> tuple[str, ...]:
+    """The subjects to train on: concrete ones first (seeded order), then the rest of `every`."""
+    kept = [name for name in concrete() if name not in held_out()]
+    random.Random(SEED).shuffle(kept)
+    rest = [name for name in every if name not in held_out() and name not in concrete()]
+    return tuple((kept + rest)[:limit])

@@ -1,0 +1,139 @@
+"""The four tasks: what is given, what is drawn, and which true picture each drawing is compared with."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from unbraid.bench.truth.art import KNOWN
+from unbraid.bench.truth.world import BEFORE, TRAINED, Truth
+from unbraid.common.errors import UsageError
+from unbraid.runs.job import RARE
+from unbraid.runs.settings import Settings
+
+Task = Literal["separate", "combine", "transfer", "recombine"]
+TASKS: dict[Task, str] = {
+    "separate": "one picture → its subject in other styles, other subjects in its style, and the picture again",
+    "combine": "pictures of a subject and a picture of a style → the subject in the style",
+    "transfer": "one picture before and after → other subjects in the style",
+    "recombine": "the subject of one picture in the style of another",
+}
+PLACE = "cat"  # what the picture of a style shows, in `combine`
+TAUGHT, OTHERS = KNOWN[:4], KNOWN[4:]  # `transfer`: pairs are of the first; the others are drawn
+SHOWN = KNOWN[:4]  # what a style LoRA draws, in `separate`
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is run. Cells come seed by seed, so that what is finished of a run is a whole benchmark of fewer seeds."""
+
+    subjects: tuple[str, ...]
+    styles: tuple[str, ...] = ("line art", "stencil", "pencil")
+    transferred: tuple[str, ...] = ("stencil", "pencil", "thermal")
+    seeds: tuple[int, ...] = (0,)
+    others: int = len(OTHERS)  # subjects drawn in each transferred style
+    draws: int = 2  # pictures of one prompt, where diversity is measured
+    steps: int = 25  # of sampling
+    guidance: float = 4.0
+    training: Mapping[str, Settings] = field(default_factory=dict, hash=False)  # method → settings in place of its own
+
+    def limited(self, seeds: tuple[int, ...] | None) -> "Scale":
+        """The same with fewer seeds."""
+        if seeds and not set(seeds) <= set(self.seeds):
+            there = ", ".join(map(str, self.seeds))
+            raise UsageError(f"seeds {', '.join(map(str, seeds))}", "--seed", f"This size has: {there}.")
+        return Scale(**{**vars(self), "seeds": seeds or self.seeds})
+
+
+QUICK = Scale(("fox",), ("line art",), ("stencil",), others=5)
+FULL = Scale(("fox", "guitar", "mushroom", "fish", "cactus", "locomotive", "pizza", "parrot"), seeds=(0, 1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem: where the subject and the style come from, and the seed of training and drawing."""
+
+    task: Task
+    content: Truth  # `combine`: one of the pictures of the subject; `transfer`: the picture before
+    style: Truth  # `transfer`: the picture after
+    seed: int
+
+    @property
+    def subject(self) -> str:
+        return self.content.subject
+
+    def __str__(self) -> str:
+        return f"{self.content} + {self.style}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One drawing that is asked for. `leaks`: what must not show in it, the content or style of which true picture."""
+
+    use: Literal["content", "style", "both"]
+    prompt: str
+    truth: Truth
+    leaks: Mapping[Literal["content", "style"], Truth]
+    seeds: tuple[int, ...]
+
+
+def cells(scale: Scale) -> Iterator[Cell]:
+    """Every problem, in the order in which they are worth doing. `recombine` takes the next subject's style, where there is one."""
+    for seed in scale.seeds:
+        for i, subject in enumerate(scale.subjects):
+            other = scale.subjects[(i + 1) % len(scale.subjects)]
+            for j, style in enumerate(scale.styles):
+                picture, apart = Truth(subject, style), scale.styles[(j + 1) % len(scale.styles)]
+                yield Cell("separate", picture, picture, seed)
+                yield Cell("combine", Truth(subject, TRAINED[0]), Truth(PLACE, style), seed)
+                elsewhere = Truth(
+                    PLACE if other == subject else other, scale.transferred[0] if apart == style else apart
+                )
+                yield Cell("recombine", picture, elsewhere, seed)
+            for style in scale.transferred if i == 0 else ():
+                yield Cell("transfer", Truth(TAUGHT[0], BEFORE[style]), Truth(TAUGHT[0], style), seed)
+
+
+def content_prompt(subject: str) -> str:
+    return f"a {RARE} {subject}"
+
+
+def style_prompt(picture: Truth) -> str:
+    return f"a {picture.subject} in {picture.style} style"
+
+
+def joint_prompt(subject: str, style: str) -> str:
+    return f"a {RARE} {subject} in {style} style"
+
+
+def items(cell: Cell, scale: Scale) -> list[Item]:
+    """What is drawn in a cell."""
+    first, subject, style = cell.seed * scale.draws, cell.subject, cell.style.style
+    one, some = (first,), tuple(range(first, first + scale.draws))
+    if cell.task == "transfer":
+        plain = BEFORE[style]
+        return [
+            Item(
+                "style",
+                f"a {other} in {plain} style",
+                Truth(other, style),
+                {"content": cell.style},
+                some if not i else one,
+            )
+            for i, other in enumerate(OTHERS[: scale.others])
+        ]
+    joint, truth = joint_prompt(subject, style), Truth(subject, style)
+    if cell.task == "combine":
+        return [Item("both", joint, truth, {"content": cell.style}, some)]
+    if cell.task == "recombine":
+        return [Item("both", joint, truth, {"content": cell.style, "style": cell.content}, some)]
+    return [
+        *(
+            Item("content", joint_prompt(subject, word), Truth(subject, word), {"style": cell.style}, one)
+            for word in TRAINED
+        ),
+        *(
+            Item("style", f"a {other} in {style} style", Truth(other, style), {"content": cell.content}, one)
+            for other in SHOWN
+        ),
+        Item("both", joint, truth, {}, some),
+    ]

@@ -1,0 +1,157 @@
+"""`unbraid batch`: many runs in one process, from a file that says each as its command line would."""
+
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import ValidationError, create_model
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unbraid.cli.run import UNDONE, Device, Quiet, Resume, console
+from unbraid.cli.train import app as training_commands
+from unbraid.common.errors import UsageError
+
+app = typer.Typer()
+NOT_THERE = ("resume", "quiet")  # options of the batch, not of one of its runs
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[loss]}"),
+)
+
+
+@app.command()
+def batch(
+    files: Annotated[list[Path], typer.Argument(help="TOML with a [[run]] table per run; or run.toml files.")],
+    at_once: Annotated[
+        int | None, typer.Option(help="Runs in one forward pass; without, as many as there is memory for, up to 8.")
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(help="Processes side by side, each with its share of the runs; several cards are dealt in turn."),
+    ] = 1,
+    device: Device = "",
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> int:
+    """Many independent runs over one base, their passes together; each in its own folder, as if run alone."""
+    from unbraid.runs.batch import run_many
+    from unbraid.runs.spread import run_spread
+
+    jobs = [job for file in files for job in read(file)]
+    one = processes == 1
+    events = run_many(jobs, at_once, resume, device) if one else run_spread(jobs, processes, at_once, resume, device)
+    failed, undone = _watch(jobs, events, quiet)
+    if failed:
+        fix = "The others are done; --resume goes on with what is not."
+        raise UsageError(f"{failed} of {len(jobs)} runs failed", ", ".join(map(str, files)), fix)
+    return UNDONE if undone else 0
+
+
+def read(file: Path) -> list[Any]:
+    """The jobs of a batch file, or the job of a run.toml."""
+    from unbraid.common.atomic import read_toml  # torch, which the file tools do without
+    from unbraid.runs.batch import recorded
+
+    table = read_toml(file, 'One table per run: [[run]], verb = "split", …')
+    if isinstance(table.get("method"), str) and "run" not in table:
+        return [recorded(file)]
+    runs = table.pop("run", None)
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+        raise UsageError("there are no runs in it", file, 'One table per run: [[run]], verb = "split", …')
+    for key in table.keys() - set().union(*(_names(verb) for verb in _verbs().values())):
+        raise UsageError(f"no verb has {key!r}", file, "Settings of a method stand under `set`.")
+    return [_job({**table, **run}, run.keys(), f"{file}, run {i + 1}") for i, run in enumerate(runs)]
+
+
+def _job(given: Mapping[str, Any], own: Iterable[str], where: str) -> Any:
+    """A table → what the same command line would run. What is said once for all runs is left out where a verb has no such option."""
+    verb = _verbs().get(str(given.get("verb")))
+    if verb is None:
+        fix = f"There are: {', '.join(_verbs())}."
+        raise UsageError(f"there is no training verb {given.get('verb')!r}", where, fix)
+    known = _names(verb)
+    for key in set(own) - known.keys() - {"verb"}:
+        near = difflib.get_close_matches(key, known, 1) or sorted(known)
+        raise UsageError(f"{given['verb']} has no {key!r}", where, f"Did you mean {near[0]!r}?")
+    try:
+        todo = verb(**_checked(verb, {known[key]: value for key, value in given.items() if key in known}, where))
+    except UsageError as error:
+        raise UsageError(error.what, f"{where}: {error.where}", error.fix) from error
+    if todo is None:
+        raise UsageError("there is nothing to train", where, "Give fine_tune, or leave this run out.")
+    return todo.job
+
+
+def _verbs() -> dict[str, Callable[..., Any]]:
+    """The verbs that train, as the command line has them."""
+    found = {
+        one.name or one.callback.__name__: one.callback for one in training_commands.registered_commands if one.callback
+    }
+    return {name: verb for name, verb in found.items() if get_type_hints(verb)["return"] is not NoneType}
+
+
+def _names(verb: Callable[..., Any]) -> dict[str, str]:
+    """Option, as in the file → parameter."""
+    return {name.rstrip("_"): name for name in inspect.signature(verb).parameters if name not in NOT_THERE}
+
+
+def _checked(verb: Callable[..., Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values as the verb wants them: paths, numbers, one for a list of one, `set` as on the command line."""
+    hints, parameters, values = get_type_hints(verb), inspect.signature(verb).parameters, dict(given)
+    if isinstance(table := values.get("set_"), dict):
+        values["set_"] = [f"{name}={json.dumps(value)}" for name, value in table.items()]
+    for name, value in values.items():
+        if any(get_origin(hint) is list for hint in (hints[name], *get_args(hints[name]))) and not isinstance(
+            value, list
+        ):
+            values[name] = [value]
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if one.default is inspect.Parameter.empty else one.default)
+        for name, one in parameters.items()
+    }
+    try:
+        return {name: value for name, value in create_model("run", **fields)(**values) if name in fields}
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"{str(first['loc'][0]).rstrip('_')}: {first['msg']}",
+            where,
+            "The names and values are those of the command line.",
+        ) from error
+
+
+def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) -> tuple[int, bool]:
+    """Show what happens, and print the LoRAs; how many runs failed, and whether some picture could not be made."""
+    failed, undone, made = 0, False, list[Path]()
+    with Progress(*COLUMNS, console=console, disable=quiet) as bar:
+        whole = bar.add_task("runs", total=len(jobs), loss="")
+        tasks = [bar.add_task(str(job.out), total=None, visible=False, loss="") for job in jobs]
+        for which, event in events:
+            if isinstance(event, UsageError):
+                failed += 1
+                bar.update(tasks[which], visible=False)
+                print(f"unbraid: {jobs[which].out}: {event}", file=sys.stderr)
+                continue
+            undone |= event.undone
+            going = event.done < event.total
+            bar.update(tasks[which], total=event.total, completed=event.done, visible=going)
+            if event.step:
+                bar.update(tasks[which], loss=f"loss {event.step.loss:.4f}")
+            bar.update(whole, completed=failed + sum(task.finished for task in bar.tasks[1:]))
+            if event.warning:
+                bar.console.print(
+                    f"  {jobs[which].out}: {event.warning}", markup=False, highlight=False, soft_wrap=True
+                )
+            made += [event.file] if event.file and event.file.suffix == ".safetensors" else []
+    for file in made:
+        print(file)
+    return failed, undone

@@ -1,0 +1,143 @@
+"""`unbraid bench`: parse, call, print."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from unbraid.cli.run import BaseName, Quiet, console
+from unbraid.common.errors import UsageError
+
+app = typer.Typer()
+
+
+@app.command()
+def bench(
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
+    ] = False,
+    work: Annotated[Path, typer.Option(help="Folder for everything; the same folder again resumes.")] = Path("bench"),
+    task: Annotated[
+        list[str] | None, typer.Option(help="separate, combine, transfer or recombine; repeatable. Default: all.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A row by its name, ablations too; repeatable. Default: all but ablations.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
+    processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
+    known: Annotated[
+        Path | None,
+        typer.Option(
+            "--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."
+        ),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your own pictures (docs/field-metrics.md), scored by the models below, not by true answers."
+        ),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="Whose prompts, for --images: plain or contexts.")] = "plain",
+    clip: Annotated[
+        str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
+    ] = "",
+    dino: Annotated[str, typer.Option(help="DINO or DINOv2.")] = "",
+    csd: Annotated[str, typer.Option(help="CSD, or a CLIP tower for style.")] = "",
+    lpips: Annotated[str, typer.Option(help="Folder with LPIPS's weights.")] = "",
+    base: BaseName = "icons",
+    quiet: Quiet = False,
+) -> None:
+    """Every method on tasks with right answers → a table, a page and pictures that show which one works."""
+    from unbraid.bench import grid, results
+    from unbraid.bench.registry import chosen
+    from unbraid.bench.truth.tasks import FULL, QUICK, TASKS
+
+    for name in task or ():
+        if name not in TASKS:
+            raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
+    if images:
+        models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
+        chosen_by = {"tasks": task or (), "rows": only or (), "seeds": seed or (0,)}
+        _field(work, out or work / "report", base, images, protocol, models, chosen_by)
+        return
+    if clip or dino or csd or lpips:
+        raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
+    scale = (FULL if full else QUICK).limited(tuple(seed or ()))
+    todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
+    given = results.read(known) if known else []
+    failed = [] if report else _run(todos, processes or _processes(), given, quiet)
+    _report(todos, given, work, out or work / "report")
+    if failed:
+        what = f"{len(failed)} of {len(todos)} units failed, such as {failed[0]}"
+        raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
+
+
+def _field(
+    work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], chosen_by: dict[str, Any]
+) -> None:
+    """The same rows on a user's own pictures, by the field's metrics."""
+    from unbraid.bench.field.models import load_models
+    from unbraid.bench.field.protocol import PROTOCOLS, protocol
+    from unbraid.bench.field.report import write
+
+    units, failed = [], []
+    loaded = load_models(**{key: model or None for key, model in models.items()})
+    with console.status("training and drawing") as status:
+        for done in protocol(work, base, images, loaded, name=name, **chosen_by):
+            status.update(f"{len(units)} done: {done.todo.row}, {done.todo.cell}")
+            if done.unit:
+                units.append(done.unit)
+            else:
+                failed.append(f"{done.todo.row}: {done.todo.cell} ({done.error})")
+                console.print(f"  failed: {failed[-1]}", markup=False, highlight=False, soft_wrap=True)
+    for file in write(units, PROTOCOLS[name], work, out) if units else ():
+        print(file)
+    if failed:
+        raise UsageError(f"{len(failed)} units failed, such as {failed[0]}", work, "The same command tries them again.")
+
+
+def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> list[str]:
+    from unbraid.bench import grid
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    failed = []
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        progress = bar.add_task("benchmark", total=len(todos))
+        for done in grid.run(todos, processes, given):
+            bar.update(progress, advance=1)
+            name = f"{done.todo.row}: {done.todo.cell}"
+            if done.unit is None:
+                failed.append(f"{name} ({done.error})")
+                bar.console.print(f"  failed: {failed[-1]}", markup=False, highlight=False, soft_wrap=True)
+    return failed
+
+
+def _processes() -> int:
+    from unbraid.bases.base import pick_device
+
+    return 1 if pick_device() != "cpu" else os.cpu_count() or 1
+
+
+def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
+    from unbraid.bench import grid, results
+    from unbraid.bench.reports import report
+
+    planned = {grid.key(todo): (todo.cell.task, todo.row, str(todo.cell)) for todo in todos}
+    units = results.wanted([*given, *results.collect(work)], planned)
+    if not units:
+        raise UsageError("there is nothing to report", work, "Run it without --report first.")
+    rows: dict[str, set[str]] = {}
+    for todo in todos:
+        rows.setdefault(todo.cell.task, set()).add(todo.row)
+    for file in report.write(results.complete(units, rows), len(todos), work, out):
+        print(file)

@@ -1,0 +1,124 @@
+"""What the training verbs have in common on the command line: options, progress, what is printed."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unbraid.common.errors import UsageError
+
+console = Console(stderr=True)
+SHOWN = 10  # steps between looks at the loss on an accelerator, each of which waits for it
+
+Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
+BaseName = Annotated[
+    str,
+    typer.Option(
+        "--base",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1.",
+    ),
+]
+Vae = Annotated[
+    str,
+    typer.Option(metavar="FOLDER|HUB_ID|FILE", help="Another VAE; for SDXL, such as madebyollin/sdxl-vae-fp16-fix."),
+]
+Prediction = Annotated[
+    str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
+]
+Vram = Annotated[
+    str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
+]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a minute at the start, quicker steps.")]
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs/--no-graphs", help="CUDA graphs, on a card that has them: steps several times as fast."),
+]
+Device = Annotated[str, typer.Option(metavar="cuda:1", help="Where to compute; without, the best that there is.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
+Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
+Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
+Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
+UNDONE = 3  # exit status: what was trained is there, some picture of it is not
+OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
+    (
+        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune"
+    ).split()
+)
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What a training verb returns: `main` runs it, `batch` puts it beside others."""
+
+    job: Any
+    resume: bool
+    quiet: bool
+
+
+def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
+    """What the training verbs have in common, with the settings of the method."""
+    from unbraid.runs.settings import parse_set  # it knows the methods, and they torch: the file tools do without
+
+    settings = parse_set(pairs or [])
+    for key in settings:
+        if key in common or key in OTHERS:
+            raise UsageError(
+                f"{key!r} is not a setting of the method", "--set", "It has an option of its own: see --help."
+            )
+    return {**common, **settings}
+
+
+def run_job(job: Any, resume: bool, quiet: bool) -> int:
+    """Train, and show what happens; the exit status."""
+    from unbraid.runs.job import check
+    from unbraid.runs.memory import memory_line
+    from unbraid.runs.run import run
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    if not quiet and (job.base != "icons" or job.loading.vram != "max"):
+        check(job, resume)
+        console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
+    events, made, status = run(job, resume=resume), [], 0
+    with console.status("loading", spinner="line") if not quiet else nullcontext():
+        first = next(events)
+    if not quiet:
+        console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        task = bar.add_task("training", total=first.total, loss="")
+        for event in chain((first,), events):
+            if event.step:
+                shown = event.step.index % SHOWN == 0 or event.step.figures.device.type == "cpu"
+                bar.update(task, completed=event.done)
+                if shown:
+                    bar.update(task, loss=f"loss {event.step.loss:.4f}")
+            status = UNDONE if event.undone else status
+            if event.warning:
+                bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
+            if event.file:
+                made.append(event.file)
+                bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
+    for file in _results(made):
+        print(file)
+    return status
+
+
+def _results(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if file.suffix == ".safetensors"]

@@ -1,0 +1,202 @@
+"""Adapters on a model: the layer that carries them, and who is active where."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Active, Factors, Lora
+from unbraid.core.packing import grouped, pack
+from unbraid.core.stacked import Added, stacked
+
+ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
+TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
+MOST_PROMPTS, MOST_ROWS = 8, 8  # whose keys and values are kept: 26 MB each in SDXL
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and the adapters on it."""
+
+    def __init__(self, base: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.added: Added | None = None  # what it adds at present
+        self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
+        self.adapters = nn.ModuleDict()
+        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # of a prompt: itself, its version, W0 x
+
+    @property
+    def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def factors(self) -> dict[str, Factors]:
+        """Adapter → what it has here."""
+        return cast(dict[str, Factors], dict(self.adapters.items()))
+
+    def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
+        y = self._frozen(x)
+        return y if self.added is None else self.added.to(y, x)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once. (torch.compile
+        cannot ask which tensor it has.)"""
+        if not self.own_prompt or x.requires_grad or len(x) > MOST_ROWS or torch.compiler.is_compiling():
+            return self.base(x)
+        known = self._known.get(id(x))
+        if known is None or known[0] is not x or known[1] != x._version:
+            if len(self._known) == MOST_PROMPTS:
+                self._known.clear()
+            known = self._known[id(x)] = (x, x._version, self.base(x))
+        return known[2]
+
+
+@dataclass
+class Adapters:
+    """The adapters on one model: attach, activate, detach."""
+
+    layers: dict[str, AdaptedLinear]
+    model: nn.Module
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def attach(cls, model: nn.Module, targets: str = ATTENTION) -> "Adapters":
+        """Put an empty adapted layer in the place of every linear layer whose name matches `targets`."""
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
+        if not names:
+            raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
+        return cls.attach_named(model, names)
+
+    @classmethod
+    def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
+        """The same for a list of names, all of them linear layers of `model`."""
+        layers = {}
+        for name in names:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            layers[name] = AdaptedLinear(linear, name)
+        place(model, layers)
+        return cls(layers, model)
+
+    def detach(self) -> None:
+        """Take every adapted layer out again; the model is what it was, bit for bit."""
+        place(self.model, {name: layer.base for name, layer in self.layers.items()})
+
+    def attach_again(self) -> None:
+        """Undo `detach`."""
+        place(self.model, self.layers)
+
+    def add(self, adapter: str, factors: Mapping[str, Factors], where: object = None) -> None:
+        """Add an adapter: layer name → factors. Shapes must fit; `where` names its file in an error."""
+        for name, new in factors.items():
+            base = self.layers[name].base
+            if new.down.shape[1] != base.in_features or new.up.shape[0] != base.out_features:
+                shapes = f"{tuple(new.up.shape)}·{tuple(new.down.shape)} for a layer {tuple(base.weight.shape)}"
+                raise UsageError(f"{name}: wrong shapes {shapes}", where or adapter, "It was made for another base.")
+            self.layers[name].adapters[adapter] = new.to(base.weight.device)
+        self.names.append(adapter)
+
+    def new(
+        self,
+        adapter: str,
+        rank: int,
+        rng: torch.Generator,
+        up_std: float = 0.0,
+        down_std: float | None = None,
+        within: str = "",
+    ) -> None:
+        """Add a fresh adapter on every layer, or those whose names begin with `within`. down ~ N(0, 1/r) unless its deviation
+        is given; up = 0, so that the base is unchanged, unless its deviation is given."""
+        layers = {name: layer for name, layer in self.layers.items() if name.startswith(within)}
+        if not layers:
+            raise UsageError("this base has no attention there", within, "The method needs another base.")
+        highest = min(min(layer.base.weight.shape) for layer in layers.values())
+        if not 1 <= rank <= highest:
+            raise UsageError(f"rank {rank} does not fit this base", "rank", f"Choose 1 to {highest}.")
+        made = {}
+        for name, layer in layers.items():
+            d, k = layer.base.weight.shape
+            down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
+            up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
+            made[name] = Factors(down, up)
+        self.add(adapter, made)
+
+    def of(self, adapter: str) -> dict[str, Factors]:
+        """One adapter's factors by layer name."""
+        found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
+        return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
+
+    def pack(self) -> None:
+        """Put the factors of layers of one form into one stack, which trains in their place. Anew, if their form has changed since."""
+        pack(*self._factors())
+
+    def pieces(self) -> list[dict[str, Factors]]:
+        """Adapter → what trains: for every stack of layers, or, if nothing is packed, for every layer."""
+        found = {}
+        for layer in self.layers.values():
+            some = {name: one.place.stack if one.place else one for name, one in layer.factors().items()}
+            found[tuple(id(one) for one in some.values())] = some
+        return list(found.values())
+
+    def pieces_of(self, adapter: str) -> list[Factors]:
+        return [some[adapter] for some in self.pieces() if adapter in some]
+
+    def training(self) -> list[nn.Parameter]:
+        """All parameters that train."""
+        every = [p for some in self.pieces() for one in some.values() for _, p in one.parts() if p.requires_grad]
+        return list(dict.fromkeys(every))
+
+    def constants(self) -> list[Tensor]:
+        """Keys and values of prompts that layers keep at present (see `AdaptedLinear._frozen`), and the prompts."""
+        return [one for layer in self.layers.values() for x, _, y in layer._known.values() for one in (x, y)]
+
+    def _factors(self) -> tuple[dict[str, dict[str, Factors]], frozenset[str]]:
+        layers = {name: layer.factors() for name, layer in self.layers.items()}
+        return layers, frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
+
+    def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
+        """One adapter as plain low-rank changes on the CPU, mergers folded in."""
+        return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
+
+    @contextmanager
+    def activate(
+        self, rows: Sequence[tuple[Active, ...]], prompts: Mapping[str, Float[Tensor, "n c"]] | None = None
+    ) -> Iterator[None]:
+        """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
+        checkpointing the layers run again there."""
+        if unknown := [one.adapter for row in rows for one in row if one.adapter not in self.names]:
+            there = ", ".join(self.names)
+            raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
+        before = {name: layer.added for name, layer in self.layers.items()}
+        awake = [tuple(one for one in row if one.scale) for row in rows]
+        dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
+        self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype))
+        try:
+            yield
+        finally:
+            self._add(before)
+
+    def _add(self, added: Mapping[str, Added | None]) -> None:
+        for name, layer in self.layers.items():
+            layer.__dict__["added"] = added.get(name)  # nn.Module's own way is slow, and there are hundreds
+
+
+def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in their places. Jobs that take turns on one model do it at every step: hence no walk along each name."""
+    parents: dict[str, nn.Module] = {"": model}
+    for name, module in modules.items():
+        path, _, leaf = name.rpartition(".")
+        if path not in parents:
+            parents[path] = model.get_submodule(path)
+        parents[path]._modules[leaf] = module

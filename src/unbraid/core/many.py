@@ -1,0 +1,187 @@
+"""Many jobs over one frozen base: each goes its own way, and their passes through the model are one.
+
+A job is a generator that asks for passes (`train.course`, or a whole run). It is run up to its next question with its own
+adapters in the model; then all questions are answered together, by a batch in which every row has its own job's adapters. So
+each job keeps its own random numbers, optimiser, state, penalty, hooks and clipping, and comes out as if it had run by itself, up to rounding.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Generic, TypeVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Branch
+from unbraid.core.passes import answer
+from unbraid.core.recipe import Ask, Denoiser, Recipe, Script, go_on
+from unbraid.core.train import State, Step, course
+
+T = TypeVar("T")
+MOST, SHARE = 8, 0.5  # jobs at once, beyond which little is gained (docs/batch.md); of the free memory
+Join = Callable[[Mapping[str, Denoiser]], Denoiser]  # models of several jobs → one, with prompts by JOB/ROLE
+
+
+def train_many(
+    jobs: Sequence[tuple[Denoiser, Recipe, State]], join: Join, at_once: int
+) -> Generator[tuple[int, Step | UsageError]]:
+    """`train` of several jobs, `at_once` of them at a time: (which job, its step). A job that fails ends with its error.
+    Its state may be saved when its own step comes; at other times its next samples are drawn already."""
+    for _, _, state in jobs:
+        state.adapters.detach()
+    return together([course(model, recipe, state) for model, recipe, state in jobs], join, at_once)
+
+
+def together(
+    scripts: Iterable[Script[T]], join: Join, at_once: int | None = None
+) -> Generator[tuple[int, T | UsageError]]:
+    """Run scripts, `at_once` of them at a time, or as many as there is memory for; yields (which, what it yields) and, if it
+    fails, its error. Those on one model share their passes. At the start no adapters may be in the models."""
+    waiting, alive, joint = enumerate(scripts), list[_Job[T]](), _Joint(join)
+    most, known = at_once or 1, bool(at_once)  # if not given, 1 until its passes have shown what they take
+    while True:
+        for job in alive:
+            yield from job.on()
+        alive = [job for job in alive if job.ask]
+        while len(alive) < most and (found := next(waiting, None)):
+            job = _Job(*found)
+            yield from job.on()
+            alive += [job] if job.ask else []
+        if not alive:
+            return
+        if known:
+            joint.answer(alive)
+        else:
+            most, known = room_for(alive[0].asked.adapters.model, partial(joint.answer, alive)), True
+
+
+def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
+    """How many jobs, 1 to MOST, there is memory for beside each other, by what the passes of one keep for their gradients."""
+    weights = {
+        one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())
+    }  # in fp8 they are buffers
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        passes()
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(MOST, int(SHARE * free / max(sum(seen.values()), 1))))
+
+
+@dataclass
+class _Job(Generic[T]):
+    number: int
+    script: Script[T]
+    ask: Ask | None = None
+    losses: list[Tensor] = field(default_factory=list)
+
+    @property
+    def asked(self) -> Ask:
+        assert self.ask
+        return self.ask
+
+    def on(self) -> Generator[tuple[int, T | UsageError]]:
+        """Up to its next question, or to its end."""
+        adapters = self.ask.adapters if self.ask else None
+        if adapters:
+            adapters.attach_again()
+        try:
+            said = go_on(self.script, self.losses) if self.ask else next(self.script, None)
+            while said is not None and not isinstance(said, Ask):
+                yield self.number, said
+                said = go_on(self.script, [])
+            self.ask = said
+            adapters = said.adapters if said else adapters
+        except UsageError as error:
+            self.ask = None
+            yield self.number, error
+        finally:
+            if adapters:
+                adapters.detach()
+
+
+class _Joint:
+    """What the jobs at work have in common; made anew when one comes or goes."""
+
+    def __init__(self, join: Join) -> None:
+        self.join = join
+        self.made: dict[tuple[int, ...], tuple[Denoiser, Adapters]] = {}
+
+    def answer(self, jobs: Sequence[_Job[T]]) -> None:
+        groups: dict[tuple[int, bool, int], list[_Job[T]]] = {}
+        for job in jobs:
+            tokens = max(
+                (len(one) for one in job.asked.model.prompts.values()), default=0
+            )  # long prompts: several chunks
+            groups.setdefault((id(job.asked.adapters.model), job.asked.learns, tokens), []).append(job)
+        used = [tuple(job.number for job in group) for group in groups.values()]
+        self.made = {key: made for key, made in self.made.items() if key in used}
+        for key, group in zip(used, groups.values(), strict=True):
+            if key not in self.made:
+                self.made[key] = self._make(group)
+            _answer(group, *self.made[key])
+
+    def _make(self, jobs: Sequence[_Job[T]]) -> tuple[Denoiser, Adapters]:
+        model = self.join({str(job.number): job.asked.model for job in jobs})
+        return model, common({str(job.number): job.asked.adapters for job in jobs})
+
+
+def common(jobs: Mapping[str, Adapters]) -> Adapters:
+    """The adapters of several jobs as one, by JOB/NAME, over the same factors; not in the model."""
+    names = dict.fromkeys(name for job in jobs.values() for name in job.layers)
+    made = Adapters.attach_named(next(iter(jobs.values())).model, list(names))
+    for key, job in jobs.items():
+        for name in job.names:
+            made.add(f"{key}/{name}", job.of(name))
+    made.detach()
+    return made
+
+
+def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: Adapters) -> None:
+    """All branches of all jobs in one batch per shape of latents, like ones side by side."""
+    asked = [(job, job.asked, i) for job in jobs for i in range(len(job.asked.branches))]
+    asked.sort(key=lambda one: (tuple(one[1].samples[one[2]].noisy.shape), _kind(one[1].branches[one[2]])))
+    branches = [_named(ask.branches[i], job.number) for job, ask, i in asked]
+    samples = [
+        replace(sample, prompt=f"{job.number}/{sample.prompt}") if (sample := ask.samples[i]).prompt else sample
+        for job, ask, i in asked
+    ]
+    adapters.attach_again()
+    try:
+        losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+    finally:
+        adapters.detach()
+    for job in jobs:
+        job.losses = [losses[0]] * len(job.asked.branches)
+    for (job, _, i), loss in zip(asked, losses, strict=True):
+        job.losses[i] = loss
+
+
+@lru_cache(4096)
+def _kind(branch: Branch) -> str:
+    return repr(branch)
+
+
+@lru_cache(4096)
+def _named(branch: Branch, job: int) -> Branch:
+    """The branch with the names of one job."""
+
+    def active(one: Active) -> Active:
+        return replace(
+            one, adapter=f"{job}/{one.adapter}", prompt=None if one.prompt is None else f"{job}/{one.prompt}"
+        )
+
+    teacher = branch.teacher and _named(branch.teacher, job)
+    named = tuple(active(one) for one in branch.active)
+    return replace(branch, prompt=f"{job}/{branch.prompt}", active=named, teacher=teacher)

@@ -1,0 +1,102 @@
+"""A training run as data: what every step is, and what the trainer needs of a base model."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from unbraid.core.adapters import ATTENTION, Adapters
+from unbraid.core.graphs import Graphs
+from unbraid.core.lora import Branch
+from unbraid.core.optim import Rates, adamw
+
+T = TypeVar("T")
+Shared = Literal["noise", "timestep", "crop"]
+Hook = Callable[[Adapters, int], None]
+Last = Callable[[Adapters, int], bool | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run as data. Hooks are called with the adapters and the index of the step."""
+
+    prepare: Callable[[Adapters, torch.Generator], None]  # adds the adapters
+    branches: Callable[[int], tuple[Branch, ...]]
+    rates: Rates
+    steps: int
+    shared: frozenset[Shared] = frozenset()  # what the branches of one step have in common
+    clip: float | None = 1.0  # largest norm of all gradients together
+    penalty: Callable[[Adapters, int], Tensor | None] | None = None
+    after_backward: Hook | None = None
+    after_step: Last | None = None  # True: this was the last step
+    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    in_turn: bool = False  # one optimiser step after every branch, on samples drawn together
+    fixed_teachers: bool = False  # no teacher uses what trains: all answers can be had before the first step
+    optimizer: Callable[[Adapters, Rates], torch.optim.Optimizer] = adamw
+    stop: "Stop | None" = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Early stopping: every so many steps the loss of these branches, on samples that stay the same; after `patience` times
+    without a better one the run ends, and the adapters are those of the best."""
+
+    branches: tuple[Branch, ...]
+    every: int
+    patience: int
+    samples: int = 4  # of each branch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One noisy training example (b = 1)."""
+
+    noisy: Tensor  # [1, c, h, w]
+    t: Tensor  # [1], the scheduler's training timesteps
+    target: Tensor  # as noisy: noise or velocity
+    sizes: Tensor  # [1, 6]: original height and width, crop top and left, target height and width
+    prompt: str | None = None  # role of the picture's own caption, in place of the branch's prompt
+    taught: bool = False  # the target is its teacher's answer already
+    weight: Tensor | None = (
+        None  # [1, 1, h, w], 0 to 1: how much of the loss each place of the latent has; none: all alike
+    )
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """What the trainer needs of a base model; `base.Studies` is the one for diffusers."""
+
+    prompts: Mapping[str, Tensor]  # role → [tokens, channels], for adapters that read their own prompt
+    graphs: Graphs | None  # where steps are captured and replayed; None: they run as they are
+
+    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
+
+    def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+
+    def constants(self) -> Sequence[Tensor]:
+        """What predictions read and the model may forget: a captured step keeps it alive."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a step wants to know: the losses of some branches, and, if it `learns`, their weighted gradients in the adapters."""
+
+    model: Denoiser
+    adapters: Adapters
+    branches: Sequence[Branch]
+    samples: Sequence[Sample]
+    learns: bool = True
+
+
+Script = Generator[T | Ask, list[Tensor], None]
+
+
+def go_on(script: Script[T], losses: list[Tensor]) -> T | Ask | None:
+    """Send an answer, or an empty one where nothing was asked; what comes next, None at the end."""
+    try:
+        return script.send(losses)
+    except StopIteration:
+        return None

@@ -1,0 +1,175 @@
+"""What is active, for all layers at once: factors of equal forms are gated, put side by side and cast together.
+
+A model has hundreds of adapted layers. Layer by layer, the mergers, scales and casts of small factors cost more time than the
+products with x. Here they are a few operations on stacks `[layers, shares, …]`, and a layer is left with two products. What
+adapters read from a prompt of their own does not depend on x: all of that is done here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from unbraid.core.lora import Active, Factors
+from unbraid.core.packing import Group
+
+Share = tuple[Active, ...]  # the adapters of equal rows
+Stacks = Mapping[str, Factors]  # adapter → its factors in all layers of a group
+Item = tuple[Factors, Active] | int  # an adapter in a share; or a number of ranks in which there is nothing
+Prompts = Mapping[str, Float[Tensor, "n k"]]
+EVERY = slice(None)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What one layer adds to some neighbouring rows: ((x downᵀ) ⊙ ranks) up, and what was `said`: read from own prompts. Where there are g
+    equal shares of rows, one after the other, each has its own factors."""
+
+    rows: slice
+    down: Float[Tensor, "*g r k"] | None = None
+    up: Float[Tensor, "*g r d"] | None = None
+    ranks: Float[Tensor, "*g 1 r"] | None = None
+    said: Float[Tensor, "g n d"] | None = None
+
+    def to(self, y: Float[Tensor, "b *n d"], x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
+        """y with it."""
+        if self.rows == EVERY:
+            return self._to(y, x)
+        begin, end = self.rows.start, self.rows.stop
+        return torch.cat([y[:begin], self._to(y[begin:end], x[begin:end]), y[end:]])
+
+    def _to(self, y: Tensor, x: Tensor) -> Tensor:
+        shape = y.shape
+        if self.down is not None and self.up is not None:
+            *g, _, k = self.down.shape
+            inner = torch.bmm(x.reshape(*g, -1, k), self.down.mT) if g else F.linear(x.reshape(-1, k), self.down)
+            inner = inner if self.ranks is None else inner * self.ranks
+            y = (torch.baddbmm if g else torch.addmm)(y.reshape(*g, -1, shape[-1]), inner, self.up).view(shape)
+        if self.said is not None:
+            y = (y.unflatten(0, (len(self.said), -1)) + self.said[:, None]).view(shape)
+        return y
+
+
+def stacked(
+    groups: Iterable[Group], rows: Sequence[tuple[Active, ...]], prompts: Prompts, dtype: torch.dtype
+) -> dict[str, Added]:
+    """Layer → what it adds."""
+    busy = [i for i, row in enumerate(rows) if row]
+    if not busy:
+        return {}
+    within = slice(busy[0], busy[-1] + 1) if len(busy) < len(rows) else EVERY
+    told = _shares(rows[within])
+    silent = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
+    out: dict[str, Added] = {}
+    for group in groups:
+        some = group.factors
+        shares = [
+            tuple(one for one in share if one.adapter in some) for share in (told if group.own_prompt else silent)
+        ]
+        fields: dict[str, tuple[Tensor, ...]] = {}
+        if from_x := _chosen(shares, lambda one: one.prompt is None):
+            found = {"down": _downs(some, from_x), "up": _ups(some, from_x), "ranks": _ranks(some, from_x)}
+            for key, value in found.items():
+                if value is not None:
+                    fields[key] = (value if len(from_x) > 1 else value.squeeze(1)).to(dtype).unbind(0)
+        if from_prompts := _chosen(shares, lambda one: one.prompt is not None):
+            fields["said"] = _said(some, from_prompts, prompts).to(dtype).unbind(0)
+        for i, name in enumerate(group.names if fields else ()):
+            out[name] = Added(within, **{key: value[i] for key, value in fields.items()})
+    return out
+
+
+def _shares(rows: Sequence[Share]) -> list[Share]:
+    """Neighbours that are alike are one share, where that makes equal shares."""
+    runs = [(row, len(list(same))) for row, same in groupby(rows)]
+    return [row for row, _ in runs] if len({n for _, n in runs}) == 1 else list(rows)
+
+
+def _chosen(shares: Sequence[Share], wanted: Callable[[Active], bool]) -> list[Share]:
+    """The adapters of a kind, if there are any. Where all shares have the same ones, one stands for all."""
+    chosen = [tuple(one for one in share if wanted(one)) for share in shares]
+    if not any(chosen):
+        return []
+    return chosen[:1] if len(set(chosen)) == 1 else chosen
+
+
+def _items(some: Stacks, shares: Sequence[Share]) -> tuple[list[Item], tuple[int, int]]:
+    """What is stacked, share by share, and the numbers of shares and of ranks of a share."""
+    sizes = [sum(some[one.adapter].down.shape[-2] for one in share) for share in shares]
+    most, items = max(sizes), list[Item]()
+    for share, size in zip(shares, sizes, strict=True):
+        items += [(some[one.adapter], one) for one in share]
+        items += [most - size] if size < most else []
+    return items, (len(shares), most)
+
+
+def _downs(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g r k"]:
+    items, shape = _items(some, shares)
+    layers, _, k = next(iter(some.values())).down.shape
+    like = next(iter(some.values())).down.detach()
+    return _cat([like.new_zeros(layers, one, k) if isinstance(one, int) else _down(*one) for one in items], shape)
+
+
+def _down(factors: Factors, active: Active) -> Tensor:
+    down, columns = factors.plain(active.trains)[0], factors.columns
+    if columns is None or not active.merger:
+        return down
+    return down * (columns if "merger" in active.trains else columns.detach())[:, None]
+
+
+def _ups(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g r d"]:
+    """scale · diag(g · mask) B, transposed."""
+    items, shape = _items(some, shares)
+    layers, d, _ = next(iter(some.values())).up.shape
+    like = next(iter(some.values())).up.detach()
+    return _cat([like.new_zeros(layers, one, d) if isinstance(one, int) else _up(*one) for one in items], shape)
+
+
+def _up(factors: Factors, active: Active) -> Float[Tensor, "l r d"]:
+    up, scale, channels = factors.plain(active.trains)[1].mT, active.scale * factors.scale, factors.channels
+    up = up if scale == 1 else up * scale
+    if channels is not None and "merger" not in active.trains:
+        channels = channels.detach()
+    gate = factors.gate(channels) if active.merger else None
+    return up if gate is None else up * gate[:, None]
+
+
+def _ranks(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | None:
+    items, shape = _items(some, shares)
+    found = [None if isinstance(item, int) or not item[1].merger else item[0].ranks for item in items]
+    if all(one is None for one in found):
+        return None
+    like = next(iter(some.values())).down.detach()
+    parts = []
+    for item, ranks in zip(items, found, strict=True):
+        if ranks is None:
+            parts.append(like.new_ones(len(like), item if isinstance(item, int) else item[0].down.shape[-2]))
+        else:
+            parts.append(ranks if not isinstance(item, int) and "merger" in item[1].trains else ranks.detach())
+    return _cat(parts, shape)[:, :, None]
+
+
+def _cat(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """`[l, r, …]` each → `[l, shares, ranks, …]`."""
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)).unflatten(1, shape)
+
+
+def _said(some: Stacks, shares: Sequence[Share], prompts: Prompts) -> Float[Tensor, "l g n d"]:
+    """What the adapters read from their own prompts: for each of them all layers in one product, then all of them layer by layer."""
+    up, read = _ups(some, shares), []
+    tokens = len(next(prompts[one.prompt or ""] for share in shares for one in share))
+    for share in shares:
+        parts = []
+        for one in share:
+            down, ranks = _downs(some, [(one,)]), _ranks(some, [(one,)])
+            down = down if ranks is None else down * ranks.mT
+            inner = F.linear(prompts[one.prompt or ""].to(down.dtype), down.flatten(0, 2))
+            parts.append(inner.unflatten(1, (len(up), -1)))
+        if missing := up.shape[2] - sum(one.shape[2] for one in parts):
+            parts.append(up.new_zeros(tokens, len(up), missing))
+        read.append(torch.cat(parts, 2))
+    return torch.stack(read, 1).permute(2, 1, 0, 3) @ up

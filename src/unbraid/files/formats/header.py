@@ -1,0 +1,212 @@
+"""What a LoRA file holds, from its header alone: names, shapes, dtypes, metadata. No torch, no weights read."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.gate import MAX_KEYS, check, check_size
+from unbraid.files.formats.kinds import KIND, sizes
+from unbraid.files.formats.names import KINDS, Key, split_key
+from unbraid.files.formats.recognise import Verdict, both_ways, name_in, recognise
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors file's header: key → shape, key → dtype name, and the metadata strings."""
+
+    path: Path
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The keys in order: canonical module → part → key; the keys that are not known; the kinds that are not plain LoRA."""
+
+    modules: Mapping[str, Mapping[str, str]]
+    raw: Mapping[str, str]  # canonical module → what the file calls it
+    unknown: tuple[str, ...]
+    kinds: Mapping[str, int]  # such as {"LoHa": 300}
+    twice: tuple[str, ...]  # modules that the file names in two ways
+    adapters: tuple[str, ...]  # PEFT adapter names, when there are several
+    ignored: tuple[str, ...]  # embeddings bundled with the LoRA
+    kept: tuple[str, ...]  # modules that no table knows: under the file's own names
+    verdict: Verdict
+
+
+@contextmanager
+def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
+    """A safetensors handle; every way in which the file can be bad is a `UsageError`."""
+    if path.suffix.lower() in PICKLES:
+        fix = "Such files can run any code when they are opened. Get or make a .safetensors of it."
+        raise UsageError("pickle files are not read", path, fix)
+    if not path.is_file():
+        raise UsageError(
+            "there is no such file" if not path.exists() else "not a file", path, "Give a .safetensors file."
+        )
+    try:
+        check_size(path)
+        # pread: tensors of their own, so a file that shrinks meanwhile is an error and not a crash.
+        with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
+            yield handle
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise UsageError(f"not a readable safetensors file ({_short(error)})", path, _fix(path)) from error
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file. Errors: not there, a pickle, truncated, not safetensors."""
+    with opened(path) as handle:
+        keys = list(handle.keys())
+        if len(keys) > MAX_KEYS:
+            raise UsageError(f"{len(keys)} tensors are too many for a LoRA", path, "Is it one?")
+        slices = {key: handle.get_slice(key) for key in keys}
+        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        header = Header(path, shapes, {key: part.get_dtype() for key, part in slices.items()}, handle.metadata() or {})
+    check(path, header.shapes)
+    return header
+
+
+def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
+    """Sort a header's keys by module and part; of a PEFT file with several adapters only `adapter`, if given.
+
+    Nothing is refused here: `doctor` wants to see it all."""
+    cuts: dict[str, Key] = {}
+    unknown, ignored = [], []
+    for key in header.shapes:
+        cut = split_key(key)
+        if key.startswith("bundle_emb."):
+            ignored.append(key)
+        elif not cut:
+            unknown.append(key)
+        elif not adapter or cut.adapter in ("", adapter):
+            cuts[key] = _place(cut)
+    verdict = recognise(_factors(header, cuts), header.metadata)
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    raw: dict[str, str] = {}
+    kept, twice = [], []
+    for key, cut in cuts.items():
+        name = name_in(cut.module, verdict.family)
+        if name is None:
+            name = cut.module
+            kept += [] if name in raw else [name]
+        part = key[len(cut.module) + 1 :] if cut.part in KINDS else cut.part
+        if part in modules[name] or raw.setdefault(name, cut.module) != cut.module:
+            twice.append(name)
+        modules[name][part] = key
+    twice += both_ways(modules, verdict.family)
+    adapters = tuple(dict.fromkeys(cut.adapter for cut in cuts.values() if cut.adapter))
+    kinds = Counter(kind for key, cut in cuts.items() if (kind := _kind(cut.part, header.shapes[key])))
+    if verdict.family in ("flux", "chroma"):
+        _t5(modules, raw)
+    return Catalogue(
+        modules,
+        raw,
+        tuple(unknown),
+        kinds,
+        tuple(dict.fromkeys(twice)),
+        adapters if len(adapters) > 1 else (),
+        tuple(ignored),
+        tuple(kept),
+        verdict,
+    )
+
+
+def _kind(part: str, shape: Shape) -> str:
+    """What a tensor is one of, if it is no part of a plain LoRA; a norm's own `diff` is a vector."""
+    if part == "diff" and len(shape) == 1:
+        part = "w_norm"
+    return part if part in KINDS else KIND.get(part, "")
+
+
+def _factors(header: Header, cuts: Mapping[str, Key]) -> dict[str, tuple[Shape, Shape]]:
+    """Module as the file calls it → the shapes of down and up, or what they would be of another kind; empty where there is none."""
+    modules: dict[str, dict[str, Shape]] = {}
+    for key, cut in cuts.items():
+        modules.setdefault(cut.module, {})[cut.part] = header.shapes[key]
+    out: dict[str, tuple[Shape, Shape]] = {}
+    for module, parts in modules.items():
+        size = sizes(parts)
+        out[module] = ((1, size[1]), (size[0], 1)) if size else (parts.get("down", ()), parts.get("up", ()))
+    return out
+
+
+def _place(cut: Key) -> Key:
+    """XLabs' processors hold the image's and the text's half of one attention: the module's name without them."""
+    module, part = cut.module, cut.part
+    stem, found, leaf = module.rpartition(".processor.")
+    if part in ("down1", "up1", "down2", "up2"):
+        return replace(cut, module=f"{stem}.{'img' if part[-1] == '1' else 'txt'}_attn.{leaf}", part=part[:-1])
+    if found and stem.rpartition(".")[0].endswith("single_blocks"):
+        return replace(cut, module=f"{stem}.{ {'qkv': 'linear1', 'proj': 'linear2'}.get(leaf, leaf) }")
+    return cut
+
+
+def _t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
+    """Flux's T5 is `te3` to kohya's tools and `text_encoder_2` to diffusers."""
+    for name in [name for name in modules if name.startswith("text_encoder_3.")]:
+        renamed = name.replace("text_encoder_3.", "text_encoder_2.", 1)
+        modules[renamed], raw[renamed] = modules.pop(name), raw.pop(name)
+
+
+def check_readable(header: Header, found: Catalogue) -> None:
+    """Errors: the reasons not to read a file, one clear line each."""
+    where = header.path
+    if found.adapters:
+        names = ", ".join(found.adapters[:5])
+        raise UsageError(f"the file holds several adapters: {names}", where, "Say which one to read.")
+    if strange := {kind: n for kind, n in found.kinds.items() if kind in KINDS}:
+        kinds = ", ".join(f"{kind} ({n} tensors)" for kind, n in strange.items())
+        fix = "LoRA, LoCon, LoHa, LoKr, DoRA and full changes are read; train or export it as one of them."
+        raise UsageError(f"not a LoRA that is read: {kinds}", where, fix)
+    if found.unknown:
+        what = f"{len(found.unknown)} tensors are no part of a LoRA, such as {found.unknown[0][:80]!r}"
+        raise UsageError(what, where, "Give a LoRA file.")
+    if found.twice:
+        what = f"{found.verdict.family}: {len(found.twice)} modules twice (in two names, or fused and split): {found.twice[0]}"
+        raise UsageError(what, where, "Save it again, each module once.")
+    if not found.modules:
+        raise UsageError("there is no LoRA in it", where, "Give a LoRA file.")
+
+
+def adapter_metadata(header: Header) -> dict[str, Any]:
+    """PEFT's settings as diffusers stores them: `unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, …"""
+    text = header.metadata.get("lora_adapter_metadata")
+    beside = header.path.with_name("adapter_config.json")  # a PEFT folder
+    try:
+        if text is None and header.path.name == "adapter_model.safetensors" and beside.is_file():
+            text = beside.read_text()
+        found = json.loads(text) if text else {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise UsageError("the adapter's settings are not JSON", header.path, "Save the LoRA again.") from error
+    if not isinstance(found, dict):
+        raise UsageError("the adapter's settings are not a JSON object", header.path, "Save the LoRA again.")
+    return found
+
+
+def _short(error: BaseException) -> str:
+    return (
+        str(error).removeprefix("Error while deserializing header: ").splitlines()[0][:100] if str(error) else "empty"
+    )
+
+
+def _fix(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError:
+        return "Check that you may read it."
+    # a safetensors file begins with its header's length, eight bytes of which the last ones are 0
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and (start[2:3] == b"\x95" or any(start[4:]))):
+        return "It is a pickle under another name, which can run any code: get a real .safetensors."
+    return "The download may be incomplete: get it again."

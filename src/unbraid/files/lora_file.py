@@ -1,0 +1,140 @@
+"""LoRA files: every dialect in, kohya or diffusers out; exact, checked after each save, never half-written.
+
+    lora = read("style.safetensors")            # LoraFile(modules, metadata, family)
+    write("out.safetensors", lora.modules, family=lora.family)
+
+A module's change is alpha / r · up @ down. What differs from other tools: every alpha is honoured (diffusers
+ignores one that differs between modules), and one alpha is written for the whole file, so all tools agree.
+"""
+
+import os
+from collections.abc import Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.files.changes import STRICT, Ways, take
+from unbraid.files.formats.blocks import Family
+from unbraid.files.formats.encode import Dialect, encode, vector_tensors
+from unbraid.files.formats.fused import fuse, split
+from unbraid.files.formats.header import (
+    catalogue,
+    read_header,
+)
+from unbraid.files.formats.metadata import data_hash, stamp
+from unbraid.files.formats.weights import bits
+from unbraid.files.opened import opened_lora
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA in memory: module name → factors, the file's metadata, and its base's family. Names that no table knows are the
+    file's own."""
+
+    modules: dict[str, Lora]
+    metadata: dict[str, str]
+    family: Family
+    bundled: Mapping[str, Tensor] = field(default_factory=dict)  # trained embeddings, OneTrainer's `bundle_emb.…`
+    # MODULE.diff_b, .w_norm, .b_norm: changes of biases and norms
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)  # modules of other kinds → ‖ΔW − BA‖ / ‖ΔW‖
+
+
+def read(path: str | Path, adapter: str | None = None, ways: Ways = STRICT) -> LoraFile:
+    """Read a LoRA of any dialect; `adapter` picks one where a PEFT file holds several.
+
+    Tensors keep the file's dtype (8-bit floats become fp16). LoHa, LoKr, full changes and DoRA become factors: see
+    `unbraid.files.changes`. Errors: `UsageError` for a file that is not there, is a pickle, is damaged, holds NaN, keys that
+    are not known, or what no LoRA can hold, unless `ways` lets it.
+    """
+    modules: dict[str, Lora] = {}
+    vectors: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    with opened_lora(path, adapter) as file:
+        for name in file.found.modules:
+            taken = take(file, name, ways)
+            vectors |= {f"{name}.{part}": tensor for part, tensor in taken.vectors.items()}
+            if taken.lora:
+                modules |= split(name, taken.lora, file.family)
+            if taken.error is not None:
+                errors[name] = taken.error
+        bundled = {key: file.handle.get_tensor(key) for key in file.found.ignored}
+        return LoraFile(modules, dict(file.header.metadata), file.family, bundled, vectors, errors)
+
+
+def write(
+    path: str | Path,
+    modules: Mapping[str, Lora],
+    *,
+    family: Family,
+    dialect: Dialect = "kohya",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = torch.float16,
+    vectors: Mapping[str, Tensor] | None = None,
+    bundled: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a LoRA file: under a temporary name, read back and compared bit by bit, then moved into place.
+
+    `bundled` tensors are stored as they are; `vectors`: see `LoraFile`. `dtype=None` keeps each tensor's own, and fp32 where
+    a factor must be scaled and the product is not exact.
+    Errors: `UsageError` for NaN, values beyond the dtype, a full disk, a folder that cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UsageError("LoRAs are written as .safetensors", path, f"Name it {path.with_suffix('.safetensors').name}.")
+    if not modules and not vectors:
+        raise UsageError("there is nothing to write: the LoRA has no modules", path)
+    modules = fuse(modules, family) if dialect == "kohya" else modules
+    tensors, strings = encode(modules, family, dialect, metadata or {}, dtype)
+    tensors |= vector_tensors(vectors or {}, family, dialect, dtype)
+    tensors |= bundled or {}
+    names = {*modules, *(key.rpartition(".")[0] for key in vectors or {})}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
+        save_file(tensors, temporary, strings)
+        temporary.chmod(mode)
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(data_hash, temporary)
+            _compare(temporary, tensors, names)
+        stamp(temporary, digest.result())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Set[str]) -> None:
+    """What is on the disk is what was meant, and every key finds its module again."""
+    header = read_header(path)
+    found = catalogue(header)
+    if found.unknown or found.twice or set(found.modules) != modules:
+        strange = [*found.unknown, *sorted(set(found.modules) ^ modules)]
+        raise UsageError(
+            "the names do not survive a round trip", strange[0] if strange else path, "Please report this."
+        )
+    with bits(header) as stored:
+        for key, tensor in tensors.items():
+            if header.shapes[key] != tuple(tensor.shape) or not _same(stored(key), tensor):
+                raise UsageError("reading it back gave other values", f"{path}: {key}", "Check the disk.")
+
+
+def _same(stored: NDArray[np.unsignedinteger], tensor: Tensor) -> bool:
+    """Bit by bit, in numpy: three times as fast as torch.equal, and without a copy of what is on the disk."""
+    return np.array_equal(stored, tensor.flatten().view(BITS[tensor.element_size()]).numpy().view(stored.dtype))

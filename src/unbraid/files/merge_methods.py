@@ -1,0 +1,181 @@
+"""The merging methods, each for one module: all LoRAs' shares of it → one. Imports torch alone.
+
+Every method takes the module's name, its parts and the wanted size; settings are keyword-only, with defaults.
+ties, dare and prune are defined by the entries of ΔW, so they form it, one module at a time; the others do not.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unbraid.core.lora import Lora
+from unbraid.core.lowrank import (
+    delta,
+    from_dense,
+    matrices,
+    outside,
+    shaped,
+    times_power_of_two,
+    truncate,
+    wide,
+    wide_pair,
+)
+
+CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."  # B-LoRA, arXiv 2403.14572
+
+
+@dataclass(frozen=True)
+class Part:
+    """One LoRA's share of a module; `source` is its place in the list of LoRAs, from the end: -1 is the last."""
+
+    lora: Lora
+    weight: float
+    source: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """The wanted size of the result: a rank, or the share of the energy to keep; neither: exact, or as concat's."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+Made = tuple[Lora, float] | None  # the module and the share kept; None: left out
+Method = Callable[..., Made]
+
+
+def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
+    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r relative to the first LoRA's into up, the first's into alpha. LoRAs
+    of one down (styles of `pair` in one slot) keep it, and their ups are added. Truncated by QR-SVD if a size is asked for."""
+    if len(parts) == 1:
+        lora = parts[0].lora
+        joined = Lora(lora.down, lora.up, lora.alpha * parts[0].weight)
+    else:
+        downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
+        first = _strength(parts[0])  # into alpha: LoRAs of one strength are joined as they are
+        scaled = [_times(up, _strength(part) / first) for up, part in zip(ups, parts, strict=True)]
+        if one_down(downs):
+            down, up = downs[0], torch.stack(_promoted([wide(one) for one in scaled])).sum(0)
+        else:
+            down, up = torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1)
+        joined = shaped(down, up, first * len(down), parts[0].lora)
+    return (joined, 1.0) if size == Size() else truncate(joined, size.rank, size.energy)
+
+
+def ties(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
+    """TIES (arXiv 2306.01708) on the entries of w ΔW: trim, elect the sign of the sum, mean of those that agree."""
+    merged = _elect(torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])))
+    return _factored(name, merged, parts, size)
+
+
+def dare(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, seed: int = 0) -> Made:
+    """DARE (arXiv 2311.03099): keep each entry with probability `density`, divide by it, sum. Seeded per module."""
+    total = torch.zeros(())
+    for part in parts:
+        rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.source} {name}".encode()))
+        full = delta(part.lora)
+        kept = torch.rand(full.shape, generator=rng) < density
+        total = total + full * kept * (part.weight / density)
+    return _factored(name, total, parts, size)
+
+
+def prune(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
+    """Σ w of each ΔW's `density` largest entries (ZipLoRA's observation: 80 % can go, arXiv 2311.13600)."""
+    total = torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])).sum(0)
+    return _factored(name, total, parts, size)
+
+
+def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
+    """KnOTS (arXiv 2410.19735): TIES in the shared left basis U of [ΔW_1 | ΔW_2 | …]; exactly of rank ≤ Σ r."""
+    downs, ups = zip(*(wide_pair(part.lora) for part in parts), strict=True)
+    downs, ups = _promoted(downs + ups)[: len(parts)], _promoted(downs + ups)[len(parts) :]
+    basis, r = torch.linalg.qr(torch.cat(ups, 1))
+    scales = [part.lora.alpha / len(part.lora.down) for part in parts]
+    ranks = [len(down) for down in downs]
+    tasks = [block @ down * s for block, down, s in zip(r.split(ranks, 1), downs, scales, strict=True)]
+    turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[0]  # U of the small [Rᵀ side], not of d×k
+    merged = _elect(
+        torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
+    )
+    lora = shaped(merged, basis @ turn, float(len(merged)), parts[0].lora)
+    return (lora, 1.0) if size == Size() else truncate(lora, size.rank, size.energy)
+
+
+def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) -> Made:
+    """NP-LoRA (arXiv 2511.11051): the last LoRA is the style, whose input subspace Q (A_sᵀ = QR) is protected:
+    ΔW = ΔW_s + Σ ΔW_c (I − μ/(1+μ) QQᵀ). μ = 0.5 as published; a large μ is the hard projection."""
+    style = next((part for part in parts if part.source == -1), None)
+    if style is None:
+        return concat(name, parts, size)
+    protected = wide_pair(style.lora)[0]
+    projected = []
+    for part in parts:
+        if part is not style:
+            down, up = wide_pair(part.lora)
+            part = Part(shaped(outside(down, protected, mu), up, part.lora.alpha, part.lora), part.weight, part.source)
+        projected.append(part)
+    return concat(name, projected, size)
+
+
+def blocks(name: str, parts: Sequence[Part], size: Size) -> Made:
+    """B-LoRA's union: of all LoRAs but the last the content block (OUT00), of the last one the style block (OUT01)."""
+    mine = [part for part in parts if (STYLE_BLOCK if part.source == -1 else CONTENT_BLOCK) in name]
+    return concat(name, mine, size) if mine else None
+
+
+METHODS: dict[str, Method] = {
+    "concat": concat,
+    "ties": ties,
+    "dare": dare,
+    "prune": prune,
+    "knots": knots,
+    "np-lora": np_lora,
+    "blocks": blocks,
+}
+
+
+def one_down(downs: Sequence[Tensor]) -> bool:
+    """Whether several LoRAs read a layer's input through the very same rows."""
+    return all(other.shape == downs[0].shape and torch.equal(other, downs[0]) for other in downs[1:])
+
+
+def _strength(part: Part) -> float:
+    return part.weight * part.lora.alpha / len(part.lora.down)
+
+
+def _times(up: Tensor, factor: float) -> Tensor:
+    quick = times_power_of_two(up, factor)
+    return wide(up) * factor if quick is None else quick
+
+
+def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _trim(full: Tensor, density: float) -> Tensor:
+    """The entries whose magnitude is among the `density` largest; the others 0."""
+    keep = max(round(density * full.numel()), 1)
+    if keep == full.numel():
+        return full
+    sizes = full.abs()
+    floor = sizes.flatten().kthvalue(full.numel() - keep + 1).values
+    return full * (sizes >= floor)
+
+
+def _elect(weighted: Tensor) -> Tensor:
+    """`[n, …]` → mean, at each entry, of the non-zero ones that have the sign of the sum."""
+    agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
+    return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def _factored(name: str, merged: Tensor, parts: Sequence[Part], size: Size) -> tuple[Lora, float]:
+    """A dense result as factors; without a size, of the rank that concat would have."""
+    rank = size.rank if size != Size() else min(sum(len(part.lora.down) for part in parts), *merged.shape)
+    return from_dense(merged, parts[0].lora, rank, size.energy, zlib.crc32(name.encode()))

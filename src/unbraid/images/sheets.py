@@ -1,0 +1,79 @@
+"""Pictures for people: labelled contact sheets and the loss curve."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from unbraid.common.atomic import atomic
+
+GAP = 6  # pixels between pictures
+PAPER, INK = "white", "#333333"
+
+
+def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], cell: int = 128) -> Image.Image:
+    """Rows of captioned pictures, each row under its title. Small pictures are enlarged without smoothing
+    only when that is a whole factor, so that pixels stay honest."""
+    font = ImageFont.load_default(13)
+    columns = max(len(cells) for _, cells in rows)
+    row_height = 22 + cell + 20
+    sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + len(rows) * row_height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for r, (title, cells) in enumerate(rows):
+        top = GAP + r * row_height
+        pen.text((GAP, top), _plain(title), INK, font)
+        for c, (label, picture) in enumerate(cells):
+            left = GAP + c * (cell + GAP)
+            sheet.paste(_scaled(picture, cell), (left, top + 22))
+            pen.text((left, top + 22 + cell + 2), _short(label, pen, font, cell), INK, font)
+    return sheet
+
+
+def _scaled(picture: Image.Image, cell: int) -> Image.Image:
+    ratio = cell / max(picture.size)
+    size = (max(1, round(picture.width * ratio)), max(1, round(picture.height * ratio)))
+    whole = ratio == int(ratio)
+    scaled = picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (cell, cell), PAPER)
+    square.paste(scaled, ((cell - scaled.width) // 2, (cell - scaled.height) // 2))
+    return square
+
+
+def _short(label: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    label = _plain(label)
+    if pen.textlength(label, font) <= width:
+        return label
+    while label and pen.textlength(label + "…", font) > width:
+        label = label[:-1]
+    return label.rstrip() + "…"
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what no font can measure: file names hold anything."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
+
+
+def save_image(picture: Image.Image, path: Path) -> Path:
+    with atomic(path) as part:
+        picture.save(part)
+    return path
+
+
+def loss_plot(losses: Sequence[float], path: Path) -> Path:
+    """The loss over steps: every value, and a running mean over a twentieth of the run."""
+    from matplotlib.figure import Figure
+
+    span = max(1, len(losses) // 20)
+    sums = [0.0]
+    for loss in losses:
+        sums.append(sums[-1] + loss)
+    smooth = [(sums[i + 1] - sums[max(0, i + 1 - span)]) / min(i + 1, span) for i in range(len(losses))]
+    figure = Figure((7, 3.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(losses, color="#c8d3e6", linewidth=0.8, label="step")
+    axes.plot(smooth, color="#1f4e9c", linewidth=1.6, label=f"mean of {span}")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(frameon=False)
+    with atomic(path) as part:
+        figure.savefig(part)
+    return path

@@ -1,0 +1,135 @@
+"""Several runs in one process: each in its own folder, as if alone, and their passes through a common base together."""
+
+import copy
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unbraid.bases.base import Base, joined, load
+from unbraid.bases.presets import Loading
+from unbraid.common.atomic import read_toml
+from unbraid.common.errors import UsageError
+from unbraid.core.many import together
+from unbraid.core.recipe import Script
+from unbraid.runs import folder
+from unbraid.runs.job import Job, Progress
+from unbraid.runs.run import script
+from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
+
+FAULTS = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError)
+
+
+def batch(
+    jobs: Sequence[Job], *, at_once: int | None = None, resume: bool = False, device: str | None = None
+) -> list[Path]:
+    """Train independent jobs into their folders; returns these. `at_once`: how many at a time, by default as many as there is
+    memory for, up to 8. A run that fails leaves the others alone; at the end UsageError says which did."""
+    failed = list[UsageError]()
+    for which, event in run_many(jobs, at_once, resume, device):
+        if isinstance(event, UsageError):
+            failed.append(event)
+        elif event.undone:
+            warnings.warn(f"{jobs[which].out}: {event.warning}", RuntimeWarning, stacklevel=2)
+    if failed:
+        raise UsageError(f"{len(failed)} of {len(jobs)} runs failed", "batch", f"The first: {failed[0]}")
+    return [job.out for job in jobs]
+
+
+def run_many(
+    jobs: Sequence[Job], at_once: int | None = None, resume: bool = False, device: str | None = None
+) -> Generator[tuple[int, Progress | UsageError]]:
+    """`run` of several jobs: (which, what happens), and the error of one that fails. With `resume` those that are done are left
+    alone, and those that were not begun begin."""
+    distinct(jobs)
+    if at_once is not None and at_once < 1:
+        raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
+
+    @cache
+    def opened(name: str, loading: Loading) -> Base:
+        return load(name, device, loading)
+
+    def find(job: Job) -> Base:
+        """The common base, of which a run can release its text encoders while others still need them."""
+        base = copy.copy(opened(job.base, job.loading))
+        base.pipe = copy.copy(base.pipe)
+        return base
+
+    return _told([_script(job, resume, find) for job in jobs], at_once)
+
+
+def distinct(jobs: Sequence[Job]) -> None:
+    """UsageError for two jobs with one folder."""
+    seen: dict[Path, int] = {}
+    for i, job in enumerate(jobs):
+        if (other := seen.setdefault(job.out.resolve(), i)) != i:
+            raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
+
+
+def _told(scripts: Sequence[Script[Progress]], at_once: int | None) -> Generator[tuple[int, Progress | UsageError]]:
+    try:
+        yield from together(scripts, joined, at_once)
+    except torch.OutOfMemoryError as error:
+        fix = "Give a lower --at-once, and --resume."
+        raise UsageError("there is not enough memory for so many runs at once", "batch", fix) from error
+
+
+def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
+    try:
+        yield from script(job, resume and (job.out / folder.RECORD).exists(), find)
+    except FAULTS as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UsageError(
+            what, job.out, "The other runs go on. By itself it says more: `unbraid batch`, with its run.toml."
+        ) from error
+
+
+class _Record(BaseModel):
+    """What a run.toml must hold."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    method: str
+    base: str
+    seed: int
+    previews: int
+    words: dict[str, str]
+    images: dict[str, list[str]]
+    loras: dict[str, str] = {}
+    captions: dict[str, str] = {}
+    vae: str = ""
+    prediction: str = ""
+    vram: str = "max"
+    compile: bool = False
+    graphs: bool = True
+    device: str = ""
+    thumbnail: bool = True
+    metadata: bool = True
+
+
+def recorded(file: Path) -> Job:
+    """The job of a run.toml, in that file's folder. UsageError if it is no such file."""
+    fix = "Give the run.toml of a run's folder."
+    try:
+        table = _Record(**read_toml(file, fix))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"this is no whole run.toml ({'.'.join(map(str, first['loc']))[:80]}: {first['msg']})"
+        raise UsageError(what, file, fix) from error
+    return Job(
+        table.method,
+        {role: tuple(map(Path, paths)) for role, paths in table.images.items()},
+        table.words,
+        file.parent,
+        resolve(table.method, table.base, file, {}),
+        table.base,
+        counted("seed", table.seed, SEEDS),
+        counted("previews", table.previews, PREVIEWS),
+        {role: Path(path) for role, path in table.loras.items()},
+        {Path(path): text for path, text in table.captions.items()},
+        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device),
+        thumbnail=table.thumbnail,
+        metadata=table.metadata,
+    )

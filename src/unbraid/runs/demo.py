@@ -1,0 +1,60 @@
+"""The demo: a picture that the embedded base has never seen, split, and used in every way."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from PIL import Image
+
+from unbraid.bases.base import load
+from unbraid.images import sheets as pictures
+from unbraid.images.crop import open_image
+from unbraid.runs.api import split_job
+from unbraid.runs.job import RARE, Job
+from unbraid.sampling.render import OWN, Use, render
+
+SUBJECT, STYLE = "fox", "line art"
+STYLES = ("cartoon", "flat", "glossy", "sepia")
+SUBJECTS = ("teapot", "strawberry", "panda", "dragon")
+NEXT = 'unbraid generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
+
+
+def image() -> Path:
+    return Path(str(files("unbraid.bases").joinpath("icons", "example.png")))
+
+
+def job(out: Path) -> Job:
+    return split_job(image(), subject=SUBJECT, style=STYLE, out=out)
+
+
+def sheet(out: Path) -> Path:
+    """Draw with the two LoRAs in `out`: the subject in other styles, other subjects in its style, and both."""
+    base, content, style = load("icons"), out / "content.safetensors", out / "style.safetensors"
+
+    def draw(prompt: str, *uses: Use) -> tuple[str, Image.Image]:
+        return prompt, render(base, prompt, uses)[0]
+
+    both = f"a {RARE} {SUBJECT} in {STYLE} style"
+    rows = [
+        (
+            "the input, which the base has never seen, and what the base alone makes of the prompt",
+            [("input", open_image(image())), draw(both)],
+        ),
+        (
+            "content LoRA: its subject in other styles",
+            [draw(f"a {RARE} {SUBJECT} in {other} style", Use(content)) for other in STYLES],
+        ),
+        (
+            "style LoRA: other subjects in its style",
+            [draw(f"a {other} in {STYLE} style", Use(style)) for other in SUBJECTS],
+        ),
+        (
+            "both LoRAs, each reading its own prompt",
+            [
+                (f"seed {i}", picture)
+                for i, picture in enumerate(
+                    render(base, both, (Use(content, prompt=OWN), Use(style, prompt=OWN)), seeds=range(4))
+                )
+            ],
+        ),
+    ]
+    return pictures.save_image(pictures.contact_sheet(rows, cell=192), out / "demo.png")

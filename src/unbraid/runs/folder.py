@@ -1,0 +1,184 @@
+"""The run folder: what is written there."""
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
+
+from unbraid.common.atomic import atomic, read_toml
+from unbraid.common.errors import UsageError
+
+HOW = "vram compile graphs device thumbnail metadata".split()  # may change when a run goes on
+RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
+DIGEST = "sha256"  # of the saved state, in its header
+
+
+def write_record(out: Path, record: Mapping[str, Any]) -> None:
+    """run.toml: everything resolved, readable by people and by `--config`."""
+    with atomic(out / RECORD) as part:
+        part.write_text(to_toml(record), "utf-8")
+
+
+def to_toml(record: Mapping[str, Any]) -> str:
+    """UsageError for text that is none: half of a surrogate pair, as in file names of another encoding."""
+    try:
+        text = tomli_w.dumps(record)
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"a word or a name that is no Unicode text: {error.object[:200]!r}"
+        raise UsageError(what, RECORD, "Rename it, or write it anew.") from error
+    return text
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One run at a time works in a folder; UsageError where another one does. What killed runs left half-written is removed."""
+    lock = FileLock(out / LOCK, thread_local=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        fix = "Wait until it is done, or choose another --out."
+        raise UsageError("another run is at work in this folder", out, fix) from error
+    except OSError as error:
+        raise UsageError(f"cannot be written ({error.strerror})", out, "Choose another folder or make room.") from error
+    try:
+        for part in out.glob(".*.part*"):
+            with suppress(OSError):
+                part.unlink()
+        yield
+    finally:
+        with suppress(OSError):
+            (out / LOCK).unlink()  # filelock notices where another process has opened it already
+        lock.release()
+
+
+def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
+    """Make `out` this run's folder. A folder of another run is refused, unless it is being resumed."""
+    claimable(out, record, resume)
+    write_record(out, record)
+
+
+def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
+    """UsageError if `claim` would refuse the folder."""
+    there = out / RECORD
+    try:
+        begun, in_the_way = there.exists(), out.exists() and not out.is_dir()
+    except OSError as error:
+        raise UsageError(f"cannot be used ({error.strerror})", out, "Choose another --out.") from error
+    if in_the_way:
+        raise UsageError("is a file, not a folder", out, "Choose another --out.")
+    if resume and not begun:
+        raise UsageError("there is no run to resume here", out, "Start it without --resume.")
+    wanted = tomllib.loads(to_toml(record))
+    if resume and (other := difference(read_toml(there, "Start anew in another folder."), wanted)):
+        fix = f"Use the settings of {there}, or start anew in another folder."
+        raise UsageError(f"the run in this folder has other settings: {other}", out, fix)
+    if begun and not resume:
+        raise UsageError(
+            "this folder holds a run already", out, "Add --resume to go on with it, or choose another --out."
+        )
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first thing that two records differ in, in words: `style: 'ink' there, 'oil' here`."""
+    for key in dict.fromkeys((*there, *here)):
+        one, other = there.get(key), here.get(key)
+        if one == other or key in HOW:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            return difference(one, other)
+        return f"{key[:60]}: {_short(one)} there, {_short(other)} here"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) < 60 else f"{text[:50]} …"
+
+
+def save_state(out: Path, tensors: Mapping[str, Tensor]) -> None:
+    with atomic(out / STATE) as part:
+        save_file(dict(tensors), part, {DIGEST: _digest(tensors)})
+
+
+def load_state(out: Path) -> dict[str, Tensor] | None:
+    """The last saved state; None if the run was killed before the first one. UsageError if it is not as it was saved."""
+    path = out / STATE
+    if not path.exists():
+        return None
+    fix = "Delete it to start this run from its beginning."
+    try:
+        with safe_open(path, "pt") as file:
+            found, digest = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(DIGEST)  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"is damaged ({error})", path, fix) from error
+    if digest is None:
+        raise UsageError("was not saved by this unbraid: it has no checksum", path, fix)
+    if digest != _digest(found):
+        raise UsageError("is damaged: its checksum is another one", path, fix)
+    return found
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        found.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return found.hexdigest()
+
+
+class Events:
+    """events.jsonl: one line per training step. Lines after the resumed step are dropped."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        self.path = out / EVENTS
+        kept = [event for event in read_events(out) if event["step"] < step]
+        with atomic(self.path) as part:
+            part.write_text("".join(json.dumps(event) + "\n" for event in kept), "utf-8")
+        self.waiting: list[dict[str, Any]] = []
+
+    def add(self, **event: Any) -> None:
+        """Values can be tensors: they are read when the file is written, so that an accelerator is not waited for."""
+        self.waiting.append(event)
+
+    def flush(self) -> None:
+        """Append what was added since the last flush: whole lines, or none of them. Raises UsageError on a full disk."""
+        data = "".join(json.dumps(one, default=Tensor.tolist) + "\n" for one in self.waiting).encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    written = 0
+                    while written < len(data):
+                        written += file.write(data[written:]) or 0
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise UsageError(f"cannot be written ({error.strerror})", self.path, "Make room, then --resume.") from error
+        self.waiting.clear()
+
+
+def read_events(out: Path) -> list[dict[str, Any]]:
+    """The lines of events.jsonl that tell of a step; damaged ones are passed over."""
+    path = out / EVENTS
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("loss"), float):
+                found.append(event)
+    return found

@@ -1,0 +1,139 @@
+"""What a run is asked to do, and what it says of itself: run.toml and the metadata of its LoRAs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from PIL import Image
+
+from unbraid.bases.presets import AS_IT_IS, Loading
+from unbraid.common.atomic import sha256
+from unbraid.common.errors import UsageError
+from unbraid.core.train import Step
+from unbraid.files.formats.metadata import card
+from unbraid.images.crop import check_size, open_image
+from unbraid.methods import METHODS
+from unbraid.runs import folder
+from unbraid.runs.settings import Settings
+
+RARE = "sks"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do, fully resolved: everything that run.toml says."""
+
+    method: str
+    images: Mapping[str, tuple[Path, ...]]  # role → files
+    words: Mapping[str, str]  # what fills the prompt templates
+    out: Path
+    settings: Settings
+    base: str = "icons"
+    seed: int = 0
+    previews: int = 3  # preview sheets during training; 0: no pictures at all
+    loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
+    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, where it has any
+    loading: Loading = AS_IT_IS
+    thumbnail: bool = True  # in the LoRAs, of the first picture
+    metadata: bool = True  # in the LoRAs, of the training: prompts, settings, base
+    told: tuple[str, ...] = field(default=(), compare=False)  # what is to be said before it begins
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One thing that happened: a training step, a file that is there now, or something to be told; `undone`: that a picture for
+    people could not be made, while the training goes on or is done."""
+
+    done: int
+    total: int
+    step: Step | None = None
+    file: Path | None = None
+    warning: str = ""
+    undone: bool = False
+
+
+def prompts_of(job: Job) -> dict[str, str]:
+    """Role → prompt, from the method's templates."""
+    words = {"rare": RARE, **job.words}
+    for name, value in words.items():
+        if not value.strip():
+            raise UsageError("is empty", f"--{name.replace('_', '-')}", "Say in a word or two what it is.")
+    templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.words}
+    known = {role: text for role, text in templates.items() if all(name in words for name in _fields(text))}
+    return {role: template.format(**words) for role, template in known.items()}
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def check(job: Job, resume: bool) -> None:
+    """UsageError for what can be known to be wrong before anything is loaded: words, pictures, the folder."""
+    texts = prompts_of(job)
+    opened = opened_images(job)
+    for role, images in opened.items():
+        for image, path in zip(images, job.images[role], strict=True):
+            check_size(image, path)
+    METHODS[job.method].check(opened, job.images)
+    folder.claimable(job.out, record(job, texts), resume)
+
+
+def opened_images(job: Job) -> dict[str, list[Image.Image]]:
+    return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+
+
+def finished(job: Job) -> bool:
+    """Whether a run's folder has all its LoRAs, and nothing to go on from."""
+    stems = METHODS[job.method].outputs(job.settings)
+    there = all((job.out / f"{stem}.safetensors").exists() for stem in stems)
+    return there and not (job.out / folder.STATE).exists()
+
+
+def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
+    """run.toml. Its method table can be given back as --config."""
+    images = {role: [str(path) for path in paths] for role, paths in job.images.items()}
+    hashes = {role: [sha256(path) for path in paths] for role, paths in job.images.items()}
+    hashes |= {f"lora {role}": [sha256(path)] for role, path in job.loras.items()}
+    return {
+        "unbraid": version("unbraid"),
+        "method": job.method,
+        "base": job.base,
+        **{key: value for key, value in asdict(job.loading).items() if value != getattr(AS_IT_IS, key)},
+        "seed": job.seed,
+        "previews": job.previews,
+        **{name: False for name in ("thumbnail", "metadata") if not getattr(job, name)},
+        "words": dict(job.words),
+        "images": images,
+        "sha256": hashes,
+        **({"loras": {role: str(path) for role, path in job.loras.items()}} if job.loras else {}),
+        **({"captions": {str(path): text for path, text in job.captions.items()}} if job.captions else {}),
+        "prompts": dict(texts),
+        job.method: dict(job.settings),
+    }
+
+
+def metadata(
+    job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, str], shown: Image.Image | None
+) -> dict[str, str]:
+    """What the file says of itself, in the keys that other tools read (ss_*, ModelSpec) and our own."""
+    if not job.metadata:
+        return {}
+    base = Path(job.base).name if Path(job.base).exists() else job.base  # of what is on this machine, the name alone
+    return {
+        **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.thumbnail else None),
+        "modelspec.date": datetime.now(UTC).date().isoformat(),
+        "ss_output_name": stem,
+        "ss_sd_model_name": base,
+        "ss_seed": str(job.seed),
+        "ss_steps": str(steps),
+        "unbraid.method": job.method,
+        "unbraid.prompt": prompt,
+        "unbraid.base": base,
+        **({"unbraid.style": job.words["style"]} if METHODS[job.method].prompts and "style" in job.words else {}),
+        "unbraid.settings": json.dumps(job.settings),
+    }

@@ -1,0 +1,191 @@
+"""Break-for-Make's verbs: content and style modules, learned apart, and put together at will (`unbraid.methods.b4m`)."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unbraid.bases.base import load
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Lora
+from unbraid.files.formats.metadata import card
+from unbraid.files.lora_file import read, write
+from unbraid.images import sheets as pictures
+from unbraid.images.captions import captions_of
+from unbraid.images.folders import Found, look
+from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
+from unbraid.runs.api import finish, job
+from unbraid.runs.job import Job
+from unbraid.sampling.render import Use, own_prompt, render
+
+
+@dataclass(frozen=True)
+class Module:
+    """A file that `break` wrote."""
+
+    path: Path
+    kind: Kind
+    base: str
+    family: Any
+    prompt: str
+    cut: Mapping[str, Any]
+    loras: Mapping[str, Lora]
+
+
+def break_module(images: str | Path | Sequence[str | Path], **options: Any) -> Path:
+    """Images of one content or style → `module.safetensors`; returns the run folder. Options as in `break_job`."""
+    return finish(break_job(images, **options))
+
+
+def make(
+    content: str | Path, style: str | Path, *, fine_tune: int | None = None, out: str | Path, **options: Any
+) -> Path:
+    """A content and a style module → `merged.safetensors` in `out`: at once, or fine-tuned, which is the default where there are
+    `images`; options as in `make_job`. Returns the file."""
+    if fine_tune or (fine_tune is None and options.get("images")):
+        return finish(make_job(content, style, fine_tune=fine_tune, out=out, **options)) / "merged.safetensors"
+    return join(content, style, Path(out) / "merged.safetensors")
+
+
+def break_job(
+    images: str | Path | Sequence[str | Path],
+    *,
+    kind: Kind,
+    prompt: str,
+    partners: str | Path | None = None,
+    method: str = "break",
+    **options: Any,
+) -> Job:
+    """Learn a content or a style module from images under `prompt`. `partners`: a folder of pictures of the other kind, each with
+    its own prompt in NAME.txt; where there are more than are shown at a time, they take turns."""
+    if not options.get("metadata", True):
+        raise UsageError(
+            "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
+        )
+    own = [images] if isinstance(images, str | Path) else list(images)
+    options["out"] = options.pop("out", None) or Path("runs") / f"{Path(own[0]).stem}-{kind}"
+    todo = job({"own": own}, {"prompt": prompt}, method=method, kind=kind, **options)
+    wanted, found = todo.settings["partner_count"], look(Path(partners)) if partners else Found(())
+    files = found.files
+    if len(files) < wanted:
+        other = "style" if kind == "content" else "content"
+        fix = f"Give --partners DIR, pictures of {other}s with NAME.txt each; or --set partner_count={len(files)}."
+        raise UsageError(f"{len(files)} partner images, {wanted} at every step", partners or "--partners", fix)
+    captions = {file: "\n".join(captions_of(file)) for file in files}
+    for file, text in captions.items():
+        if not text:
+            what = "a partner image without a prompt of its own"
+            raise UsageError(what, file, f"Write it to {file.with_suffix('.txt').name}: a fish in ink style.")
+    roles = {f"partner{i + 1}": tuple(files[i::wanted]) for i in range(wanted)}
+    told = {file: text for file, text in captions.items() if text and wanted}
+    return replace(todo, images={**todo.images, **roles}, captions=told, told=todo.told + found.unused)
+
+
+def make_job(
+    content: str | Path,
+    style: str | Path,
+    *,
+    fine_tune: int | None = None,
+    images: Mapping[str, str | Path] | None = None,
+    prompt: str = "",
+    method: str = "make",
+    **options: Any,
+) -> Job:
+    """Put two modules together and train them further, `fine_tune` steps, or the base's own number. `images`: role (content, style) → the pictures that it was learnt from;
+    without them it draws its own. `prompt`: of both together, for early stopping and for looking at."""
+    pair = matching(content, style)
+    if taken := [key for key in CUT if key in options]:
+        raise UsageError(f"{taken[0]!r} is the modules' own", "make", "Leave it out.")
+    words = {module.kind: module.prompt for module in pair}
+    words["both"] = prompt or together(*pair)
+    found = {role: [where] for role, where in (images or {}).items()}
+    loras = {module.kind: module.path for module in pair}
+    options["out"] = options.pop("out", None) or Path("runs") / f"{pair[0].path.parent.name}-{pair[1].path.parent.name}"
+    options |= {} if fine_tune is None else {"fine_tune": fine_tune}
+    return job(found, words, method=method, loras=loras, **pair[0].cut, **options)
+
+
+def join(content: str | Path, style: str | Path, out: Path) -> Path:
+    """Two modules as one LoRA file, at once: content's down with style's up."""
+    pair = matching(content, style)
+    cut = Cut(**pair[0].cut)
+    first, second = (module.loras for module in pair)
+    if first.keys() != second.keys():
+        name = sorted(first.keys() ^ second.keys())[0]
+        raise UsageError("only one of the modules has this layer", name, "Break both on one base.")
+    joined = {name: cut.joined(first[name], second[name], name) for name in first}
+    prompt = together(*pair)
+    told = {
+        **card(out.parent.name, prompt, "Content and style"),
+        "unbraid.method": "make",
+        "unbraid.prompt": prompt,
+        "unbraid.base": pair[0].base,
+        "modelspec.merged_from": ", ".join(module.path.parent.name for module in pair),
+    }
+    write(out, joined, family=pair[0].family, metadata=told)
+    return out
+
+
+def matching(content: str | Path, style: str | Path) -> tuple[Module, Module]:
+    """A content and a style module that were broken alike."""
+    first, second = opened(content), opened(style)
+    if first.path.resolve() == second.path.resolve():
+        raise UsageError("the same module twice", first.path, "Give a content module, then a style module.")
+    for module, kind in ((first, "content"), (second, "style")):
+        if module.kind != kind:
+            raise UsageError(f"this is a {module.kind} module", module.path, f"A {kind} module goes there.")
+    where = f"{first.path} and {second.path}"
+    if first.base != second.base:
+        raise UsageError(
+            f"modules of different bases, {first.base} and {second.base}", where, "Break both on one base."
+        )
+    for key in CUT:
+        if first.cut[key] != second.cut[key]:
+            what = f"modules of different {key}, {first.cut[key]} and {second.cut[key]}"
+            raise UsageError(what, where, "Break both with the same settings.")
+    return first, second
+
+
+def together(content: Module, style: Module) -> str:
+    """The joint prompt: of `a sks fox` and `a cat in ink style`, `a sks fox in ink style`."""
+    found = re.search(r"in [^,]+ style\b", style.prompt)
+    return f"{content.prompt} {found[0]}" if found else f"{content.prompt}, {style.prompt}"
+
+
+def opened(path: str | Path) -> Module:
+    """Read a file of `break`."""
+    path = Path(path) / "module.safetensors" if Path(path).is_dir() else Path(path)
+    file = read(path)
+    settings = json.loads(file.metadata.get("unbraid.settings", "{}"))
+    if file.metadata.get("unbraid.method") != "break" or settings.get("kind") not in KINDS:
+        raise UsageError("this is not a module", path, "`unbraid break` makes them; other LoRAs: merge, or zip.")
+    cut = {key: settings[key] for key in CUT}
+    return Module(
+        path, settings["kind"], file.metadata["unbraid.base"], file.family, own_prompt(path, file), cut, file.modules
+    )
+
+
+def matrix(
+    contents: Sequence[str | Path], styles: Sequence[str | Path], out: Path, *, base: str = "icons", seed: int = 0
+) -> Iterator[Path]:
+    """Every content with every style, N × M files from N + M trainings, and a sheet of what they draw; yields the files."""
+    rows, model = [], load(base)
+    for content in contents:
+        row: list[tuple[str, Image.Image]] = []
+        for style in styles:
+            first, second = matching(content, style)
+            name = f"{_name(first)}+{_name(second)}"
+            file = join(content, style, out / f"{name}.safetensors")
+            yield file
+            (image,) = render(model, together(first, second), [Use(file)], seeds=(seed,))
+            row.append((name, image))
+        rows.append((_name(opened(content)), row))
+    yield pictures.save_image(pictures.contact_sheet(rows), out / "matrix.png")
+
+
+def _name(module: Module) -> str:
+    return module.path.parent.name if module.path.stem == "module" else module.path.stem

@@ -1,0 +1,243 @@
+"""What the rows of `unbraid selftest` work with: pictures, a base, LoRAs of the shortest runs that there are, and comparisons."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from unbraid.bases.base import Base, load
+from unbraid.common.errors import UsageError
+from unbraid.files.lora_file import read
+from unbraid.methods.b4m import KINDS
+from unbraid.runs import demo
+from unbraid.runs import run as running
+from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.runs.job import Job
+from unbraid.runs.modules import break_job, join, make_job
+from unbraid.runs.run import run
+from unbraid.runs.selftest.compare import changes, differs, pixels
+from unbraid.sampling.render import Use, render
+
+PROMPT = "a sks fox in ink style"
+WORDS = {"subject": "fox", "style": "ink"}
+PARTNERS = {"content": "a teapot in red style", "style": "a teapot"}
+STEPS, GUIDANCE = 3, 4.0  # of sampling
+SPLIT: Mapping[str, Any] = {
+    "rank": 2,
+    "steps": 2,
+    "content_lr": 1e-2,
+    "style_lr": 1e-2,
+    "window": 1,
+    "sample_times": 1,
+    "column_ratio": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a row has to say when it passed: a remark, and bytes of the device's memory, measured and estimated."""
+
+    note: str = ""
+    peak: int | None = None
+    estimate: int | None = None
+
+
+class Scene:
+    """One base on one device, and a folder to work in. What several rows need is made once, when it is first asked for."""
+
+    def __init__(self, base: str, device: str, folder: Path) -> None:
+        self.base, self.device, self.folder = base, device, folder
+        self.common: dict[str, Any] = {"base": base, "previews": 0}
+        self._made: dict[str, list[Path]] = {}
+        self._model: Base | None = None
+
+    @cached_property
+    def before(self) -> Path:
+        return demo.image()
+
+    @cached_property
+    def after(self) -> Path:
+        with Image.open(self.before) as image:
+            return _saved(ImageOps.invert(image.convert("RGB")), self.folder / "after.png")
+
+    @cached_property
+    def mask(self) -> Path:
+        """The right half white."""
+        with Image.open(self.before) as image:
+            mask = Image.new("L", image.size)
+        mask.paste(255, (mask.width // 2, 0, mask.width, mask.height))
+        return _saved(mask, self.folder / "mask.png")
+
+    def partners(self, kind: str) -> Path:
+        file = _saved(Image.new("RGB", (256, 256), "red"), self.folder / "partners" / kind / "a.png")
+        file.with_suffix(".txt").write_text(PARTNERS[kind])
+        return file.parent
+
+    def split_job(self, out: str, **options: Any) -> Job:
+        return split_job(self.before, **WORDS, **self.common, **{**SPLIT, **options}, out=self.folder / out)
+
+    def loras(self, method: str) -> list[Path]:
+        """The files of a method. A training that failed is not tried again: the row that asked first says why."""
+        if method not in self._made:
+            self._made[method] = []
+            self._made[method] = TRAININGS[method](self)
+        if not self._made[method]:
+            raise UsageError(f"the LoRAs of {method} could not be made", "selftest", f"See the row {method}.")
+        return self._made[method]
+
+    def trained(self, *jobs: Job) -> list[Path]:
+        self.make_room()
+        events = [event for job in jobs for event in run(job, device=self.device)]
+        return [event.file for event in events if event.file and event.file.suffix == ".safetensors"]
+
+    @property
+    def model(self) -> Base:
+        """The base, for drawing."""
+        if self._model is None:
+            self._model = load(self.base, self.device)
+        self._model.pipe.to(self._model.device)
+        return self._model
+
+    def make_room(self) -> None:
+        """For a training, which loads the base for itself: the one that draws leaves the accelerator."""
+        if self._model is not None and self._model.device.type != "cpu":
+            self._model.pipe.to("cpu")
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @cached_property
+    def plain(self) -> np.ndarray:
+        """What the stock pipeline draws without a LoRA."""
+        return self.stock_picture()
+
+    def stock_picture(self) -> np.ndarray:
+        """By the diffusers pipeline alone."""
+        pipe: Any = self.model.pipe
+        size, rng = self.model.size, torch.Generator().manual_seed(0)
+        given = {"height": size, "width": size, "guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
+        return pixels(pipe(PROMPT, **given, generator=rng).images[0])
+
+    def picture(self, *files: Path, **given: Any) -> np.ndarray:
+        """By `render`, with LoRAs at full strength."""
+        uses, options = [Use(file) for file in files], {"guidance": GUIDANCE, "steps": STEPS, **given}
+        return pixels(render(self.model, PROMPT, uses, **options)[0])
+
+    @contextmanager
+    def loaded(self, path: Path) -> Iterator[None]:
+        """A LoRA in the stock pipeline. UsageError if it left out any of the file's layers."""
+        pipe: Any = self.model.pipe
+        pipe.load_lora_weights(path.parent, weight_name=path.name)
+        try:
+            unet = self.model.unet
+            there = {
+                f"unet.{name.removesuffix('.lora_A')}" for name, _ in unet.named_modules() if _last(name) == "lora_A"
+            }
+            if there != (wanted := read(path).modules.keys()):
+                what = f"diffusers uses {len(there & wanted)} of its {len(wanted)} layers"
+                raise UsageError(what, path.name, f"Not, for example, {min(wanted ^ there)}.")
+            yield
+        finally:
+            pipe.unload_lora_weights()
+
+
+@contextmanager
+def hurried(**values: float | int) -> Iterator[None]:
+    """Constants of `unbraid.runs.run` that are no user's to choose, for as long as a run takes that cannot wait: it saves every 20 s, and
+    draws its sheet in 25 steps."""
+    usual = {name: getattr(running, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(running, name, value)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(running, name, value)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def draws(scene: Scene, path: Path) -> None:
+    """UsageError unless a LoRA file is whole and changes what the stock pipeline draws; without peft, what unbraid draws."""
+    file = read(path)
+    if file.family != scene.model.family or not all(np.isfinite(one).all() for one in changes(file)):
+        raise UsageError(f"not a LoRA of {scene.model.family}, or with values that are not finite", path.name)
+    if not find_spec("peft"):
+        return differs(scene.picture(path), scene.plain, path.name)
+    plain = scene.plain
+    with scene.loaded(path):
+        differs(scene.stock_picture(), plain, path.name)
+
+
+def _saved(image: Image.Image, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+def _few(scene: Scene) -> dict[str, Any]:
+    return {**scene.common, "rank": 2, "steps": 2, "lr": 1e-2}
+
+
+def _zip(scene: Scene, method: str, **settings: Any) -> list[Path]:
+    more = {"images": _own(scene), "method": method, "out": scene.folder / method, **settings}
+    return scene.trained(zip_job(*scene.loras("unziplora"), **scene.common, **more))
+
+
+def _pair(scene: Scene, method: str, **settings: Any) -> list[Path]:
+    more = {"method": method, "out": scene.folder / method, **settings}
+    return scene.trained(pair_job(scene.before, scene.after, **WORDS, **_few(scene), **more))
+
+
+def _own(scene: Scene) -> dict[str, str | Path]:
+    return {"content": scene.before, "style": scene.after}
+
+
+def _break(scene: Scene) -> list[Path]:
+    jobs = []
+    for kind, prompt in zip(KINDS, ("a sks fox", "a dog in ink style"), strict=True):
+        more = {"partners": scene.partners(kind), "partner_count": 1, "out": scene.folder / f"break-{kind}"}
+        settings: dict[str, Any] = {**_few(scene), "lr": 1e-1, **more}
+        jobs.append(break_job(_own(scene)[kind], kind=kind, prompt=prompt, **settings))
+    return scene.trained(*jobs)
+
+
+def _make(scene: Scene) -> list[Path]:
+    more = {"images": _own(scene), "out": scene.folder / "make", **scene.common}
+    return scene.trained(make_job(*scene.loras("break"), fine_tune=2, **more))
+
+
+def _join(scene: Scene) -> list[Path]:
+    content, style = scene.loras("break")
+    return [join(content, style, scene.folder / "at-once" / "merged.safetensors")]
+
+
+def _learn(scene: Scene) -> list[Path]:
+    """With previews: the VAE comes and goes while the UNet trains."""
+    few = {**_few(scene), "previews": 1, "out": scene.folder / "dreambooth"}
+    with hurried(PREVIEW_STEPS=STEPS, SHEET_STEPS=STEPS):
+        return scene.trained(learn_job(scene.before, prompt="a sks fox", **few))
+
+
+TRAININGS: Mapping[str, Callable[[Scene], list[Path]]] = {
+    "unziplora": lambda scene: scene.trained(scene.split_job("unziplora")),
+    "blora": lambda scene: scene.trained(
+        split_job(scene.before, **WORDS, **{**_few(scene), "lr": 1e-1}, method="blora", out=scene.folder / "blora")
+    ),
+    "pair": lambda scene: _pair(scene, "pair", style_from=0),
+    "slider": lambda scene: _pair(scene, "slider"),
+    "dreambooth": _learn,
+    "ziplora": lambda scene: _zip(scene, "ziplora", steps=2),
+    "np-lora": lambda scene: _zip(scene, "np-lora"),
+    "break": _break,
+    "make": _make,
+    "make at once": _join,
+}

@@ -1,0 +1,138 @@
+"""Settings: a method's keyword-only arguments are its schema; base, TOML file and command line fill it in layers."""
+
+import difflib
+import inspect
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from unbraid.common.atomic import read_toml
+from unbraid.common.errors import UsageError
+from unbraid.methods import METHODS
+from unbraid.methods.entry import Entry
+
+Settings = dict[str, Any]
+SEEDS, PREVIEWS = range(2**62), range(1001)
+MOST = 10_000_000  # of anything that is counted
+LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1}
+SIGNED: frozenset[str] = frozenset()  # measured settings that may be negative
+RECORDED = frozenset(  # what a run.toml holds beside its method's table
+    "unbraid method base vae prediction vram compile graphs device seed previews thumbnail metadata words images sha256 loras captions prompts".split()
+)
+
+
+def schema(entry: Entry) -> dict[str, inspect.Parameter]:
+    """The settings of a method: name → annotation and default."""
+    parameters = inspect.signature(entry.make).parameters
+    return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:
+    """All settings of a run: the method's defaults, the base's own (its unbraid.toml), the config file, `--set`."""
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}", "--method", _suggest(method, METHODS))
+    known = schema(METHODS[method])
+    merged = {**base_defaults(base).get(method, {}), **(_configured(config, method) if config else {}), **given}
+    for key in merged:
+        if key not in known:
+            raise UsageError(f"{method} has no setting {_short(key)}", "settings", _suggest(key, known))
+        if type(merged[key]) is bool and known[key].annotation is not bool:
+            raise UsageError(
+                f"a number is wanted, not {merged[key]}", f"setting {key}", f"See `unbraid explain {method}`."
+            )
+    fields: dict[str, Any] = {name: (p.annotation, p.default) for name, p in known.items()}
+    model = create_model(method, __config__=ConfigDict(extra="forbid"), **fields)
+    try:
+        found = model(**merged).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        fix = f"See `unbraid explain {method}`."
+        where = f"setting {first['loc'][0]}"
+        raise UsageError(f"{first['msg']}, not {_short(first['input'])}", where, fix) from error
+    for name, value in found.items():
+        _in_range(name, value, known[name].default)
+    return found
+
+
+def _configured(path: Path, method: str) -> Settings:
+    """A method's settings from a file: keys at its top, its own table, a run.toml. UsageError for what is neither a setting of
+    the method nor the table of another one."""
+    table, known = _read(path), schema(METHODS[method])
+    recorded = table.keys() >= {"unbraid", "method"}
+    own: Any = table.get(method, {})
+    for name, value in table.items():
+        if name in METHODS and not isinstance(value, dict):
+            raise UsageError(f"{name} is a method, not a setting", path, f"Write a table, [{name}].")
+        if name not in METHODS and name not in known and not (recorded and name in RECORDED):
+            fix = _suggest(name, {**known, **METHODS})
+            raise UsageError(f"{method} has no setting {_short(name)}, and no method is called so", path, fix)
+    flat = {name: value for name, value in table.items() if name in known and name not in METHODS}
+    if not flat and not own and table:
+        names = ", ".join(name for name in table if name in METHODS)
+        raise UsageError(
+            f"it has settings of {names or 'nothing'}, and none of {method}", path, f"Add a table [{method}]."
+        )
+    return {**flat, **own}
+
+
+def counted(name: str, value: Any, among: range) -> int:
+    """A whole number in a range; UsageError for anything else."""
+    if type(value) is not int or value not in among:
+        raise UsageError(f"{_short(value)} is no {name}", f"--{name}", f"Give {among[0]} to {among[-1]}.")
+    return value
+
+
+def _in_range(name: str, value: Any, default: Any) -> None:
+    """Whatever is counted is countable, and whatever is measured finite; rates and weights are not negative."""
+    where = f"setting {name}"
+    if type(value) is int:
+        least = LEAST.get(name, 0)
+        if not least <= value <= MOST and not (name == "slot" and value < 0):  # `pair` says more of slots
+            raise UsageError(f"{_short(value)} is out of range", where, f"Give {least} to {MOST}.")
+    if type(value) is float:
+        if not isfinite(value):
+            raise UsageError(f"{value} is no number to train with", where, f"For example {default!r}.")
+        if value < 0 and name not in SIGNED:
+            raise UsageError(f"{value:g} is negative", where, f"Give 0 or more, for example {default!r}.")
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "so large a number"
+    return text if len(text) < 80 else f"{text[:70]} …"
+
+
+def base_defaults(base: str) -> dict[str, Settings]:
+    """What a base says of itself: `unbraid.toml` in its folder, one table per method."""
+    folder = Path(str(files("unbraid.bases").joinpath("icons"))) if base == "icons" else Path(base)
+    return _read(folder / "unbraid.toml") if (folder / "unbraid.toml").is_file() else {}
+
+
+def parse_set(pairs: list[str]) -> Settings:
+    """`key=value` strings; values are TOML (numbers, true, "text"), or plain text."""
+    out: Settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"{pair!r} is not key=value", "--set", "For example: --set rank=16.")
+        try:
+            out[key.strip()] = tomllib.loads(f"x = {value}")["x"]
+        except (ValueError, RecursionError):  # tomllib's own error, too many digits, nested too deep
+            out[key.strip()] = value
+    return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_toml(path, "Settings as name = value, or one table per method, such as [unziplora] rank = 16.")
+
+
+def _suggest(word: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."

@@ -1,0 +1,1 @@
+"""Drawing pictures with a base and LoRAs: samplers, guidance, ways of combining LoRAs, editing. Nothing here trains."""

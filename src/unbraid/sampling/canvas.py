@@ -1,0 +1,120 @@
+"""What a drawing begins with or keeps to: a picture (image to image), a part of one (inpainting), a ControlNet's map."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.pipelines.auto_pipeline import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
+from PIL import Image
+
+from unbraid.bases.base import Base
+from unbraid.bases.pipeline import known_model
+from unbraid.common.errors import UsageError
+from unbraid.images.crop import cropped, open_image
+from unbraid.images.opening import whole_size
+
+
+@dataclass(frozen=True)
+class Start:
+    """A picture to begin with. `strength`: how much of the noise is put on it, 1 leaves nothing of it. `mask`: white is drawn
+    anew, black is kept."""
+
+    image: Path
+    strength: float = 0.6
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet (a diffusers folder or hub id), the map that it reads, and its strength."""
+
+    model: str
+    image: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A diffusers pipeline that draws on it, and what that pipeline is told beside prompts, steps and seeds."""
+
+    pipe: Any
+    given: Mapping[str, Any]
+
+
+def prepare(base: Base, start: Start | None, control: Control | None, height: int | None, width: int | None) -> Canvas:
+    """The canvas of a drawing. Its size is that of the picture to begin with; else the one asked for; else that of the ControlNet's
+    map; else the base's."""
+    given = _begin(base, start) if start else {}
+    map_ = _upright(base, control.image) if control else None
+    size = (width or base.size, height or base.size)
+    if any(side < base.step or side % base.pipe.vae_scale_factor for side in size):
+        fix = f"Give multiples of {base.step}."
+        raise UsageError(f"{size[0]}×{size[1]} pixels cannot be drawn", "--width, --height", fix)
+    if start:
+        size = given["image"].size
+    elif map_ and not (height or width):
+        size = map_.size
+    if not start or start.mask:
+        given |= {"width": size[0], "height": size[1]}
+    if not start and not control:
+        return Canvas(base.pipe, given)
+    kind, more = AutoPipelineForText2Image, {}
+    if start:
+        kind = AutoPipelineForInpainting if start.mask else AutoPipelineForImage2Image
+    if control and map_:
+        given["control_image" if start else "image"] = map_.resize(size)
+        given["controlnet_conditioning_scale"] = control.scale
+        more["controlnet"] = load_control(base, control.model)
+    pipe: Any = kind.from_pipe(base.pipe, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return Canvas(pipe, given)
+
+
+def _begin(base: Base, start: Start) -> dict[str, Any]:
+    if not 0 < start.strength <= 1:
+        raise UsageError(f"a strength of {start.strength}", "--strength", "Give more than 0, and 1 at most.")
+    given: dict[str, Any] = {"image": _upright(base, start.image), "strength": start.strength}
+    if start.mask:
+        picture, mask = open_image(start.image), open_image(start.mask)
+        (w, h), (mask_w, mask_h) = whole_size(picture), whole_size(mask)
+        if (w, h) != (mask_w, mask_h):
+            what = f"the mask is {mask_w}×{mask_h}, the picture {w}×{h}"
+            raise UsageError(what, start.mask, "Give a mask of the picture's size.")
+        given["mask_image"] = _upright(base, start.mask).convert("L")
+        if np.asarray(given["mask_image"]).max() < 128:
+            fix = "Make white what is to be drawn anew."
+            raise UsageError("the mask is black: there is nothing to draw anew", start.mask, fix)
+    return given
+
+
+def _upright(base: Base, file: Path) -> Image.Image:
+    """A picture at a size that the base can take."""
+    return cropped(open_image(file), base.size**2, base.step, file)[0]
+
+
+def load_control(base: Base, name: str) -> ControlNetModel:
+    """A ControlNet that was made for this kind of base."""
+    known_model(name, "ControlNet", "Give a diffusers folder, or a hub id such as diffusers/controlnet-canny-sdxl-1.0.")
+    try:
+        model = ControlNetModel.from_pretrained(name, torch_dtype=base.unet.dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        fix = "Give a complete diffusers folder with .safetensors weights, or a hub id."
+        raise UsageError(f"the ControlNet cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
+    for key in ("in_channels", "cross_attention_dim", "block_out_channels"):
+        if _plain(model.config[key]) != _plain(base.unet.config[key]):
+            what = f"its {key} is {model.config[key]}, the base's {base.unet.config[key]}"
+            raise UsageError(what, name, f"It was made for another base than {base.name}.")
+    model.to(base.device)  # type: ignore[call-arg]
+    return model.requires_grad_(False).eval()
+
+
+def _plain(value: Any) -> Any:
+    """As in a configuration file, where tuples are lists."""
+    return list(value) if isinstance(value, list | tuple) else value

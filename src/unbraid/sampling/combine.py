@@ -1,0 +1,99 @@
+"""Several LoRAs in one picture in ways that no weighted sum of files can express: who works at which step, on which layer.
+
+All are guidance terms with windows in time (unbraid.sample): nothing is hooked into the model, every scheduler works.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import inf
+from typing import Literal
+
+import torch
+
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Active, Lora
+from unbraid.core.lowrank import delta
+from unbraid.sampling.sample import Term, classifier_free
+
+Combine = Literal["sum", "switch", "composite", "k-lora"]
+ALPHA, BETA = 1.5, 0.5  # K-LoRA's, arXiv 2502.18461
+
+
+def composite(guidance: float, prompt: str, actives: Sequence[Active]) -> tuple[Term, ...]:
+    """LoRA Composite (arXiv 2402.16843): the mean of every LoRA's own guided prediction."""
+    terms = [term for one in actives for term in classifier_free(guidance, prompt, (one,))]
+    return tuple(replace(term, weight=term.weight / len(actives)) for term in terms)
+
+
+def switch(guidance: float, prompt: str, actives: Sequence[Active], times: Sequence[float]) -> tuple[Term, ...]:
+    """LoRA Switch (arXiv 2402.16843): one LoRA per step, in turn."""
+    return scheduled(guidance, prompt, [(actives[i % len(actives)],) for i in range(len(times))], times)
+
+
+def k_lora(content: Mapping[str, Lora], style: Mapping[str, Lora], steps: int) -> dict[str, int]:
+    """K-LoRA's choice (arXiv 2502.18461): module → how many of the first steps it gives to the content; the rest are the
+    style's. With S the sum of the r_c·r_s largest |entries| of ΔW, and γ the ratio of all |entries| of the two LoRAs, step i
+    of n is the content's while S_c / γ > S_s (α i/n + β). A module of one LoRA only is always that one's."""
+    sums: dict[str, tuple[float, float]] = {}
+    totals = [0.0, 0.0]
+    for name in content.keys() & style.keys():
+        count = len(content[name].down) * len(style[name].down)
+        sizes = [delta(lora[name]).abs().flatten() for lora in (content, style)]
+        top = [float(one.topk(min(count, len(one))).values.sum()) for one in sizes]
+        sums[name] = (top[0], top[1])
+        totals = [total + float(one.sum()) for total, one in zip(totals, sizes, strict=True)]
+    if not sums or not all(totals):
+        raise UsageError("the LoRAs have no module in common", "k-lora", "Use them together as they are.")
+    gamma = totals[0] / totals[1]
+    turns = {
+        name: sum(c / gamma > s * (ALPHA * i / steps + BETA) for i in range(steps)) for name, (c, s) in sums.items()
+    }
+    only = dict.fromkeys(content.keys() - style.keys(), steps) | dict.fromkeys(style.keys() - content.keys(), 0)
+    return turns | only
+
+
+def k_lora_terms(
+    guidance: float,
+    prompt: str,
+    actives: Sequence[Active],
+    loras: Sequence[Mapping[str, Lora]],
+    times: Sequence[float],
+) -> tuple[dict[str, dict[str, Lora]], tuple[Term, ...]]:
+    """Two LoRAs, cut up by when each module changes hands, as adapters of their own; and the terms that use them."""
+    if len(loras) != 2:
+        raise UsageError(f"{len(loras)} LoRAs", "k-lora", "Give two: a content LoRA, then a style LoRA.")
+    parts: dict[str, dict[str, Lora]] = defaultdict(dict)
+    plan: list[list[Active]] = [[] for _ in times]
+    for name, turn in k_lora(*loras, steps=len(times)).items():
+        for who, first, last in ((0, 0, turn), (1, turn, len(times))):
+            if first == last or name not in loras[who]:
+                continue
+            adapter = f"{actives[who].adapter}_{turn}"
+            if adapter not in parts:
+                for i in range(first, last):
+                    plan[i].append(replace(actives[who], adapter=adapter))
+            parts[adapter][name] = loras[who][name]
+    return parts, scheduled(guidance, prompt, [tuple(step) for step in plan], times)
+
+
+def scheduled(
+    guidance: float, prompt: str, steps: Sequence[tuple[Active, ...]], times: Sequence[float]
+) -> tuple[Term, ...]:
+    """Guidance with other adapters at every step; `times` of the steps, from 1 to 0. Steps alike share their terms."""
+    middles = [inf, *((a + b) / 2 for a, b in pairwise(times)), -inf]
+    terms, first = [], 0
+    for i, step in enumerate(steps):
+        if i + 1 == len(steps) or steps[i + 1] != step:
+            window = {"t_max": middles[first], "t_min": middles[i + 1]}
+            terms += [replace(term, **window) for term in classifier_free(guidance, prompt, step)]
+            first = i + 1
+    return tuple(terms)
+
+
+def sampling_times(scheduler: object, steps: int) -> list[float]:
+    """When a sampler's steps are, from 1 (pure noise) to 0."""
+    scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
+    total = scheduler.config["num_train_timesteps"]  # type: ignore[attr-defined]
+    return torch.as_tensor(scheduler.timesteps).float().div(total).tolist()  # type: ignore[attr-defined]

@@ -1,0 +1,55 @@
+"""Editing a real picture: the noise that sampling would have made it from, found by DDIM inversion with a fixed point per
+step (arXiv 2010.02502; the iteration as in ReNoise, arXiv 2403.14602)."""
+
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from unbraid.bases.base import Base, Prompt
+from unbraid.images.crop import Pixels
+from unbraid.sampling.sample import Guided, Term
+
+ITERATIONS = 3  # evaluations per step; each one divides the error by the step's own contraction
+
+
+@torch.no_grad()
+def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tensor:
+    """`[1, c, h, w]`: from it, DDIM with as many steps under `prompt`, without guidance, gives the picture back.
+
+    One step of DDIM from t to s, with v the velocity, α² + σ² = 1: z_s = (α_s α_t + σ_s σ_t) z_t + (σ_s α_t − α_s σ_t) v(z_t). Solved
+    for z_t by putting its last estimate into v. No noise is added, none regularised."""
+    picture = base.encode_picture(pixels.values, pixels.sizes)
+    scheduler: DDIMScheduler = DDIMScheduler.from_config(base.pipe.scheduler.config)  # type: ignore[assignment]
+    scheduler.set_timesteps(steps)
+    guided = Guided(base, (Term(1.0, "source"),), {"source": prompt}, None)
+    is_v = scheduler.config["prediction_type"] == "v_prediction"
+    stride = scheduler.config["num_train_timesteps"] // steps
+    latent = picture.mean[None]
+    height, width = pixels.values.shape[1:]
+    sizes = torch.tensor(
+        [[height, width, 0, 0, height, width]], device=base.device
+    )  # as the pipelines say when they draw
+    for t in reversed(scheduler.timesteps.tolist()):
+        below = scheduler.alphas_cumprod[t - stride] if t >= stride else scheduler.final_alpha_cumprod
+        (a_s, o_s), (a_t, o_t) = _signal_noise(below), _signal_noise(scheduler.alphas_cumprod[t])
+        found = latent
+        for _ in range(ITERATIONS):
+            out = guided(found, torch.tensor(t), added_cond_kwargs={"time_ids": sizes})[0]
+            velocity = out if is_v else (out - o_t * found) / a_t
+            found = (latent - (o_s * a_t - a_s * o_t) * velocity) / (a_s * a_t + o_s * o_t)
+        latent = found
+    return latent
+
+
+def reconstruct(base: Base, pixels: Pixels) -> Image.Image:
+    """What the autoencoder alone makes of a picture: the best that any editing can give back."""
+    with torch.no_grad():
+        mean = base.encode_picture(pixels.values, pixels.sizes).mean[None]
+        scale, shift = base.vae.config["scaling_factor"], base.vae.config.get("shift_factor") or 0.0
+        decoded = base.vae.decode(mean / scale + shift).sample  # type: ignore[union-attr]
+    return base.pipe.image_processor.postprocess(decoded)[0]  # type: ignore[return-value]
+
+
+def _signal_noise(alpha: Tensor) -> tuple[float, float]:
+    return float(alpha) ** 0.5, (1 - float(alpha)) ** 0.5

@@ -1,0 +1,197 @@
+"""LoRA files and a prompt → pictures."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import nn
+
+from unbraid.bases.base import Base, Prompt
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active, Factors, Lora
+from unbraid.files.lora_file import LoraFile, read
+from unbraid.images.crop import fit, open_image
+from unbraid.sampling.canvas import Canvas, Control, Start, prepare
+from unbraid.sampling.combine import Combine, composite, k_lora_terms, sampling_times, switch
+from unbraid.sampling.invert import invert
+from unbraid.sampling.sample import NEGATIVE, Style, Term, generate, style_guidance
+from unbraid.sampling.samplers import with_sampler
+
+Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file, for errors, and its modules
+OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
+
+
+@dataclass(frozen=True)
+class Use:
+    """One LoRA file at a strength. `prompt`: what it reads in cross-attention keys and values instead of the main
+    prompt (UnZipLoRA's joint inference); `own` is the prompt recorded in the file."""
+
+    file: Path
+    scale: float = 1.0
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """The LoRAs of a drawing: role → the use and the opened file; and every prompt by role."""
+
+    loras: Mapping[str, tuple[Use, LoraFile]]
+    styles: Mapping[str, tuple[Use, LoraFile]]
+    texts: Mapping[str, str]
+
+
+def render(
+    base: Base,
+    prompt: str,
+    uses: Sequence[Use] = (),
+    *,
+    styles: Sequence[Use] = (),
+    style_from: float = 1.0,
+    combine: Combine = "sum",
+    negative: str = "",
+    guidance: float = 4.0,
+    seeds: Sequence[int] = (0,),
+    steps: int = 25,
+    sampler: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    start: Start | None = None,
+    control: Control | None = None,
+    edit: Path | None = None,
+) -> list[Image.Image]:
+    """One picture per seed with classifier-free guidance; the base is left as it was.
+
+    `styles` guide beside it (style guidance, arXiv 2405.01536): a `scale` of 1 is w_L = `guidance`, which gives the style as it was
+    trained; their `prompt` is the style's words, by default those that their files record. They count from the time `style_from`,
+    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `sampler`: one of `unbraid.sampling.samplers`, or the base's own. `start`, `control`:
+    what to draw on, see `unbraid.sampling.canvas`. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
+    styles guide away from it; at strength 0 it comes back."""
+    if styles and combine != "sum":
+        raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
+    if not 0 <= style_from <= 1:
+        raise UsageError(f"a start of {style_from}", "--style-from", "Give 1 (always) to 0 (never).")
+    if edit and (uses or negative or len(seeds) > 1 or height or width or start or control or sampler):
+        fix = "Leave out LoRAs, negative prompt, size, seeds, sampler, --from and --controlnet: styles alone change it."
+        raise UsageError("an edited picture keeps what it is", edit, fix)
+    if start and (height or width):
+        fix = "Leave out --height and --width, or resize the picture."
+        raise UsageError("a drawing that starts from a picture has its size", start.image, fix)
+    if start and start.strength > 0 and int(steps * start.strength) < 1:
+        what = f"a strength of {start.strength} leaves none of {steps} steps"
+        raise UsageError(what, "--strength", "Raise it, or --steps.")
+    base = with_sampler(base, sampler) if sampler else base
+    cast = _cast(prompt, uses, styles)
+    prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
+    prompts[NEGATIVE] = base.encode_negative(negative)
+    prompts = base.alike(prompts)
+    guides = [Style(Active(role), role, use.scale * guidance, style_from) for role, (use, _) in cast.styles.items()]
+    loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.styles.items()}
+    if edit:
+        canvas, terms = _edited(base, edit, prompts["main"], steps), style_guidance(1.0, "main", guides)
+    else:
+        canvas = prepare(base, start, control, height, width)
+        unguided = "main" if negative == prompt else NEGATIVE
+        terms, parts = _together(base, cast, combine, guidance, guides, unguided, steps)
+        loras = {**loras, **parts}
+    adapters = attach(base, loras)
+    try:
+        return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, canvas=canvas)
+    finally:
+        if adapters:
+            adapters.detach()
+
+
+def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
+    opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
+    guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
+    texts = {"main": prompt}
+    for role, (use, file) in opened.items():
+        if use.prompt is not None:
+            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
+    for role, (use, file) in guides.items():
+        texts[role] = f"{prompt} in {use.prompt or style_words(use.file, file)} style"
+    return _Cast(opened, guides, texts)
+
+
+def _together(
+    base: Base, cast: _Cast, combine: Combine, guidance: float, styles: Sequence[Style], unguided: str, steps: int
+) -> tuple[tuple[Term, ...], Loras]:
+    """The formula for the LoRAs that are no styles, and those LoRAs; K-LoRA cuts them into parts."""
+    active = [
+        Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
+    ]
+    loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.loras.items()}
+    if combine == "sum" or not active:
+        return style_guidance(guidance, "main", styles, tuple(active), unguided), loras
+    if combine == "composite":
+        return composite(guidance, "main", active), loras
+    times = sampling_times(copy.deepcopy(base.pipe.scheduler), steps)
+    if combine == "switch":
+        return switch(guidance, "main", active, times), loras
+    parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
+    return terms, {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
+
+
+def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
+    """The noise that gives a picture back, on the sampler that does so."""
+    pixels = fit(open_image(file), base.size**2, base.step, file)
+    height, width = pixels.values.shape[1:]
+    pipe = with_sampler(base, "ddim").pipe
+    return Canvas(pipe, {"latents": invert(base, pixels, prompt, steps), "height": height, "width": width})
+
+
+def attach(base: Base, loras: Loras) -> Adapters | None:
+    """Put LoRAs on the base's UNet, each under its name; None if there are none."""
+    return attach_to(base.unet, loras, base.name)
+
+
+def attach_to(unet: nn.Module, loras: Loras, base: str) -> Adapters | None:
+    """The same for a UNet of the base of that name."""
+    names: set[str] = set()
+    for path, modules in loras.values():
+        outside = [name for name in modules if not name.startswith("unet.")]
+        if outside:
+            what = f"{len(outside)} of its modules are not in the UNet, such as {outside[0]}"
+            raise UsageError(what, path, "unbraid applies UNet LoRAs; drop the rest with `unbraid edit`.")
+        names |= {name.removeprefix("unet.") for name in modules}
+    if not names:
+        return None
+    linears = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+    for path, modules in loras.values():
+        missing = sorted({name.removeprefix("unet.") for name in modules} - linears)
+        if missing:
+            what = (
+                f"{len(missing)} of its {len(modules)} modules are no linear layers of this base, such as {missing[0]}"
+            )
+            raise UsageError(what, path, f"It was made for another base than {base}.")
+    adapters = Adapters.attach_named(unet, sorted(names))
+    with ExitStack() as undo:
+        undo.callback(adapters.detach)
+        for name, (path, modules) in loras.items():
+            made = {}
+            for module, lora in modules.items():
+                made[module.removeprefix("unet.")] = Factors(
+                    lora.down.float(), lora.up.float(), lora.alpha / len(lora.down)
+                )
+            adapters.add(name, made, where=path)
+        undo.pop_all()
+    return adapters
+
+
+def own_prompt(path: Path, file: LoraFile) -> str:
+    """The prompt that a LoRA was trained with, as its file records it."""
+    for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
+        if file.metadata.get(key):
+            return file.metadata[key]
+    raise UsageError("records no prompt of its own", path, "Say what it was trained with: see --help for the option.")
+
+
+def style_words(path: Path, file: LoraFile) -> str:
+    """What a style LoRA calls its style."""
+    if file.metadata.get("unbraid.style"):
+        return file.metadata["unbraid.style"]
+    raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")

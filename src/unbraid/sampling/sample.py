@@ -1,0 +1,205 @@
+"""Sampling: a guidance formula is a weighted sum of passes, on diffusers' own pipelines.
+
+`Guided` stands in for a pipeline's UNet, which is called at guidance 1, and returns Σ weight · prediction
+over its terms, with all passes in one batch. So every scheduler and every pipeline works with every formula.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import inf, nextafter
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from PIL import Image
+from torch import Tensor, nn
+
+from unbraid.bases.base import Base, Prompt
+from unbraid.bases.compiling import uncompiled
+from unbraid.core.adapters import Adapters
+from unbraid.core.layout import channels_last
+from unbraid.core.lora import Active
+from unbraid.sampling.canvas import Canvas
+
+NEGATIVE = "negative"  # the role of the negative prompt
+RESIDUALS = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+)  # a ControlNet's, as the UNet calls them
+
+
+@dataclass(frozen=True)
+class Term:
+    """One pass of a guidance formula: its weight, prompt role and adapters, and when it counts. Times run from
+    1 (pure noise) to 0."""
+
+    weight: float
+    prompt: str
+    active: tuple[Active, ...] = ()
+    t_max: float = 1.0
+    t_min: float = 0.0
+
+
+@dataclass(frozen=True)
+class Style:
+    """One style in style guidance: its adapter, the role of its prompt, its w_L, and the time from which it counts (1: all
+    steps; 0.8: as published)."""
+
+    active: Active
+    prompt: str
+    scale: float
+    start: float = 1.0
+
+
+def style_guidance(
+    scale: float, prompt: str, styles: Sequence[Style], active: tuple[Active, ...] = (), negative: str = NEGATIVE
+) -> tuple[Term, ...]:
+    """e_u + w (e_c - e_u) + Σ w_i (e_i - e_c) (arXiv 2405.01536, Eq. 10 and 11), as (1 - w) e_u + (w - Σ w_i) e_c + Σ w_i e_i: where
+    w = Σ w_i, e_c is not asked for. `active` adapters are part of all three; those with their own prompt read the negative one
+    in e_u."""
+    blank = tuple(replace(one, prompt=negative) if one.prompt else one for one in active)
+    edges = sorted({1.0, *(style.start for style in styles if style.start > 0)}, reverse=True)
+    out: list[Term] = []
+    for high, low in zip(edges, [*edges[1:], 0.0], strict=True):
+        window = {"t_max": high, "t_min": nextafter(low, inf) if low else 0.0}
+        now = [style for style in styles if style.start >= high and style.scale]
+        weights = {negative: 1 - scale}
+        weights[prompt] = weights.get(prompt, 0.0) + scale - sum(style.scale for style in now)
+        out += [Term(w, role, active if role == prompt else blank, **window) for role, w in weights.items() if w]
+        out += [Term(style.scale, style.prompt, (*active, style.active), **window) for style in now]
+    return tuple(out)
+
+
+def classifier_free(scale: float, prompt: str, active: tuple[Active, ...] = ()) -> tuple[Term, ...]:
+    """e_u + w (e_c - e_u) (arXiv 2207.12598); adapters with their own prompt read the negative one in e_u."""
+    return style_guidance(scale, prompt, (), active)
+
+
+class Guided(nn.Module):
+    """A stand-in for `base.unet` that evaluates a guidance formula."""
+
+    def __init__(
+        self, base: Base, terms: Sequence[Term], prompts: Mapping[str, Prompt], adapters: Adapters | None
+    ) -> None:
+        super().__init__()
+        self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
+        self.config, self.add_embedding = base.unet.config, getattr(base.unet, "add_embedding", None)
+        self.dtype, self.device = base.unet.dtype, base.device
+        self.graphs = base.new_graphs()
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor]:
+        """sample [b, c, h, w] → ([b, c, h, w],). The pipeline's own prompt embeddings are not looked at; residuals are those of a
+        ControlNet that went through `ask_control`."""
+        terms = self.counting(timestep)
+        residuals = self._residuals(given)
+        t = torch.as_tensor(timestep, device=sample.device)
+        inputs = [sample, t, self._sizes(sample, len(terms), given), *_flat(residuals)]
+        if self.graphs is None:
+            return (self._predict(terms, residuals, *inputs),)
+        keep = lambda: (self.base._told.copy(), self.adapters and self.adapters.constants())  # noqa: E731
+        key = (tuple(terms), tuple((name, len(_flat({name: one}))) for name, one in residuals.items()))
+        return (self.graphs(key, lambda *static: self._predict(terms, residuals, *static), inputs, keep=keep),)
+
+    def _predict(
+        self,
+        terms: Sequence[Term],
+        residuals: Mapping[str, Any],
+        sample: Tensor,
+        t: Tensor,
+        sizes: Tensor,
+        *more: Tensor,
+    ) -> Tensor:
+        """Σ weight · prediction, `[b, c, h, w]`; `more`: the tensors of `residuals`, one after the other."""
+        b, k = len(sample), len(terms)
+        rows = [term for term in terms for _ in range(b)]
+        roles = {role: prompt.embeds for role, prompt in self.prompts.items()}
+        activity = self.adapters.activate([row.active for row in rows], roles) if self.adapters else nullcontext()
+        with activity:
+            prompts, told = [self.prompts[row.prompt] for row in rows], _like(residuals, more)
+            out = self.base.predict(sample.repeat(k, 1, 1, 1), t.expand(k * b), prompts, sizes, **told)
+        parts = [part * term.weight for part, term in zip(out.unflatten(0, (k, b)), terms, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def _residuals(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in RESIDUALS if given.get(name) is not None}
+
+    def counting(self, timestep: Tensor) -> list[Term]:
+        """The terms that count at a time."""
+        time = float(timestep) / self.base.noise.config["num_train_timesteps"]
+        return [term for term in self.terms if term.weight and term.t_min <= time <= term.t_max]
+
+    def ask_control(
+        self, control: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook for a pipeline's ControlNet: every term asks it under its own prompt, as the stock pipelines do for the
+        two of plain guidance."""
+        (sample, timestep), terms = args, self.counting(args[1])
+        k, prompts = len(terms), [self.prompts[term.prompt] for term in terms for _ in range(len(sample))]
+        told = self.base.conditions(prompts, self._sizes(sample, k, given))
+        given |= {**told, "controlnet_cond": given["controlnet_cond"].repeat(k, 1, 1, 1)}
+        return (sample.repeat(k, 1, 1, 1), timestep), given
+
+    def _sizes(self, sample: Tensor, k: int, given: Mapping[str, Any]) -> Tensor:
+        """`[k b, 6]`: SDXL's size numbers, as the pipeline gives them for each of b pictures."""
+        sizes = (given.get("added_cond_kwargs") or {}).get("time_ids")
+        return sample.new_zeros(k * len(sample), 6) if sizes is None else sizes[: len(sample)].repeat(k, 1)
+
+
+def _flat(residuals: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of residuals, each of which is a tensor or several."""
+    return [one for some in residuals.values() for one in ((some,) if isinstance(some, Tensor) else some)]
+
+
+def _like(residuals: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Undo `_flat`."""
+    rest = iter(tensors)
+    return {k: next(rest) if isinstance(v, Tensor) else tuple(next(rest) for _ in v) for k, v in residuals.items()}
+
+
+@torch.no_grad()
+def generate(
+    base: Base,
+    terms: Sequence[Term],
+    prompts: Mapping[str, Prompt],
+    adapters: Adapters | None = None,
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int = 25,
+    canvas: Canvas | None = None,
+) -> list[Image.Image]:
+    """One image per seed. A seed gives the same image whatever it is batched with."""
+    canvas = canvas or Canvas(base.pipe, {"height": base.size, "width": base.size})
+    channels_last(base.unet, False)
+    pipe, guided = copy.copy(canvas.pipe), Guided(base, terms, prompts, adapters)
+    pipe.unet = guided
+    if "mask_image" in canvas.given and base.unet.config["in_channels"] == base.vae.config["latent_channels"]:
+        guided.config = FrozenDict({**guided.config, "in_channels": 4})  # to the pipelines: no channels for a mask
+    first, n = prompts[terms[-1].prompt], len(seeds)
+    given: dict[str, Any] = {"prompt_embeds": first.embeds.expand(n, -1, -1)}
+    if first.pooled is not None:
+        given["pooled_prompt_embeds"] = first.pooled.expand(n, -1)
+    control = getattr(pipe, "controlnet", None)
+    hook = control.register_forward_pre_hook(guided.ask_control, with_kwargs=True) if control else None
+    home = base.vae.device  # while training it is not on the accelerator
+    base.vae.to(base.device)  # type: ignore[arg-type]
+    try:
+        with uncompiled(base.unet):
+            done = pipe(
+                **given,
+                **canvas.given,
+                guidance_scale=1.0,
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            )
+    finally:
+        if guided.graphs and guided.graphs.reason:
+            warnings.warn(f"drawing runs one kernel at a time: {guided.graphs.reason}", stacklevel=2)
+        base.vae.to(home)  # type: ignore[arg-type]
+        if hook:
+            hook.remove()
+    return done.images

@@ -1,0 +1,34 @@
+"""diffusers' samplers by the names that users know."""
+
+import copy
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+from unbraid.bases.base import Base
+from unbraid.common.errors import UsageError
+
+SAMPLERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+def with_sampler(base: Base, name: str) -> Base:
+    """The same base, drawing with another sampler; its noise levels and spacing are the base's own."""
+    if name not in SAMPLERS:
+        near = get_close_matches(name, SAMPLERS, 1) or ["euler"]
+        fix = f"Did you mean {near[0]}? There are: {', '.join(SAMPLERS)}."
+        raise UsageError(f"there is no sampler {name!r}", "--sampler", fix)
+    pipe = copy.copy(base.pipe)
+    pipe.scheduler = SAMPLERS[name].from_config(base.pipe.scheduler.config)
+    return replace(base, pipe=pipe)

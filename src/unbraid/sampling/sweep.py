@@ -1,0 +1,67 @@
+"""One picture over strengths: what a LoRA, a style's guidance, or guidance itself does as it grows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any, Literal
+
+from PIL import Image
+
+from unbraid.bases.base import Base
+from unbraid.common.errors import UsageError
+from unbraid.images.sheets import contact_sheet
+from unbraid.sampling.render import Use, render
+
+MOST = 25  # values; more do not fit on a sheet
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is varied, and its values."""
+
+    what: Literal["lora", "style", "guidance"]
+    values: tuple[float, ...]
+
+
+def parse_sweep(text: str) -> Sweep:
+    """`style=0:1.5:7`: from 0 to 1.5 in seven steps."""
+    fix = "For example style=0:1.5:7, lora=-1:1:5 or guidance=1:8:8: from, to, how many."
+    what, _, numbers = text.partition("=")
+    try:
+        first, last, count = (float(number) for number in numbers.split(":"))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no sweep", "--sweep", fix) from error
+    fits = isfinite(first) and isfinite(last) and count == int(count) and 2 <= count <= MOST
+    if not fits or (what != "lora" and what != "style" and what != "guidance"):
+        raise UsageError(f"{text!r} is no sweep", "--sweep", fix)
+    n = int(count)
+    return Sweep(what, tuple(first + (last - first) * i / (n - 1) for i in range(n)))
+
+
+def sweep_sheet(
+    base: Base, prompt: str, over: Sweep, uses: Sequence[Use], styles: Sequence[Use], seeds: Sequence[int], **given: Any
+) -> Image.Image:
+    """A row per seed, a column per value. A LoRA's or style's own strength multiplies the value."""
+    if over.what != "guidance" and not (uses if over.what == "lora" else styles):
+        option = "--lora" if over.what == "lora" else "--style-guidance"
+        raise UsageError("there is nothing to vary", f"--sweep {over.what}", f"Give {option} FILE.")
+    columns = []
+    for value in over.values:
+        now = dict(given)
+        if over.what == "guidance":
+            now["guidance"] = value
+        loras = _scaled(uses, value) if over.what == "lora" else uses
+        guides = _scaled(styles, value) if over.what == "style" else styles
+        columns.append(render(base, prompt, loras, styles=guides, seeds=seeds, **now))
+    rows = [
+        (
+            f"{prompt}, seed {seed}",
+            [(f"{over.what} {value:g}", column[i]) for value, column in zip(over.values, columns, strict=True)],
+        )
+        for i, seed in enumerate(seeds)
+    ]
+    return contact_sheet(rows)
+
+
+def _scaled(uses: Sequence[Use], value: float) -> list[Use]:
+    return [replace(use, scale=use.scale * value) for use in uses]

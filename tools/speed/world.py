@@ -1,0 +1,72 @@
+"""What `bench.speed` trains on: the embedded base, and SDXL's architecture with random weights, at half width and whole."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from tools.speed.published import Pictures
+from unbraid.bases.base import Base, Prompt, load
+from unbraid.bench.measure import SDXL, VAE
+from unbraid.bench.truth.art import held_out_art
+
+WORDS = ("both", "content", "style", "lora", "module")
+
+
+@dataclass(frozen=True)
+class World:
+    """A base, prompts of all roles, and pictures, which `encode` puts through the autoencoder, one for each role."""
+
+    base: Base
+    prompts: dict[str, Prompt]
+    encode: Callable[[Sequence[str]], Pictures]
+    rank: int
+    said: str
+
+
+def icons(device: str) -> World:
+    base = load("icons", device)
+    pixels = held_out_art().picture("fox", "openmoji") * 2 - 1
+    prompts = {role: base.encode_prompt(f"a {role}") for role in WORDS}
+    return World(base, prompts, _encoder(base, pixels), 16, f"icons, 64 px, rank 16, {device}")
+
+
+def half(device: str, side: int = 256) -> World:
+    """SDXL at half its widths, with 1, 1 and 2 transformer layers for 1, 2 and 10."""
+    small = {
+        "block_out_channels": (160, 320, 640),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 1024,
+        "sample_size": side // 8,
+    }
+    vae = {"block_out_channels": (64, 128, 256, 256)}
+    said = f"half-width SDXL of depth 1, 1, 2, {side} px, rank 32, {device}"
+    return _random(device, side, 32, SDXL | small, VAE | vae, said)
+
+
+def full(device: str, side: int) -> World:
+    return _random(device, side, 64, SDXL, VAE, f"SDXL, {side} px, rank 64, {device}")
+
+
+def _random(device: str, side: int, rank: int, unet: dict[str, Any], vae: dict[str, Any], said: str) -> World:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    pipe = copy.copy(load("icons", "cpu").pipe)
+    pipe.unet = UNet2DConditionModel(**unet).to(device, dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
+    pipe.vae = AutoencoderKL(**vae).to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
+    base = Base(said, pipe, torch.device(device))
+    width = unet["cross_attention_dim"]
+    prompts = {
+        role: Prompt(torch.randn(77, width, device=device, dtype=dtype), torch.randn(1280, device=device, dtype=dtype))
+        for role in WORDS
+    }
+    return World(base, prompts, _encoder(base, torch.rand(3, side, side) * 2 - 1), rank, said)
+
+
+def _encoder(base: Base, pixels: torch.Tensor) -> Callable[[Sequence[str]], Pictures]:
+    _, height, width = pixels.shape
+    return lambda roles: {role: [base.encode_picture(pixels, (height, width, 0, 0, height, width))] for role in roles}
