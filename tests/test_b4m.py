@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.bases import base as bases
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
@@ -33,7 +35,7 @@ QUICK: dict[str, Any] = {"rank": 4, "steps": 4, "lr": 1e-2, "partner_lr": 1e-2, 
 
 def studies(base: Base) -> Studies:
     rng = torch.Generator().manual_seed(1)
-    base.unet.double()
+    base.denoiser.double()
     zeros = torch.zeros(4, 4, 4).double()
     images = {
         role: [Picture(torch.randn(4, 4, 4, generator=rng).double(), zeros, torch.full((6,), 32.0))]
@@ -44,7 +46,7 @@ def studies(base: Base) -> Studies:
 
 
 def begun(base: Base, **settings: Any) -> tuple[Adapters, Recipe, State]:
-    adapters = Adapters.attach(base.unet)
+    adapters = Adapters.attach(base.denoiser)
     (recipe,) = break_(BLOCKS["sdxl"], **{"rank": 4, "partner_count": 1, "lr": 1e-2, "partner_lr": 1e-2, **settings})
     state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
     return adapters, recipe, state
@@ -347,7 +349,7 @@ def test_early_stopping_keeps_the_best() -> None:
 
 def test_the_embedded_base_takes_modules() -> None:
     """Every attention layer of it, the square ones and the others."""
-    adapters, cut = Adapters.attach(bases.load("icons", "cpu").unet), Cut(8, 0.5, "heads", False, True)
+    adapters, cut = Adapters.attach(bases.load("icons", "cpu").denoiser), Cut(8, 0.5, "heads", False, True)
     assert len({d == k for d, k in (layer.base.weight.shape for layer in adapters.layers.values())}) == 2
     for layer in adapters.layers.values():
         down, up = cut.fresh(layer).plain()

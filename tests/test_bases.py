@@ -41,7 +41,7 @@ def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest
         == (file.family, file.size, file.step)
         == (folder.family, SIDE, folder.step)
     )
-    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if folder.family == "sdxl" else ())):
+    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if folder.family.name == "sdxl" else ())):
         one, other = (getattr(base.pipe, part).state_dict() for base in (folder, file))
         assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items()), part
     for key in (
@@ -53,7 +53,7 @@ def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest
         "beta_schedule",
     ):
         assert folder.pipe.scheduler.config.get(key) == file.pipe.scheduler.config.get(key), key
-    assert folder.noise.config["prediction_type"] == (
+    assert folder.process.scheduler.config["prediction_type"] == (
         "epsilon" if kind in ("tiny_sdxl", "tiny_sd15") else "v_prediction"
     )
     one, other = (drawn(base).astype(int) for base in (folder, file))
@@ -65,7 +65,11 @@ def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest
 def test_prediction_can_be_said(tiny_sdxl: Tiny) -> None:
     for where in (tiny_sdxl.folder, tiny_sdxl.file):
         base = load(str(where), "cpu", Loading(prediction="v"))
-        assert base.noise.config["prediction_type"] == base.pipe.scheduler.config["prediction_type"] == "v_prediction"
+        assert (
+            base.process.scheduler.config["prediction_type"]
+            == base.pipe.scheduler.config["prediction_type"]
+            == "v_prediction"
+        )
     with pytest.raises(UsageError, match="no prediction type 'eps'"):
         load(str(tiny_sdxl.file), "cpu", Loading(prediction="eps"))
 
@@ -186,7 +190,7 @@ def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> N
     ready = running.prepare(job, prompts_of(job), running.opened_images(job), load(job.base, "cpu", job.loading))
     assert (ready.base.size, ready.base.step) == (512, 64)
     told: list[Any] = []
-    ready.base.unet.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)
+    ready.base.denoiser.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)
     next(train(ready.studies, ready.recipe, ready.state, 1))
     ((noisy, _), given) = told[0]
     assert noisy.shape == (1, 4, 448 // 8, 576 // 8)
@@ -245,7 +249,7 @@ def called(*words: str) -> int:
 def test_loras_say_that_they_are_for_sd21(tiny_sd21: Tiny, picture: Path, tmp_path: Path) -> None:
     job = learn_job(picture, prompt="a cat", base=str(tiny_sd21.file), rank=2, steps=1, previews=0, out=tmp_path / "r")
     list(running.run(job, device="cpu"))
-    told = load(str(tiny_sd21.file), "cpu").told
+    told = load(str(tiny_sd21.file), "cpu").lora_metadata
     assert told["ss_v2"] == "True" and told["ss_base_model_version"] == "sd_v2_v"
     assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     written = read(tmp_path / "r" / "lora.safetensors").metadata

@@ -25,7 +25,7 @@ def controlnet(base: Base, out: Path) -> Path:
     """A small ControlNet that matters: its last layers, which begin at zero, at random."""
     torch.manual_seed(0)
     channels = (8, 8, 16, 16)[: base.pipe.vae_scale_factor.bit_length()]
-    model = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=channels)
+    model = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=channels)
     for module in (*model.controlnet_down_blocks, model.controlnet_mid_block, model.controlnet_cond_embedding.conv_out):
         assert isinstance(module, torch.nn.Conv2d)
         torch.nn.init.normal_(module.weight, std=0.2)
@@ -81,7 +81,7 @@ def test_plain_guidance_equals_the_stock_pipelines(
 
 
 def style_file(base: Base, out: Path) -> Path:
-    adapters = Adapters.attach(base.unet)
+    adapters = Adapters.attach(base.denoiser)
     adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.3)
     modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
     adapters.detach()

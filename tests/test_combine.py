@@ -86,7 +86,7 @@ def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
     for i in range(2):
         rng = torch.Generator().manual_seed(i)
         modules = {}
-        for name, layer in base.unet.named_modules():
+        for name, layer in base.denoiser.named_modules():
             if type(layer).__name__ == "Linear" and ".attn" in name:
                 d, k = layer.weight.shape
                 modules[f"unet.{name}"] = Lora(torch.randn(4, k, generator=rng), torch.randn(d, 4, generator=rng), 4.0)

@@ -48,7 +48,7 @@ def broken(module: nn.Module, call: int, error: type[BaseException]) -> Iterator
 
 
 def bare(base: Base) -> bool:
-    return not any(isinstance(module, AdaptedLinear) for module in base.unet.modules())
+    return not any(isinstance(module, AdaptedLinear) for module in base.denoiser.modules())
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_run_that_breaks(
 ) -> None:
     """While pictures are encoded, while the LoRAs draw their own, in a step, in a preview, on the sheet."""
     asked = job(method, base, loras, picture, tmp_path)
-    module: Any = base.unet if part == "unet" else base.vae.encoder
+    module: Any = base.denoiser if part == "unet" else base.vae.encoder
     with suppress(Broken, KeyboardInterrupt, UsageError), broken(module, call, error):  # some runs have fewer calls
         list(run(asked, device="cpu"))
     assert bare(base)
@@ -112,14 +112,14 @@ def test_runs_together_that_break(call: int, base: Base, loras: list[Path], pict
     for method in ("unziplora", "dreambooth"):
         (tmp_path / method).mkdir()
         jobs.append(job(method, base, loras, picture, tmp_path / method))
-    with broken(base.unet, call, Broken), pytest.raises(Broken):
+    with broken(base.denoiser, call, Broken), pytest.raises(Broken):
         batch(jobs, device="cpu")
     assert bare(base)
 
 
 @pytest.mark.parametrize("combine", ["sum", "k-lora", "switch", "composite"])
 def test_a_drawing_that_breaks(combine: Any, base: Base, loras: list[Path]) -> None:
-    with broken(base.unet, 2, Broken), pytest.raises(Broken):
+    with broken(base.denoiser, 2, Broken), pytest.raises(Broken):
         render(base, "a cat", [Use(file) for file in loras], combine=combine, steps=3)
     assert bare(base)
 
@@ -130,8 +130,8 @@ def test_a_bench_that_breaks(base: Base, call: int) -> None:
     picture = base.encode_picture(pixels, (32, 32, 0, 0, 32, 32))
     prompts = {role: base.encode_prompt(f"a {role}") for role in ("both", "content", "style")}
     world = World(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
-    before = base.unet.training
+    before = base.denoiser.training
     for asked in (lambda: timed("zip", world, 2, 1, 0), lambda: whole_run("pair", world)):
-        with broken(base.unet, call, Broken), pytest.raises(Broken):
+        with broken(base.denoiser, call, Broken), pytest.raises(Broken):
             asked()
-        assert bare(base) and not base.unet.is_gradient_checkpointing and base.unet.training == before
+        assert bare(base) and not base.denoiser.is_gradient_checkpointing and base.denoiser.training == before

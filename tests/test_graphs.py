@@ -9,7 +9,9 @@ from recorder import Recorder
 from test_many import ROLES, Start, start
 from torch import nn
 
-from unbraid.bases.base import BLOCKS, Base, Prompt, Studies, joined
+from unbraid.bases.base import Base, Studies, joined
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import MOST, WARM, Graphs
 from unbraid.core.lora import Active, Branch
@@ -51,7 +53,7 @@ def capturing(studies: Studies, recorder: Recorder | None = None) -> Recorder:
 
 @pytest.fixture
 def unet_base(v_model: Base) -> Base:
-    v_model.unet.double()
+    v_model.denoiser.double()
     return v_model
 
 
@@ -207,7 +209,7 @@ def drawn(base: Base, adapters: Adapters, graphs: Callable[[], Graphs | None]) -
 
 def test_drawings_are_the_same_through_graphs(v_model: Base) -> None:
     """Style guidance that begins in mid-course, and LoRAs in turn: one graph for each set of terms."""
-    adapters, rng, recorder = Adapters.attach(v_model.unet), torch.Generator().manual_seed(0), Recorder()
+    adapters, rng, recorder = Adapters.attach(v_model.denoiser), torch.Generator().manual_seed(0), Recorder()
     for name in "ab":
         adapters.new(name, 4, rng, up_std=0.3)
     plain = drawn(v_model, adapters, lambda: None)

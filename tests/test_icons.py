@@ -37,8 +37,8 @@ def test_it_is_small_fp16_safetensors() -> None:
 
 
 def test_it_has_sdxls_blocks(base: Base) -> None:
-    assert (base.family, base.size) == ("sdxl", 64)
-    names = {name for name, _ in base.unet.named_modules()}
+    assert (base.family.name, base.size) == ("sdxl", 64)
+    names = {name for name, _ in base.denoiser.named_modules()}
     for block in (
         "down_blocks.1.attentions.1",
         "mid_block.attentions.0",
@@ -46,7 +46,10 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
         "up_blocks.1.attentions.2",
     ):
         assert f"{block}.transformer_blocks.0.attn2.to_k" in names
-    assert base.noise.config["prediction_type"] == "v_prediction" and base.noise.config["rescale_betas_zero_snr"]
+    assert (
+        base.process.scheduler.config["prediction_type"] == "v_prediction"
+        and base.process.scheduler.config["rescale_betas_zero_snr"]
+    )
 
 
 def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:

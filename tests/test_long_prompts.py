@@ -39,13 +39,13 @@ def opened(kind: str, request: pytest.FixtureRequest) -> Base:
 def by_hand(base: Base, text: str) -> tuple[Tensor, Tensor | None]:
     """Chunk by chunk, each through the text encoder by itself, with what transformers itself puts around it."""
     rows, pooled = [], None
-    for name in ("", "_2") if base.family == "sdxl" else ("",):
+    for name in ("", "_2") if base.family.name == "sdxl" else ("",):
         tokenizer, encoder = getattr(base.pipe, f"tokenizer{name}"), getattr(base.pipe, f"text_encoder{name}")
         ids, room, found = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.model_max_length - 2, []
         for i in range(0, len(ids), room):
             one = tokenizer.prepare_for_model(ids[i : i + room], padding="max_length", max_length=room + 2) if hasattr(tokenizer, "prepare_for_model") else {"input_ids": ([tokenizer.bos_token_id, *ids[i : i + room], tokenizer.eos_token_id] + [tokenizer.pad_token_id] * room)[: room + 2]}  # fmt: skip
             out = encoder(torch.tensor([one["input_ids"]]), output_hidden_states=True)
-            found.append(out.hidden_states[-2][0] if base.family == "sdxl" else out.last_hidden_state[0])
+            found.append(out.hidden_states[-2][0] if base.family.name == "sdxl" else out.last_hidden_state[0])
             if name and i == 0:
                 pooled = out.text_embeds[0]
         rows.append(torch.cat(found))
@@ -62,7 +62,7 @@ def test_prompts_of_every_length(kind: str, request: pytest.FixtureRequest) -> N
         )
         got = base.encode_prompt(text)
         assert torch.equal(got.embeds, told[0][0]) and not remarks(base.pipe, [text])
-        assert (got.pooled is None) == (base.family != "sdxl")
+        assert (got.pooled is None) == (base.family.name != "sdxl")
         assert got.pooled is None or torch.equal(got.pooled, told[2][0])
     for count, most in ((room + 1, 2), (2 * room, 2), (2 * room + 5, 3)):
         text = words(base, count)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from double import in_double
 
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies, joined
+from unbraid.bases.base import Base, Picture, Studies, joined
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
@@ -28,7 +30,7 @@ Start = Callable[[], tuple[Studies, Recipe, State]]  # a job, ready to go; its a
 
 @pytest.fixture
 def unet_base(v_model: Base) -> Base:
-    v_model.unet.double()
+    v_model.denoiser.double()
     return v_model
 
 
@@ -44,7 +46,7 @@ def start(base: Base, recipe: Recipe, seed: int, size: tuple[int, int] = (8, 8),
         std = torch.full((4, *size), 0.1).double()
         pictures = {role: [Picture(rand(4, *size), std, torch.full((6,), 32.0))] for role in ROLES}
         prompts = {role: Prompt(rand(24, 64), rand(64)) for role in ROLES}
-        adapters = Adapters.attach(base.unet, recipe.targets)
+        adapters = Adapters.attach(base.denoiser, recipe.targets)
         for name, rank in list(zip(("content", "style"), (4, 2), strict=True))[:loras]:
             made = {}
             for layer_name, layer in adapters.layers.items():
@@ -182,16 +184,16 @@ def test_interrupted_and_restored_in_other_company(unet_base: Base) -> None:
 
 
 def test_gradient_checkpointing(unet_base: Base) -> None:
-    unet_base.unet.enable_gradient_checkpointing()
-    unet_base.unet.train()
+    unet_base.denoiser.enable_gradient_checkpointing()
+    unet_base.denoiser.train()
     check([start(unet_base, split(2), seed) for seed in range(2)])
 
 
 def test_the_model_is_left_as_it_was(unet_base: Base) -> None:
-    before = {name: id(module) for name, module in unet_base.unet.named_modules()}
+    before = {name: id(module) for name, module in unet_base.denoiser.named_modules()}
     jobs = prepared([start(unet_base, split(2), seed) for seed in range(2)])
     list(train_many(jobs, joined, 2))
-    assert {name: id(module) for name, module in unet_base.unet.named_modules()} == before
+    assert {name: id(module) for name, module in unet_base.denoiser.named_modules()} == before
 
 
 def test_one_product_for_all_jobs(unet_base: Base) -> None:

@@ -10,7 +10,8 @@ from recorder import Recorder
 from safetensors.torch import load_file
 from test_many import start
 
-from unbraid.bases.base import BLOCKS, Base, Studies, load
+from unbraid.bases.base import Base, Studies, load
+from unbraid.bases.families import BLOCKS
 from unbraid.common.errors import UsageError
 from unbraid.core.graphs import Graphs
 from unbraid.core.train import train
@@ -54,7 +55,7 @@ def test_a_mask_is_the_opacity_of_each_place(v_base: Path, tmp_path: Path) -> No
 
 def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
     """Targets that differ only where the weight is 0 give the same gradients; elsewhere they do not. Captured steps too."""
-    v_model.unet.double()
+    v_model.denoiser.double()
     begin, found = start(v_model, dreambooth(BLOCKS["sdxl"], rank=4, steps=8)[0], 0), {}
     mask = torch.zeros(1, 8, 8).double()
     mask[..., 4:] = 1

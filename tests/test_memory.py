@@ -75,9 +75,9 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     job = split_job(tmp_path / "x.png", subject="cat", style="ink", **options)
     told = estimate(job, "cpu")
     ready = running.prepare(job, prompts_of(job), running.opened_images(job), load(job.base, "cpu", job.loading))
-    assert ready.base.unet.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
+    assert ready.base.denoiser.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
     trained = [p for name in ready.adapters.names for one in ready.adapters.of(name).values() for _, p in one.parts()]
-    frozen = [p for p in ready.base.unet.parameters() if not any(p is one for one in trained)]
+    frozen = [p for p in ready.base.denoiser.parameters() if not any(p is one for one in trained)]
     assert told.weights == sum(p.numel() * p.element_size() for p in frozen)
     size = sum(4 * p.numel() for p in trained)
     assert told.adapters == 4 * size
@@ -90,7 +90,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
 def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> None:
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="8", **QUICK)
     base = load(str(tiny_sdxl.file), "cpu", Loading(vram="8"))
-    kept = [*base.unet.parameters(), *base.unet.buffers()]
+    kept = [*base.denoiser.parameters(), *base.denoiser.buffers()]
     assert estimate(job, "cpu").weights == sum(one.nbytes for one in kept)
     assert {one.dtype for one in kept} == {torch.float8_e4m3fn, torch.bfloat16}
     assert sum(one.nbytes for one in kept if one.dtype == torch.float8_e4m3fn) > 0.4 * sum(one.nbytes for one in kept)

@@ -8,7 +8,8 @@ from second_device import host_copies, second
 from test_graphs import METHODS, STEPS
 from test_many import ROLES
 
-from unbraid.bases.base import Picture, Prompt, Studies, load
+from unbraid.bases.base import Picture, Studies, load
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Factors
@@ -29,7 +30,7 @@ def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
 
     pictures = {role: [Picture(rand(4, 8, 8), rand(4, 8, 8).abs() / 9, rand(6))] for role in ROLES}
     prompts = {role: Prompt(rand(24, 64), rand(64)) for role in ROLES}
-    adapters = Adapters.attach(base.unet, recipe.targets)
+    adapters = Adapters.attach(base.denoiser, recipe.targets)
     for lora in ("content", "style")[:loras]:
         sizes = {layer: one.base.weight.shape for layer, one in adapters.layers.items()}
         adapters.add(lora, {layer: Factors(rand(4, k) / 8, rand(d, 4) / 8) for layer, (d, k) in sizes.items()})
@@ -46,7 +47,7 @@ def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
 
 def test_figures_are_looked_at_once_in_a_while(second: str, v_base: Path) -> None:
     """A loss that is not finite ends the run, names its own step, and no state is saved meanwhile."""
-    adapters = Adapters.attach(load(str(v_base), second).unet)
+    adapters = Adapters.attach(load(str(v_base), second).denoiser)
     state = State(adapters, torch.optim.AdamW([torch.zeros(1)]), torch.Generator())
     for i in range(LOOK - 1):
         state.saw(Step(i, torch.tensor([1.0, 1.0 if i != 5 else float("nan"), 1.0], device=second)))

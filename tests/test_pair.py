@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from unbraid.bases import base as bases
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
@@ -37,7 +39,7 @@ QUICK = {"rank": 4, "steps": 6, "style_from": 2, "lr": 1e-2}
 
 def studies(base: Base) -> Studies:
     rng = torch.Generator().manual_seed(1)
-    base.unet.double()
+    base.denoiser.double()
     zeros = torch.zeros(4, 4, 4).double()
     images = {
         role: [Picture(torch.randn(4, 4, 4, generator=rng).double(), zeros, torch.full((6,), 32.0))]
@@ -51,7 +53,7 @@ def studies(base: Base) -> Studies:
 
 
 def trained(base: Base, model: Denoiser | None = None, **settings: object) -> Adapters:
-    model, adapters = model or studies(base), Adapters.attach(base.unet)
+    model, adapters = model or studies(base), Adapters.attach(base.denoiser)
     (recipe,) = pair(BLOCKS["sdxl"], **{**QUICK, **settings})  # type: ignore[arg-type]
     state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
     for _ in train(model, recipe, state):
@@ -129,7 +131,7 @@ def test_official_order_is_content_first(v_model: Base) -> None:
     """One official step = a step on the content alone, then one on the style, on the same samples; not both at once."""
     model, found = Same(studies(v_model)), {}
     for name in ("official", "none", "by hand"):
-        adapters = Adapters.attach(v_model.unet)
+        adapters = Adapters.attach(v_model.denoiser)
         compat = "none" if name == "by hand" else name
         (recipe,) = pair(BLOCKS["sdxl"], rank=4, steps=1, style_from=0, lr=1e-2, compat=compat)  # type: ignore[arg-type]
         state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
@@ -249,7 +251,7 @@ def test_alignment_tells_pairs_from_strangers(couple: tuple[Path, Path]) -> None
 def guided(base: Base, terms: Sequence[Term], adapters: Adapters, prompts: dict[str, Prompt], time: float) -> Tensor:
     rng = torch.Generator().manual_seed(9)
     latent = torch.randn(2, 4, 4, 4, generator=rng).double()
-    step = torch.tensor(time * base.noise.config["num_train_timesteps"])
+    step = torch.tensor(time * base.process.scheduler.config["num_train_timesteps"])
     with torch.no_grad():
         return Guided(base, terms, prompts, adapters)(latent, step)[0]
 
@@ -257,9 +259,9 @@ def guided(base: Base, terms: Sequence[Term], adapters: Adapters, prompts: dict[
 @pytest.mark.parametrize("kind", ["v_base", "eps_base"])
 def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest) -> None:
     base = bases.load(str(request.getfixturevalue(kind)), "cpu")
-    base.unet.double()
+    base.denoiser.double()
     rng = torch.Generator().manual_seed(1)
-    adapters = Adapters.attach(base.unet)
+    adapters = Adapters.attach(base.denoiser)
     for name in ("a", "b"):
         adapters.new(name, 2, rng, up_std=0.1)
     double(adapters)
@@ -329,7 +331,7 @@ def test_inversion_undoes_ddim(
     def predict(noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor) -> Tensor:
         alpha = alphas[int(t[0])]
         noise = (1 - alpha).sqrt() * noisy / (alpha / 4 + 1 - alpha)
-        if base.noise.config["prediction_type"] == "epsilon":
+        if base.process.scheduler.config["prediction_type"] == "epsilon":
             return noise
         start = alpha.sqrt() / 4 * noisy / (alpha / 4 + 1 - alpha)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * start

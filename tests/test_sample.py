@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from unbraid.bases import base as bases
-from unbraid.bases.base import BLOCKS, Base
+from unbraid.bases.base import Base
+from unbraid.bases.families import BLOCKS
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Lora
@@ -66,7 +67,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
     """`load_lora_weights` on our file, and unbraid's own path, agree."""
     base = bases.load(str(request.getfixturevalue(kind)), "cpu")
     rng = torch.Generator().manual_seed(0)
-    adapters = Adapters.attach(base.unet)
+    adapters = Adapters.attach(base.denoiser)
     adapters.new("a", 4, rng, up_std=0.1)
     modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
     adapters.detach()
@@ -114,7 +115,7 @@ def test_a_seed_means_the_same_in_any_batch(v_model: Base) -> None:
 
 
 def test_own_prompts_come_from_the_file_and_change_the_picture(v_model: Base, tmp_path: Path) -> None:
-    adapters = Adapters.attach(v_model.unet)
+    adapters = Adapters.attach(v_model.denoiser)
     adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.1)
     modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
     adapters.detach()
@@ -137,18 +138,21 @@ def test_a_lora_for_another_base_is_refused_and_the_base_stays_whole(
 ) -> None:
     name = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     write(tmp_path / "wide.safetensors", {name: Lora(torch.zeros(2, 2048), torch.zeros(640, 2), 2.0)}, family="sdxl")
-    before = [type(module) for module in v_model.unet.modules()]
+    before = [type(module) for module in v_model.denoiser.modules()]
     with pytest.raises(UsageError, match=r"wide\.safetensors.*made for another base"):
         render(v_model, "a cat", [Use(tmp_path / "wide.safetensors")])
-    assert [type(module) for module in v_model.unet.modules()] == before
+    assert [type(module) for module in v_model.denoiser.modules()] == before
     with pytest.raises(UsageError, match="no linear layers of this base"):
         render(bases.load(str(sd15_base), "cpu"), "a cat", [Use(tmp_path / "wide.safetensors")])
 
 
 def test_bases_say_what_they_are(v_base: Path, sd15_base: Path, tmp_path: Path) -> None:
     v, sd15 = bases.load(str(v_base), "cpu"), bases.load(str(sd15_base), "cpu")
-    assert (v.family, v.size, v.step) == ("sdxl", 32, 16) and sd15.family == "sd15"
-    assert v.noise.config["prediction_type"] == "v_prediction" and float(v.noise.alphas_cumprod[-1]) == 0
+    assert (v.family.name, v.size, v.step) == ("sdxl", 32, 16) and sd15.family.name == "sd15"
+    assert (
+        v.process.scheduler.config["prediction_type"] == "v_prediction"
+        and float(v.process.scheduler.alphas_cumprod[-1]) == 0
+    )
     assert set(BLOCKS) == {"sdxl", "sd15"}
     for wrong in ("nowhere", "./nowhere/at-all", str(tmp_path)):
         with pytest.raises(UsageError):
@@ -157,7 +161,7 @@ def test_bases_say_what_they_are(v_base: Path, sd15_base: Path, tmp_path: Path) 
 
 def test_active_scale_zero_is_the_base(v_model: Base) -> None:
     prompts = {"main": v_model.encode_prompt("a cat")}
-    adapters = Adapters.attach(v_model.unet)
+    adapters = Adapters.attach(v_model.denoiser)
     adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.5)
     on, off, none = (
         as_array(generate(v_model, (Term(1.0, "main", active),), prompts, adapters, steps=2)[0])

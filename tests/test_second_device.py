@@ -206,7 +206,7 @@ def test_the_published_steps_of_the_bench(second: str, name: str, tiny_sdxl: Tin
 
 def random_loras(base: Base, out: Path, method: str = "dreambooth") -> list[Path]:
     """Two for the base."""
-    files, adapters = [], Adapters.attach(copy.deepcopy(base.unet))
+    files, adapters = [], Adapters.attach(copy.deepcopy(base.denoiser))
     for i, name in enumerate(("content", "style")):
         adapters.new(name, 4, torch.Generator().manual_seed(i), up_std=0.1)
         modules: dict[str, Lora] = {f"unet.{layer}": one for layer, one in adapters.folded(name).items()}
@@ -218,7 +218,7 @@ def random_loras(base: Base, out: Path, method: str = "dreambooth") -> list[Path
         }
         told["unbraid.settings"] = json.dumps({**CUTS, "kind": name, "rank": 4})
         files.append(out / f"{name}.safetensors")
-        write(files[-1], modules, family=base.family, metadata=told)
+        write(files[-1], modules, family=base.family.name, metadata=told)
     return files
 
 

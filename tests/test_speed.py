@@ -17,7 +17,8 @@ from tools.speed.gpu import whole_run
 from tools.speed.published import Form, dense_product, factorised, published
 from tools.speed.time import timed
 from tools.speed.world import WORDS, World, icons
-from unbraid.bases.base import Base, Picture, Prompt, Studies
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
 from unbraid.core.recipe import Recipe
 from unbraid.core.train import State, train
@@ -36,7 +37,7 @@ METHODS: dict[str, tuple[Recipe, Form]] = {
 @pytest.fixture
 def studies(v_model: Base) -> Iterator[Studies]:
     rng = torch.Generator().manual_seed(1)
-    v_model.unet.double()
+    v_model.denoiser.double()
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng).double()
@@ -55,7 +56,7 @@ def test_the_published_loop_equals_ours(studies: Studies, name: str, checkpointi
     recipe, form = METHODS[name]
     found = []
     for ours in (False, True):
-        adapters, unet = Adapters.attach(studies.base.unet), studies.base.unet
+        adapters, unet = Adapters.attach(studies.base.denoiser), studies.base.denoiser
         if checkpointing and not ours:
             unet.enable_gradient_checkpointing()
             unet.train()
@@ -96,10 +97,10 @@ def test_every_case_says_what_a_run_is_made_of() -> None:
 def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     """On the embedded base, a few steps each; what is timed leaves the base as it was."""
     world = icons("cpu")
-    before = {key: value.clone() for key, value in world.base.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in world.base.denoiser.state_dict().items()}
     ways = [way for way, _ in timed("zip", world, 1, 1)]
     assert ways == ["published", "published, no gradient checkpointing", "ours", "ours, teachers asked ahead"]
-    after = world.base.unet.state_dict()
+    after = world.base.denoiser.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
     gpu(["split"])
     assert torch.cuda.is_available() or "No GPU here" in capsys.readouterr().out
@@ -108,7 +109,7 @@ def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["split", "zip", "learn"])
 def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: weights and activations in bf16, targets in fp32. CUDA takes no loss of two dtypes; a CPU does."""
-    unet: Any = v_model.unet
+    unet: Any = v_model.denoiser
     unet.to(torch.bfloat16)
     prompts = {role: Prompt(torch.randn(24, 64).bfloat16(), torch.randn(64).bfloat16()) for role in WORDS}
     picture = Picture(torch.randn(4, 8, 8), torch.full((4, 8, 8), 0.1), torch.full((6,), 32.0))
@@ -131,4 +132,4 @@ def test_a_whole_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     world = icons("cpu")
     monkeypatch.setattr("tools.speed.gpu.CASES", {"pair": replace(CASES["pair"], steps=3)})
     seconds, _ = whole_run("pair", world)
-    assert seconds > 0 and not any("adapters" in name for name, _ in world.base.unet.named_modules())
+    assert seconds > 0 and not any("adapters" in name for name, _ in world.base.denoiser.named_modules())

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from double import in_double
 
-from unbraid.bases.base import Base, Picture, Prompt, Studies
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch
@@ -35,7 +36,7 @@ def recipe(branches: tuple[Branch, ...] = BRANCHES, steps: int = 3) -> Recipe:
 @pytest.fixture
 def studies(v_model: Base) -> Iterator[Studies]:
     rng = torch.Generator().manual_seed(1)
-    v_model.unet.double()
+    v_model.denoiser.double()
 
     def picture() -> Picture:
         return Picture(
@@ -49,7 +50,7 @@ def studies(v_model: Base) -> Iterator[Studies]:
 
 
 def ready(studies: Studies, one: Recipe, seed: int = 0) -> State:
-    state = State.fresh(Adapters.attach(studies.base.unet), in_double(one), torch.Generator().manual_seed(seed))
+    state = State.fresh(Adapters.attach(studies.base.denoiser), in_double(one), torch.Generator().manual_seed(seed))
     return state
 
 
@@ -81,8 +82,8 @@ def test_branches_batched_equal_one_by_one(studies: Studies) -> None:
 
 def test_gradient_checkpointing_changes_nothing(studies: Studies) -> None:
     plain, loss = gradients(studies, 2)
-    studies.base.unet.enable_gradient_checkpointing()
-    studies.base.unet.train()
+    studies.base.denoiser.enable_gradient_checkpointing()
+    studies.base.denoiser.train()
     checkpointed, loss_checkpointed = gradients(studies, 2)
     assert loss == pytest.approx(loss_checkpointed, abs=1e-14)
     assert max((plain[key] - checkpointed[key]).abs().max().item() for key in plain) < 1e-13

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import ALL
@@ -41,7 +43,7 @@ def studies(v_model: Base) -> Studies:
 
 def start(studies: Studies, **changes: Any) -> tuple[State, Recipe]:
     (recipe,) = unziplora(BLOCKS["sdxl"], **{**SETTINGS, **changes})
-    return State.fresh(Adapters.attach(studies.base.unet), recipe, torch.Generator().manual_seed(0)), recipe
+    return State.fresh(Adapters.attach(studies.base.denoiser), recipe, torch.Generator().manual_seed(0)), recipe
 
 
 def test_golden_branches() -> None:
@@ -250,7 +252,7 @@ def test_blora_halves_touch_different_blocks(studies: Studies) -> None:
     from unbraid.methods.blora import blora
 
     (recipe,) = blora(BLOCKS["sdxl"], rank=4, steps=3, lr=1e-2)
-    state = State.fresh(Adapters.attach(studies.base.unet), recipe, torch.Generator().manual_seed(0))
+    state = State.fresh(Adapters.attach(studies.base.denoiser), recipe, torch.Generator().manual_seed(0))
     for _ in train(studies, recipe, state):
         pass
     content, style = (state.adapters.folded(role) for role in ("content", "style"))

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.speed.published import dense_sum, published
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies, load
+from unbraid.bases.base import Base, Picture, Studies, load
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers
 from unbraid.core.adapters import Adapters
@@ -41,10 +43,10 @@ def studies(v_model: Base) -> Iterator[Studies]:
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     }
-    heads = {"attention_head_dim": v_model.unet.config["attention_head_dim"][:2]}
-    v_model.pipe.unet = UNet2DConditionModel.from_config({**v_model.unet.config, **fewer, **kinds, **heads})
+    heads = {"attention_head_dim": v_model.denoiser.config["attention_head_dim"][:2]}
+    v_model.pipe.unet = UNet2DConditionModel.from_config({**v_model.denoiser.config, **fewer, **kinds, **heads})
     rng = torch.Generator().manual_seed(1)
-    v_model.unet.double()
+    v_model.denoiser.double()
     pictures = {
         role: [
             Picture(torch.randn(4, 8, 8, generator=rng).double(), torch.zeros(4, 8, 8).double(), torch.full((6,), 32.0))
@@ -59,7 +61,7 @@ def studies(v_model: Base) -> Iterator[Studies]:
 
 
 def two_loras(model: Base, disjoint: bool = False, ranks: tuple[int, int] = (3, 4)) -> Adapters:
-    adapters, rng = Adapters.attach(model.unet), torch.Generator().manual_seed(2)
+    adapters, rng = Adapters.attach(model.denoiser), torch.Generator().manual_seed(2)
     for i, role in enumerate(ROLES):
         made = {}
         for j, (name, layer) in enumerate(adapters.layers.items()):
@@ -224,7 +226,7 @@ def test_it_stops_when_the_coefficients_are_apart(studies: Studies) -> None:
 def make(path: Path, base: Base, seed: int, rank: int, dialect: str, prompt: str = "") -> Path:
     rng = torch.Generator().manual_seed(seed)
     modules = {}
-    for name, layer in base.unet.named_modules():
+    for name, layer in base.denoiser.named_modules():
         if type(layer).__name__ == "Linear" and ".attn" in name:
             d, k = layer.weight.shape
             down, up = torch.randn(rank, k, generator=rng) / k**0.5, torch.randn(d, rank, generator=rng) / 4

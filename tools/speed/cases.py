@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tools.speed.published import Form, dense_product, dense_sum, factorised
-from unbraid.bases.base import BLOCKS
+from unbraid.bases.families import BLOCKS
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import ALL, Factors, Part
 from unbraid.core.recipe import Recipe

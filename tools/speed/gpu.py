@@ -48,8 +48,8 @@ def ways(name: str, world: World, chosen: Sequence[str]) -> Iterator[tuple[str, 
     for way, (graphs, compiled) in ((one, WAYS[one]) for one in chosen):
         torch.cuda.empty_cache()
         if compiled:
-            compile_blocks(world.base.unet)
-        with nullcontext() if compiled else uncompiled(world.base.unet):
+            compile_blocks(world.base.denoiser)
+        with nullcontext() if compiled else uncompiled(world.base.denoiser):
             yield way, _speed(name, world, recipe, graphs)
 
 

@@ -15,7 +15,9 @@ import typer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies, joined, load, pick_device
+from unbraid.bases.base import Base, Picture, Studies, joined, load, pick_device
+from unbraid.bases.families import BLOCKS
+from unbraid.bases.families.family import Prompt
 from unbraid.bench.measure import SDXL
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
@@ -52,13 +54,13 @@ def random_base(config: Mapping[str, Any], device: str) -> Base:
     base = load("icons", device)
     torch.manual_seed(0)
     unet: Any = UNet2DConditionModel(**config)
-    base.pipe.unet = unet.to(device, base.unet.dtype).requires_grad_(False).eval()
+    base.pipe.unet = unet.to(device, base.denoiser.dtype).requires_grad_(False).eval()
     return base
 
 
 def starter(base: Base, recipe: Recipe) -> Start:
     """Job i: pictures, prompts and noise of its own; its adapters are not in the model."""
-    config = base.unet.config
+    config = base.denoiser.config
     size = (config["in_channels"], config["sample_size"], config["sample_size"])
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
 
@@ -71,7 +73,7 @@ def starter(base: Base, recipe: Recipe) -> Start:
         sizes = torch.full((6,), 8.0 * size[1], device=base.device)
         pictures = {role: [Picture(rand(*size), 0.1 * rand(*size).abs(), sizes)] for role in ROLES}
         prompts = {role: Prompt(rand(77, config["cross_attention_dim"]), rand(pooled)) for role in ROLES}
-        adapters = Adapters.attach(base.unet, recipe.targets)
+        adapters = Adapters.attach(base.denoiser, recipe.targets)
         try:
             state = State.fresh(adapters, recipe, torch.Generator().manual_seed(i))
         finally:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.bases.base import Base, Picture, Prompt, Studies
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.layout import channels_last
 from unbraid.core.lora import Active, Factors
@@ -137,8 +138,8 @@ def published(
     embeds = {role: prompt.embeds for role, prompt in prompts.items()}
     latents = next(iter(encode().values()))[0].mean
     small = latents.device.type == "cpu" and latents[0].numel() <= SMALL
-    channels_last(base.unet, small)  # its calls are of single rows, and that is their quicker order, as in ours
-    with formulas(base.unet, adapters, form, embeds) as activate:
+    channels_last(base.denoiser, small)  # its calls are of single rows, and that is their quicker order, as in ours
+    with formulas(base.denoiser, adapters, form, embeds) as activate:
         for i in count():
             studies, branches = Studies(base, encode(), prompts), recipe.branches(i)
             samples = studies.draw([branch.image for branch in branches], recipe.shared, rng)

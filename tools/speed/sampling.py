@@ -14,10 +14,10 @@ from unbraid.sampling.sample import NEGATIVE, Guided, Style, Term, style_guidanc
 def evaluations(rounds: int = 40) -> list[tuple[str, float]]:
     """(name, median seconds per sampling step) of style guidance on the embedded base."""
     base = load("icons", "cpu")
-    adapters = Adapters.attach(base.unet)
+    adapters = Adapters.attach(base.denoiser)
     adapters.new("style", 16, torch.Generator().manual_seed(0), up_std=0.1)
     prompts = {role: base.encode_prompt(f"a {role}") for role in (NEGATIVE, "main", "style")}
-    latent = torch.randn(1, base.unet.config["in_channels"], *[base.unet.config["sample_size"]] * 2)
+    latent = torch.randn(1, base.denoiser.config["in_channels"], *[base.denoiser.config["sample_size"]] * 2)
     style, w = Active("style"), 4.0
 
     def ask(*formulas: tuple[Term, ...]) -> Way:

@@ -51,7 +51,7 @@ def one_by_one(name: str, world: World, steps: int, rounds: int) -> list[tuple[s
 
 def compiled(name: str, world: World, steps: int, rounds: int) -> tuple[float, list[tuple[str, float]]]:
     """Seconds until a compiled run has taken its first step, and (name, median seconds per step) without and with compilation."""
-    case, unet = CASES[name], world.base.unet
+    case, unet = CASES[name], world.base.denoiser
     length = case.steps if name == "split" else steps + 2
     way = _ours(case, world, case.ours(world.rank, length), steps, 2)
 
@@ -79,7 +79,7 @@ def roles_of(recipe: Recipe) -> list[str]:
 @contextmanager
 def attached(case: Case, world: World, checkpointing: bool = False) -> Iterator[Adapters]:
     """Adapters on the world's UNet, which is afterwards what it was."""
-    unet = world.base.unet
+    unet = world.base.denoiser
     adapters = Adapters.attach(unet)
     try:
         if case.form is dense_sum:  # it begins with LoRAs that are there

@@ -10,7 +10,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from tools.speed.published import Pictures
-from unbraid.bases.base import Base, Prompt, load
+from unbraid.bases.base import Base, load
+from unbraid.bases.families.family import Prompt
 from unbraid.bench.measure import SDXL, VAE
 from unbraid.bench.truth.art import held_out_art
 

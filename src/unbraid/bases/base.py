@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.bases.compiling import compile_blocks
-from unbraid.bases.long_prompts import encode
+from unbraid.bases.families import family_of
+from unbraid.bases.families.family import Family, Prompt
+from unbraid.bases.noising import Diffusion
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.savings import save_memory
@@ -21,34 +20,9 @@ from unbraid.common.errors import UsageError
 from unbraid.core.graphs import CudaExecutor, Graphs
 from unbraid.core.recipe import Denoiser, Sample, Shared
 
-Family = Literal["sdxl", "sd15"]
-
-# Which attention groups hold what, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv 2412.04465): in the
-# blocks of a role that role's adapter uses every channel and the other one only its selected ones.
-# For SD1.5 the table is by analogy (same place in the decoder) and has not been measured.
-BLOCKS: dict[Family, dict[str, tuple[str, ...]]] = {
-    "sdxl": {
-        "content": ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.2."),
-        "style": ("up_blocks.0.attentions.1.", "up_blocks.1.attentions."),
-    },
-    "sd15": {
-        "content": ("up_blocks.1.attentions.0.", "up_blocks.1.attentions.2."),
-        "style": ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.", "up_blocks.3.attentions."),
-    },
-}
-
-
 TILE = 512  # pixels
 DRAWING = 6 * 2**30  # bytes for a picture of 1024 px: the passes, and the VAE in full precision
 MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """An encoded text: `embeds [tokens, channels]`, and SDXL's pooled vector `[channels]`. Equal only to itself."""
-
-    embeds: Tensor
-    pooled: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,22 +44,18 @@ class Base:
     pipe: Pipeline
     device: torch.device
     graphs: bool = True  # whether passes are captured as CUDA graphs
-    noise: DDPMScheduler = field(init=False)
+    family: Family = field(init=False)
+    process: Diffusion = field(init=False)
     _told: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.noise = DDPMScheduler.from_config(self.pipe.scheduler.config)  # type: ignore[assignment]
-        if self.noise.config["prediction_type"] not in ("epsilon", "v_prediction"):
-            what = f"prediction type {self.noise.config['prediction_type']!r} is not supported"
-            raise UsageError(what, self.name, "Use a base that predicts epsilon or v.")
+        self.family = family_of(self.pipe)
+        self.process = self.family.process(self.pipe.scheduler.config, self.name)
 
     @property
-    def family(self) -> Family:
-        return "sdxl" if isinstance(self.pipe, StableDiffusionXLPipeline) else "sd15"
-
-    @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.pipe.unet  # type: ignore[return-value]
+    def denoiser(self) -> Any:
+        """The network that is trained: a module of diffusers, with its `config`."""
+        return getattr(self.pipe, self.family.network.part)
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -94,29 +64,24 @@ class Base:
     @property
     def step(self) -> int:
         """Sides of pictures are multiples of this many pixels: 64, as in the buckets that the large bases were trained in; for smaller
-        ones what they can take, the VAE's factor times the UNet's."""
-        unet_factor = 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-        return 64 if self.size >= 512 else self.pipe.vae_scale_factor * unet_factor
+        ones what they can take: the VAE's factor times the denoiser's."""
+        factor = self.pipe.vae_scale_factor * self.family.network.factor(self.denoiser.config)
+        return 64 if self.size >= 512 else factor
 
     @property
     def size(self) -> int:
         """The side, in pixels, of the square pictures that the base was trained on."""
-        return self.unet.config["sample_size"] * self.pipe.vae_scale_factor
+        return self.family.network.size(self.denoiser.config) * self.pipe.vae_scale_factor
 
     @property
-    def told(self) -> dict[str, str]:
-        """What a LoRA for this base says of it beyond its family: SD2.x has SD1.5's modules, and linear projections."""
-        if self.family == "sdxl" or not self.unet.config["use_linear_projection"]:
-            return {}
-        v = self.noise.config["prediction_type"] == "v_prediction"
-        architecture = f"stable-diffusion-v2-{'768-v' if v else '512'}/lora"
-        version = f"sd_v2{'_v' if v else ''}"
-        return {"ss_v2": "True", "ss_base_model_version": version, "modelspec.architecture": architecture}
+    def lora_metadata(self) -> dict[str, str]:
+        """What a LoRA's metadata says of this base beyond its family."""
+        return self.family.lora_metadata(self.pipe)
 
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
-        """Encode as the pipeline does, longer texts in chunks: `unbraid.bases.long_prompts`."""
-        return Prompt(*encode(self.pipe, text, self.device))
+        """Encode as the pipeline does; a longer text in chunks."""
+        return self.family.encode_text(self.pipe, text, self.device)
 
     def alike(self, prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
         """Prompts that can be in one batch: shorter ones are followed by empty chunks, blank ones by zeros. Text encoders must be there."""
@@ -174,13 +139,10 @@ class Base:
         return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < DRAWING
 
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
-        """What the UNet, or a ControlNet, is told of a batch; `prompts` and `sizes [b, 6]` one per row."""
-        dtype = self.unet.dtype
-        added: dict[str, Tensor] | None = None
-        if self.family == "sdxl":
-            pooled = torch.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
-            added = {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}
-        return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), "added_cond_kwargs": added}
+        """What the denoiser, or a ControlNet, reads beside the noisy latents; `prompts` and `sizes [b, 6]` one per row."""
+        dtype = self.denoiser.dtype
+        more = self.family.conditions(prompts, sizes, dtype)
+        return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), **more}
 
     def _texts(self, key: tuple[object, ...], prompts: Sequence[Prompt]) -> Tensor:
         """The embeddings of a batch, `[b, tokens, channels]`: for the same prompts the same tensor, by which adapted layers know that
@@ -188,13 +150,13 @@ class Base:
         if key not in self._told:
             if len(self._told) == MOST_BATCHES:
                 self._told.clear()
-            self._told[key] = torch.stack([prompt.embeds for prompt in prompts]).to(self.unet.dtype)
+            self._told[key] = torch.stack([prompt.embeds for prompt in prompts]).to(self.denoiser.dtype)
         return self._told[key]
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor, **residuals: Any) -> Tensor:
-        """The UNet's raw prediction for a batch; `residuals`: a ControlNet's, as the UNet calls them."""
+        """The denoiser's raw prediction for a batch, as `noisy`; `residuals`: a ControlNet's outputs, under the denoiser's names."""
         told = self.conditions(prompts, sizes)
-        return self.unet(noisy.to(self.unet.dtype), t, **told, **residuals).sample
+        return self.denoiser(noisy.to(self.denoiser.dtype), t, **told, **residuals).sample
 
 
 class Studies:
@@ -219,15 +181,12 @@ class Studies:
         picture = pictures[int(torch.randint(len(pictures), (), generator=rng))]
         shape, device = picture.mean.shape, self.base.device
         latent = picture.mean + picture.std * sent(torch.randn(shape, generator=rng), device).to(picture.std)
-        steps = self.base.noise.config["num_train_timesteps"]
         if "timestep" not in shared or "timestep" not in kept:
-            kept["timestep"] = sent(torch.randint(steps, (1,), generator=rng), device)
+            kept["timestep"] = sent(self.base.process.draw_timestep(rng), device)
         if "noise" not in shared or "noise" not in kept:
             kept["noise"] = sent(torch.randn(shape, generator=rng), device).to(picture.mean)
-        noise, t, latents = kept["noise"][None], kept["timestep"], latent[None]
-        noisy = self.base.noise.add_noise(latents, noise, t)  # type: ignore[arg-type]
-        is_v = self.base.noise.config["prediction_type"] == "v_prediction"
-        target = self.base.noise.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
+        t = kept["timestep"]
+        noisy, target = self.base.process.corrupt(latent[None], kept["noise"][None], t)
         some = picture.prompts
         prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
         weight = None if picture.weight is None else picture.weight[None]
@@ -261,9 +220,10 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
     pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
-    save_memory(pipe.unet, where, loading.preset)
+    denoiser = getattr(pipe, family_of(pipe).network.part)
+    save_memory(denoiser, where, loading.preset)
     if loading.compile:
-        compile_blocks(pipe.unet)
+        compile_blocks(denoiser)
     pipe.to(where)
     return Base(name, pipe, where, loading.graphs)
 

@@ -1,5 +1,5 @@
-"""torch.compile of a UNet's transformer blocks: few different ones, where the adapters and most of the small operators are. Compiling the
-whole UNet takes many minutes."""
+"""torch.compile of a model's transformer blocks: there are few different ones, where the adapters and most of the small operators are. Compiling the
+whole model takes many minutes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

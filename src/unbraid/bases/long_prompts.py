@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unbraid.bases.pipeline import Pipeline
 
-
-def encode(pipe: Pipeline, text: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def encode(pipe: Any, text: str, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """`[chunks * 77, channels]` and, of SDXL, `[channels]`: as the pipeline encodes a text of one chunk. SD1.5 and SD2.1: the last
     hidden state; SDXL: the last but one of both encoders, and the second one's pooled vector."""
     parts = [(pipe.tokenizer, pipe.text_encoder)]
@@ -33,7 +31,7 @@ def chunks(tokenizer: Any, text: str, least: int = 1) -> list[list[int]]:
     return found + [[] for _ in range(max(least, 1) - len(found))]
 
 
-def remarks(pipe: Pipeline, texts: Sequence[str]) -> list[str]:
+def remarks(pipe: Any, texts: Sequence[str]) -> list[str]:
     """What is to be said of prompts that are longer than one chunk."""
     told = []
     for text in dict.fromkeys(texts):

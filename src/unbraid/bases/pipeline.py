@@ -16,11 +16,12 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from unbraid.bases.families import PIPELINES, family_of
 from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
 from unbraid.common.errors import UsageError
 
-Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline
+Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline  # what `PIPELINES` are, to a type checker
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
@@ -39,8 +40,8 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)
     _mind_precision(pipe.vae)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
-        if part is not None:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
 
@@ -105,18 +106,18 @@ def _check(pipe: Any, name: str, vae: str) -> None:
     if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # the refiner is of the second kind
         what = f"{type(pipe).__name__} is no text-to-image model"
         raise UsageError(what, name, "Give the text-to-image model that it was made from.")
-    if not isinstance(pipe, StableDiffusionXLPipeline | StableDiffusionPipeline):
+    if not isinstance(pipe, PIPELINES):
         raise UsageError(
             f"{type(pipe).__name__} is not an SDXL, SD1.5 or SD2.1 type of model", name, "Choose another base."
         )
-    if pipe.unet.config["in_channels"] != pipe.unet.config["out_channels"]:
-        what = f"its UNet takes {pipe.unet.config['in_channels']} channels: an inpainting or image-conditioned model"
-        raise UsageError(what, name, "Give the text-to-image model that it was made from.")
-    if pipe.text_encoder is None or (isinstance(pipe, StableDiffusionXLPipeline) and pipe.text_encoder_2 is None):
+    network = family_of(pipe).network
+    network.check(pipe, name)
+    if any(pipe.components[part] is None for part in ("text_encoder", "text_encoder_2") if part in pipe.components):
         fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
         raise UsageError("a text encoder is missing, as in SDXL's refiner", name, fix)
-    if pipe.vae.config["latent_channels"] != pipe.unet.config["in_channels"]:
-        what = f"the VAE has {pipe.vae.config['latent_channels']} latent channels, the UNet {pipe.unet.config['in_channels']}"
+    channels, wanted = pipe.vae.config["latent_channels"], getattr(pipe, network.part).config["in_channels"]
+    if channels != wanted:
+        what = f"the VAE has {channels} latent channels, the {type(getattr(pipe, network.part)).__name__} {wanted}"
         raise UsageError(what, vae or name, "Give a VAE of this kind of base.")
 
 

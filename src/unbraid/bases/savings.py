@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,13 +31,13 @@ def notes(device: torch.device, preset: Preset) -> list[str]:
     return told
 
 
-def save_memory(unet: UNet2DConditionModel, device: torch.device, preset: Preset) -> None:
-    """Gradient checkpointing, and the UNet's weights in fp8: before it goes to its device, where it might not fit otherwise, and
+def save_memory(denoiser: Any, device: torch.device, preset: Preset) -> None:
+    """Gradient checkpointing, and the denoiser's weights in fp8: before it goes to its device, where it might not fit otherwise, and
     before adapters are attached, which stay fp32."""
     if preset.checkpointing:  # nothing random is computed again; and random states cannot be asked for in a CUDA graph
-        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     if preset.fp8 and device.type != "mps":
-        store_in_fp8(unet)
+        store_in_fp8(denoiser)
 
 
 def spared(recipe: Recipe, preset: Preset) -> Recipe:

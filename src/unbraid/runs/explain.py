@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from unbraid.bases.base import BLOCKS
+from unbraid.bases.families import BLOCKS
 from unbraid.core.lora import ALL, Active, Branch
 from unbraid.core.recipe import Recipe
 from unbraid.methods import METHODS

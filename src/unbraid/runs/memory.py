@@ -3,27 +3,23 @@
 A step is gone through on torch's meta device, which has shapes and no values, and what autograd would keep is added up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unbraid.bases.base import BLOCKS, pick_device
-from unbraid.bases.pipeline import location, quiet
+from unbraid.bases.base import pick_device
+from unbraid.bases.configuration import denoiser_config
+from unbraid.bases.families.family import Network
+from unbraid.bases.pipeline import quiet
 from unbraid.bases.presets import Preset
 from unbraid.bases.savings import save_memory
-from unbraid.bases.single_file import configs, empty_unet
-from unbraid.bases.sniff import sniff
-from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Branch
 from unbraid.core.optim import groups
@@ -35,14 +31,13 @@ from unbraid.sampling.render import attach_to
 
 GIB = 2**30
 TOKENS = 77
-UNITS = (ResnetBlock2D, BasicTransformerBlock)  # what gradient checkpointing computes again, one at a time
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes on the device at the height of a training step. Not in it: what the driver itself takes, and fragmentation."""
 
-    weights: int  # of the UNet; text encoders and VAE are gone by then
+    weights: int  # of the denoiser; text encoders and VAE are gone by then
     adapters: int  # with their gradients and moments
     activations: int  # kept for the backward pass
 
@@ -70,84 +65,65 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
     preset = job.loading.preset
     where = torch.device(device or job.loading.device or pick_device())  # it need not be there
     dtype = torch.bfloat16 if preset.half or where.type == "cuda" else torch.float32
-    config = unet_config(job.base)
+    family, config = denoiser_config(job.base)
+    make = partial(_typed, family.network, config, dtype)
     with quiet():
-        resting = _typed(config, dtype)
+        resting = make()
         save_memory(resting, torch.device("cpu"), preset)
     weights = sum(one.numel() * one.element_size() for one in (*resting.parameters(), *resting.buffers()))
-    blocks = BLOCKS["sdxl" if config.get("addition_embed_type") else "sd15"]
-    (recipe,) = METHODS[job.method].make(blocks, **job.settings)
-    unet, adapters = _adapted(job, recipe, lambda: _typed(config, dtype))
+    (recipe,) = METHODS[job.method].make(family.blocks, **job.settings)
+    denoiser, adapters = _adapted(job, recipe, family.network, make)
     trained = sum(p.numel() for group in groups(adapters, recipe.rates) for p in group["params"]) if recipe.steps else 0
     kept = sum(p.numel() for name in adapters.names for one in adapters.of(name).values() for _, p in one.parts())
     moments = 2.03 if preset.adam8 else 8
-    return Estimate(weights, round(4 * kept + (4 + moments) * trained), _activations(unet, adapters, recipe, preset))
+    return Estimate(
+        weights,
+        round(4 * kept + (4 + moments) * trained),
+        _activations(denoiser, family.network, adapters, recipe, preset),
+    )
 
 
-def unet_config(base: str) -> dict[str, Any]:
-    """A UNet's configuration: of a folder, a hub id (which downloads it), or made from a checkpoint's header."""
-    path = location(base)
-    if Path(path).is_file():
-        return configs(sniff(Path(path)))["unet/config.json"]
-    try:
-        found: Any = UNet2DConditionModel.load_config(path, subfolder="unet")
-    except (OSError, ValueError) as error:
-        fix = "Give icons, a complete diffusers folder, a checkpoint, or a hub id (a first download needs a network)."
-        raise UsageError(f"the base cannot be loaded: {str(error).strip().splitlines()[0]}", base, fix) from error
-    return found
-
-
-def _adapted(job: Job, recipe: Recipe, make: Callable[[], Any]) -> tuple[Any, Adapters]:
-    """A UNet with the adapters of a run. Of a method that looks at their values, which are not there, with as many of the same rank."""
+def _adapted(job: Job, recipe: Recipe, network: Network, make: Callable[[], Any]) -> tuple[Any, Adapters]:
+    """A denoiser with the adapters of a run. Of a method that looks at their values, which are not there, with as many of the same rank."""
     files = {role: (path, read(path).modules) for role, path in job.loras.items()}
     with quiet(), torch.device("meta"):
-        unet, rng = make(), torch.Generator("cpu")
-        adapters = attach_to(unet, files, job.base) or Adapters.attach(unet, recipe.targets)
+        denoiser, rng = make(), torch.Generator("cpu")
+        adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(denoiser, recipe.targets)
         try:
             if recipe.steps:  # else what it prepares is its result, and nothing is trained
                 recipe.prepare(adapters, rng)
         except RuntimeError:  # torch's, on the meta device
-            unet = make()
-            adapters = Adapters.attach(unet, recipe.targets)
+            denoiser = make()
+            adapters = Adapters.attach(denoiser, recipe.targets)
             active = {one.adapter for branch in recipe.branches(0) for one in branch.active}
             for name in sorted(active | {name for name, _ in recipe.rates}):
                 adapters.new(name, job.settings.get("rank", 64), rng)
-    return unet, adapters
+    return denoiser, adapters
 
 
-def _typed(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    unet: Any = empty_unet(config)
-    return unet.requires_grad_(False).to(dtype)
+def _typed(network: Network, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    return network.empty(config).requires_grad_(False).to(dtype)
 
 
-def _activations(unet: nn.Module, adapters: Adapters, recipe: Recipe, preset: Preset) -> int:
+def _activations(denoiser: Any, network: Network, adapters: Adapters, recipe: Recipe, preset: Preset) -> int:
     """Of the largest group of branches that share a forward pass, late in the run, when all take part."""
     branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.in_turn else preset.at_once]
     if not recipe.steps or not branches:
         return 0
-    ledger = _Ledger({id(one.untyped_storage()) for one in (*unet.parameters(), *unet.buffers())})
-    with ledger.keeping(unet), _Fused():
-        _forward(unet, adapters, branches)
+    ledger = _Ledger({id(one.untyped_storage()) for one in (*denoiser.parameters(), *denoiser.buffers())})
+    with ledger.keeping(denoiser, network.units), _Fused():
+        _forward(denoiser, network, adapters, branches)
     if not preset.checkpointing:
         return ledger.outside + sum(ledger.inside)
     return ledger.outside + sum(ledger.inputs) + max(ledger.inside, default=0)
 
 
-def _forward(unet: Any, adapters: Adapters, branches: tuple[Branch, ...]) -> Tensor:
-    config, rows = unet.config, len(branches)
+def _forward(denoiser: Any, network: Network, adapters: Adapters, branches: tuple[Branch, ...]) -> Tensor:
+    given = network.example(denoiser.config, len(branches), TOKENS, denoiser.dtype)
     prompts = {active.prompt for branch in branches for active in branch.active if active.prompt}
-    texts = {
-        role: torch.empty(TOKENS, config["cross_attention_dim"], device="meta", dtype=unet.dtype) for role in prompts
-    }
-    noisy = torch.empty(rows, config["in_channels"], *[config["sample_size"]] * 2, device="meta", dtype=unet.dtype)
-    added = None
-    if config["addition_embed_type"]:
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        added = {name: torch.empty(rows, n, device="meta") for name, n in (("text_embeds", pooled), ("time_ids", 6))}
-    text = torch.empty(rows, TOKENS, config["cross_attention_dim"], device="meta", dtype=unet.dtype)
-    t = torch.empty(rows, device="meta")
+    texts = {role: torch.empty_like(given["encoder_hidden_states"][0]) for role in prompts}
     with adapters.activate([branch.active for branch in branches], texts):
-        return unet(noisy, t, encoder_hidden_states=text, added_cond_kwargs=added).sample
+        return denoiser(**given).sample
 
 
 class _Ledger:
@@ -178,8 +154,8 @@ class _Ledger:
         self.within = False
 
     @contextmanager
-    def keeping(self, unet: nn.Module) -> Iterator[None]:
-        units = [module for module in unet.modules() if isinstance(module, UNITS)]
+    def keeping(self, denoiser: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
+        units = [module for module in denoiser.modules() if isinstance(module, kinds)]
         hooks = [unit.register_forward_pre_hook(self.enter) for unit in units]
         hooks += [unit.register_forward_hook(self.leave) for unit in units]
         try:

@@ -14,7 +14,7 @@ COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e5ea2")
 
 
 def mergers_plot(events: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
-    """`events`: one per step, with `mean NAME` and `cos`. `found`: LoRA → layer → coefficients."""
+    """`events`: one per step, with `mean NAME` and `cos`. `found`: LoRA → module, as in a LoRA file → coefficients."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, 3.4), dpi=120, layout="constrained")
@@ -22,15 +22,14 @@ def mergers_plot(events: Sequence[Mapping[str, Any]], found: Mapping[str, Mappin
     course.plot([event.get("cos", float("nan")) for event in events], color="#888888", label="|cos|")
     blocks: dict[str, None] = {}
     for layers in found.values():
-        blocks |= dict.fromkeys(block_of(f"unet.{layer}") for layer in layers)
+        blocks |= dict.fromkeys(block_of(layer) for layer in layers)
     for colour, (name, layers) in zip(COLOURS * len(found), found.items(), strict=False):
         course.plot([event.get(f"mean {name}", float("nan")) for event in events], color=colour, label=f"mean {name}")
         if not layers:
             continue
         spread.hist(torch.cat(list(layers.values())).float().numpy(), 80, color=colour, alpha=0.6, label=name)
         means = [
-            [float(value.mean()) for layer, value in layers.items() if block_of(f"unet.{layer}") == block]
-            for block in blocks
+            [float(value.mean()) for layer, value in layers.items() if block_of(layer) == block] for block in blocks
         ]
         heights = [sum(some) / len(some) if some else 1.0 for some in means]
         where.plot(list(blocks), heights, "o-", color=colour, label=name)

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from unbraid.bases.base import BLOCKS, Base, Picture, Prompt, Studies, load
+from unbraid.bases.base import Base, Picture, Studies, load
+from unbraid.bases.families.family import Prompt
 from unbraid.bases.long_prompts import remarks as long_prompts
 from unbraid.bases.savings import fitting, memory_error, notes, spared
 from unbraid.common.errors import UsageError
@@ -143,11 +144,11 @@ def remarks(job: Job) -> list[str]:
 
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode, attach: everything before the first step."""
-    (made,) = METHODS[job.method].make(BLOCKS[base.family], **job.settings)
+    (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
     recipe = spared(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
-    adapters = started or Adapters.attach(base.unet, recipe.targets)
+    adapters = started or Adapters.attach(base.denoiser, recipe.targets)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
         captions = {role: base.encode_prompt(text) for path in job.captions for role, text in _captions(job, path)}
@@ -268,13 +269,18 @@ def _written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
     job = ready.job
     shown = next((ready.images[role][0] for role in job.images), None)
     for stem, output in METHODS[job.method].outputs(job.settings).items():
-        modules = {f"unet.{name}": lora for name, lora in _folded(ready.adapters, output).items()}
+        modules = {
+            f"{ready.base.family.network.part}.{name}": lora for name, lora in _folded(ready.adapters, output).items()
+        }
         path = job.out / f"{stem}.safetensors"
         write(
             path,
             modules,
-            family=ready.base.family,
-            metadata={**metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts, shown), **ready.base.told},
+            family=ready.base.family.name,
+            metadata={
+                **metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts, shown),
+                **ready.base.lora_metadata,
+            },
         )
         yield path
 
@@ -285,7 +291,11 @@ def _drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], 
     if events := folder.read_events(job.out):
         losses = [event["loss"] for event in events]
         out["loss.png"] = lambda: pictures.loss_plot(losses, job.out / "loss.png")
-    found = {name: mergers.values(ready.adapters, name) for name in ready.adapters.names}
+    part = ready.base.family.network.part
+    found = {
+        name: {f"{part}.{layer}": value for layer, value in mergers.values(ready.adapters, name).items()}
+        for name in ready.adapters.names
+    }
     if job.loras and any(found.values()):
         out["coefficients.png"] = lambda: mergers_plot(events, found, job.out / "coefficients.png")
     if job.previews:

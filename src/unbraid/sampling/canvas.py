@@ -103,13 +103,13 @@ def load_control(base: Base, name: str) -> ControlNetModel:
     """A ControlNet that was made for this kind of base."""
     known_model(name, "ControlNet", "Give a diffusers folder, or a hub id such as diffusers/controlnet-canny-sdxl-1.0.")
     try:
-        model = ControlNetModel.from_pretrained(name, torch_dtype=base.unet.dtype, use_safetensors=True)
+        model = ControlNetModel.from_pretrained(name, torch_dtype=base.denoiser.dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         fix = "Give a complete diffusers folder with .safetensors weights, or a hub id."
         raise UsageError(f"the ControlNet cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
-    for key in ("in_channels", "cross_attention_dim", "block_out_channels"):
-        if _plain(model.config[key]) != _plain(base.unet.config[key]):
-            what = f"its {key} is {model.config[key]}, the base's {base.unet.config[key]}"
+    for key in base.family.network.control_keys:
+        if _plain(model.config[key]) != _plain(base.denoiser.config[key]):
+            what = f"its {key} is {model.config[key]}, the base's {base.denoiser.config[key]}"
             raise UsageError(what, name, f"It was made for another base than {base.name}.")
     model.to(base.device)  # type: ignore[call-arg]
     return model.requires_grad_(False).eval()

@@ -6,7 +6,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from unbraid.bases.base import Base, Prompt
+from unbraid.bases.base import Base
+from unbraid.bases.families.family import Prompt
 from unbraid.images.crop import Pixels
 from unbraid.sampling.sample import Guided, Term
 
@@ -23,7 +24,6 @@ def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tenso
     scheduler: DDIMScheduler = DDIMScheduler.from_config(base.pipe.scheduler.config)  # type: ignore[assignment]
     scheduler.set_timesteps(steps)
     guided = Guided(base, (Term(1.0, "source"),), {"source": prompt}, None)
-    is_v = scheduler.config["prediction_type"] == "v_prediction"
     stride = scheduler.config["num_train_timesteps"] // steps
     latent = picture.mean[None]
     height, width = pixels.values.shape[1:]
@@ -36,7 +36,7 @@ def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tenso
         found = latent
         for _ in range(ITERATIONS):
             out = guided(found, torch.tensor(t), added_cond_kwargs={"time_ids": sizes})[0]
-            velocity = out if is_v else (out - o_t * found) / a_t
+            velocity = base.process.velocity(out, found, a_t, o_t)
             found = (latent - (o_s * a_t - a_s * o_t) * velocity) / (a_s * a_t + o_s * o_t)
         latent = found
     return latent

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 from torch import nn
 
-from unbraid.bases.base import Base, Prompt
+from unbraid.bases.base import Base
+from unbraid.bases.families.family import Network, Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Factors, Lora
@@ -145,39 +146,41 @@ def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
 
 
 def attach(base: Base, loras: Loras) -> Adapters | None:
-    """Put LoRAs on the base's UNet, each under its name; None if there are none."""
-    return attach_to(base.unet, loras, base.name)
+    """Put LoRAs on the base's denoiser, each under its name; None if there are none."""
+    return attach_to(base.denoiser, base.family.network, loras, base.name)
 
 
-def attach_to(unet: nn.Module, loras: Loras, base: str) -> Adapters | None:
-    """The same for a UNet of the base of that name."""
-    names: set[str] = set()
+def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) -> Adapters | None:
+    """The same for a denoiser of the base of that name."""
+    prefix = f"{network.part}."
     for path, modules in loras.values():
-        outside = [name for name in modules if not name.startswith("unet.")]
+        outside = [name for name in modules if not name.startswith(prefix)]
         if outside:
-            what = f"{len(outside)} of its modules are not in the UNet, such as {outside[0]}"
-            raise UsageError(what, path, "unbraid applies UNet LoRAs; drop the rest with `unbraid edit`.")
-        names |= {name.removeprefix("unet.") for name in modules}
-    if not names:
-        return None
-    linears = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
-    for path, modules in loras.values():
-        missing = sorted({name.removeprefix("unet.") for name in modules} - linears)
-        if missing:
+            what = f"{len(outside)} of its modules are not in the {network.title}, such as {outside[0]}"
+            fix = f"unbraid applies {network.title} LoRAs; drop the rest with `unbraid edit`."
+            raise UsageError(what, path, fix)
+    own = {
+        role: (path, {name.removeprefix(prefix): lora for name, lora in modules.items()})
+        for role, (path, modules) in loras.items()
+    }
+    linears = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    for path, modules in own.values():
+        if missing := sorted(modules.keys() - linears):
             what = (
                 f"{len(missing)} of its {len(modules)} modules are no linear layers of this base, such as {missing[0]}"
             )
             raise UsageError(what, path, f"It was made for another base than {base}.")
-    adapters = Adapters.attach_named(unet, sorted(names))
+    if not (names := {name for _, modules in own.values() for name in modules}):
+        return None
+    adapters = Adapters.attach_named(denoiser, sorted(names))
     with ExitStack() as undo:
         undo.callback(adapters.detach)
-        for name, (path, modules) in loras.items():
-            made = {}
-            for module, lora in modules.items():
-                made[module.removeprefix("unet.")] = Factors(
-                    lora.down.float(), lora.up.float(), lora.alpha / len(lora.down)
-                )
-            adapters.add(name, made, where=path)
+        for role, (path, modules) in own.items():
+            made = {
+                name: Factors(lora.down.float(), lora.up.float(), lora.alpha / len(lora.down))
+                for name, lora in modules.items()
+            }
+            adapters.add(role, made, where=path)
         undo.pop_all()
     return adapters
 

@@ -1,6 +1,6 @@
 """Sampling: a guidance formula is a weighted sum of passes, on diffusers' own pipelines.
 
-`Guided` stands in for a pipeline's UNet, which is called at guidance 1, and returns Σ weight · prediction
+`Guided` takes the place of a pipeline's denoiser. The pipeline runs at guidance 1, and `Guided` returns Σ weight · prediction
 over its terms, with all passes in one batch. So every scheduler and every pipeline works with every formula.
 """
 
@@ -17,18 +17,15 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch import Tensor, nn
 
-from unbraid.bases.base import Base, Prompt
+from unbraid.bases.base import Base
 from unbraid.bases.compiling import uncompiled
+from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
 from unbraid.core.layout import channels_last
 from unbraid.core.lora import Active
 from unbraid.sampling.canvas import Canvas
 
 NEGATIVE = "negative"  # the role of the negative prompt
-RESIDUALS = (
-    "down_block_additional_residuals",
-    "mid_block_additional_residual",
-)  # a ControlNet's, as the UNet calls them
 
 
 @dataclass(frozen=True)
@@ -79,15 +76,15 @@ def classifier_free(scale: float, prompt: str, active: tuple[Active, ...] = ()) 
 
 
 class Guided(nn.Module):
-    """A stand-in for `base.unet` that evaluates a guidance formula."""
+    """A stand-in for `base.denoiser` that evaluates a guidance formula."""
 
     def __init__(
         self, base: Base, terms: Sequence[Term], prompts: Mapping[str, Prompt], adapters: Adapters | None
     ) -> None:
         super().__init__()
         self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
-        self.config, self.add_embedding = base.unet.config, getattr(base.unet, "add_embedding", None)
-        self.dtype, self.device = base.unet.dtype, base.device
+        self.config, self.add_embedding = base.denoiser.config, getattr(base.denoiser, "add_embedding", None)
+        self.dtype, self.device = base.denoiser.dtype, base.device
         self.graphs = base.new_graphs()
 
     def forward(
@@ -126,11 +123,11 @@ class Guided(nn.Module):
         return torch.stack(parts).sum(0)
 
     def _residuals(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: given[name] for name in RESIDUALS if given.get(name) is not None}
+        return {name: given[name] for name in self.base.family.network.residuals if given.get(name) is not None}
 
     def counting(self, timestep: Tensor) -> list[Term]:
         """The terms that count at a time."""
-        time = float(timestep) / self.base.noise.config["num_train_timesteps"]
+        time = self.base.process.time(timestep)
         return [term for term in self.terms if term.weight and term.t_min <= time <= term.t_max]
 
     def ask_control(
@@ -146,7 +143,7 @@ class Guided(nn.Module):
 
     def _sizes(self, sample: Tensor, k: int, given: Mapping[str, Any]) -> Tensor:
         """`[k b, 6]`: SDXL's size numbers, as the pipeline gives them for each of b pictures."""
-        sizes = (given.get("added_cond_kwargs") or {}).get("time_ids")
+        sizes = self.base.family.network.picture_sizes(given)
         return sample.new_zeros(k * len(sample), 6) if sizes is None else sizes[: len(sample)].repeat(k, 1)
 
 
@@ -174,10 +171,10 @@ def generate(
 ) -> list[Image.Image]:
     """One image per seed. A seed gives the same image whatever it is batched with."""
     canvas = canvas or Canvas(base.pipe, {"height": base.size, "width": base.size})
-    channels_last(base.unet, False)
+    channels_last(base.denoiser, False)
     pipe, guided = copy.copy(canvas.pipe), Guided(base, terms, prompts, adapters)
-    pipe.unet = guided
-    if "mask_image" in canvas.given and base.unet.config["in_channels"] == base.vae.config["latent_channels"]:
+    setattr(pipe, base.family.network.part, guided)
+    if "mask_image" in canvas.given and base.denoiser.config["in_channels"] == base.vae.config["latent_channels"]:
         guided.config = FrozenDict({**guided.config, "in_channels": 4})  # to the pipelines: no channels for a mask
     first, n = prompts[terms[-1].prompt], len(seeds)
     given: dict[str, Any] = {"prompt_embeds": first.embeds.expand(n, -1, -1)}
@@ -188,7 +185,7 @@ def generate(
     home = base.vae.device  # while training it is not on the accelerator
     base.vae.to(base.device)  # type: ignore[arg-type]
     try:
-        with uncompiled(base.unet):
+        with uncompiled(base.denoiser):
             done = pipe(
                 **given,
                 **canvas.given,

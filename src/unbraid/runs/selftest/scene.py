@@ -135,10 +135,9 @@ class Scene:
         pipe: Any = self.model.pipe
         pipe.load_lora_weights(path.parent, weight_name=path.name)
         try:
-            unet = self.model.unet
-            there = {
-                f"unet.{name.removesuffix('.lora_A')}" for name, _ in unet.named_modules() if _last(name) == "lora_A"
-            }
+            part = self.model.family.network.part
+            adapted = (name for name, _ in self.model.denoiser.named_modules() if _last(name) == "lora_A")
+            there = {f"{part}.{name.removesuffix('.lora_A')}" for name in adapted}
             if there != (wanted := read(path).modules.keys()):
                 what = f"diffusers uses {len(there & wanted)} of its {len(wanted)} layers"
                 raise UsageError(what, path.name, f"Not, for example, {min(wanted ^ there)}.")
@@ -168,8 +167,8 @@ def _last(name: str) -> str:
 def draws(scene: Scene, path: Path) -> None:
     """UsageError unless a LoRA file is whole and changes what the stock pipeline draws; without peft, what unbraid draws."""
     file = read(path)
-    if file.family != scene.model.family or not all(np.isfinite(one).all() for one in changes(file)):
-        raise UsageError(f"not a LoRA of {scene.model.family}, or with values that are not finite", path.name)
+    if file.family != scene.model.family.name or not all(np.isfinite(one).all() for one in changes(file)):
+        raise UsageError(f"not a LoRA of {scene.model.family.name}, or with values that are not finite", path.name)
     if not find_spec("peft"):
         return differs(scene.picture(path), scene.plain, path.name)
     plain = scene.plain

@@ -1,0 +1,24 @@
+"""The kinds of base models, one file each. Training, drawing and the memory estimate ask a base's family and contain no `if` about it.
+
+A new family: a file with its `Family`, and a line below. What it must give is described in `family.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from unbraid.bases.families import sd15, sdxl
+from unbraid.bases.families.family import Family
+
+FAMILIES = (sdxl.FAMILY, sd15.FAMILY)
+BLOCKS = {family.name: family.blocks for family in FAMILIES}
+PIPELINES = tuple(family.pipeline for family in FAMILIES)
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a loaded pipeline."""
+    return next(family for family in FAMILIES if isinstance(pipe, family.pipeline))
+
+
+def family_of_config(config: Mapping[str, Any]) -> Family:
+    """The family of a denoiser's configuration, where no weights have been loaded."""
+    return next(family for family in FAMILIES if family.matches(config))

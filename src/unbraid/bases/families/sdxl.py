@@ -1,0 +1,32 @@
+"""Stable Diffusion XL, and models of its form such as Pony, Illustrious and the embedded base."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from torch import Tensor
+
+from unbraid.bases.families.family import Family, Prompt
+from unbraid.bases.families.unet import UNet, encode_text
+
+
+def conditions(prompts: Sequence[Prompt], sizes: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The pooled vectors of the texts, and six numbers on the size of each picture."""
+    pooled = torch.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
+    return {"added_cond_kwargs": {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}}
+
+
+FAMILY = Family(
+    "sdxl",
+    StableDiffusionXLPipeline,
+    lambda config: bool(config.get("addition_embed_type")),
+    UNet(),
+    {
+        "content": ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.2."),
+        "style": ("up_blocks.0.attentions.1.", "up_blocks.1.attentions."),
+    },
+    encode_text,
+    conditions,
+    lambda pipe: {},
+)

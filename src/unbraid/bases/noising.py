@@ -1,0 +1,42 @@
+"""How a family adds noise to latents, and what its network then predicts."""
+
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
+
+from unbraid.common.errors import UsageError
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+class Diffusion:
+    """x_t = α_t x_0 + σ_t ε with α² + σ² = 1 (arXiv 2006.11239). The network predicts ε, or v = α_t ε − σ_t x_0 (arXiv 2202.00512)."""
+
+    def __init__(self, config: Any, base: str) -> None:
+        """`config`: of the scheduler; `base`: its name, for errors."""
+        self.scheduler: DDPMScheduler = DDPMScheduler.from_config(config)  # type: ignore[assignment]
+        self.prediction: str = self.scheduler.config["prediction_type"]
+        self.steps: int = self.scheduler.config["num_train_timesteps"]
+        if self.prediction not in PREDICTIONS:
+            what = f"prediction type {self.prediction!r} is not supported"
+            raise UsageError(what, base, "Use a base that predicts epsilon or v.")
+
+    def draw_timestep(self, rng: torch.Generator) -> Tensor:
+        """`[1]`, uniform."""
+        return torch.randint(self.steps, (1,), generator=rng)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`[b, c, h, w]`, noise alike, and `t [b]`: the noisy latents, and what the network should predict for them."""
+        noisy = self.scheduler.add_noise(latents, noise, t)  # type: ignore[arg-type]
+        is_v = self.prediction == "v_prediction"
+        return noisy, self.scheduler.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
+
+    def velocity(self, prediction: Tensor, noisy: Tensor, alpha: float, sigma: float) -> Tensor:
+        """v, whatever the network predicts, at a time whose signal and noise are `alpha` and `sigma`."""
+        return prediction if self.prediction == "v_prediction" else (prediction - sigma * noisy) / alpha
+
+    def time(self, timestep: Tensor) -> float:
+        """A timestep on a scale from 1 (pure noise) to 0."""
+        return float(timestep) / self.steps
