@@ -144,7 +144,7 @@ def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None
     done = subprocess.run([*command, str(files["whole"])], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 8, done.stderr
     process = subprocess.Popen([*command, str(files["cut"])], env=environment, stdout=subprocess.DEVNULL)
-    deadline, cut = time.monotonic() + 60, tmp_path / "cut"
+    deadline, cut = time.monotonic() + 600, tmp_path / "cut"
     while not ((cut / "1" / "state.safetensors").exists() and finished(cut / "0")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -13,7 +13,8 @@ SCRIPT = """
 import json, sys
 import torch
 from torch._dynamo.utils import counters
-from unbraid import compiling, run
+from unbraid.bases import compiling
+from unbraid.runs import run
 from unbraid.runs.api import split_job
 compiling.BACKEND = "aot_eager"
 torch.set_num_threads(1)

@@ -347,7 +347,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from unbraid.bench import protocol as p
+from unbraid.bench.field import protocol as p
 from unbraid.bench.field.models import load_models
 work, base, images, dino = sys.argv[1:]
 way = p.Protocol("a test", {"content": (), "style": (), "both": ("a {rare} {subject} in {style} style",)}, draws=2, steps=2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Prompt:
     pooled: Tensor | None
 
 
+@runtime_checkable
 class Network(Protocol):
     """A kind of denoiser, such as the UNet of Stable Diffusion."""
 
