@@ -26,7 +26,7 @@ from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
 from unbraid.core.recipe import Recipe, Stop
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, two
 from unbraid.methods.pair import rows
 
 Kind = Literal["content", "style"]
@@ -224,23 +224,17 @@ def _redraw(factors: Factors, rng: torch.Generator) -> None:
 
 
 PAPER = "doi 10.1145/3728461"
+MODULE = Inputs(
+    (Input("own", "pictures"), Input("partner", "pictures", optional=True)),
+    set_by_verb=("kind",),
+    shortest={"lr": 1e-1, "partner_count": 1},
+)
+TWO_MODULES = Inputs(two("module"), set_by_verb=("roles", *CUT, "fine_tune"), shortest={"lr": 1e-4, "fine_tune": 2})
+BREAK = ("Break-for-Make: a module", PAPER, MODULE)
+MAKE = ("Break-for-Make: fine-tuning", PAPER, TWO_MODULES)
 ENTRIES = (
     Entry(
-        "break",
-        "break",
-        break_,
-        {"both": "{prompt}"},
-        lambda settings: {"module": Output(("module",), "both")},
-        "Break-for-Make: a module",
-        PAPER,
+        "break", "break", break_, {"both": "{prompt}"}, lambda settings: {"module": Output(("module",), "both")}, *BREAK
     ),
-    Entry(
-        "make",
-        "make",
-        make,
-        {},
-        lambda settings: {"merged": Output(("merged",), "both")},
-        "Break-for-Make: fine-tuning",
-        PAPER,
-    ),
+    Entry("make", "make", make, {}, lambda settings: {"merged": Output(("merged",), "both")}, *MAKE),
 )

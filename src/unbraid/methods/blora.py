@@ -10,7 +10,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import ROLES, Blocks, Entry, Output
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output
 
 
 def blora(
@@ -39,4 +39,5 @@ ENTRY = Entry(
     lambda settings: {role: Output((role,), "both") for role in ROLES},
     "B-LoRA",
     "arXiv 2403.14572",
+    ONE_PICTURE,
 )

@@ -6,7 +6,7 @@ from unbraid.core.adapters import ATTENTION, TRANSFORMERS
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
 TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
 
@@ -44,6 +44,7 @@ def dreambooth(
     )
 
 
+PICTURES = Inputs((Input("image", "pictures"), Input("prior", "pictures", optional=True)))
 ENTRY = Entry(
     "dreambooth",
     "learn",
@@ -52,4 +53,5 @@ ENTRY = Entry(
     lambda settings: {"lora": Output(("lora",), "both")},
     "DreamBooth-LoRA",
     "arXiv 2208.12242",
+    PICTURES,
 )

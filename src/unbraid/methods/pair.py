@@ -8,6 +8,7 @@ What differs from the published code, and why, is in docs/pair.md; `compat="offi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.images.crop import alignment
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
 ALIGNED = 0.2  # edges' correlation; below, a pair is probably none (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -170,6 +171,7 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return {"style": Output(("style",), "style"), **content}
 
 
+PAIRS = Inputs((Input("before", "pictures"), Input("after", "pictures")), set_by_verb=("pairs",), check=check_pairs)
 ENTRY = Entry(
     "pair",
     "pair",
@@ -182,5 +184,5 @@ ENTRY = Entry(
     outputs,
     "Pair Customization",
     "arXiv 2405.01536",
-    check_pairs,
+    replace(PAIRS, shortest={"style_from": 0}),
 )

@@ -7,7 +7,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import Blocks, Entry, Output
-from unbraid.methods.pair import check_pairs, numbered
+from unbraid.methods.pair import PAIRS, numbered
 
 SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
 
@@ -52,5 +52,5 @@ ENTRY = Entry(
     lambda settings: {"style": Output(("style",), "content")},
     "Concept Slider",
     "arXiv 2311.12092",
-    check_pairs,
+    PAIRS,
 )

@@ -21,7 +21,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
-from unbraid.methods.entry import ROLES, Blocks, Entry, Output, split_outputs
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
 from unbraid.methods.unziplora_official import official
 
 
@@ -169,6 +169,7 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return alone | {f"{role}_joint": Output((role,), role) for role in ROLES}
 
 
+SHORTEST = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
 ENTRY = Entry(
     "unziplora",
     "split",
@@ -181,4 +182,5 @@ ENTRY = Entry(
     outputs,
     "UnZipLoRA",
     "arXiv 2412.04465",
+    replace(ONE_PICTURE, shortest=SHORTEST),
 )

@@ -25,7 +25,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Entry, zip_outputs
+from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
@@ -142,4 +142,4 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
     return torch.cat(out)
 
 
-ENTRY = Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600")
+ENTRY = Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600", TWO_LORAS)

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
@@ -30,6 +31,22 @@ def schema(entry: Entry) -> dict[str, inspect.Parameter]:
     """The settings of a method: name → annotation and default."""
     parameters = inspect.signature(entry.make).parameters
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def open_settings(entry: Entry) -> dict[str, inspect.Parameter]:
+    """The settings of a method that are given by hand: all but those that its verb sets."""
+    return {name: p for name, p in schema(entry).items() if name not in entry.inputs.set_by_verb}
+
+
+def descriptions(entry: Entry) -> dict[str, str]:
+    """Setting → what it does, from the docstring of the method: `name: text.` or `name, other: text.`"""
+    known = "|".join(sorted(schema(entry), key=len, reverse=True))
+    text = " ".join((inspect.getdoc(entry.make) or "").split())
+    parts = re.split(rf"(?:^|(?<=[.!?)] ))((?:{known})(?:, (?:{known}))*): ", text)
+    found: dict[str, str] = {}
+    for names, about in zip(parts[1::2], parts[2::2], strict=True):
+        found |= dict.fromkeys(names.split(", "), about.strip())
+    return found
 
 
 def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:
