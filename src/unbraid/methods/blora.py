@@ -18,7 +18,7 @@ def blora(
 ) -> tuple[Recipe, ...]:
     """Split one image by blocks.
 
-    rank: of each half. steps: optimiser steps. lr, weight_decay: of AdamW.
+    rank: of each half. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
     """
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:

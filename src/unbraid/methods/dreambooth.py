@@ -24,9 +24,9 @@ def dreambooth(
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style.
 
-    rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr, weight_decay: of AdamW. targets: attention's projections, or all
-    linear layers of the transformers. prior_weight: of the loss on pictures of the class (prior preservation). mask: with `alpha`,
-    what is transparent in a picture does not count in its loss (the run sees to it: it is about pictures).
+    rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr: AdamW's learning rate. weight_decay:
+    AdamW's. targets: which layers train: attention's projections, or all linear layers of the transformers. prior_weight: weight of the loss on pictures of the class (prior preservation). mask: with `alpha`,
+    what is transparent in a picture does not count in its loss.
     """
     del blocks, mask
     parts: tuple[Part, ...] = ("down", "up")

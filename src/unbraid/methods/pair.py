@@ -48,10 +48,10 @@ def pair(
     """Learn a style from what it does to a picture.
 
     pairs: how many (set by the command); each has a content adapter of its own, and they take turns. rank: of each adapter.
-    steps: optimiser steps. style_from: the step at which the style adapter joins. lr, weight_decay: of AdamW. slot: which
+    steps: optimiser steps. style_from: the step at which the style adapter joins. lr: AdamW's learning rate. weight_decay: AdamW's. slot: which
     orthonormal rows are this style's; styles in different slots do not meet. orthogonal: off, both factors train and
     nothing keeps the two apart. joint: off, the style adapter learns the picture after alone. compat: `official` updates
-    the content adapter before the style's loss is asked, as published, not both at once.
+    the content adapter before the style's loss is computed, as published, not both at once.
     """
     del blocks
     if slot < 0:

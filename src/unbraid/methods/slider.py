@@ -23,8 +23,8 @@ def slider(
 ) -> tuple[Recipe, ...]:
     """Learn a slider from pairs.
 
-    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr, weight_decay:
-    of AdamW.
+    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr: AdamW's learning
+    rate. weight_decay: AdamW's.
     """
     del blocks
     parts: tuple[Part, ...] = ("down", "up")

@@ -46,11 +46,12 @@ def unziplora(
 ) -> tuple[Recipe, ...]:
     """Split one image.
 
-    rank: of each adapter. steps: optimiser steps. content_lr, style_lr, merger_lr: AdamW rates of the two
-    adapters and of their gates. weight_decay: of the adapters (official: of the gates too). sample_times:
-    periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
-    penalty. window: steps over which channels are scored. column_separation, block_separation: on or off.
-    content_alone, style_alone: weight of one more loss, that adapter alone under its own prompt (0: as published).
+    rank: of each adapter. steps: optimiser steps. content_lr: AdamW's learning rate for the content adapter. style_lr: the same
+    for the style adapter. merger_lr: the same for the gates. weight_decay: AdamW's, for the adapters (official: for the gates too).
+    sample_times: periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
+    penalty on channels that both adapters use. window: steps over which channels are scored. column_separation: whether each
+    adapter gets output channels of its own. block_separation: whether adapters are exempt in the blocks that serve them.
+    content_alone, style_alone: weight of one more loss, that adapter alone under its own prompt; 0 is as published.
     compat: `official` reproduces the published code, defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})

@@ -55,8 +55,8 @@ def ziplora(
 
     roles: the LoRAs' names (set by the command). granularity: one coefficient per rank (ZipRank; where ranks differ and cannot
     be compared, per column), input column (ZipLoRA), output row, or layer. similarity: what is driven down between two LoRAs' coefficients in a layer: |cos|,
-    |dot product|, or mean |product|. weight: λ of its sum over layers. lr, weight_decay: of AdamW, for the
-    coefficients. steps: at most. tolerance: stop when the mean similarity over layers is below it. clamp: keep
+    |dot product|, or mean |product|. weight: factor λ of the similarities' sum over layers. lr: AdamW's learning rate for the
+    coefficients. weight_decay: AdamW's. steps: most optimiser steps. tolerance: stop when the mean similarity over layers is below it. clamp: keep
     coefficients in 0..1. shared_noise: one noise and one timestep for all LoRAs of a step, as published. single: one
     file of the ranks' sum, not one per LoRA. compat: `official` is the public re-implementation (product, 5e-5, decay).
     """

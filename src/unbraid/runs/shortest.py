@@ -58,7 +58,8 @@ def jobs(method: str, material: Material, folder: Path, **options: Any) -> list[
 
 
 def _split(method: str, material: Material, out: Path, options: dict[str, Any]) -> list[Job]:
-    return [split_job(material.before, **material.words, **{"out": out / method, **options}, method=method)]
+    given = {**material.words, "out": out / method, **options}
+    return [split_job(material.before, **given, method=method)]
 
 
 def _pair(method: str, material: Material, out: Path, options: dict[str, Any]) -> list[Job]:
