@@ -55,7 +55,7 @@ def break_(
     """Learn a module.
 
     kind: what it is of (set by the command). rank: of the module; even. steps: optimiser steps. lr: AdamW's learning rate for the module's
-    own factor. partner_lr: the same for the partners' factor. partner_count: pictures of the other kind at every step; 0: none. split: the share of rows and
+    own factor. partner_lr: AdamW's learning rate for the partners' factor. partner_count: pictures of the other kind at every step; 0: none. split: the share of rows and
     columns that is frozen. halves: `heads` freezes some rows of every attention head, `first` the first rows, as published.
     interaction: whether the modules may meet in a block of their own, to be fused by fine-tuning. orthogonal: off, the frozen
     halves are as random as the published ones turn out to be. compat: `official` lets every loss train both factors.

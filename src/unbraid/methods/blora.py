@@ -31,13 +31,15 @@ def blora(
     return (Recipe(prepare, lambda step: (both,), rates, steps),)
 
 
-ENTRY = Entry(
-    "blora",
-    "split",
-    blora,
-    {"both": "a {rare}"},
-    lambda settings: {role: Output((role,), "both") for role in ROLES},
-    "B-LoRA",
-    "arXiv 2403.14572",
-    ONE_PICTURE,
+ENTRIES = (
+    Entry(
+        "blora",
+        "split",
+        blora,
+        {"both": "a {rare}"},
+        lambda settings: {role: Output((role,), "both") for role in ROLES},
+        "B-LoRA",
+        "arXiv 2403.14572",
+        ONE_PICTURE,
+    ),
 )

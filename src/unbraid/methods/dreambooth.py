@@ -45,13 +45,15 @@ def dreambooth(
 
 
 PICTURES = Inputs((Input("image", "pictures"), Input("prior", "pictures", optional=True)))
-ENTRY = Entry(
-    "dreambooth",
-    "learn",
-    dreambooth,
-    {"both": "{prompt}", "prior": "{class_prompt}"},
-    lambda settings: {"lora": Output(("lora",), "both")},
-    "DreamBooth-LoRA",
-    "arXiv 2208.12242",
-    PICTURES,
+ENTRIES = (
+    Entry(
+        "dreambooth",
+        "learn",
+        dreambooth,
+        {"both": "{prompt}", "prior": "{class_prompt}"},
+        lambda settings: {"lora": Output(("lora",), "both")},
+        "DreamBooth-LoRA",
+        "arXiv 2208.12242",
+        PICTURES,
+    ),
 )

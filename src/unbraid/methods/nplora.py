@@ -31,4 +31,4 @@ def nplora(
     return (Recipe(prepare, lambda step: (), {}, 0),)
 
 
-ENTRY = Entry("np-lora", "zip", nplora, {}, zip_outputs, "NP-LoRA", "arXiv 2511.11051", TWO_LORAS)
+ENTRIES = (Entry("np-lora", "zip", nplora, {}, zip_outputs, "NP-LoRA", "arXiv 2511.11051", TWO_LORAS),)

@@ -172,17 +172,19 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
 
 
 PAIRS = Inputs((Input("before", "pictures"), Input("after", "pictures")), set_by_verb=("pairs",), check=check_pairs)
-ENTRY = Entry(
-    "pair",
-    "pair",
-    pair,
-    {
-        "both": "a {rare} {subject} in {style} style",
-        "content": "a {rare} {subject}",
-        "style": "a {rare} {subject} in {style} style",
-    },
-    outputs,
-    "Pair Customization",
-    "arXiv 2405.01536",
-    replace(PAIRS, shortest={"style_from": 0}),
+ENTRIES = (
+    Entry(
+        "pair",
+        "pair",
+        pair,
+        {
+            "both": "a {rare} {subject} in {style} style",
+            "content": "a {rare} {subject}",
+            "style": "a {rare} {subject} in {style} style",
+        },
+        outputs,
+        "Pair Customization",
+        "arXiv 2405.01536",
+        replace(PAIRS, shortest={"style_from": 0}),
+    ),
 )

@@ -44,13 +44,15 @@ def slider(
     return (Recipe(prepare, branches, rates, steps, frozenset(("crop", "noise", "timestep")), targets=SELF_ATTENTION),)
 
 
-ENTRY = Entry(
-    "slider",
-    "pair",
-    slider,
-    {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
-    lambda settings: {"style": Output(("style",), "content")},
-    "Concept Slider",
-    "arXiv 2311.12092",
-    PAIRS,
+ENTRIES = (
+    Entry(
+        "slider",
+        "pair",
+        slider,
+        {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
+        lambda settings: {"style": Output(("style",), "content")},
+        "Concept Slider",
+        "arXiv 2311.12092",
+        PAIRS,
+    ),
 )

@@ -46,8 +46,9 @@ def unziplora(
 ) -> tuple[Recipe, ...]:
     """Split one image.
 
-    rank: of each adapter. steps: optimiser steps. content_lr: AdamW's learning rate for the content adapter. style_lr: the same
-    for the style adapter. merger_lr: the same for the gates. weight_decay: AdamW's, for the adapters (official: for the gates too).
+    rank: of each adapter. steps: optimiser steps. content_lr: AdamW's learning rate for the content adapter.
+    style_lr: AdamW's learning rate for the style adapter. merger_lr: AdamW's learning rate for the gates. weight_decay: AdamW's,
+    for the adapters (official: for the gates too).
     sample_times: periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
     penalty on channels that both adapters use. window: steps over which channels are scored. column_separation: whether each
     adapter gets output channels of its own. block_separation: whether adapters are exempt in the blocks that serve them.
@@ -171,17 +172,19 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
 
 
 SHORTEST = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
-ENTRY = Entry(
-    "unziplora",
-    "split",
-    unziplora,
-    {
-        "both": "a {rare} {subject} in {style} style",
-        "content": "a {rare} {subject}",
-        "style": "a {subject} in {style} style",
-    },
-    outputs,
-    "UnZipLoRA",
-    "arXiv 2412.04465",
-    replace(ONE_PICTURE, shortest=SHORTEST),
+ENTRIES = (
+    Entry(
+        "unziplora",
+        "split",
+        unziplora,
+        {
+            "both": "a {rare} {subject} in {style} style",
+            "content": "a {rare} {subject}",
+            "style": "a {subject} in {style} style",
+        },
+        outputs,
+        "UnZipLoRA",
+        "arXiv 2412.04465",
+        replace(ONE_PICTURE, shortest=SHORTEST),
+    ),
 )

@@ -142,4 +142,4 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
     return torch.cat(out)
 
 
-ENTRY = Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600", TWO_LORAS)
+ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600", TWO_LORAS),)

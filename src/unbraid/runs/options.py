@@ -15,9 +15,9 @@ class UnziploraSettings(RunOptions, total=False):
     content_lr: float
     """AdamW's learning rate for the content adapter. Default 5e-05; on icons 0.001."""
     style_lr: float
-    """The same for the style adapter. Default 5e-05; on icons 0.002."""
+    """AdamW's learning rate for the style adapter. Default 5e-05; on icons 0.002."""
     merger_lr: float
-    """The same for the gates. Default 0.005."""
+    """AdamW's learning rate for the gates. Default 0.005."""
     weight_decay: float
     """AdamW's, for the adapters (official: for the gates too). Default 0.0001."""
     sample_times: int
@@ -135,7 +135,7 @@ class BreakSettings(RunOptions, total=False):
     lr: float
     """AdamW's learning rate for the module's own factor. Default 0.0001; on icons 0.005."""
     partner_lr: float
-    """The same for the partners' factor. Default 1e-05; on icons 0.0005."""
+    """AdamW's learning rate for the partners' factor. Default 1e-05; on icons 0.0005."""
     partner_count: int
     """Pictures of the other kind at every step; 0: none. Default 3; on icons 1."""
     split: float
