@@ -44,6 +44,7 @@ def split_job(
 ) -> Job:
     """One image → `content.safetensors` and `style.safetensors`."""
 
+@overload
 def learn(
     images: str | Path | Sequence[str | Path],
     *,
@@ -56,6 +57,20 @@ def learn(
 ) -> Path:
     """Images of one thing → `lora.safetensors`. Returns the run folder."""
 
+@overload
+def learn(
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    from_: str | Path | None = None,
+    method: Literal["qr-lora"],
+    **options: Unpack[o.QrLoraSettings],
+) -> Path:
+    """Images of one thing → `lora.safetensors`. Returns the run folder."""
+
+@overload
 def learn_job(
     images: str | Path | Sequence[str | Path],
     *,
@@ -65,6 +80,19 @@ def learn_job(
     from_: str | Path | None = None,
     method: Literal["dreambooth"] = "dreambooth",
     **options: Unpack[o.DreamboothSettings],
+) -> Job:
+    """Images of one thing → `lora.safetensors`."""
+
+@overload
+def learn_job(
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    from_: str | Path | None = None,
+    method: Literal["qr-lora"],
+    **options: Unpack[o.QrLoraSettings],
 ) -> Job:
     """Images of one thing → `lora.safetensors`."""
 

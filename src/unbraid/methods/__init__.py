@@ -14,6 +14,7 @@ FILES = (  # in the order in which they are listed; the first method of a verb i
     "blora",
     "b4m",
     "dreambooth",
+    "qrlora",
 )
 ENTRIES: tuple[Entry, ...] = tuple(entry for file in FILES for entry in import_module(f"{__name__}.{file}").ENTRIES)
 METHODS = {entry.name: entry for entry in ENTRIES}

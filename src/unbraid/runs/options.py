@@ -186,11 +186,26 @@ class DreamboothSettings(RunOptions, total=False):
     """With `alpha`, what is transparent in a picture does not count in its loss. Default 'none'."""
 
 
+class QrLoraSettings(RunOptions, total=False):
+    """QR-LoRA (arXiv 2507.04599): learn(…, method="qr-lora")."""
+
+    rank: int
+    """Of the adapter, and of the basis. Default 64."""
+    steps: int
+    """Optimiser steps. Default 1000."""
+    lr: float
+    """AdamW's learning rate. Default 0.0001."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+    targets: Literal["attention", "transformers"]
+    """Which layers train: attention's projections, or all linear layers of the transformers. Default 'attention'."""
+
+
 class SplitOptions(UnziploraSettings, BloraSettings, total=False):
     """Settings of any method of `split`; which of them a method has is checked when it is called."""
 
 
-class LearnOptions(DreamboothSettings, total=False):
+class LearnOptions(DreamboothSettings, QrLoraSettings, total=False):
     """Settings of any method of `learn`; which of them a method has is checked when it is called."""
 
 
