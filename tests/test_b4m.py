@@ -192,7 +192,8 @@ def test_fine_tuning_starts_from_the_graft_in_every_layer(
     options: dict[str, Any] = {"base": str(v_base), "previews": 0, "every": 2, "images": images}
     for lr, optimizer in ((0.0, "riemannian"), (0.0, "adamw"), (1e-3, "riemannian")):
         out = tmp_path / f"{optimizer}-{lr}"
-        job = make_job(modules["fox"], modules["ink"], fine_tune=3, out=out, lr=lr, optimizer=optimizer, **options)
+        more: dict[str, Any] = {"out": out, "lr": lr, "optimizer": optimizer, **options}
+        job = make_job(modules["fox"], modules["ink"], fine_tune=3, **more)
         list(run(job, device="cpu"))
         tuned = read(out / "merged.safetensors").modules
         assert tuned.keys() == joined.keys()

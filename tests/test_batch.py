@@ -7,6 +7,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,14 @@ def pictures(picture: Path, tmp_path: Path) -> list[Path]:
 
 def jobs(out: Path, base: Path, pictures: list[Path]) -> list[Job]:
     """Two splits, a pair, a LoRA; other shapes, seeds and lengths."""
-    common = {"base": str(base), "previews": 0}
+    common: dict[str, Any] = {"base": str(base), "previews": 0}
     words = {"subject": "cat", "style": "line"}
+    longer: dict[str, Any] = {**SPLIT, "steps": 9}
     after = pictures[0].with_name("other.png")
     Image.open(pictures[0]).convert("L").save(after)
     return [
         split_job(pictures[0], **words, out=out / "a", seed=1, **common, **SPLIT),
-        split_job(pictures[1], **words, out=out / "b", seed=2, **common, **{**SPLIT, "steps": 9}),
+        split_job(pictures[1], **words, out=out / "b", seed=2, **common, **longer),
         pair_job(pictures[0], after, **words, out=out / "c", rank=4, steps=5, style_from=2, lr=1e-3, **common),
         learn_job(pictures[2], prompt="a sks cat", out=out / "d", rank=2, steps=4, **common),
     ]

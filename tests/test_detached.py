@@ -1,13 +1,14 @@
 """Whatever is raised in the middle of whatever verb: the base has no adapters left."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from test_every_base import material
 from test_second_device import random_loras
 from torch import nn
 
@@ -18,10 +19,10 @@ from unbraid.bases.base import Base, load
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import AdaptedLinear
 from unbraid.methods import METHODS
-from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.methods.entry import ROLES
+from unbraid.runs import shortest
 from unbraid.runs.batch import batch
 from unbraid.runs.job import Job
-from unbraid.runs.modules import break_job, make_job
 from unbraid.runs.run import run
 from unbraid.sampling.render import Use, render
 
@@ -66,28 +67,16 @@ def loras(base: Base, tmp_path: Path) -> list[Path]:
 
 
 def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) -> Job:
-    common: dict[str, Any] = {"base": base.name, "out": out / "run", "previews": 1}
-    quick, words = {**common, "rank": 2, "steps": 3}, {"subject": "cat", "style": "ink"}
-    both = {"content": picture, "style": picture}
-    partners: dict[str, Any] = {"partners": out / "partners", "partner_count": 1}
-    (out / "partners").mkdir()
+    """One with previews; LoRAs that are not only projected draw their own pictures."""
     (out / "modules").mkdir()
     modules = random_loras(base, out / "modules", "break")
-    Image.new("RGB", (32, 32), "red").save(out / "partners" / "a.png")
-    (out / "partners" / "a.txt").write_text("a teapot")
-    made: dict[str, Callable[[], Job]] = {
-        "unziplora": lambda: split_job(picture, **words, **quick, window=1, sample_times=1),
-        "blora": lambda: split_job(picture, **words, **quick, method="blora"),
-        "pair": lambda: pair_job(picture, picture, **words, **quick, style_from=0),
-        "slider": lambda: pair_job(picture, picture, **words, **quick, method="slider"),
-        "dreambooth": lambda: learn_job(picture, prompt="a sks cat", **quick),
-        "ziplora": lambda: zip_job(*loras, **common, steps=3),
-        "np-lora": lambda: zip_job(*loras, method="np-lora", images=both, **common),
-        "break": lambda: break_job(picture, kind="style", prompt="a dog in ink style", **quick, **partners),
-        "make": lambda: make_job(*modules, fine_tune=3, images=both, **common),
-    }
-    assert made.keys() == METHODS.keys()
-    return made[method]()
+    given = replace(
+        material(picture, out),
+        loras=dict(zip(ROLES, loras, strict=True)),
+        modules=dict(zip(ROLES, modules, strict=True)),
+    )
+    more = {"images": {}} if method == "ziplora" else {}
+    return shortest.jobs(method, given, out, base=base.name, out=out / "run", previews=1, **more)[0]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from tiny_bases import SIDE, Tiny
 
-from unbraid.bases.base import Base, load
+from unbraid.bases.base import BLOCKS, Base, load
 from unbraid.bases.presets import Loading
 from unbraid.files.lora_file import read
 from unbraid.methods import METHODS
+from unbraid.methods.entry import ROLES
 from unbraid.runs import run as running
-from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.runs import shortest
 from unbraid.runs.job import Job
 from unbraid.runs.memory import estimate
-from unbraid.runs.modules import break_job, make_job
 from unbraid.sampling.render import Use, render
 
 BASES = (
@@ -64,55 +65,43 @@ def loaded(pipe: Any, file: Path) -> Iterator[None]:
         pipe.unload_lora_weights()
 
 
-def done(job: Job, device: str = "cpu") -> Path:
+def done(job: Job, device: str = "cpu") -> list[Path]:
+    """The LoRAs of a run: those that its method declares."""
+    entry = METHODS[job.method]
     if "tiny_sdxl" in job.base and job.base.endswith(
         ".safetensors"
-    ):  # one base is enough: the command line prints it of every run
-        told = estimate(job, "cpu")
-        assert told.weights > 0 and told.adapters > 0 and (told.activations > 0) == (job.method != "np-lora")
+    ):  # one base is enough: `unbraid` prints it of every run
+        found, (recipe,) = estimate(job, "cpu"), entry.make(BLOCKS["sdxl"], **job.settings)
+        assert found.weights > 0 and found.adapters > 0 and (found.activations > 0) == (recipe.steps > 0)
     list(running.run(job, device=device))
-    return job.out
+    files = list(job.out.glob("*.safetensors"))
+    assert {file.stem for file in files} == entry.outputs(job.settings).keys()
+    return files
+
+
+def material(picture: Path, out: Path) -> shortest.Material:
+    """A picture, another one in its place, and partners for the modules."""
+    after, partners = out / "after.png", {}
+    with Image.open(picture) as image:
+        ImageOps.invert(image.convert("RGB")).save(after)
+    for kind, text in (("content", "a teapot in red style"), ("style", "a teapot")):
+        partners[kind] = out / "partners" / kind
+        partners[kind].mkdir(parents=True)
+        Image.new("RGB", (SIDE, SIDE), "red").save(partners[kind] / "a.png")
+        (partners[kind] / "a.txt").write_text(text)
+    return shortest.Material(picture, after, partners)
 
 
 def everything(base: str, picture: Path, out: Path, device: str = "cpu") -> dict[str, list[Path]]:
     """Method → the files that it made, by the shortest runs that there are."""
-    after = out / "after.png"
-    with Image.open(picture) as image:
-        ImageOps.invert(image.convert("RGB")).save(after)
-    (out / "partners").mkdir()
-    for kind, text in (("content", "a teapot in red style"), ("style", "a teapot")):
-        (out / "partners" / kind).mkdir()
-        Image.new("RGB", (SIDE, SIDE), "red").save(out / "partners" / kind / "a.png")
-        (out / "partners" / kind / "a.txt").write_text(text)
-    common: dict[str, Any] = {"base": base, "previews": 0}
-    quick: dict[str, Any] = {**common, "rank": 2, "steps": 2}
-    words = {"subject": "cat", "style": "ink"}
-    lr = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
-    unzip = done(split_job(picture, **words, **quick, **lr, out=out / "unziplora"), device)
-    blora = done(split_job(picture, **words, **quick, lr=1e-2, method="blora", out=out / "blora"), device)
-    pair = done(pair_job(picture, after, **words, **quick, lr=1e-2, style_from=0, out=out / "pair"), device)
-    slider = done(pair_job(picture, after, **words, **quick, lr=1e-2, method="slider", out=out / "slider"), device)
-    learn = done(learn_job(picture, prompt="a sks cat", **quick, lr=1e-2, out=out / "dreambooth"), device)
-    two = (unzip / "content.safetensors", unzip / "style.safetensors")
-    images = {"content": picture, "style": after}
-    zipped = done(zip_job(*two, images=images, **common, steps=2, out=out / "ziplora"), device)
-    projected = done(zip_job(*two, images=images, method="np-lora", **common, out=out / "np-lora"), device)
-    broken = []
-    for kind, prompt, image in (("content", "a sks cat", picture), ("style", "a dog in ink style", after)):
-        more = {"partners": out / "partners" / kind, "partner_count": 1, "lr": 1e-1, "out": out / f"break-{kind}"}
-        broken.append(done(break_job(image, kind=kind, prompt=prompt, **quick, **more), device))  # type: ignore[arg-type]
-    make = done(make_job(*broken, fine_tune=2, images=images, **common, out=out / "make"), device)
-    return {
-        "unziplora": list(unzip.glob("*.safetensors")),
-        "blora": list(blora.glob("*.safetensors")),
-        "pair": list(pair.glob("*.safetensors")),
-        "slider": list(slider.glob("*.safetensors")),
-        "dreambooth": list(learn.glob("*.safetensors")),
-        "ziplora": list(zipped.glob("*.safetensors")),
-        "np-lora": list(projected.glob("*.safetensors")),
-        "break": [file for folder in broken for file in folder.glob("*.safetensors")],
-        "make": list(make.glob("*.safetensors")),
-    }
+    given, made = material(picture, out), dict[str, list[Path]]()
+    for method in shortest.in_order():
+        if shortest.needs(method):
+            loras = {file.stem: file for file in made[shortest.FIRST]}
+            given = replace(given, loras=loras, modules=dict(zip(ROLES, made["break"], strict=True)))
+        jobs = shortest.jobs(method, given, out, base=base, previews=0)
+        made[method] = [file for job in jobs for file in done(job, device)]
+    return made
 
 
 @pytest.fixture
@@ -141,7 +130,6 @@ def test_every_method_on_every_base(
     pipe = stock(tiny, which, sdxl=kind != "tiny_sd15")
     plain = stock_picture(pipe)
     for method, files in made.items():
-        assert len(files) == (1 if method in ("slider", "dreambooth", "make") else 2), method
         for file in files:
             assert read(file).family == ("sd15" if kind == "tiny_sd15" else "sdxl")
             with loaded(pipe, file):

@@ -1,6 +1,7 @@
 """Captured steps: which forms there are, and that what is replayed equals what runs step by step, for every method."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,29 +20,34 @@ from unbraid.core.many import train_many
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe, Stop
 from unbraid.core.train import lessons, train
-from unbraid.methods.b4m import break_
+from unbraid.methods import METHODS as ENTRIES
 from unbraid.methods.blora import blora
-from unbraid.methods.dreambooth import dreambooth
-from unbraid.methods.pair import pair
-from unbraid.methods.slider import slider
-from unbraid.methods.unziplora import unziplora
 from unbraid.methods.ziplora import ziplora
+from unbraid.runs import shortest
+from unbraid.runs.settings import open_settings
 from unbraid.sampling.combine import switch
 from unbraid.sampling.sample import Style, generate, style_guidance
 
 SDXL, STEPS = BLOCKS["sdxl"], 9
-SPLIT = {"rank": 4, "steps": STEPS, "window": 1, "column_ratio": 0.3}
-METHODS: dict[str, tuple[Recipe, int, int]] = {  # the recipe, LoRAs that it starts from, and the forms of its steps
-    "unziplora": (unziplora(SDXL, **SPLIT)[0], 0, 1),
-    "unziplora alone": (unziplora(SDXL, **SPLIT, content_alone=0.5)[0], 0, 2),
-    "unziplora official": (unziplora(SDXL, **SPLIT, compat="official")[0], 0, 1),
-    "blora": (blora(SDXL, rank=4, steps=STEPS)[0], 0, 1),
-    "pair": (pair(SDXL, rank=4, steps=2 * STEPS, style_from=STEPS)[0], 0, 2),
-    "pair official": (pair(SDXL, rank=4, steps=2 * STEPS, style_from=STEPS, compat="official")[0], 0, 2),
-    "slider": (slider(SDXL, rank=4, steps=STEPS)[0], 0, 2),
-    "dreambooth": (dreambooth(SDXL, rank=4, steps=STEPS, prior_weight=0.5)[0], 0, 2),
-    "ziplora": (ziplora(SDXL, steps=STEPS)[0], 2, 2),
-    "break": (break_(SDXL, rank=4, steps=STEPS, partner_count=1)[0], 0, 2),
+
+
+def case(method: str, **settings: Any) -> tuple[Recipe, int, int]:
+    """A method with few steps: its recipe, how many LoRAs it starts from, and how many different branches its steps have."""
+    entry = ENTRIES[method]
+    few = {name: value for name, value in {"rank": 4, "steps": STEPS}.items() if name in open_settings(entry)}
+    (recipe,) = entry.make(SDXL, **{**shortest.settings(method), **few, **settings})
+    forms = {branch for step in range(recipe.steps) for branch in recipe.branches(step)}
+    return recipe, len(entry.inputs.of_kind("LoRA")), len(forms)
+
+
+JOINING = {"steps": 2 * STEPS, "style_from": STEPS}
+METHODS = {  # every method that trains; `make` needs modules that fit each other
+    **{name: case(name) for name in ENTRIES if name != "make" and case(name)[0].steps},
+    "unziplora alone": case("unziplora", content_alone=0.5),
+    "unziplora official": case("unziplora", compat="official"),
+    "pair": case("pair", **JOINING),
+    "pair official": case("pair", **JOINING, compat="official"),
+    "dreambooth": case("dreambooth", prior_weight=0.5),
 }
 
 

@@ -234,8 +234,9 @@ def test_bad_pairs_are_one_clear_line(v_base: Path, couple: tuple[Path, Path], t
         list(run(pair_job(before, after, **options, slot=20), device="cpu"))
     with pytest.raises(UsageError, match="no slot -1"):
         list(run(pair_job(before, after, **options, slot=-1), device="cpu"))
+    late: dict[str, Any] = {**options, "style_from": 6}
     with pytest.raises(UsageError, match="style_from"):
-        list(run(pair_job(before, after, **{**options, "style_from": 6}), device="cpu"))
+        list(run(pair_job(before, after, **late), device="cpu"))
     assert not (tmp_path / "x").exists()
     told = [e.warning for e in run(pair_job(tmp_path / "styled.png", before, **options), device="cpu") if e.warning]
     assert any("swapped" in warning for warning in told)

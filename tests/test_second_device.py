@@ -145,8 +145,8 @@ def test_every_method_from_start_to_file(second: str, tiny: Tiny, picture: Path,
 
 def split(base: Path, picture: Path, out: Path, **more: Any) -> Job:
     lr = {"content_lr": 1e-3, "style_lr": 1e-3, "window": 1, "sample_times": 1, "column_ratio": 0.5}
-    words = {"subject": "cat", "style": "ink"}
-    return split_job(picture, **words, base=str(base), rank=2, out=out, **{"previews": 0, "steps": 4, **lr, **more})
+    given = {"rank": 2, "previews": 0, "steps": 4, **lr, **more}
+    return split_job(picture, subject="cat", style="ink", base=str(base), out=out, **given)
 
 
 def test_interrupted_and_resumed_it_is_the_same(

@@ -1,6 +1,7 @@
 """What the training verbs have in common on the command line: options, progress, what is printed."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from unbraid.common.errors import UsageError
 
@@ -45,6 +47,7 @@ Config = Annotated[Path | None, typer.Option(help="TOML file with a table per me
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")
 ]
+Method = Annotated[str, typer.Option(help="Which method; all are listed below.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
@@ -53,7 +56,7 @@ Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompt
 UNDONE = 3  # exit status: what was trained is there, some picture of it is not
 OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
     (
-        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune"
+        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune out"
     ).split()
 )
 
@@ -67,8 +70,70 @@ class Todo:
     quiet: bool
 
 
+def shared(
+    out: Out = None,
+    base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    vram: Vram = "max",
+    compile: Compile = False,
+    graphs: Graphs = True,
+    device: Device = "",
+    seed: Seed = 0,
+    previews: Previews = 3,
+    thumbnail: Thumbnail = True,
+    metadata: Metadata = True,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """The options of every training verb, declared once: `training` reads them from this signature."""
+
+
+SHARED = inspect.signature(shared).parameters
+
+
+class Verb(TyperCommand):
+    """A training verb. Its help ends with its methods and their settings; they are listed only then, because that imports torch."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from unbraid.methods import ENTRIES
+        from unbraid.runs.settings import descriptions, open_settings
+
+        for entry in (one for one in ENTRIES if one.verb == self.name):
+            about = descriptions(entry)
+            with formatter.section(f"--method {entry.name}: {entry.title} ({entry.paper}). --set"):
+                rows = [(f"{name}={one.default}", about[name]) for name, one in open_settings(entry).items()]
+                formatter.write_dl(rows, col_max=34)
+
+
+def training(app: typer.Typer, verb: str, method: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a training verb of a function of its own arguments and `given`, the keyword arguments of all that it shares with the
+    other verbs. The function returns the job, or None if there is nothing to train. `method`: the default."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = {name: one for name, one in inspect.signature(function).parameters.items() if name != "given"}
+        choice = inspect.Parameter("method", inspect.Parameter.KEYWORD_ONLY, default=method, annotation=Method)
+        parameters = {**own, "method": choice, **{name: one for name, one in SHARED.items() if name not in own}}
+
+        def command(**values: Any) -> Todo | None:
+            resume, quiet, pairs = (values.pop(name) for name in ("resume", "quiet", "set_"))
+            mine = {name: values.pop(name) for name in own}
+            job = function(**mine, given=options(pairs, **values))
+            return Todo(job, resume, quiet) if job else None
+
+        ordered = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters.values()]
+        command.__signature__ = inspect.Signature(ordered, return_annotation=Todo | None)  # type: ignore[attr-defined]
+        command.__annotations__ = {name: one.annotation for name, one in parameters.items()} | {"return": Todo | None}
+        command.__name__, command.__doc__ = verb, function.__doc__
+        return app.command(name=verb, cls=Verb)(command)
+
+    return add
+
+
 def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
-    """What the training verbs have in common, with the settings of the method."""
+    """What the training verbs have in common, with the settings of the method from `--set`."""
     from unbraid.runs.settings import parse_set  # it knows the methods, and they torch: the file tools do without
 
     settings = parse_set(pairs or [])

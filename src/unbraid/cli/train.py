@@ -1,71 +1,31 @@
 """The verbs that make LoRAs: parse, call, print."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from unbraid.cli.run import (
-    BaseName,
-    Compile,
-    Config,
-    Device,
-    Graphs,
-    Metadata,
-    Out,
-    Prediction,
-    Previews,
-    Quiet,
-    Resume,
-    Seed,
-    Set,
-    Thumbnail,
-    Todo,
-    Vae,
-    Vram,
-    console,
-    options,
-)
+from unbraid.cli.run import BaseName, Seed, console, training
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
 
 
-@app.command()
+@training(app, "split", "unziplora")
 def split(
     image: Annotated[Path, typer.Argument(help="One picture.")],
     subject: Annotated[str, typer.Option(help="What is drawn, in a word or two: octopus.")],
     style: Annotated[str, typer.Option(help="How it is drawn: line art.")],
-    out: Out = None,
-    method: str = "unziplora",
-    base: BaseName = "icons",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> Todo:
+    *,
+    given: dict[str, Any],
+) -> Any:
     """One image → content.safetensors and style.safetensors."""
     from unbraid.runs.api import split_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
-    loading |= {"graphs": graphs, "device": device}
-    loading |= {"thumbnail": thumbnail, "metadata": metadata}
-    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
-    job = split_job(image, subject=subject, style=style, method=method, **given)
-    return Todo(job, resume, quiet)
+    return split_job(image, subject=subject, style=style, **given)
 
 
-@app.command()
+@training(app, "pair", "pair")
 def pair(
     before: Annotated[Path, typer.Argument(help="A picture, or a folder of them.")],
     after: Annotated[Path, typer.Argument(help="The same in the style; folders are paired by their names.")],
@@ -78,36 +38,16 @@ def pair(
         list[Path] | None,
         typer.Option(help="Another style of `pair`, which this one shall not meet: a free slot is taken. Repeatable."),
     ] = None,
-    out: Out = None,
-    method: Annotated[str, typer.Option(help="pair or slider.")] = "pair",
-    base: BaseName = "icons",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> Todo:
+    *,
+    given: dict[str, Any],
+) -> Any:
     """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
     from unbraid.runs.api import pair_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
-    loading |= {"graphs": graphs, "device": device}
-    loading |= {"thumbnail": thumbnail, "metadata": metadata}
-    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
-    job = pair_job(before, after, subject=subject, style=style, beside=beside or (), method=method, **given)
-    return Todo(job, resume, quiet)
+    return pair_job(before, after, subject=subject, style=style, beside=beside or (), **given)
 
 
-@app.command()
+@training(app, "learn", "dreambooth")
 def learn(
     images: Annotated[list[Path], typer.Argument(help="Pictures of one thing, or folders of them.")],
     prompt: Annotated[
@@ -121,37 +61,17 @@ def learn(
         Path | None, typer.Option(help="Pictures of the class; without, the base draws them.")
     ] = None,
     from_: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A LoRA to go on from.")] = None,
-    out: Out = None,
-    method: str = "dreambooth",
-    base: BaseName = "icons",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> Todo:
+    *,
+    given: dict[str, Any],
+) -> Any:
     """Images of one thing → lora.safetensors."""
     from unbraid.runs.api import learn_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
-    loading |= {"graphs": graphs, "device": device}
-    loading |= {"thumbnail": thumbnail, "metadata": metadata}
-    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"class_prompt": class_prompt, "class_images": class_images, "from_": from_}
-    job = learn_job(images, prompt=prompt, method=method, **given)
-    return Todo(job, resume, quiet)
+    return learn_job(images, prompt=prompt, **given)
 
 
-@app.command(name="zip")
+@training(app, "zip", "ziplora")
 def zip_(
     content: Annotated[Path, typer.Argument(help="A LoRA of a subject.")],
     style: Annotated[Path, typer.Argument(help="A LoRA of a style.")],
@@ -164,39 +84,19 @@ def zip_(
     style_prompt: Annotated[str, typer.Option(help="The same for the style.")] = "",
     prompt: Annotated[str, typer.Option(help="What to draw in previews.")] = "",
     single: Annotated[bool, typer.Option("--single", help="One file of the ranks' sum.")] = False,
-    out: Out = None,
-    method: str = "ziplora",
-    base: BaseName = "icons",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> Todo:
+    *,
+    given: dict[str, Any],
+) -> Any:
     """Two LoRAs → the same two without interference, to be stacked at full strength."""
     from unbraid.runs.api import zip_job
 
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
-    loading |= {"graphs": graphs, "device": device}
-    loading |= {"thumbnail": thumbnail, "metadata": metadata}
-    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     given |= {"single": True} if single else {}
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     prompts = {"content": content_prompt, "style": style_prompt, "both": prompt}
-    job = zip_job(content, style, also=also or (), images=images, prompts=prompts, method=method, **given)
-    return Todo(job, resume, quiet)
+    return zip_job(content, style, also=also or (), images=images, prompts=prompts, **given)
 
 
-@app.command(name="break")
+@training(app, "break", "break")
 def break_(
     content: Annotated[list[Path] | None, typer.Option(help="Pictures of a content, or a folder; repeatable.")] = None,
     style: Annotated[list[Path] | None, typer.Option(help="Pictures of a style instead; repeatable.")] = None,
@@ -204,39 +104,19 @@ def break_(
     partners: Annotated[
         Path | None, typer.Option(help="A folder of pictures of the other kind, each with NAME.txt, its own prompt.")
     ] = None,
-    out: Out = None,
-    method: str = "break",
-    base: BaseName = "icons",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> Todo:
+    *,
+    given: dict[str, Any],
+) -> Any:
     """One content, or one style → module.safetensors, for `make`."""
     from unbraid.runs.modules import break_job
 
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
-    loading |= {"graphs": graphs, "device": device}
-    loading |= {"thumbnail": thumbnail, "metadata": metadata}
-    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     kind = "content" if content else "style"
-    job = break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, method=method, **given)
-    return Todo(job, resume, quiet)
+    return break_job([*(content or style or ())], kind=kind, prompt=prompt, partners=partners, **given)
 
 
-@app.command()
+@training(app, "make", "make")
 def make(
     content: Annotated[Path, typer.Argument(help="A content module, or its run folder.")],
     style: Annotated[Path, typer.Argument(help="A style module, or its run folder.")],
@@ -252,36 +132,17 @@ def make(
     ] = None,
     style_images: Annotated[Path | None, typer.Option(help="The same for the style.")] = None,
     prompt: Annotated[str, typer.Option(help="Of both together: for early stopping and previews.")] = "",
-    method: str = "make",
-    base: BaseName = "icons",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> Todo | None:
+    *,
+    given: dict[str, Any],
+) -> Any:
     """A content and a style module → one LoRA, merged.safetensors."""
     from unbraid.runs.modules import join, make_job
 
     if fine_tune == 0 or (fine_tune is None and not (content_images or style_images)):
         print(join(content, style, out / "merged.safetensors"))
         return None
-    loading = {"base": base, "vae": vae, "prediction": prediction, "vram": vram, "compile": compile}
-    loading |= {"graphs": graphs, "device": device}
-    loading |= {"thumbnail": thumbnail, "metadata": metadata}
-    given = options(set_, out=out, seed=seed, previews=previews, config=config, **loading)
     images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
-    job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **given)
-    return Todo(job, resume, quiet)
+    return make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, out=out, **given)
 
 
 @app.command()

@@ -1,16 +1,20 @@
-"""The methods, each with its `Entry` in its own file. A new one is a file here, a line below, a test and a row in the docs.
+"""The methods, each with its `Entry` in its own file. A new one is a file here, its name below, a test and a row in the docs.
 Nothing here knows files, models, or how a run is conducted."""
 
-from unbraid.methods import b4m, blora, dreambooth, nplora, pair, slider, unziplora, ziplora
+from importlib import import_module
 
-ENTRIES = (
-    unziplora.ENTRY,
-    ziplora.ENTRY,
-    nplora.ENTRY,
-    pair.ENTRY,
-    slider.ENTRY,
-    blora.ENTRY,
-    *b4m.ENTRIES,
-    dreambooth.ENTRY,
+from unbraid.methods.entry import Entry
+
+FILES = (  # in the order in which they are listed; the first method of a verb is its default
+    "unziplora",
+    "ziplora",
+    "nplora",
+    "pair",
+    "slider",
+    "blora",
+    "b4m",
+    "dreambooth",
+    "qrlora",
 )
+ENTRIES: tuple[Entry, ...] = tuple(entry for file in FILES for entry in import_module(f"{__name__}.{file}").ENTRIES)
 METHODS = {entry.name: entry for entry in ENTRIES}

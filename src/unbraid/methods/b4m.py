@@ -26,7 +26,7 @@ from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
 from unbraid.core.recipe import Recipe, Stop
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, two
 from unbraid.methods.pair import rows
 
 Kind = Literal["content", "style"]
@@ -54,8 +54,8 @@ def break_(
 ) -> tuple[Recipe, ...]:
     """Learn a module.
 
-    kind: what it is of (set by the command). rank: even. steps: optimiser steps. lr, partner_lr: of AdamW, for the module's own
-    factor and for the partners' one. partner_count: pictures of the other kind at every step; 0: none. split: the share of rows and
+    kind: what it is of (set by the command). rank: of the module; even. steps: optimiser steps. lr: AdamW's learning rate for the module's
+    own factor. partner_lr: AdamW's learning rate for the partners' factor. partner_count: pictures of the other kind at every step; 0: none. split: the share of rows and
     columns that is frozen. halves: `heads` freezes some rows of every attention head, `first` the first rows, as published.
     interaction: whether the modules may meet in a block of their own, to be fused by fine-tuning. orthogonal: off, the frozen
     halves are as random as the published ones turn out to be. compat: `official` lets every loss train both factors.
@@ -108,8 +108,9 @@ def make(
 
     roles, rank, split, halves, interaction, orthogonal: the modules' own (set by the command). fine_tune: steps of training on
     both pictures, each under its own prompt. optimizer: `riemannian` steps by what changes in ΔW, `adamw` by entries.
-    lr: for AdamW of an entry of a factor, for the other one of an entry of ΔW. delta: damping, relative to the factors' size.
-    every, patience: early stopping, by the loss of both pictures under the joint prompt. compat: `official` draws the square
+    lr: learning rate: with `adamw` for entries of a factor, with `riemannian` for entries of ΔW. delta: damping, relative to the factors' size.
+    every: steps between looks at the loss of both pictures under the joint prompt. patience: looks without a better loss after
+    which training stops. compat: `official` draws the square
     layers' content, and the frozen half of their up, anew before it begins, as the published code does.
     """
     del blocks
@@ -224,23 +225,17 @@ def _redraw(factors: Factors, rng: torch.Generator) -> None:
 
 
 PAPER = "doi 10.1145/3728461"
+MODULE = Inputs(
+    (Input("own", "pictures"), Input("partner", "pictures", optional=True)),
+    set_by_verb=("kind",),
+    shortest={"lr": 1e-1, "partner_count": 1},
+)
+TWO_MODULES = Inputs(two("module"), set_by_verb=("roles", *CUT, "fine_tune"), shortest={"lr": 1e-4, "fine_tune": 2})
+BREAK = ("Break-for-Make: a module", PAPER, MODULE)
+MAKE = ("Break-for-Make: fine-tuning", PAPER, TWO_MODULES)
 ENTRIES = (
     Entry(
-        "break",
-        "break",
-        break_,
-        {"both": "{prompt}"},
-        lambda settings: {"module": Output(("module",), "both")},
-        "Break-for-Make: a module",
-        PAPER,
+        "break", "break", break_, {"both": "{prompt}"}, lambda settings: {"module": Output(("module",), "both")}, *BREAK
     ),
-    Entry(
-        "make",
-        "make",
-        make,
-        {},
-        lambda settings: {"merged": Output(("merged",), "both")},
-        "Break-for-Make: fine-tuning",
-        PAPER,
-    ),
+    Entry("make", "make", make, {}, lambda settings: {"merged": Output(("merged",), "both")}, *MAKE),
 )

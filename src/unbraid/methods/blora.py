@@ -10,7 +10,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import ROLES, Blocks, Entry, Output
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output
 
 
 def blora(
@@ -18,7 +18,7 @@ def blora(
 ) -> tuple[Recipe, ...]:
     """Split one image by blocks.
 
-    rank: of each half. steps: optimiser steps. lr, weight_decay: of AdamW.
+    rank: of each half. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
     """
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
@@ -31,12 +31,15 @@ def blora(
     return (Recipe(prepare, lambda step: (both,), rates, steps),)
 
 
-ENTRY = Entry(
-    "blora",
-    "split",
-    blora,
-    {"both": "a {rare}"},
-    lambda settings: {role: Output((role,), "both") for role in ROLES},
-    "B-LoRA",
-    "arXiv 2403.14572",
+ENTRIES = (
+    Entry(
+        "blora",
+        "split",
+        blora,
+        {"both": "a {rare}"},
+        lambda settings: {role: Output((role,), "both") for role in ROLES},
+        "B-LoRA",
+        "arXiv 2403.14572",
+        ONE_PICTURE,
+    ),
 )

@@ -6,7 +6,7 @@ from unbraid.core.adapters import ATTENTION, TRANSFORMERS
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
 TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
 
@@ -24,9 +24,9 @@ def dreambooth(
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style.
 
-    rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr, weight_decay: of AdamW. targets: attention's projections, or all
-    linear layers of the transformers. prior_weight: of the loss on pictures of the class (prior preservation). mask: with `alpha`,
-    what is transparent in a picture does not count in its loss (the run sees to it: it is about pictures).
+    rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr: AdamW's learning rate. weight_decay:
+    AdamW's. targets: which layers train: attention's projections, or all linear layers of the transformers. prior_weight: weight of the loss on pictures of the class (prior preservation). mask: with `alpha`,
+    what is transparent in a picture does not count in its loss.
     """
     del blocks, mask
     parts: tuple[Part, ...] = ("down", "up")
@@ -44,12 +44,16 @@ def dreambooth(
     )
 
 
-ENTRY = Entry(
-    "dreambooth",
-    "learn",
-    dreambooth,
-    {"both": "{prompt}", "prior": "{class_prompt}"},
-    lambda settings: {"lora": Output(("lora",), "both")},
-    "DreamBooth-LoRA",
-    "arXiv 2208.12242",
+PICTURES = Inputs((Input("image", "pictures"), Input("prior", "pictures", optional=True)))
+ENTRIES = (
+    Entry(
+        "dreambooth",
+        "learn",
+        dreambooth,
+        {"both": "{prompt}", "prior": "{class_prompt}"},
+        lambda settings: {"lora": Output(("lora",), "both")},
+        "DreamBooth-LoRA",
+        "arXiv 2208.12242",
+        PICTURES,
+    ),
 )

@@ -5,7 +5,7 @@ import torch
 from unbraid.core.adapters import Adapters
 from unbraid.core.lowrank import outside
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Entry, zip_outputs
+from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
 
 def nplora(
@@ -31,4 +31,4 @@ def nplora(
     return (Recipe(prepare, lambda step: (), {}, 0),)
 
 
-ENTRY = Entry("np-lora", "zip", nplora, {}, zip_outputs, "NP-LoRA", "arXiv 2511.11051")
+ENTRIES = (Entry("np-lora", "zip", nplora, {}, zip_outputs, "NP-LoRA", "arXiv 2511.11051", TWO_LORAS),)

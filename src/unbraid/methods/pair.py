@@ -8,6 +8,7 @@ What differs from the published code, and why, is in docs/pair.md; `compat="offi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.images.crop import alignment
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
 ALIGNED = 0.2  # edges' correlation; below, a pair is probably none (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -47,10 +48,10 @@ def pair(
     """Learn a style from what it does to a picture.
 
     pairs: how many (set by the command); each has a content adapter of its own, and they take turns. rank: of each adapter.
-    steps: optimiser steps. style_from: the step at which the style adapter joins. lr, weight_decay: of AdamW. slot: which
+    steps: optimiser steps. style_from: the step at which the style adapter joins. lr: AdamW's learning rate. weight_decay: AdamW's. slot: which
     orthonormal rows are this style's; styles in different slots do not meet. orthogonal: off, both factors train and
     nothing keeps the two apart. joint: off, the style adapter learns the picture after alone. compat: `official` updates
-    the content adapter before the style's loss is asked, as published, not both at once.
+    the content adapter before the style's loss is computed, as published, not both at once.
     """
     del blocks
     if slot < 0:
@@ -170,17 +171,20 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return {"style": Output(("style",), "style"), **content}
 
 
-ENTRY = Entry(
-    "pair",
-    "pair",
-    pair,
-    {
-        "both": "a {rare} {subject} in {style} style",
-        "content": "a {rare} {subject}",
-        "style": "a {rare} {subject} in {style} style",
-    },
-    outputs,
-    "Pair Customization",
-    "arXiv 2405.01536",
-    check_pairs,
+PAIRS = Inputs((Input("before", "pictures"), Input("after", "pictures")), set_by_verb=("pairs",), check=check_pairs)
+ENTRIES = (
+    Entry(
+        "pair",
+        "pair",
+        pair,
+        {
+            "both": "a {rare} {subject} in {style} style",
+            "content": "a {rare} {subject}",
+            "style": "a {rare} {subject} in {style} style",
+        },
+        outputs,
+        "Pair Customization",
+        "arXiv 2405.01536",
+        replace(PAIRS, shortest={"style_from": 0}),
+    ),
 )

@@ -7,7 +7,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import Blocks, Entry, Output
-from unbraid.methods.pair import check_pairs, numbered
+from unbraid.methods.pair import PAIRS, numbered
 
 SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
 
@@ -23,8 +23,8 @@ def slider(
 ) -> tuple[Recipe, ...]:
     """Learn a slider from pairs.
 
-    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr, weight_decay:
-    of AdamW.
+    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr: AdamW's learning
+    rate. weight_decay: AdamW's.
     """
     del blocks
     parts: tuple[Part, ...] = ("down", "up")
@@ -44,13 +44,15 @@ def slider(
     return (Recipe(prepare, branches, rates, steps, frozenset(("crop", "noise", "timestep")), targets=SELF_ATTENTION),)
 
 
-ENTRY = Entry(
-    "slider",
-    "pair",
-    slider,
-    {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
-    lambda settings: {"style": Output(("style",), "content")},
-    "Concept Slider",
-    "arXiv 2311.12092",
-    check_pairs,
+ENTRIES = (
+    Entry(
+        "slider",
+        "pair",
+        slider,
+        {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
+        lambda settings: {"style": Output(("style",), "content")},
+        "Concept Slider",
+        "arXiv 2311.12092",
+        PAIRS,
+    ),
 )

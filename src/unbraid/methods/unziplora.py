@@ -21,7 +21,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
-from unbraid.methods.entry import ROLES, Blocks, Entry, Output, split_outputs
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
 from unbraid.methods.unziplora_official import official
 
 
@@ -46,11 +46,13 @@ def unziplora(
 ) -> tuple[Recipe, ...]:
     """Split one image.
 
-    rank: of each adapter. steps: optimiser steps. content_lr, style_lr, merger_lr: AdamW rates of the two
-    adapters and of their gates. weight_decay: of the adapters (official: of the gates too). sample_times:
-    periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
-    penalty. window: steps over which channels are scored. column_separation, block_separation: on or off.
-    content_alone, style_alone: weight of one more loss, that adapter alone under its own prompt (0: as published).
+    rank: of each adapter. steps: optimiser steps. content_lr: AdamW's learning rate for the content adapter.
+    style_lr: AdamW's learning rate for the style adapter. merger_lr: AdamW's learning rate for the gates. weight_decay: AdamW's,
+    for the adapters (official: for the gates too).
+    sample_times: periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
+    penalty on channels that both adapters use. window: steps over which channels are scored. column_separation: whether each
+    adapter gets output channels of its own. block_separation: whether adapters are exempt in the blocks that serve them.
+    content_alone, style_alone: weight of one more loss, that adapter alone under its own prompt; 0 is as published.
     compat: `official` reproduces the published code, defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
@@ -169,16 +171,20 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return alone | {f"{role}_joint": Output((role,), role) for role in ROLES}
 
 
-ENTRY = Entry(
-    "unziplora",
-    "split",
-    unziplora,
-    {
-        "both": "a {rare} {subject} in {style} style",
-        "content": "a {rare} {subject}",
-        "style": "a {subject} in {style} style",
-    },
-    outputs,
-    "UnZipLoRA",
-    "arXiv 2412.04465",
+SHORTEST = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
+ENTRIES = (
+    Entry(
+        "unziplora",
+        "split",
+        unziplora,
+        {
+            "both": "a {rare} {subject} in {style} style",
+            "content": "a {rare} {subject}",
+            "style": "a {subject} in {style} style",
+        },
+        outputs,
+        "UnZipLoRA",
+        "arXiv 2412.04465",
+        replace(ONE_PICTURE, shortest=SHORTEST),
+    ),
 )

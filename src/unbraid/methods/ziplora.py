@@ -25,7 +25,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Entry, zip_outputs
+from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
@@ -55,8 +55,8 @@ def ziplora(
 
     roles: the LoRAs' names (set by the command). granularity: one coefficient per rank (ZipRank; where ranks differ and cannot
     be compared, per column), input column (ZipLoRA), output row, or layer. similarity: what is driven down between two LoRAs' coefficients in a layer: |cos|,
-    |dot product|, or mean |product|. weight: λ of its sum over layers. lr, weight_decay: of AdamW, for the
-    coefficients. steps: at most. tolerance: stop when the mean similarity over layers is below it. clamp: keep
+    |dot product|, or mean |product|. weight: factor λ of the similarities' sum over layers. lr: AdamW's learning rate for the
+    coefficients. weight_decay: AdamW's. steps: most optimiser steps. tolerance: stop when the mean similarity over layers is below it. clamp: keep
     coefficients in 0..1. shared_noise: one noise and one timestep for all LoRAs of a step, as published. single: one
     file of the ranks' sum, not one per LoRA. compat: `official` is the public re-implementation (product, 5e-5, decay).
     """
@@ -142,4 +142,4 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
     return torch.cat(out)
 
 
-ENTRY = Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600")
+ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600", TWO_LORAS),)

@@ -2,10 +2,10 @@
 
 import builtins
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, Unpack
 
 from PIL import Image
 
@@ -17,37 +17,23 @@ from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
 from unbraid.methods.pair import free_slot, numbered
 from unbraid.runs.job import RARE, Job
+from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.run import Progress, run
-from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
+from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.render import Use, own_prompt, render
 
-
-def split(image: str | Path, *, subject: str, style: str, **options: Any) -> Path:
-    """One image → `content.safetensors` and `style.safetensors`; returns the run folder. Options as in `job`."""
-    return finish(split_job(image, subject=subject, style=style, **options))
+P = ParamSpec("P")
 
 
-def learn(images: str | Path | Sequence[str | Path], *, prompt: str, **options: Any) -> Path:
-    """Images of one thing → `lora.safetensors`; returns the run folder. Options as in `job`."""
-    return finish(learn_job(images, prompt=prompt, **options))
-
-
-def pair(before: str | Path, after: str | Path, *, subject: str, style: str, **options: Any) -> Path:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the
-    run folder. Options as in `pair_job`."""
-    return finish(pair_job(before, after, subject=subject, style=style, **options))
-
-
-def zip(content: str | Path, style: str | Path, **options: Any) -> Path:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`;
-    returns the run folder. Options as in `zip_job`."""
-    return finish(zip_job(content, style, **options))
-
-
-def split_job(image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Any) -> Job:
+@documented("split")
+def split_job(
+    image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
+) -> Job:
+    """One image → `content.safetensors` and `style.safetensors`."""
     return job([image], {"subject": subject, "style": style}, method=method, **options)
 
 
+@documented("learn")
 def learn_job(
     images: str | Path | Sequence[str | Path],
     *,
@@ -56,29 +42,33 @@ def learn_job(
     class_images: str | Path | None = None,
     from_: str | Path | None = None,
     method: str = "dreambooth",
-    **options: Any,
+    **options: Unpack[LearnOptions],
 ) -> Job:
-    """Learn from images, each under `prompt`, or under a line of NAME.txt or NAME.caption beside NAME.png. With a `class_prompt`
+    """Images of one thing → `lora.safetensors`.
+
+    Learns from each image under `prompt`, or under a line of NAME.txt or NAME.caption beside NAME.png. With a `class_prompt`
     the prior is preserved: on `class_images`, or on pictures that the base draws of it. `from_`: a LoRA to go on from, in place of a
     fresh one: its modules, ranks and strengths (alpha, folded into the factors)."""
     words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
+    given: dict[str, Any] = {**options}
     if class_prompt:
         words["class_prompt"] = class_prompt
-        options = {"prior_weight": 1.0, **options}
+        given = {"prior_weight": 1.0, **given}
     if class_images:
         roles["prior"] = [class_images]
     if from_:
-        if taken := [key for key in ("rank", "targets") if key in options]:
+        if taken := [key for key in ("rank", "targets") if key in given]:
             raise UsageError(f"{taken[0]!r} is the LoRA's own", "--from", "Leave it out.")
         ranks = {len(lora.down) for lora in read(Path(from_)).modules.values()}
-        options |= {"rank": max(ranks), "loras": {"lora": Path(from_)}}
-    todo = job(roles, words, method=method, **options)
+        given |= {"rank": max(ranks), "loras": {"lora": Path(from_)}}
+    todo = job(roles, words, method=method, **given)
     if bool(todo.settings.get("prior_weight")) != bool(class_prompt):
         raise UsageError("prior preservation needs a prompt of the class", "--class-prompt", "For example: a dog.")
     captions = {path: "\n".join(lines) for path in todo.images["image"] if (lines := captions_of(path))}
     return replace(todo, captions=captions)
 
 
+@documented("pair")
 def pair_job(
     before: str | Path,
     after: str | Path,
@@ -87,9 +77,11 @@ def pair_job(
     style: str,
     beside: Sequence[str | Path] = (),
     method: str = "pair",
-    **options: Any,
+    **options: Unpack[PairOptions],
 ) -> Job:
-    """Learn what a style does to a picture. Folders are paired by name; NAME.txt beside a picture before says in a word
+    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone.
+
+    Learns what a style does to a picture. Folders are paired by name; NAME.txt beside a picture before says in a word
     or two what that one shows, in place of `subject`. `beside`: other styles, which this one shall not meet."""
     couples = matched(Path(before), Path(after))
     files: dict[str, Sequence[str | Path]] = {}
@@ -98,9 +90,10 @@ def pair_job(
         files |= {f"before{number}": [first], f"after{number}": [second]}
         if shown := caption_of(first):
             captions |= {first: f"a {RARE} {shown}", second: f"a {RARE} {shown} in {style} style"}
-    where = options.pop("out", None) or Path("runs") / f"{couples[0][1].stem}-{method}"
+    given: dict[str, Any] = {**options}
+    where = given.pop("out", None) or Path("runs") / f"{couples[0][1].stem}-{method}"
     words = {"subject": subject, "style": style}
-    todo = job(files, words, method=method, out=where, pairs=len(couples), **options)
+    todo = job(files, words, method=method, out=where, pairs=len(couples), **given)
     if beside:
         if not todo.settings.get("orthogonal"):
             raise UsageError("needs orthogonal rows", "--beside", "Use --method pair with orthogonal=true.")
@@ -110,6 +103,7 @@ def pair_job(
     return replace(todo, captions=captions, told=unused([Path(before), Path(after)]))
 
 
+@documented("zip")
 def zip_job(
     content: str | Path,
     style: str | Path,
@@ -118,9 +112,11 @@ def zip_job(
     images: Mapping[str, str | Path] | None = None,
     prompts: Mapping[str, str] | None = None,
     method: str = "ziplora",
-    **options: Any,
+    **options: Unpack[ZipOptions],
 ) -> Job:
-    """Zip two LoRAs, or more: roles `content`, `style`, `lora3`, … `images`: role → the pictures (a file or a folder)
+    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`.
+
+    Zips two LoRAs, or more: roles `content`, `style`, `lora3`, … `images`: role → the pictures (a file or a folder)
     that the LoRA was trained on; without them it draws its own. `prompts`: role → the prompt that it was trained with,
     if its file does not say; `both`: what to draw for looking at."""
     files = [Path(one) for one in (content, style, *also)]
@@ -128,8 +124,9 @@ def zip_job(
     words = {role: (prompts or {}).get(role) or own_prompt(file, read(file)) for role, file in loras.items()}
     words["both"] = (prompts or {}).get("both") or ", ".join(words.values())
     found = {role: [where] for role, where in (images or {}).items()}
-    where = options.pop("out", None) or Path("runs") / f"{files[0].stem}-{files[1].stem}-{method}"
-    return job(found, words, method=method, out=where, loras=loras, roles=tuple(loras), **options)
+    given: dict[str, Any] = {**options}
+    where = given.pop("out", None) or Path("runs") / f"{files[0].stem}-{files[1].stem}-{method}"
+    return job(found, words, method=method, out=where, loras=loras, roles=tuple(loras), **given)
 
 
 def job(
@@ -153,7 +150,7 @@ def job(
     metadata: bool = True,
     **settings: Any,
 ) -> Job:
-    """A run from plain values: images by role, or a list of them. `settings` are those of the method (`unbraid explain
+    """A run from plain values, for the verbs: images by role, or a list of them. `settings` are those of the method (`unbraid explain
     METHOD`); `vae`, `prediction`, `vram`, `compile`, `graphs`, `device` those of `presets.Loading`; `thumbnail`, `metadata`: whether the LoRAs hold a
     small picture, and what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
@@ -208,3 +205,20 @@ def finish(todo: Job) -> Path:
         if event.undone:
             warnings.warn(event.warning, RuntimeWarning, stacklevel=3)
     return todo.out
+
+
+def finished(make_job: Callable[P, Job]) -> Callable[P, Path]:
+    """The same verb, run to its end: it returns the run folder."""
+
+    def verb(*given: P.args, **options: P.kwargs) -> Path:
+        return finish(make_job(*given, **options))
+
+    verb.__name__ = verb.__qualname__ = make_job.__name__.removesuffix("_job")
+    verb.__doc__ = f"{make_job.__doc__}\n\nTrains to the end, and returns the run folder."
+    return verb
+
+
+split = finished(split_job)
+learn = finished(learn_job)
+pair = finished(pair_job)
+zip = finished(zip_job)

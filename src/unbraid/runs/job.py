@@ -79,7 +79,7 @@ def check(job: Job, resume: bool) -> None:
     for role, images in opened.items():
         for image, path in zip(images, job.images[role], strict=True):
             check_size(image, path)
-    METHODS[job.method].check(opened, job.images)
+    METHODS[job.method].inputs.check(opened, job.images)
     folder.claimable(job.out, record(job, texts), resume)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
@@ -18,8 +18,10 @@ from unbraid.images import sheets as pictures
 from unbraid.images.captions import captions_of
 from unbraid.images.folders import Found, look
 from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
-from unbraid.runs.api import finish, job
+from unbraid.runs.api import finish, finished, job
 from unbraid.runs.job import Job
+from unbraid.runs.options import BreakOptions, MakeOptions
+from unbraid.runs.settings import documented
 from unbraid.sampling.render import Use, own_prompt, render
 
 
@@ -36,21 +38,7 @@ class Module:
     loras: Mapping[str, Lora]
 
 
-def break_module(images: str | Path | Sequence[str | Path], **options: Any) -> Path:
-    """Images of one content or style → `module.safetensors`; returns the run folder. Options as in `break_job`."""
-    return finish(break_job(images, **options))
-
-
-def make(
-    content: str | Path, style: str | Path, *, fine_tune: int | None = None, out: str | Path, **options: Any
-) -> Path:
-    """A content and a style module → `merged.safetensors` in `out`: at once, or fine-tuned, which is the default where there are
-    `images`; options as in `make_job`. Returns the file."""
-    if fine_tune or (fine_tune is None and options.get("images")):
-        return finish(make_job(content, style, fine_tune=fine_tune, out=out, **options)) / "merged.safetensors"
-    return join(content, style, Path(out) / "merged.safetensors")
-
-
+@documented("break")
 def break_job(
     images: str | Path | Sequence[str | Path],
     *,
@@ -58,17 +46,20 @@ def break_job(
     prompt: str,
     partners: str | Path | None = None,
     method: str = "break",
-    **options: Any,
+    **options: Unpack[BreakOptions],
 ) -> Job:
-    """Learn a content or a style module from images under `prompt`. `partners`: a folder of pictures of the other kind, each with
+    """Images of one content or style → `module.safetensors`.
+
+    Learns the module from images under `prompt`. `partners`: a folder of pictures of the other kind, each with
     its own prompt in NAME.txt; where there are more than are shown at a time, they take turns."""
     if not options.get("metadata", True):
         raise UsageError(
             "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
         )
     own = [images] if isinstance(images, str | Path) else list(images)
-    options["out"] = options.pop("out", None) or Path("runs") / f"{Path(own[0]).stem}-{kind}"
-    todo = job({"own": own}, {"prompt": prompt}, method=method, kind=kind, **options)
+    given: dict[str, Any] = {**options}
+    given["out"] = given.get("out") or Path("runs") / f"{Path(own[0]).stem}-{kind}"
+    todo = job({"own": own}, {"prompt": prompt}, method=method, kind=kind, **given)
     wanted, found = todo.settings["partner_count"], look(Path(partners)) if partners else Found(())
     files = found.files
     if len(files) < wanted:
@@ -85,6 +76,11 @@ def break_job(
     return replace(todo, images={**todo.images, **roles}, captions=told, told=todo.told + found.unused)
 
 
+break_module = finished(break_job)
+break_module.__name__ = "break_module"
+
+
+@documented("make")
 def make_job(
     content: str | Path,
     style: str | Path,
@@ -93,9 +89,11 @@ def make_job(
     images: Mapping[str, str | Path] | None = None,
     prompt: str = "",
     method: str = "make",
-    **options: Any,
+    **options: Unpack[MakeOptions],
 ) -> Job:
-    """Put two modules together and train them further, `fine_tune` steps, or the base's own number. `images`: role (content, style) → the pictures that it was learnt from;
+    """A content and a style module → one LoRA, `merged.safetensors`, by training both together.
+
+    `fine_tune`: steps; default: the base's own number. `images`: role (content, style) → the pictures that it was learnt from;
     without them it draws its own. `prompt`: of both together, for early stopping and for looking at."""
     pair = matching(content, style)
     if taken := [key for key in CUT if key in options]:
@@ -104,9 +102,36 @@ def make_job(
     words["both"] = prompt or together(*pair)
     found = {role: [where] for role, where in (images or {}).items()}
     loras = {module.kind: module.path for module in pair}
-    options["out"] = options.pop("out", None) or Path("runs") / f"{pair[0].path.parent.name}-{pair[1].path.parent.name}"
-    options |= {} if fine_tune is None else {"fine_tune": fine_tune}
-    return job(found, words, method=method, loras=loras, **pair[0].cut, **options)
+    given: dict[str, Any] = {**options}
+    given["out"] = given.get("out") or _folder(*pair)
+    given |= {} if fine_tune is None else {"fine_tune": fine_tune}
+    return job(found, words, method=method, loras=loras, **pair[0].cut, **given)
+
+
+@documented("make")
+def make(
+    content: str | Path,
+    style: str | Path,
+    *,
+    fine_tune: int | None = None,
+    images: Mapping[str, str | Path] | None = None,
+    prompt: str = "",
+    method: str = "make",
+    **options: Unpack[MakeOptions],
+) -> Path:
+    """A content and a style module → one LoRA; returns `merged.safetensors` in the folder `out`.
+
+    At once, or fine-tuned as in `make_job`, which is the default where there are `images`."""
+    if fine_tune or (fine_tune is None and images):
+        job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **options)
+        return finish(job) / "merged.safetensors"
+    folder = options.get("out") or _folder(*matching(content, style))
+    return join(content, style, Path(folder) / "merged.safetensors")
+
+
+def _folder(content: Module, style: Module) -> Path:
+    """Where a made LoRA goes by default."""
+    return Path("runs") / f"{content.path.parent.name}-{style.path.parent.name}"
 
 
 def join(content: str | Path, style: str | Path, out: Path) -> Path:

@@ -83,7 +83,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
             pass
         yield Progress(1, 1, warning="this run is done already: nothing is trained")
         return
-    warnings = [*job.told, *remarks(job), *METHODS[job.method].check(opened, job.images)]
+    warnings = [*job.told, *remarks(job), *METHODS[job.method].inputs.check(opened, job.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
         warnings += long_prompts(ready.base.pipe, [*texts.values(), *"\n".join(job.captions.values()).splitlines()])

@@ -2,12 +2,13 @@
 
 import difflib
 import inspect
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError, create_model
 
@@ -17,6 +18,7 @@ from unbraid.methods import METHODS
 from unbraid.methods.entry import Entry
 
 Settings = dict[str, Any]
+F = TypeVar("F", bound=Callable[..., Any])
 SEEDS, PREVIEWS = range(2**62), range(1001)
 MOST = 10_000_000  # of anything that is counted
 LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1}
@@ -30,6 +32,48 @@ def schema(entry: Entry) -> dict[str, inspect.Parameter]:
     """The settings of a method: name → annotation and default."""
     parameters = inspect.signature(entry.make).parameters
     return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def open_settings(entry: Entry) -> dict[str, inspect.Parameter]:
+    """The settings of a method that are given by hand: all but those that its verb sets."""
+    return {name: p for name, p in schema(entry).items() if name not in entry.inputs.set_by_verb}
+
+
+def descriptions(entry: Entry) -> dict[str, str]:
+    """Setting → what it does, from the docstring of the method: `name: text.` or `name, other: text.`"""
+    known = "|".join(sorted(schema(entry), key=len, reverse=True))
+    text = " ".join((inspect.getdoc(entry.make) or "").split())
+    parts = re.split(rf"(?:^|(?<=[.!?)] ))((?:{known})(?:, (?:{known}))*): ", text)
+    found: dict[str, str] = {}
+    for names, about in zip(parts[1::2], parts[2::2], strict=True):
+        found |= dict.fromkeys(names.split(", "), about.strip())
+    return found
+
+
+def about(entry: Entry, name: str) -> str:
+    """A setting in a sentence or two, with its default, and the embedded base's own where that differs."""
+    text, default = descriptions(entry)[name], schema(entry)[name].default
+    own = base_defaults("icons").get(entry.name, {}).get(name, default)
+    usual = f"Default {default!r}" + (f"; on icons {own!r}." if own != default else ".")
+    return f"{text[:1].upper()}{text[1:]} {usual}"
+
+
+def documented(verb: str) -> Callable[[F], F]:
+    """Add the settings of all methods of a verb to the docstring of its function."""
+
+    def add(function: F) -> F:
+        lines = [
+            inspect.getdoc(function) or "",
+            "",
+            "`options`: those of `runs.run_options.RunOptions`, and the method's settings.",
+        ]
+        for entry in (one for one in METHODS.values() if one.verb == verb):
+            lines += ["", f"method={entry.name!r}: {entry.title} ({entry.paper})"]
+            lines += [f"    {name}: {about(entry, name)}" for name in open_settings(entry)]
+        function.__doc__ = "\n".join(lines)
+        return function
+
+    return add
 
 
 def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:

@@ -15,29 +15,20 @@ from PIL import Image, ImageOps
 from unbraid.bases.base import Base, load
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
-from unbraid.methods.b4m import KINDS
-from unbraid.runs import demo
+from unbraid.methods.entry import ROLES
+from unbraid.runs import demo, shortest
 from unbraid.runs import run as running
-from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
 from unbraid.runs.job import Job
-from unbraid.runs.modules import break_job, join, make_job
+from unbraid.runs.modules import join
 from unbraid.runs.run import run
 from unbraid.runs.selftest.compare import changes, differs, pixels
 from unbraid.sampling.render import Use, render
 
 PROMPT = "a sks fox in ink style"
 WORDS = {"subject": "fox", "style": "ink"}
+NEEDED = {"LoRA": shortest.FIRST, "module": "break"}  # kind of file → the method whose files others start from
 PARTNERS = {"content": "a teapot in red style", "style": "a teapot"}
 STEPS, GUIDANCE = 3, 4.0  # of sampling
-SPLIT: Mapping[str, Any] = {
-    "rank": 2,
-    "steps": 2,
-    "content_lr": 1e-2,
-    "style_lr": 1e-2,
-    "window": 1,
-    "sample_times": 1,
-    "column_ratio": 0.5,
-}
 
 
 @dataclass(frozen=True)
@@ -80,14 +71,29 @@ class Scene:
         file.with_suffix(".txt").write_text(PARTNERS[kind])
         return file.parent
 
+    def jobs(self, method: str, **options: Any) -> list[Job]:
+        """The shortest runs of a method, in folders of its name."""
+        wanted = shortest.needs(method)
+        loras, modules = (self.loras(made) if kind in wanted else () for kind, made in NEEDED.items())
+        material = shortest.Material(
+            self.before,
+            self.after,
+            {kind: self.partners(kind) for kind in ROLES},
+            WORDS["subject"],
+            {file.stem: file for file in loras},
+            {kind: file for kind in ROLES for file in modules if file.parent.name.endswith(kind)},
+        )
+        return shortest.jobs(method, material, self.folder, **{**self.common, **options})
+
     def split_job(self, out: str, **options: Any) -> Job:
-        return split_job(self.before, **WORDS, **self.common, **{**SPLIT, **options}, out=self.folder / out)
+        (job,) = self.jobs(shortest.FIRST, out=self.folder / out, **options)
+        return job
 
     def loras(self, method: str) -> list[Path]:
         """The files of a method. A training that failed is not tried again: the row that asked first says why."""
         if method not in self._made:
             self._made[method] = []
-            self._made[method] = TRAININGS[method](self)
+            self._made[method] = SPECIAL[method](self) if method in SPECIAL else self.trained(*self.jobs(method))
         if not self._made[method]:
             raise UsageError(f"the LoRAs of {method} could not be made", "selftest", f"See the row {method}.")
         return self._made[method]
@@ -182,36 +188,10 @@ def _saved(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def _few(scene: Scene) -> dict[str, Any]:
-    return {**scene.common, "rank": 2, "steps": 2, "lr": 1e-2}
-
-
-def _zip(scene: Scene, method: str, **settings: Any) -> list[Path]:
-    more = {"images": _own(scene), "method": method, "out": scene.folder / method, **settings}
-    return scene.trained(zip_job(*scene.loras("unziplora"), **scene.common, **more))
-
-
-def _pair(scene: Scene, method: str, **settings: Any) -> list[Path]:
-    more = {"method": method, "out": scene.folder / method, **settings}
-    return scene.trained(pair_job(scene.before, scene.after, **WORDS, **_few(scene), **more))
-
-
-def _own(scene: Scene) -> dict[str, str | Path]:
-    return {"content": scene.before, "style": scene.after}
-
-
-def _break(scene: Scene) -> list[Path]:
-    jobs = []
-    for kind, prompt in zip(KINDS, ("a sks fox", "a dog in ink style"), strict=True):
-        more = {"partners": scene.partners(kind), "partner_count": 1, "out": scene.folder / f"break-{kind}"}
-        settings: dict[str, Any] = {**_few(scene), "lr": 1e-1, **more}
-        jobs.append(break_job(_own(scene)[kind], kind=kind, prompt=prompt, **settings))
-    return scene.trained(*jobs)
-
-
-def _make(scene: Scene) -> list[Path]:
-    more = {"images": _own(scene), "out": scene.folder / "make", **scene.common}
-    return scene.trained(make_job(*scene.loras("break"), fine_tune=2, **more))
+def _learn(scene: Scene) -> list[Path]:
+    """With previews: the VAE comes and goes while the UNet trains."""
+    with hurried(PREVIEW_STEPS=STEPS, SHEET_STEPS=STEPS):
+        return scene.trained(*scene.jobs("dreambooth", previews=1))
 
 
 def _join(scene: Scene) -> list[Path]:
@@ -219,24 +199,9 @@ def _join(scene: Scene) -> list[Path]:
     return [join(content, style, scene.folder / "at-once" / "merged.safetensors")]
 
 
-def _learn(scene: Scene) -> list[Path]:
-    """With previews: the VAE comes and goes while the UNet trains."""
-    few = {**_few(scene), "previews": 1, "out": scene.folder / "dreambooth"}
-    with hurried(PREVIEW_STEPS=STEPS, SHEET_STEPS=STEPS):
-        return scene.trained(learn_job(scene.before, prompt="a sks fox", **few))
-
-
-TRAININGS: Mapping[str, Callable[[Scene], list[Path]]] = {
-    "unziplora": lambda scene: scene.trained(scene.split_job("unziplora")),
-    "blora": lambda scene: scene.trained(
-        split_job(scene.before, **WORDS, **{**_few(scene), "lr": 1e-1}, method="blora", out=scene.folder / "blora")
-    ),
-    "pair": lambda scene: _pair(scene, "pair", style_from=0),
-    "slider": lambda scene: _pair(scene, "slider"),
+SPECIAL: Mapping[str, Callable[[Scene], list[Path]]] = {
+    "blora": lambda scene: scene.trained(*scene.jobs("blora", lr=1e-1)),
     "dreambooth": _learn,
-    "ziplora": lambda scene: _zip(scene, "ziplora", steps=2),
-    "np-lora": lambda scene: _zip(scene, "np-lora"),
-    "break": _break,
-    "make": _make,
     "make at once": _join,
 }
+TRAININGS = (*shortest.in_order(), "make at once")

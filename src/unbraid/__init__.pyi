@@ -1,0 +1,247 @@
+"""The verbs in Python. Made by `python -m tools.options` from the methods' entries; do not edit."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Unpack, overload
+
+from unbraid.methods.b4m import Kind
+from unbraid.runs import options as o
+from unbraid.runs.api import generate as generate
+from unbraid.runs.batch import batch as batch
+from unbraid.runs.job import Job
+
+@overload
+def split(
+    image: str | Path,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["unziplora"] = "unziplora",
+    **options: Unpack[o.UnziploraSettings],
+) -> Path:
+    """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
+
+@overload
+def split(
+    image: str | Path, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
+) -> Path:
+    """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
+
+@overload
+def split_job(
+    image: str | Path,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["unziplora"] = "unziplora",
+    **options: Unpack[o.UnziploraSettings],
+) -> Job:
+    """One image → `content.safetensors` and `style.safetensors`."""
+
+@overload
+def split_job(
+    image: str | Path, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
+) -> Job:
+    """One image → `content.safetensors` and `style.safetensors`."""
+
+@overload
+def learn(
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    from_: str | Path | None = None,
+    method: Literal["dreambooth"] = "dreambooth",
+    **options: Unpack[o.DreamboothSettings],
+) -> Path:
+    """Images of one thing → `lora.safetensors`. Returns the run folder."""
+
+@overload
+def learn(
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    from_: str | Path | None = None,
+    method: Literal["qr-lora"],
+    **options: Unpack[o.QrLoraSettings],
+) -> Path:
+    """Images of one thing → `lora.safetensors`. Returns the run folder."""
+
+@overload
+def learn_job(
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    from_: str | Path | None = None,
+    method: Literal["dreambooth"] = "dreambooth",
+    **options: Unpack[o.DreamboothSettings],
+) -> Job:
+    """Images of one thing → `lora.safetensors`."""
+
+@overload
+def learn_job(
+    images: str | Path | Sequence[str | Path],
+    *,
+    prompt: str,
+    class_prompt: str = "",
+    class_images: str | Path | None = None,
+    from_: str | Path | None = None,
+    method: Literal["qr-lora"],
+    **options: Unpack[o.QrLoraSettings],
+) -> Job:
+    """Images of one thing → `lora.safetensors`."""
+
+@overload
+def pair(
+    before: str | Path,
+    after: str | Path,
+    *,
+    subject: str,
+    style: str,
+    beside: Sequence[str | Path] = (),
+    method: Literal["pair"] = "pair",
+    **options: Unpack[o.PairSettings],
+) -> Path:
+    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
+
+@overload
+def pair(
+    before: str | Path,
+    after: str | Path,
+    *,
+    subject: str,
+    style: str,
+    beside: Sequence[str | Path] = (),
+    method: Literal["slider"],
+    **options: Unpack[o.SliderSettings],
+) -> Path:
+    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
+
+@overload
+def pair_job(
+    before: str | Path,
+    after: str | Path,
+    *,
+    subject: str,
+    style: str,
+    beside: Sequence[str | Path] = (),
+    method: Literal["pair"] = "pair",
+    **options: Unpack[o.PairSettings],
+) -> Job:
+    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone."""
+
+@overload
+def pair_job(
+    before: str | Path,
+    after: str | Path,
+    *,
+    subject: str,
+    style: str,
+    beside: Sequence[str | Path] = (),
+    method: Literal["slider"],
+    **options: Unpack[o.SliderSettings],
+) -> Job:
+    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone."""
+
+@overload
+def zip(
+    content: str | Path,
+    style: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    images: Mapping[str, str | Path] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    method: Literal["ziplora"] = "ziplora",
+    **options: Unpack[o.ZiploraSettings],
+) -> Path:
+    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
+
+@overload
+def zip(
+    content: str | Path,
+    style: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    images: Mapping[str, str | Path] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    method: Literal["np-lora"],
+    **options: Unpack[o.NpLoraSettings],
+) -> Path:
+    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
+
+@overload
+def zip_job(
+    content: str | Path,
+    style: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    images: Mapping[str, str | Path] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    method: Literal["ziplora"] = "ziplora",
+    **options: Unpack[o.ZiploraSettings],
+) -> Job:
+    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`."""
+
+@overload
+def zip_job(
+    content: str | Path,
+    style: str | Path,
+    *,
+    also: Sequence[str | Path] = (),
+    images: Mapping[str, str | Path] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    method: Literal["np-lora"],
+    **options: Unpack[o.NpLoraSettings],
+) -> Job:
+    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`."""
+
+def break_module(
+    images: str | Path | Sequence[str | Path],
+    *,
+    kind: Kind,
+    prompt: str,
+    partners: str | Path | None = None,
+    method: Literal["break"] = "break",
+    **options: Unpack[o.BreakSettings],
+) -> Path:
+    """Images of one content or style → `module.safetensors`. Returns the run folder."""
+
+def break_job(
+    images: str | Path | Sequence[str | Path],
+    *,
+    kind: Kind,
+    prompt: str,
+    partners: str | Path | None = None,
+    method: Literal["break"] = "break",
+    **options: Unpack[o.BreakSettings],
+) -> Job:
+    """Images of one content or style → `module.safetensors`."""
+
+def make(
+    content: str | Path,
+    style: str | Path,
+    *,
+    fine_tune: int | None = None,
+    images: Mapping[str, str | Path] | None = None,
+    prompt: str = "",
+    method: Literal["make"] = "make",
+    **options: Unpack[o.MakeSettings],
+) -> Path:
+    """A content and a style module → one LoRA; returns `merged.safetensors` in the folder `out`."""
+
+def make_job(
+    content: str | Path,
+    style: str | Path,
+    *,
+    fine_tune: int | None = None,
+    images: Mapping[str, str | Path] | None = None,
+    prompt: str = "",
+    method: Literal["make"] = "make",
+    **options: Unpack[o.MakeSettings],
+) -> Job:
+    """A content and a style module → one LoRA, `merged.safetensors`, by training both together."""

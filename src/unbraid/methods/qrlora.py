@@ -1,0 +1,86 @@
+"""QR-LoRA: a LoRA whose `up` is frozen, an orthonormal basis of what the layer writes most, so that only an upper triangle of `down`
+trains (arXiv 2507.04599).
+
+W ≈ U S Vᵀ to rank r, and U S Vᵀ = Q R with Q [d, r] orthonormal. The paper trains R + ΔR on the residual W − QR, with ΔR upper
+triangular and zero at the start: that is the function of an ordinary LoRA on W with up = Q and down = ΔR. Q depends on the base and
+the rank alone, so LoRAs of one base share it, and adding two of them is adding their `down`.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import AdaptedLinear, Adapters
+from unbraid.core.lora import Active, Branch, Factors
+from unbraid.core.optim import Rate, Rates
+from unbraid.core.recipe import Recipe
+from unbraid.methods.dreambooth import TARGETS
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+
+
+def qrlora(
+    blocks: Blocks,
+    *,
+    rank: int = 64,
+    steps: int = 1000,
+    lr: float = 1e-4,
+    weight_decay: float = 1e-4,
+    targets: Literal["attention", "transformers"] = "attention",
+) -> tuple[Recipe, ...]:
+    """Learn one concept or style with half the trained parameters of a LoRA.
+
+    rank: of the adapter, and of the basis. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's. targets: which
+    layers train: attention's projections, or all linear layers of the transformers.
+    """
+    del blocks
+
+    def prepare(adapters: Adapters, rng: torch.Generator) -> None:
+        del rng
+        if adapters.names:
+            raise UsageError("qr-lora starts from its own basis, not from a LoRA", "--from", "Leave it out.")
+        adapters.add("lora", {name: _fresh(name, layer, rank) for name, layer in adapters.layers.items()})
+
+    def after_backward(adapters: Adapters, step: int) -> None:
+        del step
+        for factors in adapters.pieces_of("lora"):
+            assert factors.down.grad is not None
+            factors.down.grad.triu_()  # what is zero at the start and has no gradient stays zero
+
+    branch = Branch("image", "both", (Active("lora", trains=frozenset({"down"})),))
+    rates: Rates = {("lora", "down"): Rate(lr, weight_decay)}
+    return (
+        Recipe(prepare, lambda step: (branch,), rates, steps, after_backward=after_backward, targets=TARGETS[targets]),
+    )
+
+
+def _fresh(name: str, layer: AdaptedLinear, rank: int) -> Factors:
+    """up = Q and down = 0: nothing is changed yet."""
+    weight = layer.base.weight.detach().float()
+    if not 1 <= rank <= min(weight.shape):
+        raise UsageError(f"rank {rank} does not fit {name}", "rank", f"Choose 1 to {min(weight.shape)}.")
+    return Factors(weight.new_zeros(rank, weight.shape[1]), basis(weight, rank))
+
+
+def basis(weight: Tensor, rank: int) -> Tensor:
+    """`[d, rank]`, float32, orthonormal: Q of the QR decomposition of W's `rank` strongest parts, its signs such that R has a positive
+    diagonal. The first `rank` columns of U Uᵀ W determine it; U comes from W Wᵀ, quicker than from an SVD of W."""
+    exact = (weight if weight.is_meta else weight.cpu()).double()
+    strongest = torch.linalg.eigh(exact @ exact.T).eigenvectors[:, -rank:]
+    q, r = torch.linalg.qr(strongest @ (strongest.T @ exact[:, :rank]))
+    return (q * r.diagonal().sign()).to(weight)
+
+
+ENTRIES = (
+    Entry(
+        "qr-lora",
+        "learn",
+        qrlora,
+        {"both": "{prompt}"},
+        lambda settings: {"lora": Output(("lora",), "both")},
+        "QR-LoRA",
+        "arXiv 2507.04599",
+        Inputs((Input("image", "pictures"),)),
+    ),
+)

@@ -1,0 +1,225 @@
+"""The settings of every method, as types. Made by `python -m tools.options` from the methods' entries; do not edit."""
+
+from typing import Literal
+
+from unbraid.runs.run_options import RunOptions
+
+
+class UnziploraSettings(RunOptions, total=False):
+    """UnZipLoRA (arXiv 2412.04465): split(…, method="unziplora")."""
+
+    rank: int
+    """Of each adapter. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 600; on icons 300."""
+    content_lr: float
+    """AdamW's learning rate for the content adapter. Default 5e-05; on icons 0.001."""
+    style_lr: float
+    """AdamW's learning rate for the style adapter. Default 5e-05; on icons 0.002."""
+    merger_lr: float
+    """AdamW's learning rate for the gates. Default 0.005."""
+    weight_decay: float
+    """AdamW's, for the adapters (official: for the gates too). Default 0.0001."""
+    sample_times: int
+    """Periods of column separation. Default 3."""
+    column_ratio: float
+    """Share of channels granted per period. Default 0.1; on icons 0.3."""
+    overlap: float
+    """Weight λ of the penalty on channels that both adapters use. Default 0.5."""
+    window: int
+    """Steps over which channels are scored. Default 16."""
+    column_separation: bool
+    """Whether each adapter gets output channels of its own. Default True."""
+    block_separation: bool
+    """Whether adapters are exempt in the blocks that serve them. Default True."""
+    content_alone: float
+    """Weight of one more loss, that adapter alone under its own prompt; 0 is as published. Default 0.0; on icons 0.5."""
+    style_alone: float
+    """Weight of one more loss, that adapter alone under its own prompt; 0 is as published. Default 0.0."""
+    compat: Literal["none", "official"]
+    """`official` reproduces the published code, defects included. Default 'none'."""
+
+
+class ZiploraSettings(RunOptions, total=False):
+    """ZipLoRA (arXiv 2311.13600): zip(…, method="ziplora")."""
+
+    granularity: Literal["rank", "column", "row", "layer"]
+    """One coefficient per rank (ZipRank; where ranks differ and cannot be compared, per column), input column (ZipLoRA), output row, or layer. Default 'rank'."""
+    similarity: Literal["cos", "dot", "product"]
+    """What is driven down between two LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. Default 'cos'."""
+    weight: float
+    """Factor λ of the similarities' sum over layers. Default 0.01."""
+    lr: float
+    """AdamW's learning rate for the coefficients. Default 0.01; on icons 0.003."""
+    weight_decay: float
+    """AdamW's. Default 0.0."""
+    steps: int
+    """Most optimiser steps. Default 100."""
+    tolerance: float
+    """Stop when the mean similarity over layers is below it. Default 0.0."""
+    clamp: bool
+    """Keep coefficients in 0..1. Default False."""
+    shared_noise: bool
+    """One noise and one timestep for all LoRAs of a step, as published. Default True."""
+    single: bool
+    """One file of the ranks' sum, not one per LoRA. Default False."""
+    compat: Literal["none", "official"]
+    """`official` is the public re-implementation (product, 5e-5, decay). Default 'none'."""
+
+
+class NpLoraSettings(RunOptions, total=False):
+    """NP-LoRA (arXiv 2511.11051): zip(…, method="np-lora")."""
+
+    mu: float
+    """0 takes nothing out, a large one everything. Default 0.5."""
+    single: bool
+    """One file of the ranks' sum, not one per LoRA. Default False."""
+
+
+class PairSettings(RunOptions, total=False):
+    """Pair Customization (arXiv 2405.01536): pair(…, method="pair")."""
+
+    rank: int
+    """Of each adapter. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 750; on icons 300."""
+    style_from: int
+    """The step at which the style adapter joins. Default 250; on icons 100."""
+    lr: float
+    """AdamW's learning rate. Default 1e-05; on icons 0.003."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+    slot: int
+    """Which orthonormal rows are this style's; styles in different slots do not meet. Default 0."""
+    orthogonal: bool
+    """Off, both factors train and nothing keeps the two apart. Default True."""
+    joint: bool
+    """Off, the style adapter learns the picture after alone. Default True."""
+    compat: Literal["none", "official"]
+    """`official` updates the content adapter before the style's loss is computed, as published, not both at once. Default 'none'."""
+
+
+class SliderSettings(RunOptions, total=False):
+    """Concept Slider (arXiv 2311.12092): pair(…, method="slider")."""
+
+    rank: int
+    """Of the adapter. Default 4; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 1000; on icons 300."""
+    lr: float
+    """AdamW's learning rate. Default 0.0002; on icons 0.001."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+
+
+class BloraSettings(RunOptions, total=False):
+    """B-LoRA (arXiv 2403.14572): split(…, method="blora")."""
+
+    rank: int
+    """Of each half. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 1000; on icons 300."""
+    lr: float
+    """AdamW's learning rate. Default 5e-05; on icons 0.002."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+
+
+class BreakSettings(RunOptions, total=False):
+    """Break-for-Make: a module (doi 10.1145/3728461): break_module(…, method="break")."""
+
+    rank: int
+    """Of the module; even. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 1500; on icons 300."""
+    lr: float
+    """AdamW's learning rate for the module's own factor. Default 0.0001; on icons 0.005."""
+    partner_lr: float
+    """AdamW's learning rate for the partners' factor. Default 1e-05; on icons 0.0005."""
+    partner_count: int
+    """Pictures of the other kind at every step; 0: none. Default 3; on icons 1."""
+    split: float
+    """The share of rows and columns that is frozen. Default 0.5."""
+    halves: Literal["heads", "first"]
+    """`heads` freezes some rows of every attention head, `first` the first rows, as published. Default 'heads'."""
+    interaction: bool
+    """Whether the modules may meet in a block of their own, to be fused by fine-tuning. Default False."""
+    orthogonal: bool
+    """Off, the frozen halves are as random as the published ones turn out to be. Default True."""
+    compat: Literal["none", "official"]
+    """`official` lets every loss train both factors. Default 'none'."""
+
+
+class MakeSettings(RunOptions, total=False):
+    """Break-for-Make: fine-tuning (doi 10.1145/3728461): make(…, method="make")."""
+
+    optimizer: Literal["riemannian", "adamw"]
+    """`riemannian` steps by what changes in ΔW, `adamw` by entries. Default 'riemannian'."""
+    lr: float
+    """Learning rate: with `adamw` for entries of a factor, with `riemannian` for entries of ΔW. Default 0.0001; on icons 0.001."""
+    delta: float
+    """Damping, relative to the factors' size. Default 0.01."""
+    every: int
+    """Steps between looks at the loss of both pictures under the joint prompt. Default 25."""
+    patience: int
+    """Looks without a better loss after which training stops. Default 4."""
+    compat: Literal["none", "official"]
+    """`official` draws the square layers' content, and the frozen half of their up, anew before it begins, as the published code does. Default 'none'."""
+
+
+class DreamboothSettings(RunOptions, total=False):
+    """DreamBooth-LoRA (arXiv 2208.12242): learn(…, method="dreambooth")."""
+
+    rank: int
+    """Of the adapter, unless it goes on from a LoRA. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 1000; on icons 300."""
+    lr: float
+    """AdamW's learning rate. Default 5e-05; on icons 0.001."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+    targets: Literal["attention", "transformers"]
+    """Which layers train: attention's projections, or all linear layers of the transformers. Default 'attention'."""
+    prior_weight: float
+    """Weight of the loss on pictures of the class (prior preservation). Default 0.0."""
+    mask: Literal["none", "alpha"]
+    """With `alpha`, what is transparent in a picture does not count in its loss. Default 'none'."""
+
+
+class QrLoraSettings(RunOptions, total=False):
+    """QR-LoRA (arXiv 2507.04599): learn(…, method="qr-lora")."""
+
+    rank: int
+    """Of the adapter, and of the basis. Default 64."""
+    steps: int
+    """Optimiser steps. Default 1000."""
+    lr: float
+    """AdamW's learning rate. Default 0.0001."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+    targets: Literal["attention", "transformers"]
+    """Which layers train: attention's projections, or all linear layers of the transformers. Default 'attention'."""
+
+
+class SplitOptions(UnziploraSettings, BloraSettings, total=False):
+    """Settings of any method of `split`; which of them a method has is checked when it is called."""
+
+
+class LearnOptions(DreamboothSettings, QrLoraSettings, total=False):
+    """Settings of any method of `learn`; which of them a method has is checked when it is called."""
+
+
+class PairOptions(PairSettings, SliderSettings, total=False):
+    """Settings of any method of `pair`; which of them a method has is checked when it is called."""
+
+
+class ZipOptions(ZiploraSettings, NpLoraSettings, total=False):
+    """Settings of any method of `zip`; which of them a method has is checked when it is called."""
+
+
+class BreakOptions(BreakSettings, total=False):
+    """Settings of any method of `break_module`; which of them a method has is checked when it is called."""
+
+
+class MakeOptions(MakeSettings, total=False):
+    """Settings of any method of `make`; which of them a method has is checked when it is called."""

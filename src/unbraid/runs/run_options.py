@@ -1,0 +1,35 @@
+"""What every training verb takes in Python beside its own arguments and the settings of its method."""
+
+from pathlib import Path
+from typing import TypedDict
+
+
+class RunOptions(TypedDict, total=False):
+    """How a run is done. Each has the same name on the command line."""
+
+    out: str | Path | None
+    """The run folder. Default: `runs/NAME-METHOD`."""
+    base: str
+    """`icons` (embedded, the default), a diffusers folder, a hub id, or a `.safetensors` checkpoint."""
+    vae: str
+    """Another VAE: a folder, a hub id or a file. Default: the base's own."""
+    prediction: str
+    """`epsilon` or `v`: what the base predicts. Default: what its file declares."""
+    vram: str
+    """Memory preset: `8`, `12`, `16`, `24` (GB of the card) or `max`, the default."""
+    compile: bool
+    """Use torch.compile. Default False."""
+    graphs: bool
+    """Capture steps as CUDA graphs where the device has them. Default True."""
+    device: str
+    """Where to compute, such as `cuda:1`. Default: the best device."""
+    seed: int
+    """The same seed gives the same result. Default 0."""
+    previews: int
+    """Preview sheets during training; 0: no pictures at all. Default 3."""
+    config: Path | None
+    """TOML file with a table of settings per method. Default: none."""
+    thumbnail: bool
+    """Put a small picture into the LoRAs. Default True."""
+    metadata: bool
+    """Put prompts and settings into the LoRAs. Default True."""
