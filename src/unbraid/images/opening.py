@@ -206,8 +206,12 @@ def _rgba(image: Image.Image, white: float | None, profile: ImageCms.ImageCmsPro
 
 def _in_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
     """The colours as a profile means them; as they are where it is one for other channels."""
+    exact = (
+        ImageCms.Flags.NONE if image.mode in ("L", "RGB") else ImageCms.Flags.NOOPTIMIZE
+    )  # its table is 13 of 255 off
     try:
-        out = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        out = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB", flags=exact)
     except ImageCms.PyCMSError:
         return image
     return out or image
