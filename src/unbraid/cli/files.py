@@ -141,12 +141,17 @@ def inspect(
         by = "" if one.verdict.by == "nothing" else f" (by {one.verdict.by})"
         typer.echo(
             f"{printable(path)}: {one.family}{by}, names {', '.join(one.namings)}, {', '.join(one.dtypes)},"
-            f" rank {printable(ranks)}, alpha {printable(alphas)}"
+            f" rank {printable(ranks or 'none')}, alpha {printable(alphas or 'none')}"
         )
         for kind, count in one.kinds.items():
             more = {"DoRA": ": its magnitudes are not in the norms below"}.get(kind, "")
             more = ": not shown below" if kind in KINDS or kind == "norms and biases" else more
             typer.echo(f"  {count} tensors of {kind}{more}")
+        if one.unknown:
+            typer.echo(f"  {len(one.unknown)} tensors are no part of a LoRA, such as {printable(one.unknown[0], 80)}")
+        for name, what in list(one.incomplete.items())[:1]:
+            more = f"such as {printable(name, 90)}, which has no {what}"
+            typer.echo(f"  {len(one.incomplete)} modules are incomplete, {more}: not shown below")
         if one.kept:
             typer.echo(f"  {len(one.kept)} modules that no table knows, such as {printable(one.kept[0], 80)}")
         for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):

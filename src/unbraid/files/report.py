@@ -4,25 +4,19 @@ All from r×r Gram matrices (ΔW = s·B·A is never formed), in numpy.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unbraid.common.errors import UsageError
+from unbraid.files.factors import Factors, Matrix, factors, incomplete
 from unbraid.files.formats.blocks import Family, block_of
-from unbraid.files.formats.gate import check_factors
-from unbraid.files.formats.header import Catalogue, Header, adapter_metadata, catalogue, read_header
-from unbraid.files.formats.kinds import KIND
+from unbraid.files.formats.header import Catalogue, Header, catalogue, read_header
 from unbraid.files.formats.loaders import naming
-from unbraid.files.formats.patterns import alpha_of
 from unbraid.files.formats.recognise import Verdict
-from unbraid.files.formats.weights import FLOATS, READABLE, Read, numbers
-
-Matrix = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,8 @@ class Report:
     metadata: Mapping[str, str]
     kinds: Mapping[str, int]  # tensors of what is no plain LoRA: LoHa, DoRA's magnitudes, norms and biases, …
     kept: tuple[str, ...]
+    unknown: tuple[str, ...]  # tensors that are no part of a LoRA
+    incomplete: Mapping[str, str]  # module → which of its tensors are missing
 
     @property
     def family(self) -> Family:
@@ -69,15 +65,6 @@ class Interference:
 
 
 @dataclass(frozen=True)
-class _Module:
-    """A module's factors as matrices, s = alpha / r."""
-
-    down: Matrix
-    up: Matrix
-    scale: float
-
-
-@dataclass(frozen=True)
 class _Pair:
     """Two LoRAs in one module: ⟨ΔW_1, ΔW_2⟩, both squared norms, overlap, and the columns' |cos|."""
 
@@ -94,12 +81,14 @@ def report(path: str | Path) -> Report:
     counts: dict[str, int] = defaultdict(int)
     ranks: dict[int, int] = defaultdict(int)
     alphas: dict[float, int] = defaultdict(int)
-    for name, module in _modules(header, found):
-        block, rank = block_of(name), len(module.down)
-        ranks[rank] += 1
-        alphas[round(module.scale * rank, 4)] += 1
-        squares[block] += _square(module)
-        counts[block] += 1
+    with factors(header, found) as factors_of:
+        for name in found.modules:
+            if module := factors_of(name):
+                block, rank = block_of(name), len(module.down)
+                ranks[rank] += 1
+                alphas[round(module.scale * rank, 4)] += 1
+                squares[block] += _square(module)
+                counts[block] += 1
     total = sum(squares.values()) or 1.0
     blocks = tuple(
         BlockReport(b, counts[b], squares[b] ** 0.5, squares[b] / total) for b in sorted(squares, key=_order)
@@ -107,7 +96,18 @@ def report(path: str | Path) -> Report:
     namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
     dtypes = tuple(sorted(set(header.dtypes.values())))
     return Report(
-        header.path, found.verdict, namings, ranks, alphas, dtypes, blocks, header.metadata, found.kinds, found.kept
+        header.path,
+        found.verdict,
+        namings,
+        ranks,
+        alphas,
+        dtypes,
+        blocks,
+        header.metadata,
+        found.kinds,
+        found.kept,
+        found.unknown,
+        incomplete(found),
     )
 
 
@@ -119,13 +119,10 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     header, found = _open(first)
     other, there = _open(second)
     inner: dict[str, list[_Pair]] = defaultdict(list)
-    settings = (adapter_metadata(header), adapter_metadata(other))
-    others = (_others(header, found), _others(other, there))
-    with numbers(header) as read, numbers(other) as read_other:
+    with factors(header, found) as first_of, factors(other, there) as second_of:
         for name in found.modules:
             if name in there.modules:
-                mine = others[0].get(name) or _module(header, found, read, name, settings[0])
-                theirs = others[1].get(name) or _module(other, there, read_other, name, settings[1])
+                mine, theirs = first_of(name), second_of(name)
                 if mine and theirs:
                     inner[block_of(name)].append(_compare(name, mine, theirs))
     if not inner:
@@ -143,66 +140,7 @@ def _open(path: str | Path) -> tuple[Header, Catalogue]:
     return header, found
 
 
-def _modules(header: Header, found: Catalogue) -> Iterator[tuple[str, _Module]]:
-    settings, others = adapter_metadata(header), _others(header, found)
-    with numbers(header) as read:
-        for name in found.modules:
-            module = others.get(name) or _module(header, found, read, name, settings)
-            if module:
-                yield name, module
-
-
-def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
-    """The modules of other kinds as factors, see `unbraid.files.changes`; for these alone torch is imported. DoRA needs its base: its
-    factors are shown as they are."""
-    names = [
-        name
-        for name, parts in found.modules.items()
-        if "dora_scale" not in parts and any(KIND.get(part) in ("LoHa", "LoKr", "full changes") for part in parts)
-    ]
-    if not names:
-        return {}
-    from unbraid.files.changes import TOLD, take
-    from unbraid.files.opened import opened_lora
-
-    out = {}
-    with opened_lora(header.path) as file:
-        for name in names:
-            lora = take(file, name, TOLD).lora
-            if lora:
-                down, up = (part.flatten(1).numpy() for part in (lora.down, lora.up))
-                out[name] = _Module(down, up, lora.alpha / len(down))
-    return out
-
-
-def _module(header: Header, found: Catalogue, read: Read, name: str, settings: Mapping[str, Any]) -> _Module | None:
-    """The factors of a module; None for what is not a plain LoRA (`doctor` says so)."""
-    parts = found.modules[name]
-    if "down" not in parts or "up" not in parts or "mid" in parts:
-        return None
-    if any(header.dtypes[parts[part]] not in FLOATS for part in ("down", "up")):
-        return None
-    where = f"{header.path}: {name}"
-    check_factors({part: header.shapes[parts[part]] for part in ("down", "up")}, where)
-    down, up = read(parts["down"]), read(parts["up"])
-    rank = len(down)
-    alpha = _alpha(header, read, parts["alpha"]) if "alpha" in parts else alpha_of(settings, name, rank)
-    largest = [float(np.abs(part).max()) for part in (down, up)]
-    if (
-        not np.isfinite([*largest, alpha]).all()
-        or max(*largest, abs(alpha), largest[0] * largest[1] * abs(alpha)) > 1e15
-    ):
-        raise UsageError("NaN, infinite or far too large weights", where, "The training diverged; see unbraid doctor.")
-    return _Module(down.reshape(rank, -1), up.reshape(len(up), -1), alpha / rank)
-
-
-def _alpha(header: Header, read: Read, key: str) -> float:
-    if header.dtypes[key] not in READABLE or header.shapes[key].count(1) != len(header.shapes[key]):
-        raise UsageError("alpha is not one number", f"{header.path}: {key}", "The file is damaged.")
-    return float(read(key).flat[0])
-
-
-def _square(module: _Module) -> float:
+def _square(module: Factors) -> float:
     """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ), or from BA where that is smaller."""
     up, down = module.up, module.down
     if len(down) ** 2 > len(up) * down.shape[1]:
@@ -210,7 +148,7 @@ def _square(module: _Module) -> float:
     return module.scale**2 * max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
 
-def _compare(name: str, a: _Module, b: _Module) -> _Pair:
+def _compare(name: str, a: Factors, b: Factors) -> _Pair:
     if a.down.shape[1] != b.down.shape[1] or len(a.up) != len(b.up):
         raise UsageError("the two LoRAs' shapes differ", name, "They were made for different base models.")
     dots = (a.down * (a.up.T @ b.up @ b.down)).sum(0) * a.scale * b.scale
