@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from tools.loader_table import markdown, mended, written
+from unbraid.cli.files import app
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta
@@ -194,3 +196,56 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     assert not diagnose(tmp_path / "a.safetensors", "invokeai").known
     assert "cannot run" in diagnose(tmp_path / "a.safetensors", "a1111").refused
     assert diagnose(tmp_path / "a.safetensors", "comfyui").healthy
+
+
+TO_K, TO_Q = (f"lora_unet_input_blocks_4_1_transformer_blocks_0_attn{x}" for x in ("2_to_k", "1_to_q"))
+LORA = {f"{TO_K}.lora_down.weight": torch.ones(2, 2048), f"{TO_K}.lora_up.weight": torch.ones(640, 2)}
+LOHA = {f"{TO_K}.hada_w{i}_{a}": torch.ones(*((640, 2) if a == "a" else (2, 2048))) for i in "12" for a in "ab"}
+LOKR = {f"{TO_K}.lokr_w1": torch.ones(8, 8), f"{TO_K}.lokr_w2": torch.ones(80, 256)}
+
+
+def inspected(path: Path) -> str:
+    done = CliRunner().invoke(app, ["inspect", str(path)])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("side", ["down", "up"])
+@pytest.mark.parametrize("owner", [TO_K, TO_Q])
+def test_a_factors_bias_is_its_modules(owner: str, side: str, tmp_path: Path) -> None:
+    """No module of its own that no table knows; one without its factors is said to be incomplete."""
+    path = tmp_path / "a.safetensors"
+    save_file(LORA | {f"{owner}.lora_{side}.bias": torch.ones(640)}, path)
+    found, said = diagnose(path, "comfyui"), inspected(path)
+    assert "1 tensors of biases: not shown" in said and "no table knows" not in said
+    assert any(warning.startswith("1 tensors of biases") for warning in found.warnings) and not found.dropped
+    assert (found.modules, found.loads) == ((1, 1) if owner == TO_K else (2, 1))
+    alone = any("attn1.to_q has no lora_down and no lora_up" in warning for warning in found.warnings)
+    assert alone == (owner == TO_Q) == ("1 modules are incomplete" in said)
+    with pytest.raises(UsageError, match="biases"):
+        read(path)
+
+
+UNREAD = {
+    "1 tensors of OFT: not shown": {f"{TO_Q}.oft_blocks": torch.ones(4, 160, 160)},
+    "1 tensors of biases: not shown": {f"{TO_Q}.lora_up.bias": torch.ones(640)},
+    "1 tensors are no part of a LoRA, such as something.else": {"something.else": torch.ones(3)},
+    "attn1.to_q, which has no lora_up: not shown": {f"{TO_Q}.lora_down.weight": torch.ones(2, 640)},
+    "attn1.to_q, which has no lokr_w2: not shown": {f"{TO_Q}.lokr_w1": torch.ones(8, 8)},
+    "attn1.to_q, which has no hada_w2_a and no hada_w2_b: not shown": {
+        f"{TO_Q}.hada_w1_{a}": torch.ones(4, 4) for a in "ab"
+    },
+}
+
+
+@pytest.mark.parametrize("told", UNREAD)
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr"])
+def test_inspect_shows_what_is_read_and_says_what_is_not(kind: str, told: str, tmp_path: Path) -> None:
+    tensors, path = {"LoRA": LORA, "LoHa": LOHA, "LoKr": LOKR}[kind], tmp_path / "a.safetensors"
+    save_file(tensors, path)
+    want = report(path).blocks
+    save_file(tensors | UNREAD[told], path)
+    said = inspected(path)
+    assert report(path).blocks == want and want[0].norm > 0 and told in said
+    assert kind == "LoRA" or f"tensors of {kind}" in said
+    assert interference(path, path)[0].cosine == pytest.approx(1, abs=1e-5)

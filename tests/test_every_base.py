@@ -15,7 +15,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from tiny_bases import SIDE, Tiny
 
-from unbraid.bases.base import BLOCKS, Base, load
+from unbraid.bases.base import Base, load
+from unbraid.bases.families import BLOCKS
 from unbraid.bases.presets import Loading
 from unbraid.files.lora_file import read
 from unbraid.methods import METHODS

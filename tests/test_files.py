@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from spelling import ATTN, lora, same, save, some
@@ -22,7 +23,7 @@ from unbraid.core.lowrank import delta
 from unbraid.files.formats.blocks import Family, block_of, from_ldm, to_ldm
 from unbraid.files.formats.fused import fuse, split
 from unbraid.files.formats.header import catalogue, read_header
-from unbraid.files.formats.metadata import card, write_sidecar
+from unbraid.files.formats.metadata import card, data_uri, write_sidecar
 from unbraid.files.formats.names import canonical
 from unbraid.files.formats.spelling import DIALECTS, Spelling, kohya, ldm, spelled
 from unbraid.files.formats.unets import unet_modules
@@ -148,6 +149,26 @@ def test_written_kohya_files_have_what_the_tools_look_for(tmp_path: Path) -> Non
     assert metadata["modelspec.trigger_phrase"] == "octopus in ink" and "lora_adapter_metadata" not in metadata
     side = json.loads(write_sidecar(tmp_path / "a.safetensors", metadata).read_text())
     assert side["activation text"] == "octopus in ink" and side["sd version"] == "SDXL"
+
+
+def test_a_sidecar_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    lora, thumbnail = tmp_path / "a.safetensors", {"modelspec.thumbnail": data_uri(Image.new("RGB", (9, 9), "red"))}
+    for name in ("a.json", "a.jpg"):
+        (tmp_path / name).write_text("the old one")
+        (tmp_path / f"{name}-held").hardlink_to(tmp_path / name)
+    write_sidecar(lora, thumbnail)
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert picture.size == (9, 9)
+    assert json.loads((tmp_path / "a.json").read_text())
+    assert all((tmp_path / f"{name}-held").read_text() == "the old one" for name in ("a.json", "a.jpg"))
+    before = (tmp_path / "a.json").read_bytes()
+    with pytest.raises(UsageError, match="its thumbnail is damaged"):
+        write_sidecar(lora, {"modelspec.thumbnail": "data:image/jpeg;base64,no", "modelspec.description": "new"})
+    assert (tmp_path / "a.json").read_bytes() == before
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_sidecar(tmp_path / "b.safetensors", thumbnail)
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "b.jpg").exists()
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["fp16", "bf16", "fp32"]), st.sampled_from(["sdxl", "sd15"]))

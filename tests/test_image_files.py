@@ -86,7 +86,9 @@ def png16(values: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
 
 
-SOFT = Image.blend(REF, GREY.convert("RGB"), 0.7)  # LAB's 8 bits are coarse where colours are strong
+SOFT = Image.blend(
+    REF, GREY.convert("RGB"), 0.7
+)  # LAB's 8 bits, and half of the pixels' colours, are coarse where those are strong
 FORMS: list[Form] = [
     ("rgb.png", REF, RGB, 0, {}),
     ("rgb.bmp", REF, RGB, 0, {}),
@@ -98,7 +100,7 @@ FORMS: list[Form] = [
     ("rgb.jp2", REF, RGB, 0, {"irreversible": False}),
     ("rgb.jpg", REF, RGB, 6, JPEG),
     ("progressive.jpg", REF, RGB, 6, {**JPEG, "progressive": True}),
-    ("lossy.webp", REF, RGB, 6, {"quality": 100}),
+    ("lossy.webp", SOFT, np.asarray(SOFT), 6, {"quality": 100}),
     ("grey.png", GREY, GREY_RGB, 0, {}),
     ("grey.jpg", GREY, GREY_RGB, 6, JPEG),
     ("bits.png", REF.convert("1"), np.asarray(REF.convert("1").convert("RGB")), 0, {}),
@@ -143,7 +145,7 @@ def test_every_form_gives_the_picture(form: Form, tmp_path: Path) -> None:
     got = open_image(tmp_path / name)
     assert got.mode == "RGB" and whole_size(got) == got.size == (W, H)
     apart = np.abs(np.asarray(got, int) - wanted)
-    assert apart.max() <= near or (near > 1 and np.percentile(apart, 99) <= near)
+    assert apart.max() <= near
     assert len(FORMS) >= 40
 
 

@@ -1,9 +1,10 @@
-"""LoHa, LoKr, full changes, norms and DoRA against a dense reference in fp64, peft, and LyCORIS itself where it is installed."""
+"""LoHa, LoKr, full changes, norms and DoRA against a dense reference in fp64, peft, and LyCORIS itself."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lycoris.modules as lycoris_modules
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
@@ -318,13 +319,12 @@ LYCORIS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("algo", LYCORIS)
 def test_lycoris_own_forward_is_the_oracle(algo: str, conv: bool, core: bool, dora: bool, tmp_path: Path) -> None:
     """Its forward: `get_merged_weight` of LoHa and LoKr has alpha / r twice in lycoris-lora 4.1.3."""
-    lycoris = pytest.importorskip("lycoris.modules")
     kind = {"locon": "LoConModule", "loha": "LohaModule"}.get(algo, "LokrModule")
     torch.manual_seed(0)
     layer = nn.Conv2d(K, D, 3, padding=1) if conv else nn.Linear(K, D)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()  # type: ignore[union-attr]
     settings = {"lora_dim": 2, "alpha": 1.5, "use_tucker": core, "weight_decompose": dora, **LYCORIS[algo]}
-    module = getattr(lycoris, kind)("m", layer, 1.0, **settings).eval()
+    module = getattr(lycoris_modules, kind)("m", layer, 1.0, **settings).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools.methods_table import page
-from unbraid.bases.base import BLOCKS
+from unbraid.bases.families import BLOCKS
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import Entry
 

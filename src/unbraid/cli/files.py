@@ -141,16 +141,19 @@ def inspect(
         by = "" if one.catalogue.verdict.by == "nothing" else f" (by {one.catalogue.verdict.by})"
         typer.echo(
             f"{printable(path)}: {one.family}{by}, names {', '.join(one.namings)}, {', '.join(one.dtypes)},"
-            f" rank {printable(ranks)}, alpha {printable(alphas)}"
+            f" rank {printable(ranks or 'none')}, alpha {printable(alphas or 'none')}"
         )
         for kind, count in one.catalogue.kinds.items():
             more = {"DoRA": ": its magnitudes are not in the norms below"}.get(kind, "")
             more = ": not shown below" if kind in KINDS or kind == "norms and biases" else more
             typer.echo(f"  {count} tensors of {kind}{more}")
-        if one.catalogue.kept:
-            typer.echo(
-                f"  {len(one.catalogue.kept)} modules that no table knows, such as {printable(one.catalogue.kept[0], 80)}"
-            )
+        if unknown := one.catalogue.unknown:
+            typer.echo(f"  {len(unknown)} tensors are no part of a LoRA, such as {printable(unknown[0], 80)}")
+        for name, what in list(one.incomplete.items())[:1]:
+            more = f"such as {printable(name, 90)}, which has no {what}"
+            typer.echo(f"  {len(one.incomplete)} modules are incomplete, {more}: not shown below")
+        if kept := one.catalogue.kept:
+            typer.echo(f"  {len(kept)} modules that no table knows, such as {printable(kept[0], 80)}")
         for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):
             if key in one.metadata:
                 typer.echo(f"  {key.partition('.')[2]}: {printable(one.metadata[key])}")

@@ -100,7 +100,7 @@ def from_dense(
         u = basis @ core_u
     else:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    total = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+    total = float(torch.linalg.vector_norm(weight, dim=1).double().square().sum())  # no copy of it in fp64
     return _kept(u, s, vt, rank, energy, total, like)
 
 

@@ -1,8 +1,9 @@
 """Reading a checkpoint one tensor at a time, and writing it with some tensors changed. At most one tensor is in memory."""
 
+import ctypes
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +69,13 @@ class Checkpoint:
             what = f"the base has no {module}"
             raise UsageError(what, self.path, "Give the checkpoint that the LoRA was trained on.")
         return part_of(self.tensor(found.key), found).float()
+
+
+def give_back() -> None:
+    """Memory that is free goes back to the system, where it is glibc's: it keeps the holes that large tensors leave between
+    small ones that last, and hardly ever fills them with the next large ones."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def part_of(tensor: Tensor, where: Place) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.families import DESIGNS
-from unbraid.files.formats.gate import check_module
+from unbraid.files.formats.gate import check_module, missing
 from unbraid.files.formats.header import Catalogue, Header, catalogue, read_header
 from unbraid.files.formats.kinds import VECTORS
 from unbraid.files.formats.tool_rules import TOOLS, Naming, Tool, naming, style, tool_named
@@ -196,6 +196,9 @@ def _warnings(header: Header, found: Catalogue, tool: Tool, numbers: Numbers) ->
     if numbers.silent:
         out.append("all its weights are 0: it changes nothing")
     out += [f"{n} tensors of {kind}: not a plain LoRA, not judged" for kind, n in found.kinds.items()]
+    if lacking := {name: what for name, parts in found.modules.items() if (what := missing(parts))}:
+        name, what = next(iter(lacking.items()))
+        out.append(f"{len(lacking)} modules are incomplete: {name} has no {what}")
     if found.twice:
         out.append(f"{len(found.twice)} modules are there twice; one of each pair is lost")
     if found.adapters:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
-from unbraid.core.lowrank import from_dense, rescaled
-from unbraid.files.checkpoint_file import DTYPES, Checkpoint, opened_checkpoint
+from unbraid.core.lowrank import finite, from_dense, rescaled
+from unbraid.files.checkpoint_file import DTYPES, Checkpoint, give_back, opened_checkpoint
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.encode import Dialect
 from unbraid.files.formats.places import modules
@@ -71,6 +71,7 @@ def extract(
             layer = _layer(name, _difference(name, first, second), size, dtype)
             if layer:
                 layers[name] = layer
+            give_back()
         if not layers:
             raise UsageError("no layer differs between the two", f"{base}, {tuned}", "There is nothing to extract.")
         left = _left(first, second, names)
@@ -106,13 +107,13 @@ def _difference(name: str, first: Checkpoint, second: Checkpoint) -> tuple[Tenso
         raise UsageError(what, name, "Give two checkpoints of one model.")
     norm = float(torch.linalg.vector_norm(before))
     change = after.sub_(before)
-    if not bool(torch.isfinite(change).all()):
+    if not finite(change):
         raise UsageError("NaN or infinite weights", f"{first.path}, {second.path}: {name}", "One of them is damaged.")
     return change, norm
 
 
 def _layer(name: str, found: tuple[Tensor, float], size: Size, dtype: torch.dtype) -> Layer | None:
-    """The factors of a layer's change; None if there is none."""
+    """The factors of a layer's change, whose memory is used up; None if there is none."""
     change, norm = found
     matrix = change.flatten(1)
     square = float(torch.linalg.vector_norm(matrix)) ** 2
@@ -123,7 +124,7 @@ def _layer(name: str, found: tuple[Tensor, float], size: Size, dtype: torch.dtyp
         _best(name, matrix, like, size), float(size.rank or FIRST), dtype, name
     )  # all layers get the same alpha
     down, up = lora.down.flatten(1).float(), lora.up.flatten(1).float()
-    lost = float(torch.linalg.vector_norm(matrix.addmm(up, down, alpha=-lora.alpha / len(down)))) ** 2
+    lost = float(torch.linalg.vector_norm(matrix.addmm_(up, down, alpha=-lora.alpha / len(down)))) ** 2
     return Layer(lora, square, lost)
 
 

@@ -4,24 +4,18 @@ Computed from r×r Gram matrices in numpy; ΔW = s·B·A itself is not formed.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unbraid.common.errors import UsageError
+from unbraid.files.factors import Factors, Matrix, factors, incomplete
 from unbraid.files.formats.blocks import Family, block_of
-from unbraid.files.formats.gate import check_factors
-from unbraid.files.formats.header import Catalogue, Header, adapter_metadata, catalogue, read_header
-from unbraid.files.formats.kinds import KIND
-from unbraid.files.formats.patterns import alpha_of
+from unbraid.files.formats.header import Catalogue, Header, catalogue, read_header
 from unbraid.files.formats.tool_rules import naming
-from unbraid.files.formats.weights import FLOATS, READABLE, Read, numbers
-
-Matrix = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,7 @@ class Report:
     dtypes: tuple[str, ...]
     blocks: tuple[BlockReport, ...]
     metadata: Mapping[str, str]
+    incomplete: Mapping[str, str]  # module → which of its tensors are missing
 
     @property
     def family(self) -> Family:
@@ -66,15 +61,6 @@ class Interference:
 
 
 @dataclass(frozen=True)
-class _Module:
-    """A module's factors as matrices, and the scale alpha / r."""
-
-    down: Matrix
-    up: Matrix
-    scale: float
-
-
-@dataclass(frozen=True)
 class _Pair:
     """Two LoRAs compared in one module: ⟨ΔW_1, ΔW_2⟩, both squared norms, the overlap, and the columns' |cos|."""
 
@@ -91,19 +77,21 @@ def report(path: str | Path) -> Report:
     counts: dict[str, int] = defaultdict(int)
     ranks: dict[int, int] = defaultdict(int)
     alphas: dict[float, int] = defaultdict(int)
-    for name, module in _modules(header, found):
-        block, rank = block_of(name), len(module.down)
-        ranks[rank] += 1
-        alphas[round(module.scale * rank, 4)] += 1
-        squares[block] += _square(module)
-        counts[block] += 1
+    with factors(header, found) as factors_of:
+        for name in found.modules:
+            if module := factors_of(name):
+                block, rank = block_of(name), len(module.down)
+                ranks[rank] += 1
+                alphas[round(module.scale * rank, 4)] += 1
+                squares[block] += _square(module)
+                counts[block] += 1
     total = sum(squares.values()) or 1.0
     blocks = tuple(
         BlockReport(b, counts[b], squares[b] ** 0.5, squares[b] / total) for b in sorted(squares, key=_order)
     )
     namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
     dtypes = tuple(sorted(set(header.dtypes.values())))
-    return Report(header.path, found, namings, ranks, alphas, dtypes, blocks, header.metadata)
+    return Report(header.path, found, namings, ranks, alphas, dtypes, blocks, header.metadata, incomplete(found))
 
 
 def interference(first: str | Path, second: str | Path) -> tuple[Interference, ...]:
@@ -114,13 +102,10 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     header, found = _open(first)
     header2, found2 = _open(second)
     inner: dict[str, list[_Pair]] = defaultdict(list)
-    settings = (adapter_metadata(header), adapter_metadata(header2))
-    others = (_others(header, found), _others(header2, found2))
-    with numbers(header) as read, numbers(header2) as read2:
+    with factors(header, found) as first_of, factors(header2, found2) as second_of:
         for name in found.modules:
             if name in found2.modules:
-                mine = others[0].get(name) or _module(header, found, read, name, settings[0])
-                theirs = others[1].get(name) or _module(header2, found2, read2, name, settings[1])
+                mine, theirs = first_of(name), second_of(name)
                 if mine and theirs:
                     inner[block_of(name)].append(_compare(name, mine, theirs))
     if not inner:
@@ -138,66 +123,7 @@ def _open(path: str | Path) -> tuple[Header, Catalogue]:
     return header, found
 
 
-def _modules(header: Header, found: Catalogue) -> Iterator[tuple[str, _Module]]:
-    settings, others = adapter_metadata(header), _others(header, found)
-    with numbers(header) as read:
-        for name in found.modules:
-            module = others.get(name) or _module(header, found, read, name, settings)
-            if module:
-                yield name, module
-
-
-def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
-    """The modules that are not plain LoRAs, converted to factors by `unbraid.files.changes`. Only these need torch. DoRA is left out,
-    because converting it needs the base."""
-    names = [
-        name
-        for name, parts in found.modules.items()
-        if "dora_scale" not in parts and any(KIND.get(part) in ("LoHa", "LoKr", "full changes") for part in parts)
-    ]
-    if not names:
-        return {}
-    from unbraid.files.changes import LENIENT, as_lora
-    from unbraid.files.opened import opened_lora
-
-    out = {}
-    with opened_lora(header.path) as file:
-        for name in names:
-            lora = as_lora(file, name, LENIENT).lora
-            if lora:
-                down, up = (part.flatten(1).numpy() for part in (lora.down, lora.up))
-                out[name] = _Module(down, up, lora.alpha / len(down))
-    return out
-
-
-def _module(header: Header, found: Catalogue, read: Read, name: str, settings: Mapping[str, Any]) -> _Module | None:
-    """The factors of a module; None if it is not a plain LoRA (`doctor` reports such modules)."""
-    parts = found.modules[name]
-    if "down" not in parts or "up" not in parts or "mid" in parts:
-        return None
-    if any(header.dtypes[parts[part]] not in FLOATS for part in ("down", "up")):
-        return None
-    where = f"{header.path}: {name}"
-    check_factors({part: header.shapes[parts[part]] for part in ("down", "up")}, where)
-    down, up = read(parts["down"]), read(parts["up"])
-    rank = len(down)
-    alpha = _alpha(header, read, parts["alpha"]) if "alpha" in parts else alpha_of(settings, name, rank)
-    largest = [float(np.abs(part).max()) for part in (down, up)]
-    if (
-        not np.isfinite([*largest, alpha]).all()
-        or max(*largest, abs(alpha), largest[0] * largest[1] * abs(alpha)) > 1e15
-    ):
-        raise UsageError("NaN, infinite or far too large weights", where, "The training diverged; see unbraid doctor.")
-    return _Module(down.reshape(rank, -1), up.reshape(len(up), -1), alpha / rank)
-
-
-def _alpha(header: Header, read: Read, key: str) -> float:
-    if header.dtypes[key] not in READABLE or header.shapes[key].count(1) != len(header.shapes[key]):
-        raise UsageError("alpha is not one number", f"{header.path}: {key}", "The file is damaged.")
-    return float(read(key).flat[0])
-
-
-def _square(module: _Module) -> float:
+def _square(module: Factors) -> float:
     """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ), or computed from BA if that matrix is smaller."""
     up, down = module.up, module.down
     if len(down) ** 2 > len(up) * down.shape[1]:
@@ -205,7 +131,7 @@ def _square(module: _Module) -> float:
     return module.scale**2 * max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
 
-def _compare(name: str, a: _Module, b: _Module) -> _Pair:
+def _compare(name: str, a: Factors, b: Factors) -> _Pair:
     if a.down.shape[1] != b.down.shape[1] or len(a.up) != len(b.up):
         raise UsageError("the two LoRAs' shapes differ", name, "They were made for different base models.")
     dots = (a.down * (a.up.T @ b.up @ b.down)).sum(0) * a.scale * b.scale

@@ -207,8 +207,12 @@ def _rgba(image: Image.Image, white: float | None, profile: ImageCms.ImageCmsPro
 
 def _in_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
     """Convert colours from a profile to sRGB; unchanged if the profile is for other channels."""
+    exact = (
+        ImageCms.Flags.NONE if image.mode in ("L", "RGB") else ImageCms.Flags.NOOPTIMIZE
+    )  # the usual table is 13 of 255 off
     try:
-        out = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        out = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB", flags=exact)
     except ImageCms.PyCMSError:
         return image
     return out or image

@@ -3,7 +3,7 @@
 safetensors has already checked that the offsets fit the file, and that sizes fit shapes and dtypes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -61,6 +61,16 @@ def check_module(parts: Mapping[str, Shape], where: str) -> None:
         _check_kind(weight, where)
 
 
+def missing(parts: Iterable[str]) -> str:
+    """Which tensors a module lacks to be a change of its weight, in words: `lora_down and no lora_up`; empty: none, or it has one of another kind."""
+    own = {part for part in parts if part not in ("alpha", "mid", "dora_scale") and not part.endswith("bias")}
+    kind = own & {*LOHA, *LOKR}
+    if not kind and own - {"down", "up"}:
+        return ""
+    lacking = _wanted(kind) - own if kind else {f"lora_{part}" for part in {"down", "up"} - own}
+    return " and no ".join(sorted(lacking))
+
+
 def _check_kind(parts: Mapping[str, Shape], where: str) -> None:
     """Check the shapes of LoHa, LoKr and full changes."""
     wanted = _wanted(parts)
@@ -83,7 +93,7 @@ _CORES = (("hada_t1", "hada_w1_a", "hada_w1_b"), ("hada_t2", "hada_w2_a", "hada_
 _CORES += (("lokr_t2", "lokr_w2_a", "lokr_w2_b"),)
 
 
-def _wanted(parts: Mapping[str, Shape]) -> set[str]:
+def _wanted(parts: Collection[str]) -> set[str]:
     """The parts that a module must have, given those that it has."""
     if "diff" in parts:
         return {"diff"}

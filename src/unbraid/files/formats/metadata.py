@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbraid.common.atomic import atomic
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.families import DESIGNS
@@ -136,8 +137,14 @@ def data_uri(picture: "Path | Image") -> str:
 
 
 def write_sidecar(lora: Path, metadata: Mapping[str, str], weight: float = 1.0) -> Path:
-    """Write `NAME.json` beside the LoRA, with the keys that A1111, Forge and InvokeAI read, and `NAME.jpg` if it has a thumbnail."""
-    version = {"stable-diffusion-xl": "SDXL", "stable-diffusion-v1": "SD1", "flux": "Flux"}
+    """Write `NAME.json` beside the LoRA, with the keys that A1111, Forge and InvokeAI read, and `NAME.jpg` if it has a thumbnail.
+    Neither is ever half-written. Errors: a thumbnail that is not base64, a folder that cannot be written."""
+    version = {
+        "stable-diffusion-xl": "SDXL",
+        "stable-diffusion-v1": "SD1",
+        "stable-diffusion-v2": "SD2",
+        "flux": "Flux",
+    }
     architecture = metadata.get("modelspec.architecture", "")
     fields = {
         "description": metadata.get("modelspec.description", ""),
@@ -145,14 +152,14 @@ def write_sidecar(lora: Path, metadata: Mapping[str, str], weight: float = 1.0) 
         "activation text": metadata.get("modelspec.trigger_phrase", ""),
         "preferred weight": weight,
     }
-    path = lora.with_suffix(".json")
+    path, files = lora.with_suffix(".json"), {lora.with_suffix(".json"): (json.dumps(fields, indent=2) + "\n").encode()}
+    start, _, data = metadata.get("modelspec.thumbnail", "").partition("base64,")
     try:
-        path.write_text(json.dumps(fields, indent=2) + "\n")
-        start, _, data = metadata.get("modelspec.thumbnail", "").partition("base64,")
         if start.startswith("data:image/jpeg"):
-            lora.with_suffix(".jpg").write_bytes(base64.b64decode(data))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space."
-        ) from error
+            files[lora.with_suffix(".jpg")] = base64.b64decode(data)
+    except ValueError as error:
+        raise UsageError("its thumbnail is damaged", lora, "Give it another one: unbraid edit --thumbnail.") from error
+    for name, content in files.items():
+        with atomic(name) as part:
+            part.write_bytes(content)
     return path

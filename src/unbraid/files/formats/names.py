@@ -15,7 +15,7 @@ from unbraid.files.formats.blocks import from_ldm
 from unbraid.files.formats.kinds import KIND, LOHA, LOKR
 
 _CLIPS = (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", "text_encoder_3"))
-KINDS = ("OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised but not supported; kinds.py has those that are
+KINDS = ("OFT", "GLoRA", "IA3", "full weights", "biases")  # recognised but not supported; kinds.py has those that are
 _WHICH = {"down": "down", "up": "up", "mid": "mid"}
 
 # prefixes, the longest first; TEXT with the component that each stands for
@@ -61,7 +61,7 @@ def split_key(key: str) -> Key | None:
         return Key(head, "alpha")
     if last in ("weight", "bias"):
         found = _with_weight(head, last)
-        return found or (Key(head, "bias") if last == "bias" else None)
+        return found or (Key(head, "biases") if last == "bias" else None)
     return _ab(key.split(".")) or _other(head, last)
 
 
@@ -70,10 +70,12 @@ def _with_weight(head: str, last: str) -> Key | None:
     parts = head.split(".")
     ab = _ab(parts)
     if ab:
-        return ab if last == "weight" else Key(ab.module, "bias")
+        return ab if last == "weight" else Key(ab.module, "biases")
     stem, _, end = head.rpartition(".")
-    if not stem or last != "weight":
+    if not stem:
         return None
+    if last == "bias":  # a factor's, of its module
+        return Key(stem, "biases") if end in ("lora_down", "lora_up", "lora_mid") else None
     if end.startswith("lora_") and end[5:] in _WHICH:
         return Key(stem, end[5:])
     if end == "lora":
