@@ -1,4 +1,4 @@
-"""The published forms that `bench.speed` measures against compute what ours computes, in double precision."""
+"""The published forms that `tools.speed` measures against compute what ours computes, in double precision."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The judge: a small network that says what is drawn (content) and how it is drawn (style).
 
-It is the project's measuring instrument. `bases/recipe/judge.py` trains it on real icons only,
-`bench/judge_validation.py` validates it, docs/judge.md has the figures.
+It is the project's measuring instrument. `tools/recipe/judge.py` trains it on real icons only,
+`tools/judge_validation.py` validates it, docs/judge.md has the figures.
 """
 
 from pathlib import Path
@@ -112,7 +112,7 @@ def load_judge(path: Path | None = None) -> Judge:
     Raises UsageError when the file is missing, damaged, or not a judge's.
     """
     path = path or WEIGHTS
-    fix = "Restore it from the repository, or train it: python -m tools.recipe judge --work DIR"
+    fix = "Restore it from the repository, or train it there: python -m tools.recipe judge --work DIR"
     if not path.is_file():
         raise UsageError("the judge's weights are missing", path, fix)
     judge = Judge()
