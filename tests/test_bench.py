@@ -43,6 +43,7 @@ def table(done: list[grid.Done]) -> str:
     return "\n".join(tables.scores(units, task).markdown for task in TASKS if any(unit.task == task for unit in units))
 
 
+@pytest.mark.slow
 def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "WEIGHTS", (0.5, 1.0))
     monkeypatch.setattr(contenders, "TUNING", ("horse",))
@@ -67,6 +68,7 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
     assert results.read(kept)[0].key == units[0].key
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
     """SIGKILL to a run of two processes; the second start repeats no unit that was finished, and no finished training."""
     names = (BASE, "DreamBooth-LoRA", "B-LoRA")
@@ -119,6 +121,7 @@ def sane(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
     return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, SANITY)) if one.unit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_ceiling_is_the_ceiling(sane: list[Unit], task: str) -> None:
     found = stats.problems(sane, task)
@@ -128,6 +131,7 @@ def test_the_ceiling_is_the_ceiling(sane: list[Unit], task: str) -> None:
         assert values["likeness"] > found[COPY][problem]["likeness"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_copying_is_caught_by_the_leak(sane: list[Unit], task: str) -> None:
     found = stats.problems(sane, task)
@@ -255,6 +259,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     grid._rows.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_row_of_another_package_joins(foreign: Path, tmp_path: Path, v_base: Path) -> None:
     grid._rows.cache_clear()
     assert len((foreign / "my_bench.py").read_text().splitlines()) <= 30
@@ -314,6 +319,7 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
         results.read(file)
 
 
+@pytest.mark.slow
 def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

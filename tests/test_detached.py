@@ -90,6 +90,7 @@ def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) ->
     return made[method]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "call", "error"),
     [("vae", 1, Broken), ("vae", 1, KeyboardInterrupt), ("unet", 1, torch.OutOfMemoryError), ("unet", 8, Broken)],

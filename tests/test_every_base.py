@@ -25,6 +25,8 @@ from unbraid.runs.memory import estimate
 from unbraid.runs.modules import break_job, make_job
 from unbraid.sampling.render import Use, render
 
+pytestmark = pytest.mark.slow
+
 BASES = (
     ("tiny_sdxl", "folder"),
     ("tiny_sdxl", "file"),

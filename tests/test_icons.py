@@ -68,6 +68,7 @@ def drawn(base: Base, prompts: list[str], seed: int) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image, np.float32) / 255).permute(2, 0, 1) for image in images])
 
 
+@pytest.mark.slow
 def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
     """Four known subjects in two art styles; by chance 0.25."""
     judge, art = load_judge(), known_art()
@@ -77,6 +78,7 @@ def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
         assert top1(content, truth) >= 0.75
 
 
+@pytest.mark.slow
 def test_it_draws_in_the_style_that_it_is_asked_for(base: Base) -> None:
     """Filter styles, by chance 0.25. The four art styles it tells apart only half of the time yet (its card)."""
     judge, plain = load_judge(), known_art().values[:, 0]

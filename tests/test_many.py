@@ -120,11 +120,13 @@ def test_official_splits_with_masks(unet_base: Base) -> None:
     check([start(unet_base, split(compat="official"), seed) for seed in range(2)])
 
 
+@pytest.mark.slow
 def test_other_shapes_are_grouped(unet_base: Base) -> None:
     sizes = ((8, 8), (12, 4), (8, 8), (4, 12))
     check([start(unet_base, split(3), seed, size) for seed, size in enumerate(sizes)])
 
 
+@pytest.mark.slow
 def test_early_stopping(unet_base: Base) -> None:
     """One of two stops: at a rate of nothing its loss on fixed samples gets no better."""
 
@@ -163,6 +165,7 @@ def test_nan_in_one_row_stays_in_it(unet_base: Base) -> None:
     assert all(torch.allclose(value.double(), got[key].double(), rtol=0, atol=1e-10) for key, value in end.items())
 
 
+@pytest.mark.slow
 def test_interrupted_and_restored_in_other_company(unet_base: Base) -> None:
     starts = [start(unet_base, split(6), 0), start(unet_base, split(4), 1)]
     wanted, first = alone(starts), prepared(starts)

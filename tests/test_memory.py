@@ -96,6 +96,7 @@ def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> 
     assert sum(one.nbytes for one in kept if one.dtype == torch.float8_e4m3fn) > 0.4 * sum(one.nbytes for one in kept)
 
 
+@pytest.mark.slow
 def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
     """From a header of the real size; ranks as advised. The rest of the card is for the driver, encoding and pictures."""
     file = save_header(real_size("sdxl"), tmp_path / "model.safetensors")
@@ -105,6 +106,7 @@ def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
         assert estimate(job, "cpu").total < 0.75 * int(name) * GIB, memory_line(job)
 
 
+@pytest.mark.slow
 def test_presets_save_and_advise(tiny_sdxl: Tiny, picture: Path) -> None:
     options = {"subject": "cat", "style": "ink", "base": str(tiny_sdxl.file), "rank": 32}
     jobs = {name: split_job(picture, vram=name, **options) for name in ("max", "12", "8")}
@@ -156,6 +158,7 @@ def test_gradients_are_those_without_savings() -> None:
     assert torch.equal(gradients("8"), gradients("8", rounded=True)) and not torch.equal(gradients("8"), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vram", PRESETS)
 def test_every_preset_runs(vram: str, tiny_sdxl: Tiny, picture: Path, tmp_path: Path) -> None:
     options = {**QUICK, "previews": int(vram == "8"), "base": str(tiny_sdxl.file), "vram": vram, "out": tmp_path / "r"}

@@ -306,6 +306,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return float(-10 * (x - y).square().mean().log10())
 
 
+@pytest.mark.slow
 def test_an_edit_at_strength_zero_gives_the_picture_back(couple: tuple[Path, Path], tmp_path: Path) -> None:
     """On the embedded base, within 30 dB of what the autoencoder alone makes of it; a drawing from noise is far away."""
     base, file = bases.load("icons", "cpu"), tmp_path / "wide.png"

@@ -84,6 +84,7 @@ def zipped(
     return state
 
 
+@pytest.mark.slow
 def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
     adapters = two_loras(studies.base)
     (recipe,) = ziplora(BLOCKS["sdxl"], steps=100, granularity="column")
