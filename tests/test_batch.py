@@ -90,6 +90,7 @@ def test_previews_are_drawn_by_each_run_alone(v_base: Path, picture: Path, tmp_p
         assert (pixels[0] - pixels[2]).abs().max() > 2, "and the other run's are not the same"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_one_line(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
     table = f"""
 base = {str(v_base)!r}

@@ -100,6 +100,7 @@ def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: 
     assert {file: file.stat().st_mtime_ns for file in work.rglob("*.png")} == before, "a third start draws nothing"
 
 
+@pytest.mark.slow
 def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
     first = [one.unit for one in grid.run(tiny(tmp_path / "a", v_base, BASE, task="combine")) if one.unit]
     known = results.read(results.save(first, tmp_path / "results.jsonl"))
@@ -107,6 +108,7 @@ def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
     assert [one.unit for one in again] == known and not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base: Path) -> None:
     scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 4, "rank": 4, "lr": 1e30}})
     todos = grid.plan(tmp_path, scale, chosen(("separate",), (BASE, "DreamBooth-LoRA")), str(v_base))

@@ -49,6 +49,7 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
     assert base.noise.config["prediction_type"] == "v_prediction" and base.noise.config["rescale_betas_zero_snr"]
 
 
+@pytest.mark.slow
 def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:
     """On the committed 100 of the 156 held-out subjects; the card's figures are over all."""
     said, pictures = json.loads((ICONS / "figures.json").read_text()), held_out_art().values[::3]

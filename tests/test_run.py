@@ -54,6 +54,7 @@ def test_a_split_makes_what_it_promises(v_base: Path, picture: Path, tmp_path: P
             assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 10
 
 
+@pytest.mark.slow
 def test_seeds_reproduce_and_differ(v_base: Path, picture: Path, tmp_path: Path) -> None:
     tensors = []
     for i, seed in enumerate((1, 1, 2)):
