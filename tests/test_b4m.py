@@ -184,6 +184,7 @@ def test_putting_together_is_the_sum_and_nothing_is_trained(modules: dict[str, P
         assert not (content != 0).any(1)[(style != 0).any(1)].any(), "they write to different outputs"
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_graft_in_every_layer(
     modules: dict[str, Path], v_base: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +218,7 @@ def test_making_fine_tunes_by_default_where_there_are_pictures(
     assert not (api_make(*both, out=tmp_path / "none", fine_tune=0, **options).with_name("run.toml")).exists()
 
 
+@pytest.mark.slow
 def test_a_matrix_is_every_content_in_every_style(modules: dict[str, Path], v_base: Path, tmp_path: Path) -> None:
     made = list(matrix([modules["fox"], modules["cat"]], [modules["ink"]], tmp_path, base=str(v_base)))
     assert [file.name for file in made] == ["fox+ink.safetensors", "cat+ink.safetensors", "matrix.png"]
@@ -228,6 +230,7 @@ def test_the_joint_prompt(modules: dict[str, Path]) -> None:
     assert together(fox, ink) == "a sks fox in ink style" and together(ink, fox) == "a cat in ink style, a sks fox"
 
 
+@pytest.mark.slow
 def test_bad_modules_are_one_clear_line(modules: dict[str, Path], v_base: Path, eps_base: Path, tmp_path: Path) -> None:
     folder = modules["folder"]
     options: dict[str, Any] = {**QUICK, "base": str(v_base), "kind": "style", "prompt": "a cat in ink style"}

@@ -32,6 +32,7 @@ def drawn(base: Base) -> np.ndarray:
     return np.asarray(render(base, "a cat in ink style", negative="dark", steps=3)[0]).astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest.FixtureRequest) -> None:
     tiny: Tiny = request.getfixturevalue(kind)
@@ -62,6 +63,7 @@ def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest
     )
 
 
+@pytest.mark.slow
 def test_prediction_can_be_said(tiny_sdxl: Tiny) -> None:
     for where in (tiny_sdxl.folder, tiny_sdxl.file):
         base = load(str(where), "cpu", Loading(prediction="v"))
@@ -74,6 +76,7 @@ def test_prediction_can_be_said(tiny_sdxl: Tiny) -> None:
         load(str(tiny_sdxl.file), "cpu", Loading(prediction="eps"))
 
 
+@pytest.mark.slow
 def test_another_vae(tiny_sdxl: Tiny, tiny_sd15: Tiny, tmp_path: Path) -> None:
     """A folder of its own, a whole model's folder, a file with LDM names, a checkpoint: the same VAE every time."""
     other = load(str(tiny_sd15.folder), "cpu")
@@ -87,6 +90,7 @@ def test_another_vae(tiny_sdxl: Tiny, tiny_sd15: Tiny, tmp_path: Path) -> None:
         assert base.vae.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_vae_wants_one(tiny_sdxl: Tiny, tmp_path: Path) -> None:
     state = {k: v for k, v in load_file(tiny_sdxl.file).items() if not k.startswith("first_stage_model.")}
     save_file(state, tmp_path / "pruned.safetensors", {"modelspec.resolution": f"{SIDE}x{SIDE}"})
@@ -169,6 +173,7 @@ def test_folders_that_are_no_text_to_image_model(tiny_sd15: Tiny, tmp_path: Path
         load(str(tiny_sd15.folder), "cpu", Loading(vae=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_inpainting_bases_are_refused(tmp_path: Path) -> None:
     """Nine channels, as a folder and as a file."""
     pipe: Any = sd15()
@@ -180,6 +185,7 @@ def test_inpainting_bases_are_refused(tmp_path: Path) -> None:
             load(str(where), "cpu")
 
 
+@pytest.mark.slow
 def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> None:
     """A base of 512 px or more: the UNet hears of the original size, of where the crop begins, and of what it got."""
     pipe: Any = sdxl()
@@ -197,10 +203,12 @@ def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> N
     assert given["added_cond_kwargs"]["time_ids"].tolist() == [[500, 700, 0, 25, 448, 576]]
 
 
+@pytest.mark.slow
 def test_small_bases_take_what_they_can(tiny_sdxl: Tiny, tiny_sd15: Tiny) -> None:
     assert (load(str(tiny_sdxl.file), "cpu").step, load(str(tiny_sd15.file), "cpu").step) == (32, 64)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_files_and_says_what_they_need(
     tiny_v: Tiny, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +254,7 @@ def called(*words: str) -> int:
     return stop.value.code if isinstance(stop.value.code, int) else int(stop.value.code is not None)
 
 
+@pytest.mark.slow
 def test_loras_say_that_they_are_for_sd21(tiny_sd21: Tiny, picture: Path, tmp_path: Path) -> None:
     job = learn_job(picture, prompt="a cat", base=str(tiny_sd21.file), rank=2, steps=1, previews=0, out=tmp_path / "r")
     list(running.run(job, device="cpu"))

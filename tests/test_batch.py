@@ -62,6 +62,7 @@ def same(one: Path, other: Path) -> None:
         assert (a - b).norm() < 5e-4 * a.norm(), path
 
 
+@pytest.mark.slow
 def test_runs_together_equal_runs_alone(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
     for job in jobs(tmp_path / "alone", v_base, pictures):
         list(run(job, device="cpu"))
@@ -76,6 +77,7 @@ def test_runs_together_equal_runs_alone(v_base: Path, pictures: list[Path], tmp_
         same(tmp_path / "alone" / name, tmp_path / "many" / name)
 
 
+@pytest.mark.slow
 def test_previews_are_drawn_by_each_run_alone(v_base: Path, picture: Path, tmp_path: Path) -> None:
     def job(out: str, seed: int) -> Job:
         options = {**SPLIT, "steps": 4, "base": str(v_base), "previews": 2, "seed": seed}
@@ -90,6 +92,7 @@ def test_previews_are_drawn_by_each_run_alone(v_base: Path, picture: Path, tmp_p
         assert (pixels[0] - pixels[2]).abs().max() > 2, "and the other run's are not the same"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_one_line(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
     table = f"""
 base = {str(v_base)!r}
@@ -128,6 +131,7 @@ out = {str(tmp_path / "none")!r}
         unbraid.batch(read(file), resume=True, device="cpu")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None:
     """SIGKILL while some runs are at work and others wait; what is done stays as it is."""
     run_tables = "".join(
@@ -163,6 +167,7 @@ def finished(folder: Path) -> bool:
     return (folder / "loss.png").exists() and not (folder / "state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_run_toml_is_a_run_of_a_batch(v_base: Path, pictures: list[Path], tmp_path: Path) -> None:
     todo = jobs(tmp_path / "r", v_base, pictures)
     for job in todo:
@@ -176,6 +181,7 @@ def test_run_toml_is_a_run_of_a_batch(v_base: Path, pictures: list[Path], tmp_pa
     assert all((job.out / "loss.png").exists() for job in todo)
 
 
+@pytest.mark.slow
 def test_more_memory_is_not_taken_than_there_is(
     v_base: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def table(done: list[grid.Done]) -> str:
     return "\n".join(tables.scores(units, task).markdown for task in TASKS if any(unit.task == task for unit in units))
 
 
+@pytest.mark.slow
 def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(combine, "WEIGHTS", (0.5, 1.0))
     monkeypatch.setattr(combine, "TUNING", ("horse",))
@@ -68,6 +69,7 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
     assert results.read(kept)[0].key == units[0].key
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
     """SIGKILL to a run of two processes; the second start repeats no unit that was finished, and no finished training."""
     names = (BASE, "DreamBooth-LoRA", "B-LoRA")
@@ -99,6 +101,7 @@ def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: 
     assert {file: file.stat().st_mtime_ns for file in work.rglob("*.png")} == before, "a third start draws nothing"
 
 
+@pytest.mark.slow
 def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
     first = [one.unit for one in grid.run(tiny(tmp_path / "a", v_base, BASE, task="combine")) if one.unit]
     known = results.read(results.save(first, tmp_path / "results.jsonl"))
@@ -106,6 +109,7 @@ def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
     assert [one.unit for one in again] == known and not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base: Path) -> None:
     scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 4, "rank": 4, "lr": 1e30}})
     todos = grid.plan(tmp_path, scale, chosen(("separate",), (BASE, "DreamBooth-LoRA")), str(v_base))
@@ -120,6 +124,7 @@ def sane(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
     return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, sanity.ROWS)) if one.unit]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_ceiling_is_the_ceiling(sane: list[Unit], task: str) -> None:
     found = stats.problems(sane, task)
@@ -129,6 +134,7 @@ def test_the_ceiling_is_the_ceiling(sane: list[Unit], task: str) -> None:
         assert values["likeness"] > found[COPY][problem]["likeness"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_copying_is_caught_by_the_leak(sane: list[Unit], task: str) -> None:
     found = stats.problems(sane, task)
@@ -256,6 +262,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     grid._rows.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_row_of_another_package_joins(
     foreign: Path, tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +323,7 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
         results.read(file)
 
 
+@pytest.mark.slow
 def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_diffusers_unet_file_is_baked(tiny_sdxl: Tiny, tmp_path: Path) -> None
             assert torch.allclose(module.weight.detach(), want, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_extract_gives_a_baked_lora_back(tiny: Tiny, tmp_path: Path) -> None:
     """To 1e-3, on a checkpoint in fp32, in which the change is not rounded away."""
     lora = random_lora(layers(tiny))

@@ -79,6 +79,7 @@ def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) ->
     return shortest.jobs(method, given, out, base=base.name, out=out / "run", previews=1, **more)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "call", "error"),
     [("vae", 1, Broken), ("vae", 1, KeyboardInterrupt), ("unet", 1, torch.OutOfMemoryError), ("unet", 8, Broken)],

@@ -84,6 +84,7 @@ def test_diffusers_files_elsewhere(tmp_path: Path) -> None:
     assert all(diagnose(tmp_path / "b.safetensors", tool).healthy for tool in TOOLS)
 
 
+@pytest.mark.slow
 def test_794_modules_of_which_comfyui_knows_234_by_their_diffusers_names(tmp_path: Path) -> None:
     modules = {
         f"unet.{name}": Lora(torch.ones(1, true_width("sdxl", f"unet.{name}") or 1), torch.ones(1, 1), 1.0)
@@ -181,6 +182,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.safetensors")], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_the_docs_tables_are_what_the_command_prints() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
     mending, writing = list(mended()), list(written())

@@ -27,6 +27,8 @@ from unbraid.runs.job import Job
 from unbraid.runs.memory import estimate
 from unbraid.sampling.render import Use, render
 
+pytestmark = pytest.mark.slow
+
 BASES = (
     ("tiny_sdxl", "folder"),
     ("tiny_sdxl", "file"),

@@ -113,6 +113,7 @@ def run(unet: UNet2DConditionModel) -> Tensor:
         return unet(x, 3, text, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 @pytest.mark.parametrize("conv", [False, True])
 def test_diffusers_loads_what_we_write(dialect: str, conv: bool, unet: UNet2DConditionModel, tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def strange(rng: random.Random) -> bytes:
     return struct.pack("<Q", len(head)) + head + data
 
 
+@pytest.mark.slow
 def test_strange_files_through_every_tool(tmp_path: Path) -> None:
     rng = random.Random(1)
     path, out, fine = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "fine"))

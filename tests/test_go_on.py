@@ -20,6 +20,7 @@ def change(lora: Lora) -> torch.Tensor:
     return (lora.up.flatten(1).double() @ lora.down.flatten(1).double()) * lora.alpha / len(lora.down)
 
 
+@pytest.mark.slow
 def test_it_begins_with_the_file_and_goes_on(v_base: Path, picture: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"base": str(v_base), "previews": 0, "steps": 5}
     list(run(learn_job(picture, prompt="a sks cat", out=tmp_path / "a", rank=3, lr=1e-3, **options), device="cpu"))

@@ -76,6 +76,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_steps_are_the_steps(unet_base: Base, name: str) -> None:
     """Losses, adapters, moments and masks, bit for bit, whatever happens between steps: channels granted, mergers, a style joining."""
@@ -181,6 +182,7 @@ def test_early_stopping_looks_through_graphs(unet_base: Base) -> None:
     assert recorder.captures == 2 and again == figures and same(saved, other)
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_are_captured(unet_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """The joint passes of several jobs; another form when one of them is done."""
     starts = [start(unet_base, blora(SDXL, rank=4, steps=8 + 8 * seed)[0], seed) for seed in (0, 1)]
@@ -213,6 +215,7 @@ def drawn(base: Base, adapters: Adapters, graphs: Callable[[], Graphs | None]) -
     return found
 
 
+@pytest.mark.slow
 def test_drawings_are_the_same_through_graphs(v_model: Base) -> None:
     """Style guidance that begins in mid-course, and LoRAs in turn: one graph for each set of terms."""
     adapters, rng, recorder = Adapters.attach(v_model.denoiser), torch.Generator().manual_seed(0), Recorder()

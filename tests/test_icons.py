@@ -52,6 +52,7 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:
     """On the committed 100 of the 156 held-out subjects; the card's figures are over all."""
     said, pictures = json.loads((ICONS / "figures.json").read_text()), held_out_art().values[::3]
@@ -71,6 +72,7 @@ def drawn(base: Base, prompts: list[str], seed: int) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image, np.float32) / 255).permute(2, 0, 1) for image in images])
 
 
+@pytest.mark.slow
 def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
     """Four known subjects in two art styles; by chance 0.25."""
     judge, art = load_judge(), known_art()
@@ -80,6 +82,7 @@ def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
         assert top1(content, truth) >= 0.75
 
 
+@pytest.mark.slow
 def test_it_draws_in_the_style_that_it_is_asked_for(base: Base) -> None:
     """Filter styles, by chance 0.25. The four art styles it tells apart only half of the time yet (its card)."""
     judge, plain = load_judge(), known_art().values[:, 0]

@@ -207,6 +207,7 @@ def test_of_several_pictures_the_first(tmp_path: Path) -> None:
     assert not moves(tmp_path / "one.png")
 
 
+@pytest.mark.slow
 def test_large_pictures_cost_what_is_needed(tmp_path: Path) -> None:
     """100 megapixels of one bit: read at a whole fraction, in strips; the file's size is remembered."""
     Image.new("1", (10000, 10000), 1).save(tmp_path / "a.png")

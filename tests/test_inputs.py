@@ -156,6 +156,7 @@ def test_pairs_are_not_guessed(first: tuple[str, ...], second: tuple[str, ...], 
         pair_job(tmp_path / "b", tmp_path / "a", subject="cat", style="ink")
 
 
+@pytest.mark.slow
 def test_odd_names_of_pictures_do_no_harm(v_base: Path, tmp_path: Path) -> None:
     for i, name in enumerate(("new\nline.png", "[bold]x.png", "\U0001f98a.png", "quote'\".png")):
         options = {"out": tmp_path / f"r{i}", "base": str(v_base), "rank": 2, "steps": 1, "previews": 1}

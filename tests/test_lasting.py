@@ -64,6 +64,7 @@ def test_nothing_trained_is_lost_to_a_drawing(fault: Exception, job: Job, monkey
     assert names == ["lora.safetensors", "loss.png"] and finished(job)
 
 
+@pytest.mark.slow
 def test_exit_status_3(job: Job, v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder in the place of sheet.png: the real failure of a real write."""
     (job.out / "sheet.png").mkdir(parents=True)
@@ -122,6 +123,7 @@ def meta(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.slow
 def test_no_paths_in_the_metadata_and_less_if_wanted(job: Job, tmp_path: Path) -> None:
     home = Path(job.base).parent
     for name, more in (("all", []), ("plain", ["--no-thumbnail"]), ("bare", ["--no-metadata"])):
@@ -157,6 +159,7 @@ def test_a_finished_run_is_not_trained_again(job: Job) -> None:
         list(run(other, resume=True, device="cpu"))
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
     events = run(job, device="cpu")
     next(events)
@@ -171,6 +174,7 @@ def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
     assert finished(job) and not (job.out / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_lock_left_by_a_killed_run_is_no_lock(job: Job) -> None:
     events = run(job, device="cpu")
     next(events)
@@ -212,6 +216,7 @@ def stopped(job: Job) -> Path:
     return job.out / folder.STATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(6))
 def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> None:
     file = stopped(job)
@@ -225,6 +230,7 @@ def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> No
     assert (job.out / "lora.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
     """With a right checksum, as a hostile one could have."""
     file = stopped(job)
@@ -254,6 +260,7 @@ def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
     assert finished(job)
 
 
+@pytest.mark.slow
 def test_damaged_lines_of_events_are_passed_over(job: Job) -> None:
     stopped(job)
     events = job.out / folder.EVENTS

@@ -106,6 +106,7 @@ def long_job(base: Path, picture: Path, out: Path, many: int) -> Job:
     return learn_job(file, prompt="a sks cat", **options)
 
 
+@pytest.mark.slow
 def test_they_are_trained_alone_and_beside_short_ones(v_base: Path, picture: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

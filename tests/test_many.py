@@ -98,10 +98,12 @@ def split(steps: int = 6, **settings: object) -> Recipe:
     return recipe
 
 
+@pytest.mark.slow
 def test_three_splits(unet_base: Base) -> None:
     check([start(unet_base, split(), seed) for seed in range(3)])
 
 
+@pytest.mark.slow
 def test_methods_step_counts_and_ranks_mixed(unet_base: Base) -> None:
     (pairs,) = pair(BLOCKS["sdxl"], rank=4, steps=5, style_from=2)
     (zipped,) = ziplora(BLOCKS["sdxl"], steps=3)
@@ -114,19 +116,23 @@ def test_methods_step_counts_and_ranks_mixed(unet_base: Base) -> None:
     check([*starts, start(unet_base, zipped, 9, loras=2)])
 
 
+@pytest.mark.slow
 def test_more_jobs_than_are_run_at_once(unet_base: Base) -> None:
     check([start(unet_base, split(steps), steps) for steps in (3, 5, 4, 3)], at_once=2)
 
 
+@pytest.mark.slow
 def test_official_splits_with_masks(unet_base: Base) -> None:
     check([start(unet_base, split(compat="official"), seed) for seed in range(2)])
 
 
+@pytest.mark.slow
 def test_other_shapes_are_grouped(unet_base: Base) -> None:
     sizes = ((8, 8), (12, 4), (8, 8), (4, 12))
     check([start(unet_base, split(3), seed, size) for seed, size in enumerate(sizes)])
 
 
+@pytest.mark.slow
 def test_early_stopping(unet_base: Base) -> None:
     """One of two stops: at a rate of nothing its loss on fixed samples gets no better."""
 
@@ -140,6 +146,7 @@ def test_early_stopping(unet_base: Base) -> None:
     check(starts)
 
 
+@pytest.mark.slow
 def test_a_failing_job_leaves_the_others_alone(unet_base: Base) -> None:
     def poison(adapters: Adapters, step: int) -> torch.Tensor | None:
         up = adapters.pieces_of("content")[0].up
@@ -154,6 +161,7 @@ def test_a_failing_job_leaves_the_others_alone(unet_base: Base) -> None:
     assert all(torch.allclose(value.double(), got[key].double(), rtol=0, atol=1e-10) for key, value in end.items())
 
 
+@pytest.mark.slow
 def test_nan_in_one_row_stays_in_it(unet_base: Base) -> None:
     """Not only the penalty: a picture that is NaN runs through the shared passes."""
     starts = [start(unet_base, split(3), 0), start(unet_base, split(3), 1)]
@@ -165,6 +173,7 @@ def test_nan_in_one_row_stays_in_it(unet_base: Base) -> None:
     assert all(torch.allclose(value.double(), got[key].double(), rtol=0, atol=1e-10) for key, value in end.items())
 
 
+@pytest.mark.slow
 def test_interrupted_and_restored_in_other_company(unet_base: Base) -> None:
     starts = [start(unet_base, split(6), 0), start(unet_base, split(4), 1)]
     wanted, first = alone(starts), prepared(starts)
@@ -183,6 +192,7 @@ def test_interrupted_and_restored_in_other_company(unet_base: Base) -> None:
         assert all(torch.allclose(value.double(), got[key].double(), rtol=0, atol=1e-10) for key, value in end.items())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing(unet_base: Base) -> None:
     unet_base.denoiser.enable_gradient_checkpointing()
     unet_base.denoiser.train()
@@ -196,6 +206,7 @@ def test_the_model_is_left_as_it_was(unet_base: Base) -> None:
     assert {name: id(module) for name, module in unet_base.denoiser.named_modules()} == before
 
 
+@pytest.mark.slow
 def test_one_product_for_all_jobs(unet_base: Base) -> None:
     """The number of matrix products in a layer does not grow with the jobs. (What each job's adapters read from their own prompts is a
     product for all layers of a shape.)"""

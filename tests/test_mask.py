@@ -53,6 +53,7 @@ def test_a_mask_is_the_opacity_of_each_place(v_base: Path, tmp_path: Path) -> No
     assert whole is not None and bool((whole == 1).all())
 
 
+@pytest.mark.slow
 def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
     """Targets that differ only where the weight is 0 give the same gradients; elsewhere they do not. Captured steps too."""
     v_model.denoiser.double()
@@ -81,6 +82,7 @@ def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
     assert (found["plain"] - found["seen"]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_from_the_command_to_the_file(v_base: Path, tmp_path: Path) -> None:
     """A mask changes what is learnt; a picture that is wholly transparent is refused before anything is trained."""
     file = cut_out(tmp_path / "a.png", "red", "blue", "right")

@@ -67,6 +67,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vram", ["max", "16"])
 def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path) -> None:
     """Every storage that a real step makes on the CPU is counted: the highest sum is activations and gradients."""
@@ -87,6 +88,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     assert 0.85 < (told.activations + size) / live.peak < 1.35
 
 
+@pytest.mark.slow
 def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> None:
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="8", **QUICK)
     base = load(str(tiny_sdxl.file), "cpu", Loading(vram="8"))
@@ -96,6 +98,7 @@ def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> 
     assert sum(one.nbytes for one in kept if one.dtype == torch.float8_e4m3fn) > 0.4 * sum(one.nbytes for one in kept)
 
 
+@pytest.mark.slow
 def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
     """From a header of the real size; ranks as advised. The rest of the card is for the driver, encoding and pictures."""
     file = save_header(real_size("sdxl"), tmp_path / "model.safetensors")
@@ -105,6 +108,7 @@ def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
         assert estimate(job, "cpu").total < 0.75 * int(name) * GIB, memory_line(job)
 
 
+@pytest.mark.slow
 def test_presets_save_and_advise(tiny_sdxl: Tiny, picture: Path) -> None:
     options = {"subject": "cat", "style": "ink", "base": str(tiny_sdxl.file), "rank": 32}
     jobs = {name: split_job(picture, vram=name, **options) for name in ("max", "12", "8")}
@@ -149,6 +153,7 @@ def load_rounded(unet: nn.Module) -> dict[str, Tensor]:
     return {key: value.to(torch.bfloat16) for key, value in cast.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_gradients_are_those_without_savings() -> None:
     """Checkpointing changes nothing; fp8 is the rounding of its weights and nothing else, through checkpointing too."""
     plain = gradients("24")
@@ -156,6 +161,7 @@ def test_gradients_are_those_without_savings() -> None:
     assert torch.equal(gradients("8"), gradients("8", rounded=True)) and not torch.equal(gradients("8"), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vram", PRESETS)
 def test_every_preset_runs(vram: str, tiny_sdxl: Tiny, picture: Path, tmp_path: Path) -> None:
     options = {**QUICK, "previews": int(vram == "8"), "base": str(tiny_sdxl.file), "vram": vram, "out": tmp_path / "r"}
@@ -170,6 +176,7 @@ def test_every_preset_runs(vram: str, tiny_sdxl: Tiny, picture: Path, tmp_path: 
     assert ('vram = "' in (tmp_path / "r" / "run.toml").read_text()) == (vram != "max")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_preset(
     tiny_sdxl: Tiny, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +194,7 @@ def test_a_run_goes_on_with_another_preset(
     assert 'vram = "12"' in (tmp_path / "r" / "run.toml").read_text()
 
 
+@pytest.mark.slow
 def test_8_bit_moments_are_used_and_resumed(tiny_sdxl: Tiny, picture: Path) -> None:
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="12", **QUICK)
     one, other = (
@@ -229,6 +237,7 @@ def test_a_full_device_names_the_next_preset(
     assert fix in error.value.fix and error.value.fix.endswith("Add --resume to go on with this run.")
 
 
+@pytest.mark.slow
 def test_text_encoders_are_gone_while_training(
     tiny_sdxl: Tiny, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +257,7 @@ def test_text_encoders_are_gone_while_training(
     assert any(event.file for event in events), "pictures are drawn without them"
 
 
+@pytest.mark.slow
 def test_a_vae_that_overflows_is_told(tiny_sdxl: Tiny, picture: Path, tmp_path: Path) -> None:
     vae: Any = load(str(tiny_sdxl.folder), "cpu").vae
     with torch.no_grad():

@@ -15,6 +15,8 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Factors
 from unbraid.core.train import LOOK, State, Step, train
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["second"]  # a fixture
 
 

@@ -10,6 +10,7 @@ from unbraid.core import optim8
 from unbraid.core.optim8 import BLOCK, MEAN, SQUARE, AdamW8
 
 
+@pytest.mark.slow
 def test_codes_are_right_in_the_mean_and_close_every_time() -> None:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(BLOCK * 2 + 7, generator=rng) * 10 ** torch.empty(BLOCK * 2 + 7).uniform_(-3, 0, generator=rng)
@@ -49,6 +50,7 @@ def losses(
     return out
 
 
+@pytest.mark.slow
 def test_it_learns_as_adamw_does() -> None:
     runs = {}
     for make in (torch.optim.AdamW, AdamW8):
@@ -80,6 +82,7 @@ def test_a_resumed_run_is_the_same() -> None:
     assert torch.equal(parts[0], others[0]) and torch.equal(parts[1], others[1])
 
 
+@pytest.mark.slow
 def test_a_large_tensor_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with its own scales; the first update is exact, and the course that of the whole."""
     runs = {}

@@ -177,6 +177,7 @@ def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], 
     assert [file.name for file in (tmp_path / "run").glob("*.safetensors")] == ["style.safetensors"]
 
 
+@pytest.mark.slow
 def test_styles_share_rows_or_keep_apart(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
     """In one slot: their sum has the rank of one. Beside each other: they do not meet, and a claimed slot is refused."""
     options: dict[str, Any] = {"base": str(v_base), "subject": "cat", "previews": 0, **QUICK}
@@ -214,6 +215,7 @@ def test_slider_is_signed(v_base: Path, couple: tuple[Path, Path], tmp_path: Pat
     assert names and all(".attn1." in name for name in names)
 
 
+@pytest.mark.slow
 def test_bad_pairs_are_one_clear_line(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
     before, after = couple
     image = Image.open(before)
@@ -309,6 +311,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return float(-10 * (x - y).square().mean().log10())
 
 
+@pytest.mark.slow
 def test_an_edit_at_strength_zero_gives_the_picture_back(couple: tuple[Path, Path], tmp_path: Path) -> None:
     """On the embedded base, within 30 dB of what the autoencoder alone makes of it; a drawing from noise is far away."""
     base, file = bases.load("icons", "cpu"), tmp_path / "wide.png"

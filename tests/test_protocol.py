@@ -203,6 +203,7 @@ def told(done: Iterable[Done]) -> list[str]:
     return [results.to_json(unit) for unit in units(done)]
 
 
+@pytest.mark.slow
 def test_every_row_runs_on_a_user_s_pictures(run_once: tuple[Path, list[Done]]) -> None:
     _, done = run_once
     assert [f"{one.todo.row}: {one.error}" for one in done if one.unit is None] == []
@@ -216,6 +217,7 @@ def test_every_row_runs_on_a_user_s_pictures(run_once: tuple[Path, list[Done]]) 
             assert {name.removeprefix("DINO to ") for name in drawing.scores if name.startswith("DINO to")} == asked
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_saved_pictures(
     run_once: tuple[Path, list[Done]], models: FieldModels, given_folder: Path
 ) -> None:
@@ -232,6 +234,7 @@ def test_scores_are_those_of_the_saved_pictures(
     assert unit.drawings[0].scores["DINO diversity"] == pytest.approx(float(1 - rows[0] @ rows[1]), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_the_copy_is_what_these_scores_reward(run_once: tuple[Path, list[Done]]) -> None:
     """Documented in docs/field-metrics.md: a copy of the input wins every similarity to it."""
     _, done = run_once
@@ -243,6 +246,7 @@ def test_the_copy_is_what_these_scores_reward(run_once: tuple[Path, list[Done]])
     assert cell_means(split[COPY], "both")["DINO diversity"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_again_repeats_nothing(
     run_once: tuple[Path, list[Done]],
     v_base: Path,
@@ -271,6 +275,7 @@ def test_again_repeats_nothing(
     assert back == told(done)
 
 
+@pytest.mark.slow
 def test_other_pictures_are_another_unit(
     run_once: tuple[Path, list[Done]], v_base: Path, given_folder: Path, tmp_path: Path
 ) -> None:
@@ -284,6 +289,7 @@ def test_other_pictures_are_another_unit(
     assert one.unit and one.unit.key != known.key
 
 
+@pytest.mark.slow
 def test_tables(run_once: tuple[Path, list[Done]]) -> None:
     work, done = run_once
     found = {(table.task, table.use): table for table in tables(results.collect(work))}
@@ -309,6 +315,7 @@ def test_the_harmonic_mean_is_np_lora_s(row: str) -> None:
     assert cell_means(unit, "both")[HARMONIC] == pytest.approx(mean, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_report_names_the_models_and_quotes_the_papers(
     run_once: tuple[Path, list[Done]], clip_folder: Path, tmp_path: Path
 ) -> None:
@@ -368,6 +375,7 @@ for one in p.protocol(Path(work), base, Path(images), models, name="tiny", selec
 """
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(v_base: Path, given_folder: Path, dino_folder: Path, tmp_path: Path) -> None:
     """A real kill in the middle of a training; the second start goes on, and repeats no unit."""
     work = tmp_path / "work"

@@ -54,6 +54,7 @@ def test_a_split_makes_what_it_promises(v_base: Path, picture: Path, tmp_path: P
             assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 10
 
 
+@pytest.mark.slow
 def test_seeds_reproduce_and_differ(v_base: Path, picture: Path, tmp_path: Path) -> None:
     tensors = []
     for i, seed in enumerate((1, 1, 2)):
@@ -72,6 +73,7 @@ def test_seeds_reproduce_and_differ(v_base: Path, picture: Path, tmp_path: Path)
     assert not all(torch.equal(value, tensors[2][key]) for key, value in tensors[0].items())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, picture: Path, tmp_path: Path) -> None:
     """SIGKILL at a random step, in a process of its own."""
     arguments = [
@@ -118,6 +120,7 @@ def test_learn_takes_several_images(v_base: Path, picture: Path, tmp_path: Path)
         assert file.metadata()["unbraid.method"] == "dreambooth" and len(list(file.keys())) == 3 * 88
 
 
+@pytest.mark.slow
 def test_learn_preserves_the_prior_and_reads_captions(v_base: Path, picture: Path, tmp_path: Path) -> None:
     """The class is drawn by the base where no pictures are given; each picture's caption takes its prompt's place."""
     image = Image.open(picture)
@@ -154,6 +157,7 @@ def test_learn_on_all_linear_layers(v_base: Path, picture: Path, tmp_path: Path)
     assert any(name.endswith("attentions.0.proj_in") for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eps_base", "sd15_base"])
 def test_other_kinds_of_base(kind: str, request: pytest.FixtureRequest, picture: Path, tmp_path: Path) -> None:
     base = str(request.getfixturevalue(kind))

@@ -36,6 +36,8 @@ from unbraid.runs.run import run
 from unbraid.sampling.canvas import Control, Start
 from unbraid.sampling.render import Use, render
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["loaded_once", "second"]  # fixtures
 KINDS = ("tiny_sdxl", "tiny_sd15")
 CUTS = {key: inspect.signature(break_).parameters[key].default for key in CUT}

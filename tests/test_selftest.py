@@ -26,6 +26,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(str(done.value.code))
 
 
+@pytest.mark.slow
 def test_every_row_passes(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,11 +47,13 @@ def test_every_row_passes(
     assert by_name["vram 8"]["estimate"] < by_name["vram max"]["estimate"] and by_name["vram 8"]["peak"] is None
 
 
+@pytest.mark.slow
 def test_a_single_file(tiny_sdxl: Tiny) -> None:
     rows = selftest(str(tiny_sdxl.file), device="cpu", only=["dreambooth", "classifier-free"])
     assert [(row.name, row.note) for row in rows if not row.passed] == [] and len(rows) == 2
 
 
+@pytest.mark.slow
 def test_sd15_and_a_folder_that_stays(tiny_sd15: Tiny, tmp_path: Path) -> None:
     names = ["unziplora", "make at once", "k-lora"]
     rows = selftest(str(tiny_sd15.folder), device="cpu", only=names, keep=tmp_path / "kept")
@@ -62,6 +65,7 @@ def test_sd15_and_a_folder_that_stays(tiny_sd15: Tiny, tmp_path: Path) -> None:
         selftest(str(tiny_sd15.folder), device="cpu", keep=tmp_path / "kept")
 
 
+@pytest.mark.slow
 def test_what_fails_is_named(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +88,7 @@ def test_what_fails_is_named(
     assert "in dies" in log and "of that device" in log and f"torch: {torch.__version__}" in log
 
 
+@pytest.mark.slow
 def test_a_lora_that_is_not_used_whole_fails(v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers says nothing to a user whose file has layers that the base has not."""
     scene = Scene(str(v_base), "cpu", tmp_path)
@@ -98,6 +103,7 @@ def test_a_lora_that_is_not_used_whole_fails(v_base: Path, tmp_path: Path, monke
         selftest_scene.draws(scene, other)
 
 
+@pytest.mark.slow
 def test_a_lora_that_does_nothing_fails(v_base: Path, tmp_path: Path) -> None:
     scene = Scene(str(v_base), "cpu", tmp_path)
     (file,) = scene.loras("dreambooth")
@@ -120,6 +126,7 @@ def test_wrong_words() -> None:
         selftest("nowhere/at/all", device="cpu")
 
 
+@pytest.mark.slow
 def test_on_the_embedded_base() -> None:
     names = ["unziplora", "style guidance", "resume", "batch"]
     rows = selftest(device="cpu", only=names)

@@ -1,4 +1,4 @@
-"""The published forms that `bench.speed` measures against compute what ours computes, in double precision."""
+"""The published forms that `tools.speed` measures against compute what ours computes, in double precision."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -87,6 +87,7 @@ def test_the_published_loop_equals_ours(studies: Studies, name: str, checkpointi
     assert moved > 0
 
 
+@pytest.mark.slow
 def test_every_case_says_what_a_run_is_made_of() -> None:
     """Two kinds of step in `pair`, a third of them without the style; one kind in the others."""
     for name, case in CASES.items():
@@ -94,6 +95,7 @@ def test_every_case_says_what_a_run_is_made_of() -> None:
         assert [round(share, 3) for _, share in kinds] == ([0.333, 0.667] if name == "pair" else [1.0])
 
 
+@pytest.mark.slow
 def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     """On the embedded base, a few steps each; what is timed leaves the base as it was."""
     world = icons("cpu")
@@ -106,6 +108,7 @@ def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.cuda.is_available() or "No GPU here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["split", "zip", "learn"])
 def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: weights and activations in bf16, targets in fp32. CUDA takes no loss of two dtypes; a CPU does."""

@@ -18,6 +18,8 @@ from unbraid.runs.job import Job, Progress
 from unbraid.runs.run import run
 from unbraid.runs.spread import cards, run_spread
 
+pytestmark = pytest.mark.slow
+
 SLOW = 4000  # steps: more than a test waits for
 
 

@@ -109,6 +109,7 @@ def test_the_loss_is_the_formula(studies: Studies) -> None:
     assert step.loss == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_interrupted_and_restored_equals_uninterrupted(studies: Studies) -> None:
     one = recipe(steps=6)
     whole = ready(studies, one)

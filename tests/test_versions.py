@@ -30,6 +30,8 @@ from unbraid.files.tools import Source, merge_files
 from unbraid.methods import METHODS
 from unbraid.sampling.render import Use, render
 
+pytestmark = pytest.mark.slow
+
 RECORD = Path(__file__).with_name("versions.json")
 Figures = dict[str, list[float]]
 

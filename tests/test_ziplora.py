@@ -86,6 +86,7 @@ def zipped(
     return state
 
 
+@pytest.mark.slow
 def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
     adapters = two_loras(studies.base)
     (recipe,) = ziplora(BLOCKS["sdxl"], steps=100, granularity="column")
@@ -183,6 +184,7 @@ class Toy(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_collapse_is_seen() -> None:
     """The raw dot product shrinks both LoRAs alike; the cosine does not; the public recipe does nothing."""
     found = {}
@@ -236,6 +238,7 @@ def make(path: Path, base: Base, seed: int, rank: int, dialect: str, prompt: str
     return path
 
 
+@pytest.mark.slow
 def test_zip_makes_two_files_that_every_tool_reads(v_base: Path, picture: Path, tmp_path: Path) -> None:
     """Data-free for the style, with a picture for the content; and the files are what was trained."""
     base = load(str(v_base), "cpu")
@@ -292,6 +295,7 @@ def test_np_lora_is_the_merge_in_two_files(v_base: Path, tmp_path: Path) -> None
     assert all((delta(content[name]) - delta(one)).norm() > 0.02 * delta(one).norm() for name, one in before.items())
 
 
+@pytest.mark.slow
 def test_a_killed_zip_ends_the_same(
     v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ def commands(folder: Path) -> None:
     write(first, synthetic(RANK, 0), family="sdxl")
     write(second, synthetic(RANK, 1), family="sdxl")
     idle = cost(["-c", "import torch, safetensors.torch, unbraid.files.tools"]).peak
-    light = cost(["-c", "import unbraid.cli_files"]).peak
+    light = cost(["-c", "import unbraid.cli.files"]).peak
     todo: dict[str, tuple[list[str], list[str]]] = {  # inputs, then the command's words
         "convert --to diffusers": ([first], ["convert", first, out, "--to", "diffusers"]),
         "merge, concat": ([first, second], ["merge", first, second, "--out", wide]),

@@ -110,7 +110,7 @@ PARTS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m unbraid.bench.speed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.speed", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--method", action="append", choices=list(CASES), help="repeatable; default: all")
     parser.add_argument("--way", action="append", choices=list(WAYS), help="of `gpu`; repeatable; default: all")

@@ -1,4 +1,4 @@
-"""Methods as `bench.speed` runs them: their published recipe and ours, their adapters, and what the published step contains."""
+"""Methods as `tools.speed` runs them: their published recipe and ours, their adapters, and what the published step contains."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The published way to take a training step, written from the formulas: what `bench.speed` measures against.
+"""The published way to take a training step, written from the formulas: what `tools.speed` measures against.
 
 UnZipLoRA forms ΔW = g ⊙ B A of every layer and adapter, `[d, k]`, and applies it. ZipLoRA keeps dense ΔW and forms Σ m ⊙ ΔW at every
 call. The others are factorised, layer by layer, and give every factor a gradient. Each branch and each teacher has a call of its

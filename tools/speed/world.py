@@ -1,4 +1,4 @@
-"""What `bench.speed` trains on: the embedded base, and SDXL's architecture with random weights, at half width and whole."""
+"""What `tools.speed` trains on: the embedded base, and SDXL's architecture with random weights, at half width and whole."""
 
 import copy
 from collections.abc import Callable, Sequence

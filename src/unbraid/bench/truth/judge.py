@@ -113,7 +113,7 @@ def load_judge(path: Path | None = None) -> Judge:
     Raises UsageError when the file is missing, damaged, or holds another network.
     """
     path = path or WEIGHTS
-    fix = "Restore it from the repository, or train it: python -m tools.recipe judge --work DIR"
+    fix = "Restore it from the repository, or train it there: python -m tools.recipe judge --work DIR"
     if not path.is_file():
         raise UsageError("the judge's weights are missing", path, fix)
     judge = Judge()
