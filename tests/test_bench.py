@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unbraid.bench import contenders, cost, grid, registry, results
+from unbraid.bench import grid, registry, results
 from unbraid.bench.registry import all_rows, chosen
 from unbraid.bench.reports import claims, plots, report, stats, tables
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.rows import BASE, CEILING, COPY, SANITY
-from unbraid.bench.shop import Shop
+from unbraid.bench.rows import combine, cost, sanity
+from unbraid.bench.rows.row import BASE, CEILING, COPY, Row
+from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import FULL, QUICK, TASKS, Scale, cells, items
-from unbraid.bench.truth.world import Truth
+from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
 
@@ -44,11 +45,11 @@ def table(done: list[grid.Done]) -> str:
 
 
 def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "WEIGHTS", (0.5, 1.0))
-    monkeypatch.setattr(contenders, "TUNING", ("horse",))
+    monkeypatch.setattr(combine, "WEIGHTS", (0.5, 1.0))
+    monkeypatch.setattr(combine, "TUNING", ("horse",))
     used: set[str] = set()
-    train = Shop.train
-    monkeypatch.setattr(Shop, "train", lambda shop, job: used.add(job.method) or train(shop, job))
+    train = TrainingCache.train
+    monkeypatch.setattr(TrainingCache, "train", lambda cache, job: used.add(job.method) or train(cache, job))
     done = []
     for todo in grid.plan(tmp_path, TINY, all_rows(), str(v_base)):
         used.clear()
@@ -114,9 +115,9 @@ def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base
 
 @pytest.fixture(scope="module")
 def sane(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
-    """The three rows that hold the others, on the embedded base."""
+    """The three sanity rows on the embedded base."""
     scale = replace(QUICK, others=3, steps=4)
-    return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, SANITY)) if one.unit]
+    return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, sanity.ROWS)) if one.unit]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -255,13 +256,19 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     grid._rows.cache_clear()
 
 
-def test_a_row_of_another_package_joins(foreign: Path, tmp_path: Path, v_base: Path) -> None:
+def test_a_row_of_another_package_joins(
+    foreign: Path, tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid._rows.cache_clear()
     assert len((foreign / "my_bench.py").read_text().splitlines()) <= 30
     todos = tiny(tmp_path, v_base, "softer sum", "direct sum")
     done = {one.todo.row: one.unit for one in grid.run(todos)}
     mine, plain = done["softer sum"], done["direct sum"]
     assert mine and plain and mine.drawings[0].scores != plain.drawings[0].scores
+    key = grid.key(todos[-1])
+    with monkeypatch.context() as patch:
+        patch.setitem(grid._rows(), ("combine", "softer sum"), replace(grid._row(todos[-1]), version=2))
+        assert grid.key(todos[-1]) != key
 
 
 def test_what_is_no_row_is_refused(foreign: Path) -> None:
@@ -271,8 +278,6 @@ def test_what_is_no_row_is_refused(foreign: Path) -> None:
 
 
 def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unbraid.bench.rows import Row
-
     white = Row(
         "combine", "white", lambda *_: {"both": lambda item, seeds: [Image.new("RGB", (64, 64), "white")] * len(seeds)}
     )

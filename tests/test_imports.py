@@ -35,3 +35,19 @@ def test_no_circles() -> None:
     names = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
     known = {name: {m for one in imports(path) for m in (one, one.rpartition(".")[0])} for name, path in names.items()}
     TopologicalSorter({name: some & names.keys() - {name} for name, some in known.items()}).prepare()
+
+
+def test_no_circles_of_folders_in_the_benchmark() -> None:
+    """`truth` imports no other folder of the benchmark; no two folders, the top one included, import each other."""
+    top = SOURCE / "bench"
+    folders = {path.name for path in top.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    graph: dict[str, set[str]] = {name: set() for name in (*folders, "")}
+    for path in top.rglob("*.py"):
+        mine = path.relative_to(top).parts[0] if path.parent != top else ""
+        for name in imports(path):
+            if name.startswith("unbraid.bench."):
+                other = name.split(".")[2]
+                graph[mine].add(other if other in folders else "")
+    graph = {name: others - {name} for name, others in graph.items()}
+    assert not graph["truth"]
+    TopologicalSorter(graph).prepare()

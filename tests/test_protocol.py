@@ -15,17 +15,17 @@ from PIL import Image, ImageDraw
 from tiny_models import save_clip, save_dino
 
 from unbraid.bench import results
-from unbraid.bench.contenders import ROWS
-from unbraid.bench.cost import Cost
 from unbraid.bench.field.given import read_given, words
 from unbraid.bench.field.models import FieldModels, load_models
-from unbraid.bench.field.protocol import NEED_TRUTH, PROTOCOLS, Protocol, cells, chosen_rows, items, protocol
+from unbraid.bench.field.protocol import NEED_TRUTH, PROTOCOLS, Protocol, Selection, cells, chosen_rows, items, protocol
 from unbraid.bench.field.report import ALL_FOUR, HARMONIC, cell_means, markdown, tables, write
 from unbraid.bench.field.scores import embed, measure
 from unbraid.bench.grid import Done
+from unbraid.bench.registry import ROWS
 from unbraid.bench.reports.published import published
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.rows import BASE, CEILING, COPY
+from unbraid.bench.rows.cost import Cost
+from unbraid.bench.rows.row import BASE, CEILING, COPY
 from unbraid.common.errors import UsageError
 from unbraid.images.crop import open_image
 
@@ -126,7 +126,7 @@ def test_layouts_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no contents and no styles"):
         read_given(tmp_path)
     draw(tmp_path / "styles/sunset.png", "red", True)
-    with pytest.raises(UsageError, match="does not say what it shows"):
+    with pytest.raises(UsageError, match="does not give a subject and a style"):
         read_given(tmp_path)
     (tmp_path / "styles/sunset.txt").write_text("a beach in oil style")
     assert list(read_given(tmp_path).styles) == ["oil"]
@@ -188,7 +188,9 @@ def run_once(
         patch.setitem(PROTOCOLS, "tiny", TINY)
         (images / "styles" / "teapot in noir style.png").unlink()
         done = list(
-            protocol(work, str(v_base), images, models, name="tiny", tasks=TASKS, rows=NAMES, training=TRAINING)
+            protocol(
+                work, str(v_base), images, models, name="tiny", selection=Selection(TASKS, NAMES), training=TRAINING
+            )
         )
     yield work, done
 
@@ -257,9 +259,9 @@ def test_again_repeats_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("drawn or trained again")
 
-    monkeypatch.setattr("unbraid.bench.shop.run", never)
-    monkeypatch.setattr("unbraid.bench.shop.render", never)
-    options = {"name": "tiny", "tasks": TASKS, "rows": NAMES, "training": TRAINING}
+    monkeypatch.setattr("unbraid.bench.rows.training_cache.run", never)
+    monkeypatch.setattr("unbraid.bench.rows.training_cache.render", never)
+    options = {"name": "tiny", "selection": Selection(TASKS, NAMES), "training": TRAINING}
     again = told(protocol(work, str(v_base), images, models, **options))
     assert again == told(done)
     fewer = FieldModels(dino=models.dino)  # other models: scored anew, not drawn anew
@@ -276,7 +278,7 @@ def test_other_pictures_are_another_unit(
     images = tmp_path / "images"
     shutil.copytree(given_folder, images)
     draw(images / "contents/red_dog/2.png", "#00ff00", False)
-    options = {"name": "tiny", "tasks": ["combine"], "rows": [BASE], "training": TRAINING}
+    options = {"name": "tiny", "selection": Selection(["combine"], [BASE]), "training": TRAINING}
     one = next(protocol(work, str(v_base), images, FieldModels(), **options))
     (known,) = (unit for unit in units(done) if (unit.row, unit.task) == (BASE, "combine"))
     assert one.unit and one.unit.key != known.key
@@ -329,7 +331,13 @@ def test_break_for_make_says_where_partners_go(
     rows = ["Break-for-Make, at once", BASE]
     done = list(
         protocol(
-            tmp_path / "work", str(v_base), images, models, name="tiny", tasks=["combine"], rows=rows, training=TRAINING
+            tmp_path / "work",
+            str(v_base),
+            images,
+            models,
+            name="tiny",
+            selection=Selection(["combine"], rows),
+            training=TRAINING,
         )
     )
     failed = [one for one in done if one.unit is None]
@@ -354,7 +362,7 @@ way = p.Protocol("a test", {"content": (), "style": (), "both": ("a {rare} {subj
 p.PROTOCOLS["tiny"] = way
 models = load_models(dino=dino, device="cpu")
 rows = ["base alone", "direct sum"]
-for one in p.protocol(Path(work), base, Path(images), models, name="tiny", tasks=["combine"], rows=rows,
+for one in p.protocol(Path(work), base, Path(images), models, name="tiny", selection=p.Selection(["combine"], rows),
                       training={"dreambooth": {"rank": 2, "steps": int(sys.stdin.readline())}}):
     print(one.todo.row, one.error, flush=True)
 """

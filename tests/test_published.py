@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from unbraid.bench.cost import Cost
 from unbraid.bench.reports.published import Table, _table, caption, cells, markdown, published, values
 from unbraid.bench.reports.report import write
 from unbraid.bench.results import Drawing, Unit
+from unbraid.bench.rows.cost import Cost
 
 SOURCE = re.compile(r"arXiv \d{4}\.\d{5}|[A-Z]{2,}[A-Za-z]* \d{4}")
 

@@ -15,8 +15,9 @@ from test_every_base import everything
 from tiny_bases import Tiny
 
 from unbraid.bases.base import load
-from unbraid.bench import grid, version
+from unbraid.bench import grid
 from unbraid.bench.registry import chosen
+from unbraid.bench.rows import version
 from unbraid.bench.truth import filters
 from unbraid.bench.truth.art import known_art
 from unbraid.bench.truth.judge import load_judge

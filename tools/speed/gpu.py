@@ -20,7 +20,8 @@ from tools.speed.world import World
 from unbraid.bases.base import Studies
 from unbraid.bases.compiling import compile_blocks, uncompiled
 from unbraid.bases.presets import MAX
-from unbraid.bench.measure import ATTENTION_FLOPS, wait
+from unbraid.bench.measure import wait
+from unbraid.bench.rows.cost import ATTENTION_FLOPS
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import WARM
 from unbraid.core.recipe import Recipe

@@ -1,7 +1,7 @@
-"""Running the benchmark: every row on every cell that is not there yet, over processes that share one folder.
+"""Running the benchmark: every row on every cell, in several processes that share one folder.
 
-A unit is known by a hash of what it depends on (docs/benchmark.md), and appears all at once when it is finished: killed at
-any moment and started again, nothing finished is done twice.
+A unit is one row on one cell. The name of its folder contains a hash of everything that it depends on (docs/benchmark.md), and its
+file is written when it is finished. So a run can be killed at any moment; the next one continues with the units that are missing.
 """
 
 import multiprocessing
@@ -19,11 +19,11 @@ import torch
 from unbraid.bench import results
 from unbraid.bench.registry import all_rows
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.rows import BASE, Row
-from unbraid.bench.scores import diversity, scored
-from unbraid.bench.shop import Shop, short, slug
+from unbraid.bench.rows.row import BASE, Row
+from unbraid.bench.rows.training_cache import TrainingCache, short, slug
+from unbraid.bench.rows.version import base_digest, truth_digest, versions
+from unbraid.bench.truth.scores import diversity, scored
 from unbraid.bench.truth.tasks import Cell, Item, Scale, cells, items
-from unbraid.bench.version import base_digest, truth_digest, versions
 from unbraid.common.errors import UsageError
 from unbraid.images import sheets as pictures
 from unbraid.images.crop import alignment
@@ -31,7 +31,7 @@ from unbraid.images.crop import alignment
 
 @dataclass(frozen=True)
 class Todo:
-    """One row on one cell, by name, so that it can be sent to another process."""
+    """A unit to be done. It holds the row's name, not the row, so that it can be sent to another process."""
 
     work: Path
     scale: Scale
@@ -42,7 +42,7 @@ class Todo:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of one unit."""
+    """A unit that is done, or the reason why it failed."""
 
     todo: Todo
     unit: Unit | None
@@ -50,28 +50,28 @@ class Done:
 
 
 def plan(work: Path, scale: Scale, rows: Sequence[Row], base: str = "icons") -> list[Todo]:
-    """Every unit of a benchmark, in the order in which they are worth doing."""
+    """Every unit of a benchmark, seed by seed."""
     return [Todo(work, scale, base, row.name, cell) for cell in cells(scale) for row in rows if row.task == cell.task]
 
 
 def run(todos: Sequence[Todo], processes: int = 1, known: Iterable[Unit] = ()) -> Iterator[Done]:
-    """Do what is not there yet, yielding every unit as it comes; those that were there come first. `known`: units that were made
-    elsewhere."""
-    waiting, elsewhere = [], {unit.key: unit for unit in known}
+    """Do the units that are missing. Yields every unit: first those that were there, then the others as they are finished. `known`:
+    units from a results file, which count as done."""
+    missing, by_key = [], {unit.key: unit for unit in known}
     for todo in todos:
         file = unit_file(todo)
         if file.exists():
             yield Done(todo, results.read(file)[0])
-        elif key(todo) in elsewhere:
-            yield Done(todo, elsewhere[key(todo)])
+        elif key(todo) in by_key:
+            yield Done(todo, by_key[key(todo)])
         else:
-            waiting.append(todo)
+            missing.append(todo)
     if processes == 1:
-        yield from map(do, waiting)
+        yield from map(do, missing)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) as pool:
-        jobs = [pool.submit(do, todo) for todo in waiting]
+        jobs = [pool.submit(do, todo) for todo in missing]
         try:
             for job in as_completed(jobs):
                 yield job.result()
@@ -80,7 +80,7 @@ def run(todos: Sequence[Todo], processes: int = 1, known: Iterable[Unit] = ()) -
 
 
 def do(todo: Todo) -> Done:
-    """One unit. What a user can mend, such as a loss that is not a number, fails this unit alone."""
+    """Do one unit. A UsageError, such as a loss that is not a number, fails this unit and not the run."""
     try:
         return Done(todo, _do(todo))
     except UsageError as error:
@@ -88,29 +88,29 @@ def do(todo: Todo) -> Done:
 
 
 def _do(todo: Todo) -> Unit:
-    shop, row, cell, file = _shop(todo.work, todo.scale, todo.base), _row(todo), todo.cell, unit_file(todo)
-    shop.spent()
-    hands = row.make(shop, cell, row.settings)
-    cost, drawings, spread = shop.spent(), [], None
+    cache, row, cell, file = _training_cache(todo.work, todo.scale, todo.base), _row(todo), todo.cell, unit_file(todo)
+    cache.spent()
+    drawers = row.make(cache, cell, row.settings)
+    cost, drawings, spread = cache.spent(), [], None
     for item in items(cell, todo.scale):
-        if item.use not in hands:
+        if item.use not in drawers:
             continue
-        images = hands[item.use](item, item.seeds)
+        images = drawers[item.use](item, item.seeds)
         if len(images) > 1:
-            spread = diversity(images, item.truth, shop.base)
+            spread = diversity(images, item.truth, cache.base)
         for seed, image in zip(item.seeds, images, strict=True):
             name = f"{len(drawings):02d}.png"
             pictures.save_image(image, file.with_name(name))
-            found = scored(item, image, shop.base)
+            found = scored(item, image, cache.base)
             if cell.task == "transfer":
-                found["structure"] = 1.0 if row.name == BASE else alignment(shop.plain(item, seed), image)
+                found["structure"] = 1.0 if row.name == BASE else alignment(cache.plain(item, seed), image)
             where = str(file.with_name(name).relative_to(todo.work))
             truth = item.truth
             drawings.append(Drawing(item.use, item.prompt, truth.subject, truth.style, seed, where, found))
     made = {"base": base_digest(todo.base), "truth": truth_digest()}
     unit = Unit(key(todo), cell.task, row.name, str(cell), cell.seed, tuple(drawings), spread, cost, made)
     results.write(unit, file)
-    return results.read(file)[0]  # as a later run will find it, to the same place
+    return results.read(file)[0]  # with rounded figures, as a later run will read them
 
 
 def unit_file(todo: Todo) -> Path:
@@ -119,14 +119,14 @@ def unit_file(todo: Todo) -> Path:
 
 
 def key(todo: Todo) -> str:
-    """Of everything that a unit depends on."""
-    row, asked = _row(todo), [_asked(item) for item in items(todo.cell, todo.scale)]
+    """A hash of everything that a unit depends on."""
+    row, drawn = _row(todo), [_identity(item) for item in items(todo.cell, todo.scale)]
     training = {method: dict(settings) for method, settings in todo.scale.training.items()}
     own = (row.task, row.name, row.version, dict(row.settings), versions(row.methods), str(todo.cell))
-    return short(own, asked, todo.scale.steps, training, base_digest(todo.base), truth_digest())
+    return short(own, drawn, todo.scale.steps, training, base_digest(todo.base), truth_digest())
 
 
-def _asked(item: Item) -> list[object]:
+def _identity(item: Item) -> list[object]:
     leaks = {kind: str(truth) for kind, truth in item.leaks.items()}
     return [item.use, item.prompt, str(item.truth), leaks, item.seeds]
 
@@ -141,13 +141,13 @@ def _row(todo: Todo) -> Row:
 
 
 @cache
-def _shop(work: Path, scale: Scale, base: str) -> Shop:
-    """One for a process: it keeps the loaded base."""
-    return Shop(work, scale, base)
+def _training_cache(work: Path, scale: Scale, base: str) -> TrainingCache:
+    """One per process, because it holds the loaded base."""
+    return TrainingCache(work, scale, base)
 
 
 def _begin(parent: int) -> None:
-    """A worker has one thread, and does not outlive the process that it works for, however that one is killed."""
+    """A worker process uses one thread, and exits within a second after its parent has gone, however the parent was killed."""
     torch.set_num_threads(1)
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""What benchmarks of training measure with: SDXL's shapes without weights, FLOPs, bytes kept for gradients, seconds side by side."""
+"""Tools to measure training: SDXL's UNet with random weights, FLOPs, bytes kept for gradients, and times of alternatives side by side."""
 
 import statistics
 import time
@@ -10,20 +10,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
-Way = Callable[
-    [], AbstractContextManager[Callable[[], None]]
-]  # to do some steps: prepared, done when it is called, tidied up
-aten = torch.ops.aten
-ATTENTION_FLOPS: dict[Any, Any] = {  # torch's own formulas for its flash attention, which it does not count on a CPU
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
-        sdpa_backward_flop_count(g, q, k, v)
-    ),
-}
+from unbraid.bench.rows.cost import ATTENTION_FLOPS
+
+# One of several ways to do the same steps: a context that prepares and cleans up, and gives the function that is timed.
+Way = Callable[[], AbstractContextManager[Callable[[], None]]]
 SDXL: dict[str, Any] = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -39,7 +31,7 @@ SDXL: dict[str, Any] = {
 }
 
 
-VAE: dict[str, Any] = {  # diffusers' annotations allow less than it does
+VAE: dict[str, Any] = {  # Any: diffusers' annotations reject these values, which it accepts
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
@@ -49,7 +41,7 @@ VAE: dict[str, Any] = {  # diffusers' annotations allow less than it does
 
 
 class Meter:
-    """FLOPs of what runs inside, and bytes of the tensors that are kept for gradients (weights apart)."""
+    """Measures calls: `flops`, and `kept`, the bytes of the tensors that are kept for the backward pass, without the model's weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -75,7 +67,7 @@ class Meter:
 
 
 def encoder_flops(side: int) -> int:
-    """Of SDXL's autoencoder's first half on one square picture, in pixels."""
+    """FLOPs of SDXL's encoder (of the autoencoder) for one square picture with `side` pixels."""
     vae = AutoencoderKL(**VAE)
     meter = Meter(vae)
     meter(lambda: vae.encode(torch.randn(1, 3, side, side)).latent_dist.mode(), grad=False)  # type: ignore[union-attr]
@@ -83,7 +75,8 @@ def encoder_flops(side: int) -> int:
 
 
 def sdxl(side: int) -> tuple[UNet2DConditionModel, Callable[[int], Tensor]]:
-    """The UNet with random weights, and a call of it on a batch of square pictures of `side` pixels, with the same prompts every time."""
+    """SDXL's UNet with random weights, and a function that calls it on a batch of b random square pictures of `side` pixels. Equal batch
+    sizes get equal prompts."""
     unet = UNet2DConditionModel(**SDXL).requires_grad_(False).eval()  # type: ignore[arg-type]
     prompts: dict[int, Tensor] = {}
 
@@ -96,15 +89,15 @@ def sdxl(side: int) -> tuple[UNet2DConditionModel, Callable[[int], Tensor]]:
 
 
 def wait() -> None:
-    """For the GPU to be done, if there is one."""
+    """Wait until the GPU is done, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def side_by_side(ways: Mapping[str, Way], steps: int, rounds: int) -> list[tuple[str, float]]:
-    """(name, median seconds per step) of ways to do `steps` steps, in turn, so that a slow minute slows all of them. Each way
-    prepares, gives what is timed, and tidies up; the first round warms up. Without a GPU these are seconds of the processor, not of the wall:
-    with one thread the two are the same on an idle machine, and on a busy one only the former mean something."""
+    """(name, median seconds per step) of several ways to do `steps` steps. They take turns, so that a slow minute affects all of them; the
+    first round is a warm-up and not counted. Without a GPU this is CPU time: with one thread it equals wall-clock time on an idle machine,
+    and it stays meaningful on a busy one."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):

@@ -1,23 +1,23 @@
-"""All rows of the benchmark: the sanity rows, the package's own, and those of other packages, which join by the entry point group
-`unbraid.bench` (docs/benchmark.md)."""
+"""All rows of the benchmark: the sanity rows, the package's own, and those that other packages register under the entry point
+group `unbraid.bench` (docs/benchmark.md)."""
 
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 
-from unbraid.bench.contenders import ABLATIONS, ROWS
-from unbraid.bench.rows import SANITY, Row
+from unbraid.bench.rows import combine, modules, sanity, separate, transfer
+from unbraid.bench.rows.row import Row
 from unbraid.common.errors import UsageError
 
 GROUP = "unbraid.bench"
+ROWS = [*separate.ROWS, *combine.ROWS, *modules.ROWS, *transfer.ROWS]
 
 
 def all_rows() -> list[Row]:
-    """The package's own rows, then those of other packages. Errors: an entry point that is no row, two rows of one name."""
-    rows = [*SANITY, *ROWS, *ABLATIONS]
+    """Every row, ablations included. Errors: an entry point that gives something else than rows, two rows of one name in a task."""
+    rows = [*sanity.ROWS, *ROWS]
     for point in entry_points(group=GROUP):
-        found = point.load()
-        some = [found] if isinstance(found, Row) else list(found) if isinstance(found, Iterable) else [found]
-        for row in some:
+        loaded = point.load()
+        for row in loaded if isinstance(loaded, Iterable) else [loaded]:
             if not isinstance(row, Row):
                 raise UsageError(
                     f"{type(row).__name__} is not a Row", f"entry point {point.name}", "See docs/benchmark.md."
@@ -32,10 +32,10 @@ def all_rows() -> list[Row]:
 
 
 def chosen(tasks: Sequence[str] = (), names: Sequence[str] = ()) -> list[Row]:
-    """Rows by task and name; without names, all but ablations. Errors: a name that no row has."""
+    """The rows of these tasks and names; without tasks those of all tasks, without names all but ablations. Errors: an unknown name."""
     rows = [row for row in all_rows() if not tasks or row.task in tasks]
     unknown = set(names) - {row.name for row in rows}
     if unknown:
-        there = ", ".join(dict.fromkeys(row.name for row in rows))
-        raise UsageError(f"there is no row {sorted(unknown)[0]!r}", "--only", f"There are: {there}.")
+        known = ", ".join(dict.fromkeys(row.name for row in rows))
+        raise UsageError(f"there is no row {sorted(unknown)[0]!r}", "--only", f"There are: {known}.")
     return [row for row in rows if (row.name in names if names else not row.ablation)]

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: one unit for every row on every cell, in a file of its own and, to be kept and shared, a line each."""
+"""Results of the benchmark: one unit for each row on each cell. Each is stored in its own file; `results.jsonl` has all, one a line."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unbraid.bench.cost import Cost
+from unbraid.bench.rows.cost import Cost
 from unbraid.common.atomic import atomic
 from unbraid.common.errors import UsageError
 
@@ -26,7 +26,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Unit:
-    """One row on one cell. `made`: digests of the base, and of judge and art."""
+    """One row on one cell. `made`: `base` and `truth` → their digests, or `models` → the measuring models of a user's own pictures."""
 
     key: str
     task: str
@@ -45,7 +45,7 @@ def write(unit: Unit, file: Path) -> None:
 
 
 def read(file: Path) -> list[Unit]:
-    """The units of a file, one to a line."""
+    """The units of a file, one per line. UsageError for a file that cannot be read, and for a line that is not a unit."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -62,33 +62,34 @@ def read(file: Path) -> list[Unit]:
 
 
 def collect(work: Path) -> list[Unit]:
-    """All units of a benchmark's folder."""
+    """All finished units in a benchmark's folder."""
     return [unit for file in sorted((work / "units").glob("*/unit.json")) for unit in read(file)]
 
 
 def wanted(units: Iterable[Unit], planned: Mapping[str, tuple[str, str, str]]) -> list[Unit]:
-    """One unit for every (task, row, cell) that is planned, by key, and there: the one of this key, else another's."""
+    """The units that belong to a plan, given as key → (task, row, cell), at most one per entry: the unit with that key, else one of the
+    same task, row and cell that was made with other settings or versions."""
     found: dict[tuple[str, str, str], Unit] = {}
     for unit in units:
-        place = (unit.task, unit.row, unit.cell)
-        if place not in found or unit.key in planned:
-            found[place] = unit
-    return [found[place] for place in planned.values() if place in found]
+        entry = (unit.task, unit.row, unit.cell)
+        if entry not in found or unit.key in planned:
+            found[entry] = unit
+    return [found[entry] for entry in planned.values() if entry in found]
 
 
 def complete(units: Sequence[Unit], rows: Mapping[str, set[str]]) -> list[Unit]:
-    """The units of cells that every row (task → names) has done, so that rows are compared on the same problems; of a task without
-    such a cell, all."""
+    """The units of the cells that every row has finished, so that rows are compared on the same problems. `rows`: task → names of its
+    rows. If a task has no such cell, all its units are returned."""
     done: dict[tuple[str, str], set[str]] = {}
     for unit in units:
         done.setdefault((unit.task, unit.cell), set()).add(unit.row)
-    whole = {place for place, names in done.items() if names >= rows[place[0]]}
-    tasks = {task for task, _ in whole}
-    return [unit for unit in units if (unit.task, unit.cell) in whole or unit.task not in tasks]
+    finished = {cell for cell, names in done.items() if names >= rows[cell[0]]}
+    tasks = {task for task, _ in finished}
+    return [unit for unit in units if (unit.task, unit.cell) in finished or unit.task not in tasks]
 
 
 def save(units: Iterable[Unit], file: Path) -> Path:
-    """All units in one file; figures to four places."""
+    """Write all units into one file, figures rounded to four decimals."""
     with atomic(file) as part:
         part.write_text("".join(to_json(unit) + "\n" for unit in units))
     return file
@@ -106,6 +107,6 @@ def _rounded(value: Any) -> Any:
     return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _unit(told: dict[str, Any]) -> Unit:
-    drawings = tuple(Drawing(**one) for one in told.pop("drawings"))
-    return Unit(drawings=drawings, cost=Cost(**told.pop("cost")), **told)
+def _unit(fields: dict[str, Any]) -> Unit:
+    drawings = tuple(Drawing(**one) for one in fields.pop("drawings"))
+    return Unit(drawings=drawings, cost=Cost(**fields.pop("cost")), **fields)

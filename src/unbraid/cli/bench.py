@@ -61,8 +61,8 @@ def bench(
             raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
     if images:
         models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
-        chosen_by = {"tasks": task or (), "rows": only or (), "seeds": seed or (0,)}
-        _field(work, out or work / "report", base, images, protocol, models, chosen_by)
+        selection = (task or (), only or (), seed or (0,))
+        _field(work, out or work / "report", base, images, protocol, models, selection)
         return
     if clip or dino or csd or lpips:
         raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
@@ -77,17 +77,17 @@ def bench(
 
 
 def _field(
-    work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], chosen_by: dict[str, Any]
+    work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], selection: tuple[Any, ...]
 ) -> None:
     """The same rows on a user's own pictures, by the field's metrics."""
     from unbraid.bench.field.models import load_models
-    from unbraid.bench.field.protocol import PROTOCOLS, protocol
+    from unbraid.bench.field.protocol import PROTOCOLS, Selection, protocol
     from unbraid.bench.field.report import write
 
     units, failed = [], []
     loaded = load_models(**{key: model or None for key, model in models.items()})
     with console.status("training and drawing") as status:
-        for done in protocol(work, base, images, loaded, name=name, **chosen_by):
+        for done in protocol(work, base, images, loaded, name=name, selection=Selection(*selection)):
             status.update(f"{len(units)} done: {done.todo.row}, {done.todo.cell}")
             if done.unit:
                 units.append(done.unit)

@@ -1,1 +1,1 @@
-"""The benchmark on a user's own pictures, by the field's metrics."""
+"""The benchmark on a user's own base and pictures, scored with the metrics that papers use."""

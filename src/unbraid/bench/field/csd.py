@@ -1,4 +1,4 @@
-"""CSD, Contrastive Style Descriptors (arXiv 2404.01292), from its own checkpoints: a CLIP vision tower under OpenAI's names
+"""CSD, Contrastive Style Descriptors (arXiv 2404.01292), loaded from its authors' checkpoints: a CLIP vision tower with OpenAI's names
 (`backbone.*`) and a projection for style, `last_layer_style` [width, dim]. The content projection is not used."""
 
 import re
@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from unbraid.common.errors import UsageError
 
 STYLE = "last_layer_style"
-HEAD = 64  # channels of an attention head in OpenAI's vision towers: they have width / 64 heads
+HEAD = 64  # channels of an attention head: OpenAI's vision towers have width / 64 heads
 OUTSIDE = {  # OpenAI → transformers
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -33,7 +33,7 @@ BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 
 
 def _bare(key: str) -> str:
-    """Checkpoints of parallel training carry `module.` before every name."""
+    """A key without the prefix `module.`, which parallel training adds to every name."""
     return key.removeprefix("module.")
 
 
@@ -44,9 +44,9 @@ def is_csd(tensors: Mapping[str, Tensor]) -> bool:
 def build(
     tensors: Mapping[str, Tensor], where: Path, device: torch.device
 ) -> tuple[CLIPVisionModelWithProjection, Callable[[Sequence[Image.Image]], Tensor]]:
-    """The model in transformers' form, whose `image_embeds` are the style vectors, and its preprocessing: CLIP's.
+    """The model as transformers' class, whose `image_embeds` are the style vectors, and CLIP's preprocessing for it.
 
-    Every size is read off the tensors. Raises UsageError if some are missing or do not fit."""
+    All sizes are derived from the tensors. Raises UsageError if tensors are missing or do not fit."""
     fix = "Give CSD's own weights, such as yuxi-liu-wired/CSD."
     bare = {_bare(key): tensor.float() for key, tensor in tensors.items()}
     own = {key.removeprefix("backbone."): tensor for key, tensor in bare.items() if key.startswith("backbone.")}
@@ -78,7 +78,7 @@ def build(
 
 
 def renamed(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor of OpenAI's vision tower under transformers' names: the joint q, k, v become three."""
+    """A tensor of OpenAI's vision tower under transformers' names. The joint matrix of q, k and v becomes three tensors."""
     if match := BLOCK.fullmatch(name):
         number, inner = match.groups()
         start = f"encoder.layers.{number}."

@@ -1,11 +1,11 @@
-"""A user's own pictures for the benchmark: subjects and styles, and what they are called.
+"""A user's own pictures for the benchmark: subjects and styles, named by their files and folders.
 
-    IMAGES/contents/red dog/*.png     a subject and its pictures; or one picture, contents/red dog.png
-    IMAGES/styles/cat in ink.png      a style's picture, which says what it shows; or styles/ink/*.png, each named for what it shows
+    IMAGES/contents/red dog/*.png     pictures of a subject; for a single picture, contents/red dog.png
+    IMAGES/styles/cat in ink.png      a picture of a style, named SUBJECT in STYLE; or styles/ink/*.png, each named by its subject
     IMAGES/partners/contents/*.png    for Break-for-Make: pictures of other subjects and of other styles, each with its
     IMAGES/partners/styles/*.png      prompt in NAME.txt
 
-In names, `_` and `-` are spaces; NAME.txt beside a picture or folder says it in other words.
+In names, `_` and `-` stand for spaces. The text in NAME.txt beside a picture or folder replaces its name.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unbraid.bench.truth.tasks import Cell
-from unbraid.bench.truth.world import Truth
+from unbraid.bench.truth.truths import Truth
 from unbraid.common.atomic import sha256
 from unbraid.common.errors import UsageError
 from unbraid.images.captions import caption_of
@@ -25,15 +25,15 @@ LAYOUT = "Make contents/NAME/*.png and styles/'cat in ink.png': see docs/field-m
 
 @dataclass(frozen=True)
 class Given:
-    """`contents`: subject → its pictures. `styles`: style → its pictures: the first is learnt from, all are compared with.
-    `partners`: a module's kind → pictures of the other kind and their prompts."""
+    """`contents`: subject → its pictures. `styles`: style → its pictures; the first one is trained on, drawings are compared with all.
+    `partners`: kind of module → (picture of the other kind, prompt)."""
 
     contents: Mapping[str, Pictures]
     styles: Mapping[str, Pictures]
     partners: Mapping[str, tuple[tuple[Truth, str], ...]]
 
     def hashes(self, cell: Cell) -> list[str]:
-        """Digests of the pictures that a cell's drawings and scores depend on."""
+        """Hashes of the pictures that a cell's drawings and scores depend on."""
         subject = self.contents[cell.subject] if cell.task == "combine" else (cell.content,)
         some = [
             *subject,
@@ -44,8 +44,8 @@ class Given:
 
 
 def read_given(images: Path) -> Given:
-    """Everything in a folder of the layout above. Errors: nothing there, two things of one name, a style's picture that does not
-    say what it shows."""
+    """Read a folder with the layout above. Errors: no pictures, two subjects or styles of one name, a picture of a style whose name lacks
+    the subject or the style."""
     contents = {name: _pictures(path, name) for path, name in _named(images / "contents").items()}
     styles: dict[str, Pictures] = {}
     for path, name in _named(images / "styles").items():
@@ -65,7 +65,7 @@ def read_given(images: Path) -> Given:
 
 
 def _named(folder: Path) -> dict[Path, str]:
-    """Pictures and folders of pictures, and what they are called."""
+    """Picture, or folder of pictures → its name."""
     if not folder.is_dir():
         return {}
     found = sorted(path for path in folder.iterdir() if path.is_dir() or path.suffix.lower() in SUFFIXES)
@@ -77,7 +77,7 @@ def _named(folder: Path) -> dict[Path, str]:
 
 
 def words(path: Path) -> str:
-    """A name as words: `red_dog-2.png` → red dog 2."""
+    """The words of a file name: `red_dog-2.png` → red dog 2."""
     name = path.name if path.is_dir() else path.stem
     return " ".join(name.replace("_", " ").replace("-", " ").split())
 
@@ -87,14 +87,14 @@ def _pictures(path: Path, subject: str) -> Pictures:
 
 
 def _style(path: Path, name: str) -> tuple[str, Pictures]:
-    """A style's words and pictures. Of a folder the folder is named for the style, and each picture for what it shows."""
+    """The words for a style, and its pictures. A folder is named by the style, and each picture in it by its subject."""
     if path.is_dir():
         shown = {file: _shown(caption_of(file) or words(file))[0] for file in list_images(path)}
         return name, tuple(Truth(subject, name, file) for file, subject in shown.items())
     subject, style = _shown(name)
     if not style:
         fix = f'Call it "cat in ink{path.suffix}", or write "a cat in ink style" to {path.stem}.txt.'
-        raise UsageError("it does not say what it shows and in which style", path, fix)
+        raise UsageError("its name does not give a subject and a style", path, fix)
     return style, (Truth(subject, style, path),)
 
 

@@ -1,7 +1,8 @@
-"""The field's measuring models, from folders or hub ids that the user names: CLIP, DINO, CSD, LPIPS. Nothing comes with the package.
+"""The models that papers measure with: CLIP, DINO, CSD, LPIPS. They are loaded from folders or hub ids that the user names; the package
+contains none.
 
-Only safetensors are read, a model with missing weights is refused (transformers would fill them in at random), pictures are
-prepared as the model's own settings say, with Pillow, in full precision.
+Only safetensors files are read. A model with missing weights is refused, because transformers would fill them with random numbers.
+Pictures are prepared with the model's own settings, by Pillow, and models run in full precision.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,24 +36,30 @@ DINOS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # one class to
 LPIPS_NETS = {"features.28.weight": "vgg", "features.3.squeeze.weight": "squeeze", "features.0.weight": "alex"}
 WEIGHTS = "model.safetensors"
 NOT_CSD = "style (CLIP type)"
-BAD = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what the libraries raise for a bad folder
+BAD = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+)  # what the libraries raise if a folder is not a usable model
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Pictures → vectors. `label`: what a score of it is called in tables; `name`: which model it is, as the user named it."""
+    """A model that maps pictures to vectors. `label` names its scores in tables; `name` is the folder or hub id that the user gave."""
 
     label: str
     name: str
     prepare: Callable[[Sequence[Image.Image]], Float[Tensor, "n 3 h w"]]
     vectors: Callable[[Tensor], Float[Tensor, "n d"]]
     device: torch.device
-    patches: Callable[[Tensor], Float[Tensor, "n p d"]] | None = None  # of each place, where a model has them
+    patches: Callable[[Tensor], Float[Tensor, "n p d"]] | None = None  # one vector per patch, if the model has them
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Pictures and prompts → vectors of one space."""
+    """A model that maps pictures and prompts to vectors of one space."""
 
     image: Encoder
     text: Callable[[Sequence[str]], Float[Tensor, "n d"]]
@@ -60,7 +67,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Lpips:
-    """Two batches of pictures in -1..1 → distances `[n]`. arXiv 1801.03924."""
+    """LPIPS (arXiv 1801.03924). `distance`: two batches of pictures `[n, 3, h, w]` in -1..1 → distances `[n]`."""
 
     label: str
     name: str
@@ -70,7 +77,7 @@ class Lpips:
 
 @dataclass(frozen=True)
 class FieldModels:
-    """What there is to measure with. A model that is not there leaves its columns out."""
+    """The models to measure with. Without a model, tables lack its columns."""
 
     clip: Clip | None = None
     dino: Encoder | None = None
@@ -78,7 +85,7 @@ class FieldModels:
     lpips: Lpips | None = None
 
     def names(self) -> dict[str, str]:
-        """Label → which model; figures of different models are not comparable."""
+        """Label → name of the model. Scores from different models are not comparable."""
         some = (self.clip and self.clip.image, self.dino, self.csd, self.lpips)
         return {one.label: one.name for one in some if one}
 
@@ -90,9 +97,9 @@ def load_models(
     lpips: str | None = None,
     device: str | None = None,
 ) -> FieldModels:
-    """Load what is named: a folder, or a hub id; for `csd` and `lpips` also a .safetensors file.
+    """Load the models that are given, each as a folder or a hub id; `csd` and `lpips` may also be a .safetensors file.
 
-    Raises UsageError for a folder that is not such a model, has no safetensors, or lacks weights."""
+    Raises UsageError for a folder that holds another kind of model, no safetensors file, or not all weights."""
     where = torch.device(device or pick_device())
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -139,8 +146,8 @@ def load_dino(name: str, device: torch.device) -> Encoder:
 
 
 def load_csd(name: str, device: torch.device) -> Encoder:
-    """A style model: a checkpoint of CSD (arXiv 2404.01292) with its style head; or any CLIP vision model with a projection,
-    whose scores are not called CSD."""
+    """A style model: a checkpoint of CSD (arXiv 2404.01292) with its style head, or any CLIP vision model with a projection. The scores of
+    the latter are labelled differently."""
     kind = "style model"
     file = _weights(name, kind)
     tensors = _read(file, kind)
@@ -156,8 +163,8 @@ def load_csd(name: str, device: torch.device) -> Encoder:
 
 
 def load_lpips(name: str, device: torch.device) -> Lpips:
-    """LPIPS over AlexNet, VGG16 or SqueezeNet with torchvision's key names, such as timm/vgg16.tv_in1k; the learned layers on
-    top come with torchmetrics."""
+    """LPIPS on AlexNet, VGG16 or SqueezeNet with torchvision's key names, such as timm/vgg16.tv_in1k. The learned layers on top are part
+    of torchmetrics."""
     kind = "LPIPS backbone"
     file = _weights(name, kind)
     tensors = _read(file, kind)
@@ -168,7 +175,7 @@ def load_lpips(name: str, device: torch.device) -> Lpips:
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        model: Any = _LPIPS(net=net, pnet_rand=True)  # type: ignore[arg-type]  # else it downloads a backbone
+        model: Any = _LPIPS(net=net, pnet_rand=True)  # type: ignore[arg-type]  # otherwise it would download a backbone
     except ModuleNotFoundError as error:
         raise UsageError("LPIPS needs torchmetrics and torchvision", "--lpips", "pip install unbraid[bench]") from error
     for slot, parameter in model.net.named_parameters():
@@ -182,7 +189,7 @@ def load_lpips(name: str, device: torch.device) -> Lpips:
 
 
 def _whole(kind: Any, name: str, what: str, device: torch.device) -> Any:
-    """A model with all its weights, in evaluation mode."""
+    """A model in evaluation mode. UsageError if weights are missing."""
     known_model(name, what, "Give a folder or a hub id.")
     fix = "Give a complete folder with safetensors, or a hub id (a first download needs a network)."
     try:
@@ -191,7 +198,9 @@ def _whole(kind: Any, name: str, what: str, device: torch.device) -> Any:
         )
     except BAD as error:
         raise UsageError(f"the {what} cannot be loaded: {_first_line(error)}", name, fix) from error
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # DINO's is not stored, nor used
+    missing = sorted(
+        key for key in info["missing_keys"] if "pooler" not in key
+    )  # DINO's pooler is neither stored nor used
     if missing or info["mismatched_keys"]:
         what = f"no {what}: {len(missing)} weights are missing" + (f", such as {missing[0]}" if missing else "")
         raise UsageError(what, name, fix)
@@ -208,22 +217,24 @@ def _part(kind: Any, name: str, what: str, **options: Any) -> Any:
 
 
 def _processor(name: str, what: str) -> Callable[[Sequence[Image.Image]], Tensor]:
-    """The model's own preprocessing. Pillow's resampling, as in the papers' code: torchvision's is another."""
+    """The model's own preprocessing, with Pillow's resampling as in the papers' code. torchvision's gives other values."""
     processor = _part(AutoImageProcessor, name, what, backend="pil")
     return lambda images: processor(list(images), return_tensors="pt")["pixel_values"]
 
 
 def _weights(name: str, what: str) -> Path:
-    """The safetensors file of a name: itself, or of a folder or hub id."""
+    """The safetensors file that a name stands for: the file itself, or the one in a folder or hub repository."""
     if Path(name).is_file():
         if not name.endswith(".safetensors"):
-            raise UsageError("only safetensors are read, for pickles can run code", name, "Convert it: see the docs.")
+            raise UsageError(
+                "only safetensors are read, because pickles can run code", name, "Convert it: see the docs."
+            )
         return Path(name)
     known_model(name, what, "Give a .safetensors file, a folder with one, or a hub id.")
     try:
         found = cached_file(name, WEIGHTS)
     except OSError as error:
-        fix = "Only safetensors are read, for pickles can run code. Convert the weights, or check the name."
+        fix = "Only safetensors are read, because pickles can run code. Convert the weights, or check the name."
         raise UsageError(f"there is no {WEIGHTS} of a {what}", name, fix) from error
     return Path(str(found))
 

@@ -1,4 +1,4 @@
-"""What a run on a user's own pictures found: tables with a row per method and a column per score, and contact sheets."""
+"""The report of a run on a user's own pictures: tables with a row per method and a column per score, and contact sheets."""
 
 import json
 import statistics
@@ -17,13 +17,13 @@ from unbraid.images import sheets as pictures
 from unbraid.images.crop import open_image
 
 ALL_FOUR = ("CLIP-I to content", "CLIP-I to style", "DINO to content", "DINO to style")
-SHOWN = 8  # drawings of a row on a sheet
-HARMONIC = "harmonic mean"  # of those four, as NP-LoRA reports it (arXiv 2511.11051)
+SHOWN = 8  # drawings in a row of a sheet
+HARMONIC = "harmonic mean"  # of the four above, as NP-LoRA reports it (arXiv 2511.11051)
 
 
 @dataclass(frozen=True)
 class FieldTable:
-    """One task and use. `rows`: row → column → a value per cell (the mean over its drawings)."""
+    """The scores of one task and use. `rows`: row → column → one value per cell, the mean over its drawings."""
 
     task: str
     use: str
@@ -32,7 +32,7 @@ class FieldTable:
 
 
 def tables(units: Iterable[Unit]) -> list[FieldTable]:
-    """By task and use, in the order of the units. Cells that a row has not finished are missing in it."""
+    """One table per task and use, in the order of the units. A row has values for the cells that it has finished."""
     found: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
     for unit in units:
         for use in dict.fromkeys(drawing.use for drawing in unit.drawings):
@@ -47,7 +47,7 @@ def tables(units: Iterable[Unit]) -> list[FieldTable]:
 
 
 def cell_means(unit: Unit, use: str) -> dict[str, float]:
-    """Column → mean over a unit's drawings of one use; where CLIP and DINO both were there, with their harmonic mean."""
+    """Column → mean over a unit's drawings of one use, and the harmonic mean if both CLIP and DINO measured them."""
     scores = [drawing.scores for drawing in unit.drawings if drawing.use == use]
     means = {name: statistics.mean(one[name] for one in scores) for name in scores[0]}
     if all(name in means for name in ALL_FOUR):
@@ -57,7 +57,7 @@ def cell_means(unit: Unit, use: str) -> dict[str, float]:
 
 
 def cells(table: FieldTable) -> list[list[str]]:
-    """Head and rows as text: mean ± standard error over cells; – where a row has no value."""
+    """The table as text, headings first: mean ± standard error over cells, or – without a value."""
     head = ["", *(name + (" ↓" if nearer_is_lower(name) else "") for name in table.columns), "cells"]
     rows = []
     for name, row in table.rows.items():
@@ -78,7 +78,7 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def markdown(units: Iterable[Unit]) -> str:
-    """All tables, each under its task and use."""
+    """All tables as Markdown, each with its task and use above."""
     parts = []
     for table in tables(units):
         head, *rows = ["| " + " | ".join(row) + " |" for row in cells(table)]
@@ -88,13 +88,13 @@ def markdown(units: Iterable[Unit]) -> str:
     return "\n\n".join(parts)
 
 
-def write(units: Sequence[Unit], way: Protocol, work: Path, out: Path) -> list[Path]:
-    """Into `out`: table.md with the models, the protocol and what papers report; results.jsonl; a sheet per cell."""
-    models = {told for unit in units for told in json.loads(unit.made["models"]).items()}
+def write(units: Sequence[Unit], rules: Protocol, work: Path, out: Path) -> list[Path]:
+    """Write into `out`: table.md with the models, the protocol and published figures; results.jsonl; a contact sheet per cell."""
+    models = {pair for unit in units for pair in json.loads(unit.made["models"]).items()}
     parts = [
         "Measured with " + "; ".join(f"{label}: {name}" for label, name in sorted(models)) + ".",
-        f"Protocol: {way.source}. {way.draws} pictures per prompt and seed, {way.steps} steps, guidance {way.guidance:g}. {way.note}",
-        "Means over cells ± standard error; ↓: lower is nearer. Near is not good: a copy of the input is nearest to it.",
+        f"Protocol: {rules.source}. {rules.draws} pictures per prompt and seed, {rules.steps} steps, guidance {rules.guidance:g}. {rules.note}",
+        "Means over cells ± standard error; ↓: lower is nearer. Nearer is not always better: a copy of the input is nearest of all.",
         markdown(units),
         "## What papers report",
         published.markdown(),
@@ -105,7 +105,7 @@ def write(units: Sequence[Unit], way: Protocol, work: Path, out: Path) -> list[P
 
 
 def sheets(units: Sequence[Unit], work: Path, out: Path) -> list[Path]:
-    """A contact sheet per cell: a row per method."""
+    """A contact sheet per cell, with a row per method."""
     files = []
     for i, (task, cell) in enumerate(dict.fromkeys((unit.task, unit.cell) for unit in units)):
         rows = [(unit.row, _shown_of(unit.drawings, work)) for unit in units if (unit.task, unit.cell) == (task, cell)]
@@ -115,7 +115,7 @@ def sheets(units: Sequence[Unit], work: Path, out: Path) -> list[Path]:
 
 
 def _shown_of(drawings: Sequence[Drawing], work: Path) -> list[tuple[str, Image.Image]]:
-    """The first drawings of every prompt, as many of each."""
+    """The first drawings of every prompt, equally many of each."""
     prompts = dict.fromkeys(drawing.prompt for drawing in drawings)
     each = max(1, SHOWN // max(1, len(prompts)))
     some = [one for prompt in prompts for one in [one for one in drawings if one.prompt == prompt][:each]]

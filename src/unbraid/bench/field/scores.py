@@ -1,7 +1,7 @@
-"""The field's scores of pictures, with the models of `field_models`: CLIP-I, CLIP-T, DINO, CSD, LPIPS, diversity.
+"""The scores that papers report, with the models of `models.py`: CLIP-I, CLIP-T, DINO, CSD, LPIPS, diversity.
 
-They are what papers report, so that a run on SDXL can stand beside them. They reward copying (docs/field-metrics.md): each is
-taken towards the content's pictures and towards the style's, and one of the two is the leak."""
+They reward copying (docs/field-metrics.md). Therefore each is measured both to the content's pictures and to the style's: a high score to
+the pictures whose look was not requested is a leak."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from unbraid.bench.field.models import Clip, Encoder, FieldModels, Lpips
 
-BATCH = 16  # pictures in one forward pass
-LPIPS_SIDE = 256  # pixels: both pictures are cut square and brought to this side
+BATCH = 16  # pictures per forward pass
+LPIPS_SIDE = 256  # pixels: both pictures are cropped to squares and resized to this side
 TEXT = "CLIP-T"
 LOWER_IS_NEARER = ("LPIPS", "patch distance")  # distances; everything else is a cosine, or diversity
 Pictures = Sequence[Image.Image]
@@ -24,9 +24,9 @@ Pictures = Sequence[Image.Image]
 def measure(
     models: FieldModels, pictures: Pictures, prompts: Sequence[str], contents: Pictures = (), styles: Pictures = ()
 ) -> dict[str, list[float]]:
-    """Column → one value per picture; absent are the columns of models and references that are not there.
+    """Column → one value per picture. Columns of missing models and missing references are left out.
 
-    `prompts`: what each picture was asked to show, without rare tokens: CLIP knows no `sks`. `contents`, `styles`: the pictures
+    `prompts`: the prompt of each picture, without rare tokens such as `sks`, which mean nothing to CLIP. `contents`, `styles`: the pictures
     that were learnt from; a score is the mean over them."""
     out: dict[str, list[float]] = {}
     references = {"content": contents, "style": styles}
@@ -48,8 +48,8 @@ def measure(
 
 
 def diversity(models: FieldModels, pictures: Pictures) -> dict[str, float]:
-    """Mean distance of pictures of one prompt to each other: 1 − cosine of each image model's vectors, and LPIPS. Zero where
-    every seed gives the same picture. No columns for fewer than two pictures."""
+    """Mean distance between the pictures of one prompt: 1 − cosine for each image model, and LPIPS. It is zero if every seed gives the same
+    picture. Empty for fewer than two pictures."""
     if len(pictures) < 2:
         return {}
     first, second = torch.triu_indices(len(pictures), len(pictures), offset=1).tolist()
@@ -70,14 +70,14 @@ def _encoders(models: FieldModels) -> list[Encoder]:
 
 @torch.no_grad()
 def embed(encoder: Encoder, pictures: Pictures, batch: int = BATCH) -> Float[Tensor, "n d"]:
-    """Unit rows, on the CPU."""
+    """One vector per picture, of unit norm, on the CPU."""
     parts = [encoder.vectors(_prepared(encoder, pictures[i : i + batch])) for i in range(0, len(pictures), batch)]
     return F.normalize(torch.cat(parts).float(), dim=1).cpu()
 
 
 @torch.no_grad()
 def embed_texts(clip: Clip, prompts: Sequence[str], batch: int = BATCH) -> Float[Tensor, "n d"]:
-    """Unit rows, on the CPU. Each prompt once, however often it is asked for."""
+    """One vector per prompt, of unit norm, on the CPU. Repeated prompts are computed once."""
     single = list(dict.fromkeys(prompts))
     parts = [clip.text(single[i : i + batch]) for i in range(0, len(single), batch)]
     rows = F.normalize(torch.cat(parts).float(), dim=1).cpu()
@@ -86,8 +86,8 @@ def embed_texts(clip: Clip, prompts: Sequence[str], batch: int = BATCH) -> Float
 
 @torch.no_grad()
 def patch_distance(encoder: Encoder, pictures: Pictures, references: Pictures) -> Float[Tensor, " n"]:
-    """1 − the mean cosine of the patches at the same place: how far a picture's layout is from the references', mean over them.
-    Like LPIPS it compares features place by place; it is not LPIPS, nothing in it was fitted to people's judgement."""
+    """1 − the mean cosine of the patches at the same place, averaged over the references: how far a picture's layout is from theirs. Like
+    LPIPS it compares features place by place, but unlike LPIPS nothing in it was fitted to human judgement."""
     assert encoder.patches
     known = [F.normalize(encoder.patches(_prepared(encoder, [one])), dim=-1) for one in references]
     out = []
@@ -99,7 +99,7 @@ def patch_distance(encoder: Encoder, pictures: Pictures, references: Pictures) -
 
 @torch.no_grad()
 def lpips(model: Lpips, first: Pictures, second: Pictures, batch: int = BATCH) -> Float[Tensor, " n"]:
-    """LPIPS of pictures one by one, `first[i]` with `second[i]`."""
+    """LPIPS between `first[i]` and `second[i]`."""
     parts = [
         model.distance(*(_square(some[i : i + batch]).to(model.device) for some in (first, second)))
         for i in range(0, len(first), batch)
@@ -119,7 +119,7 @@ def _square(pictures: Pictures) -> Float[Tensor, "n 3 h w"]:
 
 
 def merged(columns: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
-    """Several results of `measure` as one."""
+    """Several results of `measure`, concatenated."""
     out: dict[str, list[float]] = {}
     for one in columns:
         for name, values in one.items():

@@ -1,4 +1,4 @@
-"""What papers say, put to the test: each claim is a difference between two rows of one task."""
+"""Claims of papers, tested: each says that one row is better than another in a task."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from unbraid.bench.results import Unit
 
 @dataclass(frozen=True)
 class Claim:
-    """`row` is better than `other` in `metric`."""
+    """A claim that `row` is better than `other` in `metric`."""
 
     task: str
     row: str
@@ -45,19 +45,21 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Verdict:
+    """A claim, the measured difference, and the conclusion."""
+
     claim: Claim
     lead: Lead
-    word: str  # holds, reversed, undecided
+    word: str  # `holds`, `reversed` or `undecided`
 
 
 def verdicts(units: Iterable[Unit]) -> list[Verdict]:
-    """Every claim whose rows are there. It holds, or the reverse does, where the difference has p < 0.05 after Holm's correction
-    over all claims; else it is undecided."""
+    """A verdict on every claim whose rows have results. A claim holds or is reversed if the difference has p < 0.05 after Holm's correction
+    over all claims; otherwise it is undecided."""
     some = list(units)
     pairs = [(one, lead(problems(some, one.task), one.row, one.other, one.metric)) for one in CLAIMS]
-    there = [(claim, found) for claim, found in pairs if found]
-    corrected = holm([found for _, found in there])
-    return [Verdict(claim, found, _word(claim, found)) for (claim, _), found in zip(there, corrected, strict=True)]
+    tested = [(claim, found) for claim, found in pairs if found]
+    corrected = holm([found for _, found in tested])
+    return [Verdict(claim, found, _word(claim, found)) for (claim, _), found in zip(tested, corrected, strict=True)]
 
 
 def _word(claim: Claim, found: Lead) -> str:

@@ -1,4 +1,4 @@
-"""The benchmark's pictures: content against style with confidence ellipses, likeness problem by problem, costs, contact sheets."""
+"""Plots of the benchmark: content against style with confidence ellipses, likeness per problem, costs, and contact sheets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from scipy import stats
 from unbraid.bench.reports.stats import problems
 from unbraid.bench.reports.tables import SANITY, order
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.rows import CEILING
-from unbraid.bench.truth.world import Truth
+from unbraid.bench.rows.row import CEILING
+from unbraid.bench.truth.truths import Truth
 from unbraid.common.atomic import atomic
 from unbraid.images import sheets as pictures
 
@@ -29,8 +29,8 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def scatter(units: Iterable[Unit], task: str, path: Path) -> Path:
-    """Content against style: a point per row, with the 95 % confidence ellipse of its mean over problems. Up and right is better;
-    the ceiling is far off."""
+    """Content against style: a point per row, with the 95 % confidence ellipse of its mean over problems. Better rows are further up and
+    right. The ceiling is left out, because it is far away from all others."""
     found = {row: values for row, values in problems(units, task).items() if row != CEILING}
     figure = Figure(figsize=(8.5, 5.6), layout="constrained")
     axes = figure.subplots()
@@ -47,7 +47,7 @@ def scatter(units: Iterable[Unit], task: str, path: Path) -> Path:
 
 
 def _ellipse(axes: Axes, points: np.ndarray, colour: str) -> None:
-    """Where the true mean of `points [n, 2]` lies with 95 % confidence (Hotelling's T²); none of fewer than four."""
+    """Draw the 95 % confidence region of the mean of `points [n, 2]` (Hotelling's T²); nothing for fewer than four points."""
     n = len(points)
     if n < 4:
         return
@@ -59,7 +59,7 @@ def _ellipse(axes: Axes, points: np.ndarray, colour: str) -> None:
 
 
 def by_problem(units: Iterable[Unit], task: str, path: Path) -> Path:
-    """Likeness of every row on every problem: where each fails."""
+    """Likeness of every row on every problem, which shows where each fails."""
     found = problems(units, task)
     rows = order(found)
     names = list(dict.fromkeys(problem for row in rows for problem in found[row]))
@@ -95,8 +95,8 @@ def costs(units: Iterable[Unit], task: str, path: Path) -> Path:
 
 
 def sheet(units: Iterable[Unit], task: str, work: Path, path: Path) -> Path | None:
-    """What was drawn: a row per contender, a column per problem at the first seed whose pictures are there, under the true ones. None
-    where no pictures are."""
+    """A contact sheet: the true pictures in the first line, then a line per row of the benchmark; a column per problem. It shows the lowest
+    seed that has pictures. None if there are no pictures."""
     some = [unit for unit in units if unit.task == task]
     kept = [unit for unit in some if all((work / drawing.file).exists() for drawing in unit.drawings)]
     if not kept:
@@ -117,7 +117,7 @@ def sheet(units: Iterable[Unit], task: str, work: Path, path: Path) -> Path | No
 
 
 def _shown(unit: Unit) -> list[Drawing]:
-    """One drawing of each kind that says most: of `separate` one of every use."""
+    """The drawings of a unit that go on a sheet: one of each use for `separate`, else all."""
     if unit.task == "separate":
         return [
             next(one for one in unit.drawings if one.use == use) for use in dict.fromkeys(d.use for d in unit.drawings)

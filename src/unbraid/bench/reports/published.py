@@ -1,5 +1,5 @@
-"""What papers report, as data (published.toml), and as tables for reports. Values of different tables, and of unbraid, are not
-comparable: pictures, prompts, measuring models and preprocessing differ."""
+"""Figures that papers report, as data (published.toml) and as tables. They are comparable neither between tables nor with figures of
+unbraid: pictures, prompts, measuring models and preprocessing differ."""
 
 import math
 import tomllib
@@ -20,7 +20,7 @@ WARNING = "Published figures, each under its own paper's protocol: not comparabl
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a paper. `rows`: method → a value per column, NaN where the paper gives none."""
+    """One table of a paper. `rows`: method → a value per column, NaN if the paper gives none."""
 
     paper: str
     source: str  # where to find it: arXiv id or venue
@@ -61,7 +61,7 @@ def _table(*, columns: list[str], rows: list[list[Any]], evidence: Any, **rest: 
 
 
 def values(method: str | None = None) -> Iterator[Value]:
-    """Every published number, or those of one method as the papers name it."""
+    """All published numbers, or those of one method under the name that the paper uses."""
     for table in published():
         for name, row in table.rows.items():
             for metric, value in zip(table.columns, row, strict=True):
@@ -70,7 +70,7 @@ def values(method: str | None = None) -> Iterator[Value]:
 
 
 def cells(table: Table) -> list[list[str]]:
-    """Head and rows as text; a column has as many decimals everywhere as where it needs most; – where there is no value."""
+    """The table as text, headings first. All values of a column have the same number of decimals; – stands for no value."""
     digits = [max(_decimals(row[i]) for row in table.rows.values()) for i in range(len(table.columns))]
     rows = [
         [name, *("–" if math.isnan(value) else f"{value:.{n}f}" for value, n in zip(row, digits, strict=True))]
@@ -88,7 +88,7 @@ def caption(table: Table) -> str:
 
 
 def markdown(tables: Sequence[Table] | None = None) -> str:
-    """All tables with the warning above them and each one's caption."""
+    """Tables as Markdown, each with its caption, below a warning."""
     parts = [f"*{WARNING}*"]
     for table in tables if tables is not None else published():
         head, *rows = ["| " + " | ".join(row) + " |" for row in cells(table)]

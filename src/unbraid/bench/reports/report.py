@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing beside it, the tables as Markdown, and the pictures."""
+"""The report: a self-contained HTML page, the tables as Markdown, and the plots."""
 
 import base64
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from jinja2 import Environment, PackageLoader
 from unbraid.bench.reports import claims, plots, published, tables
 from unbraid.bench.reports.tables import Table
 from unbraid.bench.results import Unit, save
+from unbraid.bench.rows.version import truth_digest
 from unbraid.bench.truth.tasks import TASKS
-from unbraid.bench.version import truth_digest
 from unbraid.common.atomic import atomic
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says of one task."""
+    """The part of the report on one task."""
 
     name: str
     about: str
@@ -30,16 +30,15 @@ class Section:
 
 
 def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Path]:
-    """Everything into `out`: report.html, table.md, results.jsonl, and a few pictures per task. `planned`: how many units a whole run
-    has."""
+    """Write report.html, table.md, results.jsonl and a few plots per task into `out`. `planned`: the number of units of a complete run."""
     sections = [_section(units, task, work, out) for task in TASKS if any(unit.task == task for unit in units)]
     verdicts = tables.claims(claims.verdicts(units))
     about = _about(units, planned)
     page = Environment(loader=PackageLoader("unbraid.bench.reports", "."), autoescape=True).get_template(
         "report.html.j2"
     )
-    told = [_embedded(section) for section in sections]
-    html = page.render(about=about, tasks=told, claims=verdicts, published=_published())
+    tasks = [_embedded(section) for section in sections]
+    html = page.render(about=about, tasks=tasks, claims=verdicts, published=_published())
     with atomic(out / "report.html") as part:
         part.write_text(html, "utf-8")
     with atomic(out / "table.md") as part:
@@ -68,7 +67,7 @@ def _section(units: Sequence[Unit], task: str, work: Path, out: Path) -> Section
 
 
 def _published() -> list[tuple[str, Table]]:
-    """What papers report: caption and table."""
+    """(caption, table) of every published table."""
     shown = [(published.caption(one), published.cells(one)) for one in published.published()]
     return [(caption, Table(tuple(head), tuple(map(tuple, lines)))) for caption, (head, *lines) in shown]
 

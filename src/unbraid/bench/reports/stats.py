@@ -1,7 +1,7 @@
-"""From units to figures: one value for every problem, means with bootstrap intervals, paired tests between rows.
+"""Statistics of units: one value per problem, means with bootstrap intervals, paired tests between rows.
 
-A problem is a cell whatever its seed (of `transfer`: and the subject that is drawn); seeds are averaged first, because two
-seeds of one problem are not two problems.
+A problem is a cell without its seed; in `transfer`, each subject that is drawn is a problem of its own. Seeds are averaged first,
+because two seeds of one problem are not two independent problems.
 """
 
 from collections import defaultdict
@@ -13,17 +13,17 @@ import numpy as np
 from scipy import stats
 
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.scores import harmonic
+from unbraid.bench.truth.scores import harmonic
 
-METRICS = {  # name → (what it says, whether more is better)
+METRICS = {  # name → (meaning, whether more is better)
     "likeness": ("harmonic mean of content and style", True),
     "content": ("judge's content cosine to the true picture", True),
     "style": ("judge's style cosine to the true picture", True),
-    "distance": ("between latents, to the true picture; 1 is an empty page", False),
+    "distance": ("distance of the latents to the true picture's; 1 is an empty page", False),
     "leak": ("cosine to what must not show", False),
-    "named": ("share of answers of the judge that name what was asked for", True),
-    "structure": ("edges' correlation with the base's own drawing", True),
-    "diversity": ("between latents of two drawings of one prompt", True),
+    "named": ("share of the judge's answers that are the right subject or style", True),
+    "structure": ("correlation of the edges with those of the base's own drawing", True),
+    "diversity": ("distance of the latents of two drawings of one prompt", True),
 }
 RESAMPLES, LEVEL = 5000, 0.95
 Values = Mapping[str, float]  # metric → value
@@ -31,7 +31,7 @@ Values = Mapping[str, float]  # metric → value
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems, and its bootstrap interval (None: one problem alone has none)."""
+    """A mean over `n` problems and its bootstrap interval, which is None for a single problem."""
 
     mean: float
     low: float | None
@@ -44,17 +44,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Lead:
-    """How far one row is ahead of another on the problems that both have: paired differences of a metric."""
+    """How far `row` is ahead of `other` in a metric: paired differences on the problems that both have. `wins`: on how many it is ahead."""
 
     row: str
     other: str
     ahead: Estimate
-    p: float  # of a sign-flip permutation test, two-sided; after Holm's correction where there are several
+    p: float  # two-sided sign-flip permutation test; `holm` corrects several
     wins: int
 
 
 def problems(units: Iterable[Unit], task: str) -> dict[str, dict[str, Values]]:
-    """row → problem → metric → mean over seeds."""
+    """Row → problem → metric → mean over seeds."""
     found: dict[str, dict[str, list[Values]]] = defaultdict(lambda: defaultdict(list))
     for unit in units:
         if unit.task == task:
@@ -70,7 +70,7 @@ def problems(units: Iterable[Unit], task: str) -> dict[str, dict[str, Values]]:
 
 
 def _apart(unit: Unit) -> dict[str, list[Drawing]]:
-    """A unit's drawings by problem."""
+    """Problem → its drawings in a unit."""
     cell = unit.cell.removesuffix(f", seed {unit.seed}")
     if unit.task != "transfer":
         return {cell: list(unit.drawings)}
@@ -81,7 +81,7 @@ def _apart(unit: Unit) -> dict[str, list[Drawing]]:
 
 
 def _values(unit: Unit, drawings: Sequence[Drawing]) -> Values:
-    """Means over uses of means over drawings: three pictures of one use do not outweigh one of another."""
+    """Metric → mean over uses. Each use has the same weight, however many drawings it has."""
     uses: dict[str, list[Drawing]] = defaultdict(list)
     for drawing in drawings:
         uses[drawing.use].append(drawing)
@@ -99,7 +99,7 @@ def _values(unit: Unit, drawings: Sequence[Drawing]) -> Values:
 
 
 def by_use(units: Iterable[Unit], task: str) -> dict[str, dict[str, Estimate]]:
-    """row → `use: metric` → estimate, of content and style."""
+    """Row → `use: metric` → estimate, for the metrics content and style."""
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for unit in units:
         for drawing in unit.drawings if unit.task == task else ():
@@ -113,7 +113,7 @@ def by_use(units: Iterable[Unit], task: str) -> dict[str, dict[str, Estimate]]:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean over problems with its percentile bootstrap interval."""
+    """The mean over problems and its percentile bootstrap interval."""
     if len(values) < 2 or len(set(values)) == 1:
         return Estimate(mean(values), None, None, len(values))
     found = stats.bootstrap(
@@ -128,7 +128,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def lead(found: Mapping[str, Mapping[str, Values]], row: str, other: str, metric: str = "likeness") -> Lead | None:
-    """The paired comparison of two rows; None where they share no problem."""
+    """The paired comparison of two rows; None if they share no problem."""
     shared = [
         one for one in found.get(row, {}) if metric in found[row][one] and metric in found.get(other, {}).get(one, {})
     ]
@@ -151,7 +151,7 @@ def lead(found: Mapping[str, Mapping[str, Values]], row: str, other: str, metric
 
 
 def holm(leads: Sequence[Lead]) -> list[Lead]:
-    """The same with p-values corrected for their number (Holm 1979)."""
+    """The same comparisons with p-values corrected for their number (Holm 1979)."""
     out, largest = list(leads), 0.0
     for rank, i in enumerate(sorted(range(len(leads)), key=lambda i: leads[i].p)):
         largest = max(largest, min(1.0, leads[i].p * (len(leads) - rank)))

@@ -4,18 +4,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from unbraid.bench.cost import Cost
 from unbraid.bench.reports.claims import Verdict
 from unbraid.bench.reports.stats import METRICS, Lead, Values, by_use, estimate, holm, lead, problems
 from unbraid.bench.results import Unit
-from unbraid.bench.rows import BASE, CEILING, COPY
+from unbraid.bench.rows.cost import Cost
+from unbraid.bench.rows.row import BASE, CEILING, COPY
 
 SANITY = (CEILING, COPY, BASE)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells under headings. `best`: (line, column) of the best value of each measured column, sanity rows apart."""
+    """Lines of text under headings. `best`: (line, column) of the best value in each measured column, sanity rows excluded."""
 
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
@@ -31,14 +31,14 @@ class Table:
 
 
 def order(found: Mapping[str, Mapping[str, Values]]) -> list[str]:
-    """The ceiling, then rows by likeness, the copy and the base alone last."""
+    """The names of the rows: the ceiling first, then by likeness, the copy and the base alone last."""
     mine = [row for row in found if row not in SANITY]
     mine.sort(key=lambda row: -mean(one["likeness"] for one in found[row].values()))
     return [row for row in (CEILING, *mine, COPY, BASE) if row in found]
 
 
 def scores(units: Iterable[Unit], task: str) -> Table:
-    """A line per row, a column per metric: mean over problems and 95 % interval."""
+    """A line per row and a column per metric, with the mean over problems and its 95 % interval."""
     found = problems(units, task)
     rows = order(found)
     columns = [name for name in METRICS if any(name in one for by in found.values() for one in by.values())]
@@ -60,7 +60,7 @@ def scores(units: Iterable[Unit], task: str) -> Table:
 
 
 def uses(units: Iterable[Unit], task: str) -> Table:
-    """Content and style of each use apart; for tasks with several."""
+    """Content and style for each use separately, for tasks with several uses."""
     some = list(units)
     found, rows = by_use(some, task), order(problems(some, task))
     columns = list(dict.fromkeys(column for row in found.values() for column in row))
@@ -69,7 +69,7 @@ def uses(units: Iterable[Unit], task: str) -> Table:
 
 
 def leads(units: Iterable[Unit], task: str) -> tuple[Table, list[Lead]]:
-    """The best row against all others on the same problems."""
+    """The best row against each other row, on the same problems."""
     found = problems(units, task)
     rows = [row for row in order(found) if row not in (CEILING, COPY)]
     if len(rows) < 2:
@@ -84,7 +84,7 @@ def leads(units: Iterable[Unit], task: str) -> tuple[Table, list[Lead]]:
 
 
 def costs(units: Iterable[Unit], task: str) -> Table:
-    """What each row costs on one cell: medians would hide one-off searches, so means."""
+    """The mean cost of each row per cell. Means, because medians would hide a search that is done once."""
     some = [unit for unit in units if unit.task == task]
     lines = []
     for row in order(problems(some, task)):
@@ -107,7 +107,7 @@ def _cost(mine: Sequence[Cost]) -> tuple[str, ...]:
 
 
 def failures(units: Iterable[Unit], task: str, count: int = 5) -> Table:
-    """The problems on which the best row is worst, and how the others do there."""
+    """The problems on which the best row has its lowest likeness, and the likeness of the other rows there."""
     found = problems(units, task)
     rows = [row for row in order(found) if row not in (CEILING, COPY)]
     if not rows:
@@ -121,6 +121,7 @@ def failures(units: Iterable[Unit], task: str, count: int = 5) -> Table:
 
 
 def claims(verdicts: Iterable[Verdict]) -> Table:
+    """The published claims, and whether they hold here."""
     lines = [
         (
             f"{one.claim.task}: {one.claim.row} {'above' if METRICS[one.claim.metric][1] else 'below'} {one.claim.other}",

@@ -1,1 +1,1 @@
-"""The right answers: real art, the judge that measures pictures against it, and the tasks."""
+"""The right answers: real art, the judge and the scores that compare drawings with it, and the tasks."""

@@ -1,7 +1,7 @@
-"""Real art, committed at 64 px: the true answers of every experiment, and its inputs. Licences: ATTRIBUTION.md.
+"""Real art at 64 px: the inputs of every experiment and the true pictures of every drawing. Licences: ATTRIBUTION.md.
 
-`held_out.webp`: 100 subjects that nothing is trained on, as six artists drew them. `known.webp`: some that the base
-knows, for judging a style on other subjects.
+`held_out.webp`: 100 subjects in six icon sets, which neither base nor judge was trained on. `known.webp`: subjects that the base knows,
+to see a new style on them.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ KNOWN = tuple(
     "dog umbrella violin strawberry balloon bat bird bomb broccoli castle chicken crown doughnut dragon gorilla koala lime "
     "melon mouse onion panda pineapple shark teapot".split()
 )
-COLUMNS = 10  # subjects to a row of a sheet, where that leaves no gap
+COLUMNS = 10  # most subjects in a row of a sheet; fewer if the last row would have gaps
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Art:
 
 
 def to_image(values: Float[Tensor, "3 h w"]) -> Image.Image:
-    """From 0..1."""
+    """Values in 0..1 as a picture."""
     return Image.fromarray((values * 255).round().byte().permute(1, 2, 0).numpy())
 
 
@@ -57,7 +57,7 @@ def known_art() -> Art:
 
 
 def write_sheets(art: np.ndarray, names: tuple[str, ...]) -> None:
-    """Pack both sheets from all art, uint8 `[subject, set, 64, 64, 3]`, losslessly."""
+    """Write both sheets, losslessly, from all art: uint8 `[subject, set, 64, 64, 3]`."""
     for file, wanted in zip(SHEETS, (HELD_OUT, KNOWN), strict=True):
         chosen = art[[names.index(name) for name in wanted]]
         columns = gcd(COLUMNS, len(wanted))

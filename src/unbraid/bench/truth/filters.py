@@ -1,4 +1,4 @@
-"""Image filters as extra styles: they tell the base that style is a dimension of its own.
+"""Image filters as additional styles: with more styles per subject, the base learns to treat style separately from subject.
 
 Every filter maps float pictures `[n, 3, h, w]` in 0..1 to pictures of the same shape.
 """
@@ -32,7 +32,7 @@ def _ramp(value: Tensor, *colours: str) -> Tensor:
 
 
 def edges(x: Tensor) -> Tensor:
-    """Strength of edges, 0..1, `[n, 1, h, w]`: the largest difference to the neighbours of any channel."""
+    """Strength of edges in 0..1, `[n, 1, h, w]`: the largest difference within 3×3 pixels, over all channels."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     high = F.max_pool2d(padded, 3, 1)
     low = -F.max_pool2d(-padded, 3, 1)
@@ -102,7 +102,7 @@ def thermal(x: Tensor) -> Tensor:
     return _ramp(1 - _grey(x), "100060", "a000c0", "ff5020", "ffe030", "ffffff")
 
 
-VERSION = 1  # raised when a filter changes: results of the benchmark depend on it
+VERSION = 1  # to be raised when a filter changes: the benchmark's results depend on them
 TRAIN_FILTERS: dict[str, Filter] = {
     f.__name__: f for f in (sepia, night, pastel, blueprint, risograph, pixel, blurred, comic, noir, neon)
 }

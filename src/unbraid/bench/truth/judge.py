@@ -1,7 +1,7 @@
-"""The judge: a small network that says what is drawn (content) and how it is drawn (style).
+"""The judge: a small network that embeds what is drawn (content) and how it is drawn (style).
 
-It is the project's measuring instrument. `bases/recipe/judge.py` trains it on real icons only,
-`bench/judge_validation.py` validates it, docs/judge.md has the figures.
+The benchmark measures with it. `tools/recipe/judge.py` trains it on real icons only, `tools/judge_validation.py` validates it,
+docs/judge.md has the figures.
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from unbraid.common.errors import UsageError
 
-SIZE = 64  # pixels; everything else is resized
+SIZE = 64  # pixels; pictures of other sizes are resized
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 CHANNELS = (24, 48, 96, 192)
-LAYOUT = 48  # channels of the 4×4 map whose layout the content head sees
+LAYOUT = 48  # channels of the 4×4 map that the content head reads
 BINS = 6  # soft bins of each colour channel, and of the local contrast
-PALETTE = 64  # learnt colours-in-context that the style head counts
+PALETTE = 64  # learnt combinations of colour and contrast, whose frequency the style head reads
 
 
 class _Residual(nn.Module):
@@ -54,8 +54,8 @@ def _binned(x: Tensor) -> Tensor:
 class Judge(nn.Module):
     """Two unit-norm embeddings of a picture: content (blind to style) and style (blind to subject).
 
-    The style head sees statistics of every stage's features and a learnt histogram of colours and contrasts, so no
-    layout at all; the content head sees the last 4×4 map.
+    The style head reads statistics of every stage's features and a learnt histogram of colours and contrasts: it has no access to
+    the layout. The content head reads the last 4×4 map.
     """
 
     def __init__(self, content: int = 128, style: int = 64) -> None:
@@ -99,7 +99,8 @@ class Judge(nn.Module):
         return torch.cat([content for content, _ in parts]), torch.cat([style for _, style in parts])
 
     def _seen_twice(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Content is the mean over the picture and the picture at three quarters: sets fill the square differently."""
+        """Content is the mean over the picture and the picture at three quarters of its size, because icon sets leave margins of different
+        width."""
         content, style = self(pictures)
         small = F.interpolate(pictures, 3 * SIZE // 4, mode="bilinear", antialias=True)
         distant, _ = self(F.pad(small, (SIZE // 8,) * 4, mode="replicate"))
@@ -109,7 +110,7 @@ class Judge(nn.Module):
 def load_judge(path: Path | None = None) -> Judge:
     """The committed judge, or the one at `path`: fp32, in evaluation mode, not trainable.
 
-    Raises UsageError when the file is missing, damaged, or not a judge's.
+    Raises UsageError when the file is missing, damaged, or holds another network.
     """
     path = path or WEIGHTS
     fix = "Restore it from the repository, or train it: python -m tools.recipe judge --work DIR"
@@ -140,7 +141,7 @@ def retrieval_top1(
 ) -> float:
     """Share of `queries [q, d]` whose nearest row of `gallery [g, d]` has the same label; both unit norm.
 
-    `barred`, bool `[q, g]`: rows that a query must not find, such as itself.
+    `barred`, bool `[q, g]`: rows that are excluded for a query, such as itself.
     """
     scores = queries @ gallery.T
     if barred is not None:
@@ -149,7 +150,7 @@ def retrieval_top1(
 
 
 def roc_auc(scores: Tensor, positive: Tensor) -> float:
-    """Chance that a positive outscores a negative, ties counting half; `scores [n]`, `positive` bool `[n]`."""
+    """Probability that a positive has a higher score than a negative, ties counting half; `scores [n]`, `positive` bool `[n]`."""
     wins, negatives = scores[positive].contiguous(), scores[~positive].sort().values
     below = torch.searchsorted(negatives, wins).double()
     not_above = torch.searchsorted(negatives, wins, right=True).double()

@@ -1,4 +1,4 @@
-"""Which subjects are trained on, and which are held out. Names are those of the icon sets."""
+"""The subjects and icon sets, divided into trained and held out. Names are those of the icon sets."""
 
 import random
 from functools import cache
@@ -17,7 +17,7 @@ STYLE_WORDS = {
     "openmoji": "line art",
 }
 
-HELD_OUT = 156  # a tenth of the 1,561 subjects that all six sets draw
+HELD_OUT = 156  # a tenth of the 1,561 subjects that are in all six sets
 SEED = 20_26
 
 
@@ -29,7 +29,7 @@ def concrete() -> tuple[str, ...]:
 
 @cache
 def held_out() -> tuple[str, ...]:
-    """The subjects that no training of base or judge ever sees, in any style."""
+    """The subjects that neither base nor judge was trained on, in any style."""
     return tuple(sorted(random.Random(SEED).sample(concrete(), HELD_OUT)))
 
 

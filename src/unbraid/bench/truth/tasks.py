@@ -1,11 +1,11 @@
-"""The four tasks: what is given, what is drawn, and which true picture each drawing is compared with."""
+"""The four tasks of the benchmark: their inputs, what is drawn, and the true picture that each drawing is compared with."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from unbraid.bench.truth.art import KNOWN
-from unbraid.bench.truth.world import BEFORE, TRAINED, Truth
+from unbraid.bench.truth.truths import BEFORE, TRAINED, Truth
 from unbraid.common.errors import UsageError
 from unbraid.runs.job import RARE
 from unbraid.runs.settings import Settings
@@ -17,27 +17,27 @@ TASKS: dict[Task, str] = {
     "transfer": "one picture before and after → other subjects in the style",
     "recombine": "the subject of one picture in the style of another",
 }
-PLACE = "cat"  # what the picture of a style shows, in `combine`
-TAUGHT, OTHERS = KNOWN[:4], KNOWN[4:]  # `transfer`: pairs are of the first; the others are drawn
-SHOWN = KNOWN[:4]  # what a style LoRA draws, in `separate`
+PLACE = "cat"  # the subject of the picture that a style is learnt from, in `combine`
+TAUGHT, OTHERS = KNOWN[:4], KNOWN[4:]  # subjects of `transfer`: of the pairs; of the drawings
+SHOWN = KNOWN[:4]  # the subjects that a style LoRA draws, in `separate`
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run. Cells come seed by seed, so that what is finished of a run is a whole benchmark of fewer seeds."""
+    """The size of a benchmark. Cells are ordered by seed, so that an unfinished run is a complete benchmark of fewer seeds."""
 
     subjects: tuple[str, ...]
     styles: tuple[str, ...] = ("line art", "stencil", "pencil")
     transferred: tuple[str, ...] = ("stencil", "pencil", "thermal")
     seeds: tuple[int, ...] = (0,)
     others: int = len(OTHERS)  # subjects drawn in each transferred style
-    draws: int = 2  # pictures of one prompt, where diversity is measured
-    steps: int = 25  # of sampling
+    draws: int = 2  # pictures per prompt where diversity is measured
+    steps: int = 25  # sampling steps
     guidance: float = 4.0
-    training: Mapping[str, Settings] = field(default_factory=dict, hash=False)  # method → settings in place of its own
+    training: Mapping[str, Settings] = field(default_factory=dict, hash=False)  # method → settings that replace its own
 
     def limited(self, seeds: tuple[int, ...] | None) -> "Scale":
-        """The same with fewer seeds."""
+        """The same size with these seeds alone. UsageError for a seed that the size does not have."""
         if seeds and not set(seeds) <= set(self.seeds):
             there = ", ".join(map(str, self.seeds))
             raise UsageError(f"seeds {', '.join(map(str, seeds))}", "--seed", f"This size has: {there}.")
@@ -50,10 +50,10 @@ FULL = Scale(("fox", "guitar", "mushroom", "fish", "cactus", "locomotive", "pizz
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem: where the subject and the style come from, and the seed of training and drawing."""
+    """One problem: the pictures that subject and style come from, and the seed of training and drawing."""
 
     task: Task
-    content: Truth  # `combine`: one of the pictures of the subject; `transfer`: the picture before
+    content: Truth  # `combine`: one of the subject's pictures; `transfer`: the picture before
     style: Truth  # `transfer`: the picture after
     seed: int
 
@@ -67,7 +67,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Item:
-    """One drawing that is asked for. `leaks`: what must not show in it, the content or style of which true picture."""
+    """One prompt to draw at some seeds, and the true picture to compare with. `leaks`: the true picture whose content, or whose style,
+    must not show in it."""
 
     use: Literal["content", "style", "both"]
     prompt: str
@@ -77,7 +78,7 @@ class Item:
 
 
 def cells(scale: Scale) -> Iterator[Cell]:
-    """Every problem, in the order in which they are worth doing. `recombine` takes the next subject's style, where there is one."""
+    """Every problem of a size, seed by seed. In `recombine` the style comes from a picture of the next subject, if there are several."""
     for seed in scale.seeds:
         for i, subject in enumerate(scale.subjects):
             other = scale.subjects[(i + 1) % len(scale.subjects)]
@@ -106,7 +107,7 @@ def joint_prompt(subject: str, style: str) -> str:
 
 
 def items(cell: Cell, scale: Scale) -> list[Item]:
-    """What is drawn in a cell."""
+    """Everything that is to be drawn in a cell."""
     first, subject, style = cell.seed * scale.draws, cell.subject, cell.style.style
     one, some = (first,), tuple(range(first, first + scale.draws))
     if cell.task == "transfer":

@@ -8,31 +8,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from unbraid.bases.base import load
-from unbraid.bench.measure import ATTENTION_FLOPS
 from unbraid.core.lora import Branch
 from unbraid.core.recipe import Recipe
 from unbraid.core.train import train
 from unbraid.runs.job import Job, prompts_of
 from unbraid.runs.run import Ready, opened_images, prepare
 
+aten = torch.ops.aten
+ATTENTION_FLOPS: dict[Any, Any] = {  # torch's own formulas; its counter does not apply them to flash attention on a CPU
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
 class Cost:
-    """Of one row on one cell, or of one part of it. Memory is the peak above what was there before (the base), trained
-    parameters and FLOPs are those of trainings; None: not measured here."""
+    """The cost of one row on one cell, or of one part of it. Drawing is not included. `memory` is the peak above what was in use
+    before (the base); None where it cannot be measured. `flops` and `parameters` count trainings alone."""
 
     seconds: float = 0.0
     flops: float = 0.0
     parameters: int = 0
     memory: int | None = None  # bytes
-    file: int = 0  # bytes of what is loaded to draw
+    file: int = 0  # bytes of the LoRA files that are drawn with
 
     def __add__(self, other: "Cost") -> "Cost":
         peaks = [peak for peak in (self.memory, other.memory) if peak is not None]
@@ -47,8 +56,8 @@ class Cost:
 
 @contextmanager
 def measured(cost: Cost) -> Iterator[None]:
-    """Seconds and peak memory of what happens inside: the accelerator's, or this process's where the system tells (Linux). On a
-    processor seconds are those that it worked, so that other processes do not count."""
+    """Add the seconds and set the peak memory of the code inside. With a GPU: wall-clock time and the GPU's memory. Without one: CPU time
+    of this process, so that other processes do not disturb it, and its resident memory, where the system reports it (Linux)."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -64,7 +73,7 @@ def measured(cost: Cost) -> Iterator[None]:
 
 
 def _reset_peak() -> int | None:
-    """Make the process's peak memory count anew; what it uses now. None where that cannot be done."""
+    """Reset the process's peak memory; returns the bytes in use now, or None where the system does not allow it."""
     if not os.access(CLEAR, os.W_OK):
         return None
     CLEAR.write_text("5")
@@ -72,6 +81,7 @@ def _reset_peak() -> int | None:
 
 
 def _resident(what: str) -> int | None:
+    """A memory figure of this process in bytes, such as `VmRSS`; None where the system does not report it."""
     if not STATUS.exists():
         return None
     line = next((one for one in STATUS.read_text().splitlines() if one.startswith(what)), None)
@@ -79,7 +89,7 @@ def _resident(what: str) -> int | None:
 
 
 def counted(job: Job) -> Cost:
-    """FLOPs of a whole training, and the parameters that it trains: one step of every kind is run under the counter."""
+    """FLOPs and trained parameters of a whole training. One step of each kind is run and counted, the rest is multiplication."""
     ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, loading=job.loading))
     kinds = Counter(ready.recipe.branches(i) for i in range(ready.recipe.steps))
     flops = sum(count * _step_flops(ready, branches) for branches, count in kinds.items())

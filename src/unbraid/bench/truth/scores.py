@@ -1,5 +1,5 @@
-"""What a drawing is worth: the judge's cosines to the true picture, distance in the base's latent space, leaks, and whether the
-judge, choosing among all subjects and styles, names what was asked for."""
+"""Scores of a drawing: the judge's cosines to the true picture, the distance in the base's latent space, leaks, and whether the judge
+picks the right subject and style among all of them."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -14,7 +14,7 @@ from unbraid.bases.base import Base
 from unbraid.bench.truth.art import held_out_art, known_art
 from unbraid.bench.truth.judge import Judge, load_judge
 from unbraid.bench.truth.tasks import Item
-from unbraid.bench.truth.world import DRAWN, Truth
+from unbraid.bench.truth.truths import DRAWN, Truth
 
 
 def harmonic(a: float, b: float) -> float:
@@ -23,15 +23,15 @@ def harmonic(a: float, b: float) -> float:
 
 
 def likeness(image: Image.Image, truth: Truth) -> tuple[float, float]:
-    """(content, style): cosines of a picture to a true one."""
+    """(content, style): the judge's cosines between a picture and a true picture, each in -1..1."""
     content, style = (part[0] for part in judge().embed(values_of(image)[None]))
     true = _embedded(truth)
     return float(content @ true["content"]), float(style @ true["style"])
 
 
 def scored(item: Item, image: Image.Image, base: Base) -> dict[str, float]:
-    """`content`, `style`: cosines to the truth. `distance`: between latents, 1 is as far from the truth as an empty page.
-    `leak`: the mean cosine to what must not show, where something must not. `named`: 0, 0.5 or 1, see `named`."""
+    """The scores of one drawing. `content`, `style`: cosines to the true picture. `distance`: see `distance`. `named`: see `named`. `leak`:
+    the mean cosine to the pictures whose content or style must not show; absent if the item has none."""
     content, style = (part[0] for part in judge().embed(values_of(image)[None]))
     kinds = {"content": content, "style": style}
     found = {kind: float(mine @ _embedded(item.truth)[kind]) for kind, mine in kinds.items()}
@@ -44,8 +44,8 @@ def scored(item: Item, image: Image.Image, base: Base) -> dict[str, float]:
 
 
 def named(content: Float[Tensor, " c"], style: Float[Tensor, " s"], truth: Truth) -> float:
-    """The mean of two answers of the judge, 0 or 1: is this subject nearer than all others in this style, and this style nearer
-    than all others of this subject?"""
+    """0, 0.5 or 1: the share of two questions that the judge answers correctly. Which of all subjects in this style is nearest to the
+    drawing? Which of all styles of this subject is nearest?"""
     subjects = [Truth(subject, truth.style) for subject in (*known_art().names, *held_out_art().names)]
     styles = [Truth(truth.subject, style) for style in DRAWN]
     nearest = subjects[int((_gallery(truth.style) @ content).argmax())]
@@ -54,7 +54,8 @@ def named(content: Float[Tensor, " c"], style: Float[Tensor, " s"], truth: Truth
 
 
 def distance(first: Image.Image, second: Image.Image, truth: Truth, base: Base) -> float:
-    """Root mean square difference of two pictures' latents, in units of that between the true picture and an empty page."""
+    """Distance of two pictures in the base's latent space, divided by the distance of the true picture to an empty page. So a drawing at 1
+    is as far from the true picture as an empty page is."""
     a, b, true, white = (
         latent(one, base) for one in (first, second, truth.image, Image.new("RGB", first.size, "white"))
     )
@@ -62,21 +63,21 @@ def distance(first: Image.Image, second: Image.Image, truth: Truth, base: Base) 
 
 
 def diversity(images: Sequence[Image.Image], truth: Truth, base: Base) -> float | None:
-    """The mean distance between pictures of one prompt."""
+    """The mean distance between pictures of one prompt; None for a single picture."""
     pairs = [(a, b) for i, a in enumerate(images) for b in images[i + 1 :]]
     return sum(distance(a, b, truth, base) for a, b in pairs) / len(pairs) if pairs else None
 
 
 @torch.no_grad()
 def latent(image: Image.Image, base: Base) -> Tensor:
-    """The middle of the autoencoder's posterior of a picture at the base's size, `[c, h, w]`."""
+    """The mode of the autoencoder's posterior for a picture at the base's size, `[c, h, w]`."""
     side = (base.size, base.size)
     fitted = image if image.size == side else image.resize(side, Image.Resampling.LANCZOS)
     return base.vae.encode(values_of(fitted)[None].to(base.device) * 2 - 1).latent_dist.mode()[0].cpu()  # type: ignore[union-attr]
 
 
 def values_of(image: Image.Image) -> Float[Tensor, "3 h w"]:
-    """In 0..1."""
+    """A picture's values in 0..1."""
     return torch.from_numpy(np.array(image.convert("RGB"), np.float32)).permute(2, 0, 1) / 255
 
 
@@ -93,6 +94,6 @@ def _embedded(truth: Truth) -> Mapping[str, Tensor]:
 
 @cache
 def _gallery(style: str) -> Tensor:
-    """Content embeddings of all subjects in a style, `[n, 128]`."""
+    """Content embeddings of the true pictures of all subjects in a style, `[n, 128]`."""
     subjects = (*known_art().names, *held_out_art().names)
     return judge().embed(torch.stack([Truth(subject, style).values for subject in subjects]))[0]

@@ -1,5 +1,5 @@
-"""The benchmark's world: subjects that the base has never seen, styles that it has never seen, and for every subject in every
-style the true picture, as an artist drew it. A user's own pictures are of no world: they are files."""
+"""True pictures: a subject in a style as an artist really drew it, for every subject and style of the benchmark, including those that
+the base has never seen. A user's own pictures are given as files; they can be learnt from, but have no true counterparts."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from unbraid.common.errors import UsageError
 from unbraid.images.crop import open_image
 
 TRAINED = tuple(STYLE_WORDS[of] for of in TRAIN_SETS)  # art styles that the base knows
-DRAWN = {word: (of, "") for of, word in STYLE_WORDS.items()} | {  # style → icon set, and a held-out filter of it
+DRAWN = {word: (of, "") for of, word in STYLE_WORDS.items()} | {  # style → (icon set, held-out filter on it or "")
     "pencil": ("noto", "pencil"),
     "emboss": ("noto", "emboss"),
     "thermal": ("fluent-emoji-flat", "thermal"),
@@ -26,7 +26,7 @@ BEFORE = {
     "pencil": "cartoon",
     "thermal": "minimal",
     "emboss": "cartoon",
-}  # the same drawing without the style
+}  # style → the style of the same drawing without it
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Truth:
 
     subject: str
     style: str
-    file: Path | None = None  # where it is a user's own picture, which has no true counterpart
+    file: Path | None = None  # a user's own picture
 
     def __str__(self) -> str:
         return f"{self.subject}, {self.style}"
 
     @property
     def values(self) -> Float[Tensor, "3 h w"]:
-        """In 0..1, on white."""
+        """In 0..1, on white. UsageError for a user's own picture."""
         return _values(self)
 
     @property

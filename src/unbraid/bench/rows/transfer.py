@@ -1,0 +1,58 @@
+"""Rows of `transfer`: a style is learnt from pairs of pictures before and after it was applied."""
+
+from pathlib import Path
+
+from unbraid.bench.rows.row import Drawers, Row
+from unbraid.bench.rows.training_cache import TrainingCache
+from unbraid.bench.truth.tasks import TAUGHT, Cell, joint_prompt
+from unbraid.bench.truth.truths import BEFORE, Truth
+from unbraid.runs.api import learn_job, pair_job
+from unbraid.runs.settings import Settings
+from unbraid.sampling.render import Use
+
+
+def paired(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """A style learnt from pairs: applied by style guidance at `strength`, or as an ordinary LoRA (`guided` off)."""
+    own = {key: value for key, value in settings.items() if key not in ("strength", "guided", "pairs", "method")}
+    style, guided = cell.style.style, settings.get("guided", True)
+    count, method = settings.get("pairs", 1), settings.get("method", "pair")
+    before, after = pairs(cache, style, count)
+    options = {"method": method, "seed": cell.seed, "base": cache.base_name, **own}
+    file = cache.train(pair_job(before, after, subject=TAUGHT[0], style=style, **options)) / "style.safetensors"
+    use = Use(file, settings.get("strength", 1.0), prompt=style if guided else None)
+    if guided:
+        return {"style": cache.drawer(styles=(use,))}
+    return {"style": cache.drawer(use, suffix="" if method == "slider" else f" in {style} style")}
+
+
+def learnt_after(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """A DreamBooth-LoRA of the picture after alone."""
+    prompt, style = joint_prompt(cell.style.subject, cell.style.style), cell.style.style
+    job = learn_job(cache.picture(cell.style), prompt=prompt, seed=cell.seed, base=cache.base_name, **settings)
+    return {"style": cache.drawer(Use(cache.train(job) / "lora.safetensors"), suffix=f" in {style} style")}
+
+
+def pairs(cache: TrainingCache, style: str, count: int) -> tuple[Path, Path]:
+    """Two folders with `count` pictures each, before and after; the prompt of a picture is its subject."""
+    before = [(Truth(subject, BEFORE[style]), subject) for subject in TAUGHT[:count]]
+    after = [(Truth(subject, style), subject) for subject in TAUGHT[:count]]
+    return cache.captioned(before, f"{style} {count} before"), cache.captioned(after, f"{style} {count} after")
+
+
+PAIR = ("pair",)
+ROWS = [
+    Row("transfer", "Pair", paired, methods=PAIR),
+    Row("transfer", "Pair at LoRA scale", paired, {"guided": False}, methods=PAIR),
+    Row("transfer", "Pair, 2 pairs", paired, {"pairs": 2}, methods=PAIR),
+    Row("transfer", "Concept Slider", paired, {"method": "slider", "guided": False}, methods=("slider",)),
+    Row("transfer", "DreamBooth-LoRA of the picture after", learnt_after, methods=("dreambooth",)),
+    *(
+        Row("transfer", f"ablation: Pair{name}", paired, settings, ablation=True, methods=PAIR)
+        for name, settings in (
+            (", not orthogonal", {"orthogonal": False}),
+            (", without the content adapter", {"joint": False}),
+            (" at half strength", {"strength": 0.5}),
+            (" at strength 1.5", {"strength": 1.5}),
+        )
+    ),
+]
