@@ -15,7 +15,8 @@ from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta
 from unbraid.files.doctor import diagnose
 from unbraid.files.formats.blocks import to_ldm
-from unbraid.files.formats.loaders import TOOLS, unet_modules
+from unbraid.files.formats.tool_rules import TOOLS
+from unbraid.files.formats.unets import unet_modules
 from unbraid.files.formats.widths import width as true_width
 from unbraid.files.lora_file import read, write
 from unbraid.files.plot import plot_interference

@@ -22,10 +22,10 @@ from unbraid.core.lowrank import delta
 from unbraid.files.formats.blocks import Family, block_of, from_ldm, to_ldm
 from unbraid.files.formats.fused import fuse, split
 from unbraid.files.formats.header import catalogue, read_header
-from unbraid.files.formats.loaders import unet_modules
 from unbraid.files.formats.metadata import card, write_sidecar
 from unbraid.files.formats.names import canonical
 from unbraid.files.formats.spelling import DIALECTS, Spelling, kohya, ldm, spelled
+from unbraid.files.formats.unets import unet_modules
 from unbraid.files.formats.widths import width
 from unbraid.files.lora_file import LoraFile, read, write
 from unbraid.files.tools import convert

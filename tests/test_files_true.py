@@ -16,7 +16,7 @@ from unbraid.cli.files import app
 from unbraid.common.errors import LONGEST, UsageError, printable
 from unbraid.files.doctor import diagnose
 from unbraid.files.formats.header import read_header
-from unbraid.files.formats.loaders import TOOLS
+from unbraid.files.formats.tool_rules import TOOLS
 from unbraid.files.formats.weights import numbers
 from unbraid.files.lora_file import read
 from unbraid.files.merge import Size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unbraid.common.errors import UsageError
 from unbraid.core.lowrank import delta
-from unbraid.files.changes import TOLD, Ways, change
+from unbraid.files.changes import LENIENT, Conversion, change
 from unbraid.files.doctor import diagnose
 from unbraid.files.formats.recognise import Verdict
 from unbraid.files.lora_file import read
@@ -136,14 +136,14 @@ def test_a_limit_gives_the_best_approximation_and_its_true_error(case: str, limi
     want = (want * strength(parts, 1.0)).flatten(1)
     s = torch.linalg.svdvals(want)
     best = float(s[limit:].norm() / s.norm())
-    file = read(path, ways=Ways(limit, strict=False))
+    file = read(path, conversion=Conversion(limit, strict=False))
     (name,) = file.modules
     assert len(file.modules[name].down) <= limit
     assert file.errors[name] == pytest.approx(off(delta(file.modules[name]), want), abs=1e-5)
     assert file.errors[name] == pytest.approx(best, rel=1e-3, abs=1e-5)
     if best > 1e-3:
         with pytest.raises(UsageError, match="is off by"):
-            read(path, ways=Ways(limit))
+            read(path, conversion=Conversion(limit))
 
 
 def test_merge_of_kinds_is_the_sum_of_their_changes(tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ DAMAGED: dict[str, tuple[Callable[[], Parts], str]] = {
 def test_damaged_kinds_are_one_line(case: str, tmp_path: Path) -> None:
     parts, message = DAMAGED[case]
     path = file_of(tmp_path / "a.safetensors", LINEAR, parts(), 1.0)
-    for ways in (Ways(), TOLD):
+    for conversion in (Conversion(), LENIENT):
         with pytest.raises(UsageError, match=message) as found:
-            read(path, ways=ways)
+            read(path, conversion=conversion)
         assert "\n" not in str(found.value)
 
 
@@ -285,7 +285,7 @@ def test_pefts_own_merge_is_the_oracle(case: str, tmp_path: Path) -> None:
     save(path, tensors)  # with adapter_config.json beside it
     torch.manual_seed(0)
     weight = nn.Linear(K, D, bias=False).weight.detach()
-    file = read(path, ways=Ways(weight=lambda _: weight, strict=False))
+    file = read(path, conversion=Conversion(weight=lambda _: weight, strict=False))
     assert off(delta(file.modules[TO_K]), want.double()) < 1e-5
 
 
@@ -299,7 +299,7 @@ def test_dora_is_read_per_output_and_per_input(tmp_path: Path) -> None:
         want = given * moved / moved.norm(dim=axis, keepdim=True) - weight.double()
         with opened_lora(path) as opened:
             assert off(change(opened, TO_K, weight), want) < 1e-6
-        file = read(path, ways=Ways(weight=lambda _: weight, strict=False))
+        file = read(path, conversion=Conversion(weight=lambda _: weight, strict=False))
         assert off(delta(file.modules[TO_K]), want) < 1e-5
 
 
@@ -333,7 +333,7 @@ def test_lycoris_own_forward_is_the_oracle(algo: str, conv: bool, core: bool, do
         want = layer(x).double()
     parts = {key: value.data for key, value in module.state_dict().items()}
     path = save(tmp_path / "a.safetensors", {f"{CONV if conv else LINEAR}.{k}": v for k, v in parts.items()})
-    file = read(path, ways=Ways(weight=lambda _: weight, strict=False))
+    file = read(path, conversion=Conversion(weight=lambda _: weight, strict=False))
     (one,) = file.modules.values()
     changed = weight + delta(one).reshape(weight.shape)
     got = nn.functional.conv2d(x, changed, bias, padding=1) if conv else nn.functional.linear(x, changed, bias)

@@ -16,7 +16,6 @@ TODO: tuple[str, ...] = (
     "cli/train.py",
     "core/recipe.py:Recipe",
     "core/train.py",
-    "files/report.py:Report",
     "methods/b4m.py:break_",
     "methods/b4m.py:make",
     "methods/pair.py:pair",

@@ -20,7 +20,7 @@ import torch
 
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta, truncate
-from unbraid.files.formats.loaders import unet_modules
+from unbraid.files.formats.unets import unet_modules
 from unbraid.files.lora_file import write
 
 RANK, FULL, REPEATS = 64, 722, 3

@@ -18,8 +18,9 @@ from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.encode import Dialect
 from unbraid.files.formats.families import DESIGNS
 from unbraid.files.formats.header import catalogue, read_header
-from unbraid.files.formats.loaders import TOOLS, unet_modules
 from unbraid.files.formats.spelling import DIALECTS, dense, spelled
+from unbraid.files.formats.tool_rules import TOOLS
+from unbraid.files.formats.unets import unet_modules
 from unbraid.files.formats.widths import width
 from unbraid.files.lora_file import write
 from unbraid.files.tools import convert

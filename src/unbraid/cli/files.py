@@ -114,7 +114,7 @@ def doctor(
 ) -> None:
     """Say what a tool would load of a file, drop or refuse, and the line that mends it."""
     from unbraid.files.doctor import diagnoses
-    from unbraid.files.formats.loaders import TOOLS
+    from unbraid.files.formats.tool_rules import TOOLS
 
     found = diagnoses(file, [tool] if tool else TOOLS)
     for one in found:
@@ -138,17 +138,19 @@ def inspect(
     for path in [file, *([second] if second else [])]:
         one = report(path)
         ranks, alphas = (", ".join(f"{k:g} (×{n})" for k, n in counts.items()) for counts in (one.ranks, one.alphas))
-        by = "" if one.verdict.by == "nothing" else f" (by {one.verdict.by})"
+        by = "" if one.found.verdict.by == "nothing" else f" (by {one.found.verdict.by})"
         typer.echo(
             f"{printable(path)}: {one.family}{by}, names {', '.join(one.namings)}, {', '.join(one.dtypes)},"
             f" rank {printable(ranks)}, alpha {printable(alphas)}"
         )
-        for kind, count in one.kinds.items():
+        for kind, count in one.found.kinds.items():
             more = {"DoRA": ": its magnitudes are not in the norms below"}.get(kind, "")
             more = ": not shown below" if kind in KINDS or kind == "norms and biases" else more
             typer.echo(f"  {count} tensors of {kind}{more}")
-        if one.kept:
-            typer.echo(f"  {len(one.kept)} modules that no table knows, such as {printable(one.kept[0], 80)}")
+        if one.found.kept:
+            typer.echo(
+                f"  {len(one.found.kept)} modules that no table knows, such as {printable(one.found.kept[0], 80)}"
+            )
         for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):
             if key in one.metadata:
                 typer.echo(f"  {key.partition('.')[2]}: {printable(one.metadata[key])}")

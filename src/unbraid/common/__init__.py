@@ -1,1 +1,1 @@
-"""What every room uses: the one kind of error that people see, and files that are written whole or not at all."""
+"""Used by all other packages: the error for users, and atomic writing of files."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and small things read from files."""
+"""Writing files atomically; reading TOML files; hashing files."""
 
 import hashlib
 import os
@@ -18,10 +18,12 @@ _numbers = count()
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, unique to this process, to write to; renamed at the end, removed on any failure.
+    """Gives a temporary path beside `path` to write to. It is renamed to `path` at the end, or removed after an error.
 
     Raises UsageError if the folder cannot be written or the disk is full."""
-    part = path.with_name(f".{os.getpid():x}-{next(_numbers)}.part{path.suffix}")  # two processes may write one file
+    part = path.with_name(
+        f".{os.getpid():x}-{next(_numbers)}.part{path.suffix}"
+    )  # unique, because two processes may write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -30,19 +32,24 @@ def atomic(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot be written ({reason})", path, "Choose another folder or make room.") from error
     finally:
-        with suppress(OSError):  # where the folder itself cannot be written: that has been said
+        with suppress(OSError):  # if the folder cannot be written, the error above is already raised
             part.unlink(missing_ok=True)
 
 
 def read_toml(path: Path, fix: str) -> dict[str, Any]:
-    """A TOML file. UsageError for what is none."""
+    """The contents of a TOML file. UsageError if it cannot be read or parsed; `fix` completes the message."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # tomllib's own, too much depth, numbers of too many digits
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # syntax errors, too deep nesting, numbers with too many digits
         reason = " ".join(str(error).split())[:150]
         raise UsageError(f"not a TOML file: {reason}", path, fix) from error
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

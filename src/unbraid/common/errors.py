@@ -1,10 +1,10 @@
-"""The one error that is meant for the user's eyes."""
+"""The error that is shown to the user."""
 
 LONGEST = 299  # characters of a message
 
 
 class UsageError(Exception):
-    """Something the user can mend: `what` is wrong, `where` it was seen, and how to `fix` it.
+    """A problem that the user can fix: `what` is wrong, `where`, and how to `fix` it.
 
     The command line prints it as one line and exits with status 1.
     """
@@ -17,7 +17,7 @@ class UsageError(Exception):
 
 
 def printable(text: object, limit: int = 120) -> str:
-    """Text from outside as a terminal may show it: one line, no control characters, its middle left out beyond `limit`."""
+    """Untrusted text made safe for a terminal: one line without control characters, shortened in the middle to `limit` characters."""
     text = str(text)
     text = text if len(text) <= 4 * limit else f"{text[: 2 * limit]}{text[-2 * limit :]}"
     shown = "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else "\ufffd" for letter in text)

@@ -1,5 +1,5 @@
 """LoRA files, and everything that needs only files: reading and writing all dialects, merging, resizing, converting, editing,
-baking, extracting, and what is said about a file. No base model is loaded here, nothing is trained or drawn."""
+baking, extracting, and reports on files. Nothing here loads a base model, trains or draws."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["LoraFile", "read", "write"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when they are first used: what looks at headers alone needs no torch."""
+    """Import `lora_file` at the first use, so that code which only reads headers does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module 'unbraid.files' has no attribute {name!r}")
     from unbraid.files import lora_file

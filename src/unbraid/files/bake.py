@@ -1,4 +1,4 @@
-"""LoRAs merged into a checkpoint: W + Σ w ΔW, tensor by tensor, in a file of the same names, order and dtypes."""
+"""Merging LoRAs into a checkpoint: W + Σ w ΔW for each tensor. Names, order and dtypes stay those of the checkpoint."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ Watch = Callable[[Iterator[int], int], Iterator[int]]
 
 @dataclass(frozen=True)
 class Baked:
-    """What was written: tensors of the checkpoint, how many of them were changed, by how many modules of the LoRAs."""
+    """What was written. `tensors`: number in the checkpoint; `changed`: how many of them changed; `modules`: LoRA modules that were applied."""
 
     path: Path
     tensors: int
@@ -37,7 +37,8 @@ class Baked:
 
 @dataclass(frozen=True)
 class Use:
-    """A module of a LoRA at work on a tensor: on its part `place`, as the vector `part`, or as the weight's change ("")."""
+    """A LoRA module applied to a tensor of the checkpoint. `place`: the tensor, or the part of it that belongs to the module. `part`: the
+    name of a vector that is added, or "" for the change of the weight."""
 
     lora: Opened
     module: str
@@ -55,8 +56,9 @@ def bake(
 ) -> Baked:
     """Merge LoRAs into a single-file checkpoint of SDXL, SD1.5 or SD2.1, or into a diffusers UNet file.
 
-    Every kind that `unbraid.files.changes` knows is exact here, DoRA too (of this checkpoint's weights). `watch` sees the bytes written, of
-    how many. Errors: modules that the checkpoint has not, shapes that do not fit, a full disk; then nothing is written.
+    Every kind of module that `unbraid.files.changes` knows is applied exactly; DoRA uses this checkpoint's weights. `watch(steps, total)`
+    iterates over the bytes written per tensor, for a progress bar. Errors: modules that the checkpoint lacks, shapes that do not fit, a
+    full disk; then nothing is written.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -82,7 +84,7 @@ def bake(
 
 
 def _plan(base: Checkpoint, loras: Sequence[Opened], sources: Sequence[Source]) -> tuple[dict[str, list[Use]], int]:
-    """Tensor of the checkpoint → what works on it; and how many modules do."""
+    """Key of a tensor → the LoRA modules to apply to it; and the number of modules that are applied at all."""
     plan: dict[str, list[Use]] = {}
     modules = 0
     for lora, source in zip(loras, sources, strict=True):
@@ -106,7 +108,7 @@ def _plan(base: Checkpoint, loras: Sequence[Opened], sources: Sequence[Source]) 
 
 
 def _uses(base: Checkpoint, lora: Opened, module: str, parts: Mapping[str, str], weight: float) -> Iterator[Use | None]:
-    """None: for a part that has no place in the checkpoint."""
+    """Where the parts of a module go. None stands for a part that the checkpoint has no tensor for."""
     norm = "diff" in parts and len(lora.header.shapes[parts["diff"]]) == 1
     vectors = [part for part in VECTORS if part in parts] + (["w_norm"] if norm else [])
     if set(parts) - {*VECTORS, "alpha"} - ({"diff"} if norm else set()):
@@ -118,7 +120,7 @@ def _uses(base: Checkpoint, lora: Opened, module: str, parts: Mapping[str, str],
 
 
 def _changed(key: str, uses: Sequence[Use], stored: Tensor) -> Tensor:
-    """W + Σ w ΔW in fp32; DoRA's change is one of the stored W, whatever else is baked."""
+    """W + Σ w ΔW in fp32. DoRA's change is computed from the stored W, not from the sum so far."""
     total = wide(stored)
     original = total.clone() if len(uses) > 1 and any(use.decomposed for use in uses) else total
     for use in uses:
@@ -143,7 +145,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _metadata(base: Checkpoint, sources: Sequence[Source]) -> dict[str, str]:
-    """The checkpoint's own, without the hashes of what it was, and what was baked into it."""
+    """The checkpoint's metadata without its hashes, which no longer fit, and a list of the LoRAs that were merged."""
     kept = {key: value for key, value in base.header.metadata.items() if "hash" not in key.lower()}
     loras = [{"name": s.path.stem, "weight": s.weight, "blocks": list(s.blocks)} for s in sources]
     return {**kept, "unbraid.baked": json.dumps(loras)}

@@ -1,7 +1,8 @@
-"""What a LoRA file changes, module by module: as factors, or as the dense change of a weight.
+"""The change that a LoRA file makes to a module: as the two factors of a LoRA, or as the dense change of the weight.
 
-LoRA and LoCon are factors as they are. LoHa and LoKr are exactly low-rank where their factors are small. What has a higher rank than
-`Ways.limit`, a full change (`diff`), and DoRA (which needs its base's weights) are cut there, and the error is told.
+LoRA and LoCon modules hold the factors. LoHa and LoKr convert to factors exactly if their rank is small enough. Those of a rank above
+`Conversion.limit`, full changes (`diff`) and DoRA (which needs its base's weights) are approximated at that rank, and the error is
+reported.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,68 +17,68 @@ from unbraid.core.lowrank import matrices, wide
 from unbraid.files.formats import lycoris
 from unbraid.files.opened import Opened
 
-EXACT = 1e-3  # a relative error that is no more than fp16's rounding
+EXACT = 1e-3  # relative error that counts as exact: about fp16's rounding
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How what is not a plain LoRA is read. `limit`: the highest rank it is given. `weight`: module → the weight of the base, for
-    DoRA. `strict`: vectors, and errors above fp16's rounding, are refused instead of told."""
+class Conversion:
+    """How modules that are not plain LoRAs are converted. `limit`: the highest rank of the result. `weight`: module → the base's weight,
+    needed for DoRA. `strict`: raise UsageError for changes of norms and biases, and for errors above `EXACT`, instead of returning them."""
 
     limit: int = lycoris.LIMIT
     weight: Callable[[str], Tensor] | None = None
     strict: bool = True
 
 
-STRICT, TOLD = Ways(), Ways(strict=False)
+STRICT, LENIENT = Conversion(), Conversion(strict=False)
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A module: its factors (None: there are only vectors), the changes of its bias and its norm, and the factors' relative error
-    (None: they are the file's own)."""
+class Converted:
+    """One module as a LoRA. `lora` is None if the module only changes norms and biases, which are in `vectors`. `error`: relative error
+    of the conversion; None if the module was a plain LoRA."""
 
     lora: Lora | None
     vectors: Mapping[str, Tensor]
     error: float | None = None
 
 
-def take(file: Opened, name: str, ways: Ways) -> Taken:
-    """A module as a LoRA."""
+def as_lora(file: Opened, name: str, conversion: Conversion) -> Converted:
+    """Read one module and convert it to a LoRA. Errors: see `Conversion`; DoRA without its base; tensors that do not fit."""
     parts, vectors, alpha = file.parts(name)
     where = file.where(name)
-    if vectors and ways.strict:
+    if vectors and conversion.strict:
         fix = "merge, convert, resize and edit keep it; bake puts it into a checkpoint."
         raise UsageError(f"norms and biases ({', '.join(vectors)}) are changed, which no LoRA does", where, fix)
     if not parts:
-        return Taken(None, vectors)
+        return Converted(None, vectors)
     if "dora_scale" in parts:
-        if ways.weight is None:
+        if conversion.weight is None:
             fix = (
                 "Name the model that it was trained on (convert, resize, merge: --base FILE), or bake it into that one."
             )
             raise UsageError("DoRA needs the weights of its base", where, fix)
-        lora, error = lycoris.factored(change(file, name, ways.weight(name)), ways.limit)
+        lora, error = lycoris.factored(change(file, name, conversion.weight(name)), conversion.limit)
     elif lycoris.is_kind(parts):
-        told, kernel = lycoris.alpha_of(file.settings, alpha, name), lycoris.kernel_of(name, file.family)
-        lora, error = lycoris.low_rank(parts, told, kernel, ways.limit, where)
+        scale, kernel = lycoris.alpha_of(file.settings, alpha, name), lycoris.kernel_of(name, file.family)
+        lora, error = lycoris.low_rank(parts, scale, kernel, conversion.limit, where)
     else:
-        return Taken(file.plain(parts, alpha, name), vectors)
-    if ways.strict and error > EXACT:
-        what = f"a LoRA of rank {ways.limit} is off by {error:.1%}"
+        return Converted(file.plain(parts, alpha, name), vectors)
+    if conversion.strict and error > EXACT:
+        what = f"a LoRA of rank {conversion.limit} is off by {error:.1%}"
         raise UsageError(what, where, "Make one with unbraid convert, or resize --rank N, and see whether it will do.")
-    return Taken(lora, vectors, error)
+    return Converted(lora, vectors, error)
 
 
 def change(file: Opened, name: str, weight: Tensor) -> Tensor:
-    """The dense change of a weight `[d, k, …]`, in fp32 and its shape; of DoRA, that of this weight."""
+    """The dense change of a weight `[d, k, …]`, in fp32 and in its shape. DoRA's change depends on the weight's values."""
     zero = torch.zeros(weight.shape)
     add_change(file, name, zero, 1.0, weight)
     return zero
 
 
 def add_change(file: Opened, name: str, total: Tensor, strength: float, weight: Tensor) -> None:
-    """total += strength · change, in place; both are fp32 or fp64, `[d, k, …]`. `weight`: what DoRA is the change of."""
+    """total += strength · change, in place. `total [d, k, …]` is fp32 or fp64; `weight`: the base's weight, which DoRA's change needs."""
     parts, _, alpha = file.parts(name)
     magnitude, where = parts.pop("dora_scale", None), file.where(name)
     if magnitude is not None:
@@ -91,13 +92,15 @@ def add_change(file: Opened, name: str, total: Tensor, strength: float, weight: 
 def _add(file: Opened, name: str, parts: lycoris.Parts, alpha: float | None, total: Tensor, strength: float) -> None:
     where = file.where(name)
     if lycoris.is_kind(parts):
-        told = lycoris.alpha_of(file.settings, alpha, name)
-        total.add_(lycoris.dense(parts, told, total.shape, where), alpha=strength)
+        scale = lycoris.alpha_of(file.settings, alpha, name)
+        total.add_(lycoris.dense(parts, scale, total.shape, where), alpha=strength)
         return
     lora = file.plain(parts, alpha, name)
     down, up = matrices(lora)
     if len(up) != len(total) or down.shape[1] != total[0].numel():
         what = f"a change of {(len(up), down.shape[1])} does not fit a weight of {tuple(total.shape)}"
         raise UsageError(what, where, "It was made for another base model.")
-    flat = total.flatten(1) if total.ndim == 2 else total.view(len(total), -1)  # never a copy: this is in place
+    flat = (
+        total.flatten(1) if total.ndim == 2 else total.view(len(total), -1)
+    )  # a view, because the sum is made in place
     flat.addmm_(up.to(flat), down.to(flat), alpha=strength * lora.alpha / len(down))

@@ -1,4 +1,4 @@
-"""A checkpoint read tensor by tensor, and written again with some of its tensors changed: never more than one of them in memory."""
+"""Reading a checkpoint one tensor at a time, and writing it with some tensors changed. At most one tensor is in memory."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +28,12 @@ KINDS = "SDXL, SD1.5 and SD2.1 are known: single files with LDM names, and unet/
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: its header, where modules stand in it, and the table of its header, in the order of the data."""
+    """An open checkpoint. `layout`: where modules are in it. `table`: key → entry of the file's header, in the order of the data."""
 
     header: Header
     layout: Layout
     table: Mapping[str, Any]
-    start: int  # of the data
+    start: int  # byte at which the data begin
     file: BinaryIO
 
     @property
@@ -58,10 +58,11 @@ class Checkpoint:
         return data.view(DTYPES[dtype]).reshape(self.header.shapes[key])
 
     def place(self, module: str, leaf: str = "weight") -> Place | None:
+        """Where a module's weight or bias is; None if the checkpoint does not have it."""
         return place(self.layout, module, leaf)
 
     def module_weight(self, module: str) -> Tensor:
-        """The weight `[d, k, …]` of a module, in fp32. UsageError if the checkpoint has none such."""
+        """The weight `[d, k, …]` of a module, in fp32. UsageError if the checkpoint has no such module."""
         found = self.place(module)
         if not found:
             what = f"the base has no {module}"
@@ -70,14 +71,14 @@ class Checkpoint:
 
 
 def part_of(tensor: Tensor, where: Place) -> Tensor:
-    """A view of what of a tensor is a module's."""
+    """The part of a tensor that belongs to one module, as a view `[d, k, …]`."""
     part = tensor if where.third is None else tensor.chunk(3)[where.third]
     return part.T if where.transposed else part
 
 
 @contextmanager
 def opened_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
-    """Errors: `UsageError` for what is no safetensors file, or a model whose names are not known."""
+    """Open a checkpoint. Errors: `UsageError` if it is not a safetensors file, or a model with unknown names."""
     path = Path(path)
     if path.is_dir():
         fix = f"Give a file of it, such as {path / 'unet' / 'diffusion_pytorch_model.safetensors'}, or a single-file checkpoint."
@@ -87,22 +88,22 @@ def opened_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
     if scaled:
         fix = "Give the checkpoint in fp16, bf16 or fp32."
         raise UsageError("its weights are scaled 8-bit numbers", f"{path}: {scaled}", fix)
-    there = layout(header.shapes)
-    if there.unet is None:
+    found = layout(header.shapes)
+    if found.unet is None:
         raise UsageError("no UNet is found in it", path, KINDS)
     with path.open("rb", buffering=0) as file:
         size = int.from_bytes(file.read(8), "little")
         table = json.loads(file.read(size))
         table.pop("__metadata__", None)
         ordered = dict(sorted(table.items(), key=lambda item: item[1]["data_offsets"]))
-        yield Checkpoint(header, there, ordered, 8 + size, file)  # type: ignore[arg-type]
+        yield Checkpoint(header, found, ordered, 8 + size, file)  # type: ignore[arg-type]
 
 
 def copy_changed(
     source: Checkpoint, out: Path, metadata: Mapping[str, str], changed: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> Iterator[int]:
-    """Write a checkpoint to `out`, header first, then tensor by tensor: bytes as they are, or changed from its fp32 values and
-    rounded to its dtype. Yields the bytes written, tensor by tensor."""
+    """Write a copy of a checkpoint to `out`. A tensor whose key is in `changed` is replaced by that function's result, rounded to the
+    tensor's dtype; the others are copied byte by byte. Yields the number of bytes of each tensor after it is written."""
     table = {"__metadata__": dict(metadata)} if metadata else {}
     text = json.dumps(table | dict(source.table), ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -139,6 +140,6 @@ def _copy(source: Checkpoint, file: Any, begin: int, end: int, buffer: memoryvie
 
 
 def _write(file: Any, data: memoryview) -> None:
-    """All of it: a raw file may take less at a time."""
+    """Write all data: an unbuffered file may accept only a part at a time."""
     while len(data):
         data = data[file.write(data) :]

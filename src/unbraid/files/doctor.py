@@ -1,6 +1,6 @@
-"""`unbraid doctor`: what a tool would load of a LoRA file, drop, or refuse; and the line that mends it.
+"""`unbraid doctor`: what a tool would load from a LoRA file, drop or refuse, and the command that mends the file.
 
-From the header alone: no torch, no weights (but for the alphas, and a look for NaN).
+Judged by the header, without torch. Of the weights only alphas are read, and all values are searched for NaN.
 """
 
 import re
@@ -16,17 +16,19 @@ from unbraid.files.formats.families import DESIGNS
 from unbraid.files.formats.gate import check_module
 from unbraid.files.formats.header import Catalogue, Header, catalogue, read_header
 from unbraid.files.formats.kinds import VECTORS
-from unbraid.files.formats.loaders import TOOLS, Naming, Tool, naming, style, tool_named, unet_modules
+from unbraid.files.formats.tool_rules import TOOLS, Naming, Tool, naming, style, tool_named
+from unbraid.files.formats.unets import unet_modules
 from unbraid.files.formats.weights import alphas, broken, silent
 from unbraid.files.formats.widths import other_base
 
-_NORM = {*VECTORS, "diff", "alpha"}  # parts of a norm, which the table of linear layers and convolutions has not
-CONVERTED = {"LoHa", "LoKr", "full changes"}  # what `convert` makes a plain LoRA
+_NORM = {*VECTORS, "diff", "alpha"}  # parts that a norm can have; norms are not in the table of UNet modules
+CONVERTED = {"LoHa", "LoKr", "full changes"}  # kinds that `convert` turns into plain LoRAs
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A tool's way with a file: modules loaded, key → why it is dropped, why all is refused, what else is amiss."""
+    """What one tool does with a file. `loads`: how many of its `modules` are loaded. `dropped`: key → reason. `refused`: the reason why
+    nothing is loaded, or "". `warnings`: other problems. `mend`: the command that mends the file, or ""."""
 
     tool: str
     family: Family
@@ -36,7 +38,7 @@ class Diagnosis:
     refused: str
     warnings: tuple[str, ...]
     mend: str
-    known: bool = True  # False: unbraid has no facts on the tool with this family
+    known: bool = True  # False: unbraid does not know what the tool does with this family
 
     @property
     def healthy(self) -> bool:
@@ -44,7 +46,7 @@ class Diagnosis:
 
 
 def diagnose(path: str | Path, tool: str, weights: bool = True) -> Diagnosis:
-    """Judge a file by a tool's key rules. `weights=False` skips the look at the numbers.
+    """Judge a file by a tool's rules for keys. `weights=False` reads the header alone.
 
     Errors: unknown tools, unreadable files.
     """
@@ -52,7 +54,7 @@ def diagnose(path: str | Path, tool: str, weights: bool = True) -> Diagnosis:
 
 
 def diagnoses(path: str | Path, tools: Iterable[str], weights: bool = True) -> list[Diagnosis]:
-    """Judge a file, read once, by several tools' rules."""
+    """Judge a file by the rules of several tools. The file is read once."""
     rules = [TOOLS[tool_named(tool)] for tool in tools]
     header = read_header(Path(path))
     found = catalogue(header)
@@ -62,7 +64,7 @@ def diagnoses(path: str | Path, tools: Iterable[str], weights: bool = True) -> l
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a look at a file's numbers shows: key of an alpha → its value, keys with NaN, and whether it changes nothing."""
+    """Facts about a file's values. `alphas`: key → value. `not_finite`: keys with NaN or infinity. `silent`: all weights are 0."""
 
     alphas: Mapping[str, float]
     not_finite: tuple[str, ...]
@@ -70,13 +72,13 @@ class Numbers:
 
 
 def look(header: Header, found: Catalogue) -> Numbers:
-    """Read a file's numbers, once for all tools."""
+    """Read the facts about a file's values that all tools share."""
     ups = [parts[part] for parts in found.modules.values() for part in ("up", "dense") if part in parts]
     return Numbers(alphas(header), broken(header), bool(ups) and not found.kinds and silent(header, ups))
 
 
 def judge(header: Header, found: Catalogue, tool: Tool, numbers: Numbers) -> Diagnosis:
-    """The verdict on a header."""
+    """What one tool does with a file."""
     family = found.verdict.family
     plain = {name for name, parts in found.modules.items() if {"down", "up"} <= set(parts) or "dense" in parts}
     warnings = _warnings(header, found, tool, numbers)
@@ -102,7 +104,7 @@ def judge(header: Header, found: Catalogue, tool: Tool, numbers: Numbers) -> Dia
 
 
 def _knows(tool: Tool, found: Catalogue, namings: Counter[Naming]) -> bool:
-    """Whether there are facts on what the tool does with such a file."""
+    """Whether the rules cover what the tool does with such a file."""
     family = found.verdict.family
     if family in tool.none_for:
         return True
@@ -114,7 +116,7 @@ def _knows(tool: Tool, found: Catalogue, namings: Counter[Naming]) -> bool:
 
 
 def _dropped(header: Header, found: Catalogue, tool: Tool, family: Family) -> dict[str, str]:
-    """Key → why the tool does not use it."""
+    """Key → the reason why the tool ignores it."""
     accepted = tool.namings.get(family) or tool.namings["sdxl"]
     table = unet_modules(family)
     dropped = dict.fromkeys(found.unknown, "not a known LoRA key")
@@ -147,7 +149,7 @@ def _diffusers_mixed(namings: Counter[Naming], found: Catalogue, dropped: dict[s
 def _refused(
     header: Header, found: Catalogue, tool: Tool, family: Family, dropped: Mapping[str, str], namings: Counter[Naming]
 ) -> str:
-    """Why the tool would not load anything of the file; empty if it would."""
+    """The reason why the tool loads nothing from the file, or ""."""
     if not found.modules:
         return "there is no LoRA in it"
     if family in tool.none_for:
@@ -176,7 +178,7 @@ def _diffusers_refuses(header: Header, found: Catalogue, namings: Counter[Naming
 
 
 def _identifiable(header: Header, found: Catalogue) -> bool:
-    """InvokeAI knows the base by attn2.to_k's input width, or by a third transformer block."""
+    """Whether InvokeAI can tell the base: it looks at the input width of attn2.to_k, or for a third transformer block."""
     for module, parts in found.modules.items():
         if module.endswith("attn2.to_k") and header.shapes.get(parts.get("down", ""), ())[-1:] in (
             (2048,),
@@ -222,7 +224,7 @@ def _example(how: Naming, raw: str) -> str:
 
 
 def _mend(header: Header, found: Catalogue, tool: Tool, namings: Counter[Naming], numbers: Numbers) -> str:
-    """The command that mends the file; empty where there is none, or where it would write the same file again."""
+    """The command that mends the file. Empty if there is none, or if it would write the same file again."""
     family, path = found.verdict.family, header.path
     whole = found.modules and not (found.unknown or found.twice or found.adapters or found.kept)
     whole = whole and not found.kinds.keys() - CONVERTED and _readable(header, found)
@@ -238,7 +240,7 @@ def _mend(header: Header, found: Catalogue, tool: Tool, namings: Counter[Naming]
 
 
 def _readable(header: Header, found: Catalogue) -> bool:
-    """Whether the shapes of all modules fit."""
+    """Whether the shapes of all modules are consistent."""
     try:
         for parts in found.modules.values():
             check_module({part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, str(header.path))

@@ -1,4 +1,4 @@
-"""A LoRA out of two checkpoints: the best factors of what differs between them, layer by layer, one layer in memory at a time."""
+"""Extracting a LoRA from two checkpoints: the best low-rank factors of their difference. One layer at a time is in memory."""
 
 import json
 import zlib
@@ -19,15 +19,15 @@ from unbraid.files.formats.places import modules
 from unbraid.files.lora_file import write
 from unbraid.files.merge import Size
 
-FIRST = 64  # the rank that is tried first where an energy is wanted
-NOISE = 1e-6  # a change smaller than this share of the weight is fp32's rounding
+FIRST = 64  # the rank that is tried first if a share of the energy is wanted
+NOISE = 1e-6  # a smaller change, relative to the weight, is taken for fp32's rounding
 Watch = Callable[[Sequence[str]], Iterator[str]]
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was written. `error`: ‖ΔW − BA‖ / ‖ΔW‖ over all layers; `worst`: of one layer, and which. `left`: tensors that differ too,
-    and that are no linear layers or convolutions of the UNet and the text encoders: norms, biases, embeddings, the VAE."""
+    """What was written. `error`: ‖ΔW − BA‖ / ‖ΔW‖ over all layers; `worst`: the largest of one layer, and its name. `left`: tensors that also
+    differ but cannot be in a LoRA, such as norms, biases, embeddings and the VAE."""
 
     path: Path
     modules: int
@@ -39,7 +39,7 @@ class Extracted:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's factors, and the squared norms of its change and of what they lack of it."""
+    """One layer's factors; `square`: the squared norm of its change; `lost`: the squared norm of the part that the factors lack."""
 
     lora: Lora
     square: float
@@ -56,10 +56,11 @@ def extract(
     dtype: torch.dtype | None = None,
     watch: Watch = iter,
 ) -> Extracted:
-    """tuned − base as a LoRA, by the SVD of every linear layer's and convolution's difference (a randomised one where the rank is small:
-    Halko et al., arXiv 0909.4061). `size`: a rank, or the share of every layer's squared norm to keep, or both. `watch` sees the layers.
+    """Write tuned − base as a LoRA, from the SVD of the difference of every linear layer and convolution (randomised if the rank is small:
+    Halko et al., arXiv 0909.4061). `size`: a rank, or the share of every layer's squared norm to keep, or both. `watch` iterates over the
+    names of the layers, for a progress bar.
 
-    Errors: files that are no checkpoints of one kind, that differ in nothing, NaN."""
+    Errors: files that are not checkpoints of one kind, checkpoints without any difference, NaN."""
     dtype = dtype or torch.float16
     if size == Size():
         raise UsageError("no size is given", "extract", "Give --rank N or --energy X.")
@@ -75,18 +76,20 @@ def extract(
         left = _left(first, second, names)
         family = _family(first)
     square, lost = (sum(getattr(layer, which) for layer in layers.values()) for which in ("square", "lost"))
-    told = {
+    metadata = {
         "unbraid.extracted": json.dumps({"base": Path(base).name, "tuned": Path(tuned).name}),
         "modelspec.title": Path(out).stem,
     }
-    write(out, {name: one.lora for name, one in layers.items()}, family=family, dialect=to, metadata=told, dtype=dtype)
+    write(
+        out, {name: one.lora for name, one in layers.items()}, family=family, dialect=to, metadata=metadata, dtype=dtype
+    )
     worst = max(((one.lost / one.square) ** 0.5, name) for name, one in layers.items())
     ranks = [len(one.lora.down) for one in layers.values()]
     return Extracted(Path(out), len(layers), (min(ranks), max(ranks)), (lost / square) ** 0.5, worst, left)
 
 
 def _common(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """The layers, which must be the same ones in both."""
+    """The names of the layers. UsageError if the two checkpoints have different ones."""
     names, others = list(modules(first.layout)), set(modules(second.layout))
     strange = [name for name in names if name not in others] + sorted(others - set(names))
     if strange:
@@ -109,21 +112,24 @@ def _difference(name: str, first: Checkpoint, second: Checkpoint) -> tuple[Tenso
 
 
 def _layer(name: str, found: tuple[Tensor, float], size: Size, dtype: torch.dtype) -> Layer | None:
-    """None: it does not differ."""
+    """The factors of a layer's change; None if there is none."""
     change, norm = found
     matrix = change.flatten(1)
     square = float(torch.linalg.vector_norm(matrix)) ** 2
     if square <= (NOISE * norm) ** 2:
         return None
     like = Lora(change[:1], matrix[:, :1] if change.ndim == 2 else matrix[:, :1, None, None], 1.0)
-    lora = rescaled(_best(name, matrix, like, size), float(size.rank or FIRST), dtype, name)  # one alpha for the file
+    lora = rescaled(
+        _best(name, matrix, like, size), float(size.rank or FIRST), dtype, name
+    )  # all layers get the same alpha
     down, up = lora.down.flatten(1).float(), lora.up.flatten(1).float()
     lost = float(torch.linalg.vector_norm(matrix.addmm(up, down, alpha=-lora.alpha / len(down)))) ** 2
     return Layer(lora, square, lost)
 
 
 def _best(name: str, matrix: Tensor, like: Lora, size: Size) -> Lora:
-    """The factors at a rank; with an energy, at the first of 64, 128, 256, … ranks that reaches it, cut to what it needs."""
+    """The factors at a given rank. If an energy is given: tries the ranks 64, 128, 256, … until it is reached, then uses the lowest rank
+    that reaches it."""
     seed, small = zlib.crc32(name.encode()), min(matrix.shape)
     most = min(size.rank or small, small)
     rank = most if size.energy is None else min(FIRST, most)
@@ -135,7 +141,7 @@ def _best(name: str, matrix: Tensor, like: Lora, size: Size) -> Lora:
 
 
 def _left(first: Checkpoint, second: Checkpoint, names: Sequence[str]) -> tuple[str, ...]:
-    """The keys of tensors that differ and are no layer of the list; those that are in one file only count."""
+    """The keys of `first` that belong to none of these layers and differ, or are missing, in `second`."""
     covered = {place.key for name in names if (place := first.place(name))}
     out = []
     for key in first.table:
@@ -151,7 +157,7 @@ def _left(first: Checkpoint, second: Checkpoint, names: Sequence[str]) -> tuple[
 
 
 def _same(first: Checkpoint, second: Checkpoint, key: str) -> bool:
-    """Integers (`position_ids`) are never tuned."""
+    """Whether a tensor is equal in both. Integers such as `position_ids` are not compared, because they are never trained."""
     if any(one.header.dtypes[key] not in DTYPES for one in (first, second)):
         return True
     one, other = first.tensor(key), second.tensor(key)
@@ -159,7 +165,7 @@ def _same(first: Checkpoint, second: Checkpoint, key: str) -> bool:
 
 
 def _family(checkpoint: Checkpoint) -> Family:
-    """What its LoRAs are named for: SDXL has two text encoders' worth of conditions; SD2.1's LoRAs have SD1.5's names."""
+    """The family whose names the LoRA gets. SDXL is recognised by its additional embedding; SD2.1's LoRAs have the same names as SD1.5's."""
     there = checkpoint.layout
     label = "label_emb.0.0.weight" if there.ldm else "add_embedding.linear_1.weight"
     return "sdxl" if f"{there.unet}{label}" in there.shapes else "sd15"

@@ -1,10 +1,10 @@
-"""LoRA files: every dialect in, kohya or diffusers out; exact, checked after each save, never half-written.
+"""LoRA files: reads every dialect, writes kohya's or diffusers'. Lossless; each file is checked after it is saved, and never half-written.
 
     lora = read("style.safetensors")            # LoraFile(modules, metadata, family)
     write("out.safetensors", lora.modules, family=lora.family)
 
-A module's change is alpha / r · up @ down. What differs from other tools: every alpha is honoured (diffusers
-ignores one that differs between modules), and one alpha is written for the whole file, so all tools agree.
+A module's change is alpha / r · up @ down. Two things differ from other tools. Reading uses every module's own alpha, where diffusers
+assumes that all are equal. Writing uses one alpha for the whole file, so that all tools compute the same.
 """
 
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
-from unbraid.files.changes import STRICT, Ways, take
+from unbraid.files.changes import STRICT, Conversion, as_lora
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.encode import Dialect, encode, vector_tensors
 from unbraid.files.formats.fused import fuse, split
@@ -39,36 +39,38 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA in memory: module name → factors, the file's metadata, and its base's family. Names that no table knows are the
-    file's own."""
+    """A LoRA in memory: module name → factors, the file's metadata, and the family of its base. Modules that are in no table keep the
+    names that the file gives them."""
 
     modules: dict[str, Lora]
     metadata: dict[str, str]
     family: Family
-    bundled: Mapping[str, Tensor] = field(default_factory=dict)  # trained embeddings, OneTrainer's `bundle_emb.…`
-    # MODULE.diff_b, .w_norm, .b_norm: changes of biases and norms
+    bundled: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # trained embeddings: key (OneTrainer's `bundle_emb.…`) → tensor
+    # changes of biases and norms: MODULE.diff_b, MODULE.w_norm, MODULE.b_norm → tensor
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)  # modules of other kinds → ‖ΔW − BA‖ / ‖ΔW‖
+    errors: Mapping[str, float] = field(default_factory=dict)  # module that was converted → ‖ΔW − BA‖ / ‖ΔW‖
 
 
-def read(path: str | Path, adapter: str | None = None, ways: Ways = STRICT) -> LoraFile:
-    """Read a LoRA of any dialect; `adapter` picks one where a PEFT file holds several.
+def read(path: str | Path, adapter: str | None = None, conversion: Conversion = STRICT) -> LoraFile:
+    """Read a LoRA of any dialect. `adapter`: which one to read if a PEFT file holds several.
 
-    Tensors keep the file's dtype (8-bit floats become fp16). LoHa, LoKr, full changes and DoRA become factors: see
-    `unbraid.files.changes`. Errors: `UsageError` for a file that is not there, is a pickle, is damaged, holds NaN, keys that
-    are not known, or what no LoRA can hold, unless `ways` lets it.
+    Tensors keep the file's dtype (8-bit floats become fp16). LoHa, LoKr, full changes and DoRA are converted to factors: see
+    `unbraid.files.changes`. Errors: `UsageError` for a file that is missing, is a pickle, is damaged, or holds NaN or unknown keys; and
+    for what a LoRA cannot hold, unless `conversion` is not strict.
     """
     modules: dict[str, Lora] = {}
     vectors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     with opened_lora(path, adapter) as file:
         for name in file.found.modules:
-            taken = take(file, name, ways)
-            vectors |= {f"{name}.{part}": tensor for part, tensor in taken.vectors.items()}
-            if taken.lora:
-                modules |= split(name, taken.lora, file.family)
-            if taken.error is not None:
-                errors[name] = taken.error
+            converted = as_lora(file, name, conversion)
+            vectors |= {f"{name}.{part}": tensor for part, tensor in converted.vectors.items()}
+            if converted.lora:
+                modules |= split(name, converted.lora, file.family)
+            if converted.error is not None:
+                errors[name] = converted.error
         bundled = {key: file.handle.get_tensor(key) for key in file.found.ignored}
         return LoraFile(modules, dict(file.header.metadata), file.family, bundled, vectors, errors)
 
@@ -84,11 +86,11 @@ def write(
     vectors: Mapping[str, Tensor] | None = None,
     bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a LoRA file: under a temporary name, read back and compared bit by bit, then moved into place.
+    """Write a LoRA file: saved under a temporary name, read back and compared bit by bit, then renamed.
 
-    `bundled` tensors are stored as they are; `vectors`: see `LoraFile`. `dtype=None` keeps each tensor's own, and fp32 where
-    a factor must be scaled and the product is not exact.
-    Errors: `UsageError` for NaN, values beyond the dtype, a full disk, a folder that cannot be written to.
+    `bundled` tensors are stored as they are; `vectors`: see `LoraFile`. `dtype=None` keeps the dtype of each tensor, except that a factor
+    becomes fp32 if it must be scaled and the product would be rounded.
+    Errors: `UsageError` for NaN, values too large for the dtype, a full disk, a folder that cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -104,7 +106,7 @@ def write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
+        mode = temporary.stat().st_mode  # safetensors creates files that only their owner may read
         save_file(tensors, temporary, strings)
         temporary.chmod(mode)
         with ThreadPoolExecutor(1) as beside:
@@ -121,7 +123,7 @@ def write(
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Set[str]) -> None:
-    """What is on the disk is what was meant, and every key finds its module again."""
+    """Check that the file holds these tensors bit by bit, and that its keys are read as these modules. UsageError if not."""
     header = read_header(path)
     found = catalogue(header)
     if found.unknown or found.twice or set(found.modules) != modules:
@@ -136,5 +138,5 @@ def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Set[str]) -> No
 
 
 def _same(stored: NDArray[np.unsignedinteger], tensor: Tensor) -> bool:
-    """Bit by bit, in numpy: three times as fast as torch.equal, and without a copy of what is on the disk."""
+    """Compare bits, in numpy: three times as fast as torch.equal, and without a copy of the stored tensor."""
     return np.array_equal(stored, tensor.flatten().view(BITS[tensor.element_size()]).numpy().view(stored.dtype))

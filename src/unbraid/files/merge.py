@@ -1,7 +1,7 @@
-"""Merging LoRAs: several → one, module by module. Imports torch alone.
+"""Merging several LoRAs into one, module by module. Imports no library but torch.
 
-A strength means what it means in a UI: concat of a at 0.7 and b at 0.4 is exactly a stacked at 0.7 on b at 0.4.
-Ranks, alphas and sets of modules may differ; weights may be negative. A module of one LoRA only is kept.
+Weights work as strengths do in a UI: `concat` of a at 0.7 and b at 0.4 is exactly a loaded at 0.7 together with b at 0.4.
+Ranks, alphas and sets of modules may differ; weights may be negative. A module that only one LoRA has is kept.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from unbraid.files.merge_methods import METHODS, Method, Part, Size, one_down
 
 @dataclass(frozen=True)
 class Merged:
-    """One merged module, and the share of the squared norm that truncation kept of it."""
+    """One merged module. `kept`: the share of its squared norm that truncation kept."""
 
     name: str
     lora: Lora
@@ -36,9 +36,9 @@ def merge(
     dtype: torch.dtype | None = None,
     **settings: float | int,
 ) -> Iterator[Merged]:
-    """Merge LoRAs, yielding one module after the other, all with one alpha.
+    """Merge LoRAs (module name → factors). Yields the merged modules one by one, all with the same alpha.
 
-    `dtype=None`: the widest of the inputs. `settings` are the method's own (`density`, `seed`, `mu`).
+    `dtype=None`: the widest dtype of the inputs. `settings` are those of the method (`density`, `seed`, `mu`).
     Errors: unknown methods and settings, shapes that do not fit each other, NaN.
     """
     size, function = size or Size(), _method(method, settings)
@@ -107,7 +107,8 @@ def _widest(loras: Sequence[Mapping[str, Lora]]) -> torch.dtype:
 
 
 def _common_strength(lora: Mapping[str, Lora], weight: float) -> float:
-    """|w| · alpha / r of most modules: with it in the file's alpha, concat leaves the first LoRA's factors as they are."""
+    """The most common |w| · alpha / r of the modules. With this in the merged file's alpha, `concat` need not scale the first LoRA's
+    factors."""
     ratios = Counter(abs(weight * one.alpha) / len(one.down) for one in lora.values())
     return next((ratio for ratio, _ in ratios.most_common() if ratio), 1.0)
 

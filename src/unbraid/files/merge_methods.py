@@ -1,7 +1,7 @@
-"""The merging methods, each for one module: all LoRAs' shares of it → one. Imports torch alone.
+"""The merging methods. Each merges one module of several LoRAs. Imports no library but torch.
 
-Every method takes the module's name, its parts and the wanted size; settings are keyword-only, with defaults.
-ties, dare and prune are defined by the entries of ΔW, so they form it, one module at a time; the others do not.
+A method takes the module's name, its parts (one per LoRA) and the wanted size; settings are keyword-only, with defaults.
+ties, dare and prune are defined by the entries of ΔW, so they compute it, one module at a time. The others work on the factors.
 """
 
 import zlib
@@ -29,7 +29,8 @@ CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attention
 
 @dataclass(frozen=True)
 class Part:
-    """One LoRA's share of a module; `source` is its place in the list of LoRAs, from the end: -1 is the last."""
+    """The factors that one LoRA has for a module, and its weight. `source`: its index in the list of LoRAs, counted from the end (-1 is the
+    last)."""
 
     lora: Lora
     weight: float
@@ -38,25 +39,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Size:
-    """The wanted size of the result: a rank, or the share of the energy to keep; neither: exact, or as concat's."""
+    """The wanted size of the result: a rank, or the share of the squared norm (energy) to keep. Without either the result is exact, or has
+    the rank that `concat` would have."""
 
     rank: int | None = None
     energy: float | None = None
 
 
-Made = tuple[Lora, float] | None  # the module and the share kept; None: left out
+Made = tuple[Lora, float] | None  # merged module, share of its squared norm kept; None: the module is left out
 Method = Callable[..., Made]
 
 
 def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
-    """Σ w ΔW, exactly: down stacked by rows as it is, w·alpha/r relative to the first LoRA's into up, the first's into alpha. LoRAs
-    of one down (styles of `pair` in one slot) keep it, and their ups are added. Truncated by QR-SVD if a size is asked for."""
+    """Σ w ΔW, exactly: the rows of all `down` are stacked unchanged, and the columns of all `up`. The first LoRA's w·alpha/r becomes the
+    result's; the others' are divided by it and multiplied into their `up`. LoRAs with the same `down` (styles that `pair` trained in one
+    slot) keep it, and their `up` are summed. Truncated by QR and SVD if a size is given."""
     if len(parts) == 1:
         lora = parts[0].lora
         joined = Lora(lora.down, lora.up, lora.alpha * parts[0].weight)
     else:
         downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
-        first = _strength(parts[0])  # into alpha: LoRAs of one strength are joined as they are
+        first = _strength(parts[0])  # goes into alpha, so that LoRAs of equal strength are joined unscaled
         scaled = [_times(up, _strength(part) / first) for up, part in zip(ups, parts, strict=True)]
         if one_down(downs):
             down, up = downs[0], torch.stack(_promoted([wide(one) for one in scaled])).sum(0)
@@ -67,13 +70,14 @@ def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
 
 
 def ties(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
-    """TIES (arXiv 2306.01708) on the entries of w ΔW: trim, elect the sign of the sum, mean of those that agree."""
+    """TIES (arXiv 2306.01708) on the entries of w ΔW: trim, take the sign of the sum, average the entries with that sign."""
     merged = _elect(torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])))
     return _factored(name, merged, parts, size)
 
 
 def dare(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, seed: int = 0) -> Made:
-    """DARE (arXiv 2311.03099): keep each entry with probability `density`, divide by it, sum. Seeded per module."""
+    """DARE (arXiv 2311.03099): keep each entry with probability `density`, divide by it, sum. The random numbers depend on `seed`, the
+    module's name and the LoRA's index."""
     total = torch.zeros(())
     for part in parts:
         rng = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part.source} {name}".encode()))
@@ -84,20 +88,23 @@ def dare(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5, 
 
 
 def prune(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
-    """Σ w of each ΔW's `density` largest entries (ZipLoRA's observation: 80 % can go, arXiv 2311.13600)."""
+    """Weighted sum of the largest entries of each ΔW, a share of `density` (ZipLoRA observes that 80 % can be dropped, arXiv 2311.13600)."""
     total = torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])).sum(0)
     return _factored(name, total, parts, size)
 
 
 def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
-    """KnOTS (arXiv 2410.19735): TIES in the shared left basis U of [ΔW_1 | ΔW_2 | …]; exactly of rank ≤ Σ r."""
+    """KnOTS (arXiv 2410.19735): TIES in the shared left basis U of [ΔW_1 | ΔW_2 | …]. The result's rank is at most Σ r, without
+    truncation."""
     downs, ups = zip(*(wide_pair(part.lora) for part in parts), strict=True)
     downs, ups = _promoted(downs + ups)[: len(parts)], _promoted(downs + ups)[len(parts) :]
     basis, r = torch.linalg.qr(torch.cat(ups, 1))
     scales = [part.lora.alpha / len(part.lora.down) for part in parts]
     ranks = [len(down) for down in downs]
     tasks = [block @ down * s for block, down, s in zip(r.split(ranks, 1), downs, scales, strict=True)]
-    turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[0]  # U of the small [Rᵀ side], not of d×k
+    turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[
+        0
+    ]  # U from the small triangular factor, not from a d×k matrix
     merged = _elect(
         torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
     )
@@ -106,7 +113,7 @@ def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5)
 
 
 def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) -> Made:
-    """NP-LoRA (arXiv 2511.11051): the last LoRA is the style, whose input subspace Q (A_sᵀ = QR) is protected:
+    """NP-LoRA (arXiv 2511.11051): the last LoRA is the style. Its input subspace Q (A_sᵀ = QR) is removed from the others:
     ΔW = ΔW_s + Σ ΔW_c (I − μ/(1+μ) QQᵀ). μ = 0.5 as published; a large μ is the hard projection."""
     style = next((part for part in parts if part.source == -1), None)
     if style is None:
@@ -122,7 +129,7 @@ def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) ->
 
 
 def blocks(name: str, parts: Sequence[Part], size: Size) -> Made:
-    """B-LoRA's union: of all LoRAs but the last the content block (OUT00), of the last one the style block (OUT01)."""
+    """B-LoRA: the content block (OUT00) of all LoRAs but the last, and the style block (OUT01) of the last."""
     mine = [part for part in parts if (STYLE_BLOCK if part.source == -1 else CONTENT_BLOCK) in name]
     return concat(name, mine, size) if mine else None
 
@@ -139,7 +146,7 @@ METHODS: dict[str, Method] = {
 
 
 def one_down(downs: Sequence[Tensor]) -> bool:
-    """Whether several LoRAs read a layer's input through the very same rows."""
+    """Whether all `down` matrices are equal."""
     return all(other.shape == downs[0].shape and torch.equal(other, downs[0]) for other in downs[1:])
 
 
@@ -160,7 +167,7 @@ def _promoted(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _trim(full: Tensor, density: float) -> Tensor:
-    """The entries whose magnitude is among the `density` largest; the others 0."""
+    """Set all entries to 0 but the largest by magnitude, a share of `density`."""
     keep = max(round(density * full.numel()), 1)
     if keep == full.numel():
         return full
@@ -170,12 +177,12 @@ def _trim(full: Tensor, density: float) -> Tensor:
 
 
 def _elect(weighted: Tensor) -> Tensor:
-    """`[n, …]` → mean, at each entry, of the non-zero ones that have the sign of the sum."""
+    """`[n, …]` → at each entry, the mean of the non-zero values that have the sign of the sum."""
     agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
     return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
 def _factored(name: str, merged: Tensor, parts: Sequence[Part], size: Size) -> tuple[Lora, float]:
-    """A dense result as factors; without a size, of the rank that concat would have."""
+    """A dense result as factors. Without a size they get the rank that `concat` would have."""
     rank = size.rank if size != Size() else min(sum(len(part.lora.down) for part in parts), *merged.shape)
     return from_dense(merged, parts[0].lora, rank, size.energy, zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""A LoRA file that is read module by module."""
+"""An open LoRA file, whose modules are read one at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,12 +28,12 @@ from unbraid.files.formats.header import (
 from unbraid.files.formats.patterns import alpha_of
 from unbraid.files.formats.weights import FLOATS, READABLE
 
-LARGEST = 1e15  # squares of it are still fp32 numbers
+LARGEST = 1e15  # its square still fits into fp32
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A LoRA file that is read module by module."""
+    """An open LoRA file. `settings`: PEFT's adapter settings, if it has any."""
 
     header: Header
     found: Catalogue
@@ -42,7 +42,7 @@ class Opened:
     settings: Mapping[str, Any]
 
     def parts(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], float | None]:
-        """A module's tensors: of the weight's change, of the bias' and the norm's; and alpha where the file says it."""
+        """A module's tensors by part: those of the weight's change; those that change biases and norms; and alpha, None if the file has none."""
         keys, where = dict(self.found.modules[name]), self.where(name)
         key = keys.pop("alpha", None)
         alpha = None if key is None else _number(self.handle, self.header, key)
@@ -56,7 +56,7 @@ class Opened:
         return parts, vectors, alpha
 
     def plain(self, parts: Mapping[str, Tensor], alpha: float | None, name: str) -> Lora:
-        """down and up, or ziplora-pytorch's dense matrix, with the file's alpha or that of its settings."""
+        """A plain LoRA module, stored as `down` and `up` or as ziplora-pytorch's dense matrix. Without an alpha, the settings' is used."""
         lora = _lora(parts, self.where(name))
         alpha = alpha_of(self.settings, name, len(lora.down)) if alpha is None else alpha
         _sane([lora.down, lora.up], alpha, self.where(name))
@@ -68,7 +68,7 @@ class Opened:
 
 @contextmanager
 def opened_lora(path: str | Path, adapter: str | None = None) -> Iterator[Opened]:
-    """Errors: `UsageError` for a file that is not there, is a pickle, is damaged, or holds keys that are not known."""
+    """Open a LoRA file. Errors: `UsageError` for a file that is missing, is a pickle, is damaged, or has unknown keys."""
     header = read_header(Path(path))
     found = catalogue(header, adapter)
     check_readable(header, found)
@@ -95,7 +95,7 @@ def _tensor(handle: Any, header: Header, key: str) -> Tensor:
 
 
 def _lora(tensors: Mapping[str, Tensor], where: str) -> Lora:
-    """The factors of one module, alpha = r; the gate has checked the shapes."""
+    """The factors of one module, with alpha = r. `check_module` has checked the shapes."""
     if "dense" in tensors:
         return exact_dense(tensors["dense"], where)
     down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
@@ -105,7 +105,7 @@ def _lora(tensors: Mapping[str, Tensor], where: str) -> Lora:
 
 
 def _sane(tensors: Iterable[Tensor], alpha: float, where: str) -> None:
-    """Nothing that overflows when the tensors of a change are multiplied."""
+    """UsageError if the product of a change's tensors and its alpha could overflow."""
     sizes = [*(float(tensor.abs().max()) for tensor in tensors), abs(alpha)]
     if max(sizes) > LARGEST or prod(sizes) > LARGEST:
         raise UsageError(
@@ -114,7 +114,7 @@ def _sane(tensors: Iterable[Tensor], alpha: float, where: str) -> None:
 
 
 def _number(handle: Any, header: Header, key: str) -> float:
-    """An alpha: one number of any type."""
+    """The value of an alpha, which may have any numeric dtype. UsageError for anything but one finite number."""
     where = f"{header.path}: {key}"
     if header.shapes[key].count(1) != len(header.shapes[key]):
         raise UsageError("alpha is not one number", where, "The file is damaged.")

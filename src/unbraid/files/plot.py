@@ -1,4 +1,4 @@
-"""The picture of `inspect A B`: ZipLoRA's column cosines for the user's own files, block by block."""
+"""The plot of `inspect A B --plot`: how similar the columns of two LoRAs are, per block (ZipLoRA's measure)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from unbraid.files.report import Interference
 
 
 def plot_interference(found: Sequence[Interference], path: Path, names: tuple[str, str]) -> None:
-    """Left: |cos| of the columns, as a density per block. Right: strengths and the overlap of the input subspaces.
+    """Left: the distribution of the columns' |cos| per block. Right: norms, and the overlap of the input subspaces.
 
-    Errors: a file that cannot be written, an image type that is not known.
+    Errors: a file that cannot be written, an unknown image type.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ def plot_interference(found: Sequence[Interference], path: Path, names: tuple[st
     image = left.imshow(density, aspect="auto", extent=(0, 1, len(found) - 0.5, -0.5), cmap="magma")
     figure.colorbar(image, ax=left, label="share of the block's columns")
     left.set_yticks(range(len(found)), [one.block for one in found])
-    left.set_xlabel("|cos| of a column of ΔW₁ with the same one of ΔW₂")
-    left.set_title("0: out of each other's way. 1: in it", fontsize=10)
+    left.set_xlabel("|cos| between a column of ΔW₁ and the same column of ΔW₂")
+    left.set_title("0: no interference. 1: full interference", fontsize=10)
     rows = np.arange(len(found))
     for shift, name, i in ((-0.2, names[0], 0), (0.2, names[1], 1)):
         right.barh(rows + shift, [one.norms[i] for one in found], 0.38, label=f"‖ΔW‖ of {name}")

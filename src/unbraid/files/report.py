@@ -1,6 +1,6 @@
-"""`unbraid inspect`: what is in a LoRA file, block by block; and how much two LoRAs are in each other's way.
+"""`unbraid inspect`: what a LoRA file holds, block by block, and how much two LoRAs interfere with each other.
 
-All from r×r Gram matrices (ΔW = s·B·A is never formed), in numpy.
+Computed from r×r Gram matrices in numpy; ΔW = s·B·A itself is not formed.
 """
 
 from collections import defaultdict
@@ -17,9 +17,8 @@ from unbraid.files.formats.blocks import Family, block_of
 from unbraid.files.formats.gate import check_factors
 from unbraid.files.formats.header import Catalogue, Header, adapter_metadata, catalogue, read_header
 from unbraid.files.formats.kinds import KIND
-from unbraid.files.formats.loaders import naming
 from unbraid.files.formats.patterns import alpha_of
-from unbraid.files.formats.recognise import Verdict
+from unbraid.files.formats.tool_rules import naming
 from unbraid.files.formats.weights import FLOATS, READABLE, Read, numbers
 
 Matrix = NDArray[np.float32]
@@ -27,7 +26,7 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One block: its modules, ‖ΔW‖ over all of them (Frobenius), and its share of the file's squared norm."""
+    """One block: the number of its modules, ‖ΔW‖ over all of them (Frobenius), and its share of the file's squared norm."""
 
     block: str
     modules: int
@@ -37,29 +36,27 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a file holds. Ranks and alphas: value → number of modules."""
+    """What a file holds. `namings`: the conventions that its keys follow. `ranks`, `alphas`: value → number of modules."""
 
     path: Path
-    verdict: Verdict
+    found: Catalogue
     namings: tuple[str, ...]
     ranks: Mapping[int, int]
     alphas: Mapping[float, int]
     dtypes: tuple[str, ...]
     blocks: tuple[BlockReport, ...]
     metadata: Mapping[str, str]
-    kinds: Mapping[str, int]  # tensors of what is no plain LoRA: LoHa, DoRA's magnitudes, norms and biases, …
-    kept: tuple[str, ...]
 
     @property
     def family(self) -> Family:
-        return self.verdict.family
+        return self.found.verdict.family
 
 
 @dataclass(frozen=True)
 class Interference:
-    """Two LoRAs in one block. `cosine`: of the changes as a whole. `columns`: |cos| of every column of ΔW_1 with
-    the same one of ΔW_2 (ZipLoRA's measure, arXiv 2311.13600). `overlap`: share of the smaller input subspace that
-    lies in the other (what NP-LoRA takes out)."""
+    """Two LoRAs compared in one block. `cosine`: between the whole changes. `columns`: |cos| between every column of ΔW_1 and
+    the same column of ΔW_2 (ZipLoRA's measure, arXiv 2311.13600). `overlap`: share of the smaller input subspace that
+    lies in the other one (the part that NP-LoRA removes). `norms`: ‖ΔW_1‖, ‖ΔW_2‖."""
 
     block: str
     cosine: float
@@ -70,7 +67,7 @@ class Interference:
 
 @dataclass(frozen=True)
 class _Module:
-    """A module's factors as matrices, s = alpha / r."""
+    """A module's factors as matrices, and the scale alpha / r."""
 
     down: Matrix
     up: Matrix
@@ -79,7 +76,7 @@ class _Module:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two LoRAs in one module: ⟨ΔW_1, ΔW_2⟩, both squared norms, overlap, and the columns' |cos|."""
+    """Two LoRAs compared in one module: ⟨ΔW_1, ΔW_2⟩, both squared norms, the overlap, and the columns' |cos|."""
 
     dot: float
     squares: tuple[float, float]
@@ -88,7 +85,7 @@ class _Pair:
 
 
 def report(path: str | Path) -> Report:
-    """Read a file's header and, for the norms, its weights. Errors: unreadable files, no LoRA in it."""
+    """Read a file's header, and its weights to compute norms. Errors: unreadable files, files without a LoRA."""
     header, found = _open(path)
     squares: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -106,9 +103,7 @@ def report(path: str | Path) -> Report:
     )
     namings = tuple(sorted({naming(raw) for raw in found.raw.values()}))
     dtypes = tuple(sorted(set(header.dtypes.values())))
-    return Report(
-        header.path, found.verdict, namings, ranks, alphas, dtypes, blocks, header.metadata, found.kinds, found.kept
-    )
+    return Report(header.path, found, namings, ranks, alphas, dtypes, blocks, header.metadata)
 
 
 def interference(first: str | Path, second: str | Path) -> tuple[Interference, ...]:
@@ -117,15 +112,15 @@ def interference(first: str | Path, second: str | Path) -> tuple[Interference, .
     Errors: no module in common; shapes that do not fit (different base models).
     """
     header, found = _open(first)
-    other, there = _open(second)
+    header2, found2 = _open(second)
     inner: dict[str, list[_Pair]] = defaultdict(list)
-    settings = (adapter_metadata(header), adapter_metadata(other))
-    others = (_others(header, found), _others(other, there))
-    with numbers(header) as read, numbers(other) as read_other:
+    settings = (adapter_metadata(header), adapter_metadata(header2))
+    others = (_others(header, found), _others(header2, found2))
+    with numbers(header) as read, numbers(header2) as read2:
         for name in found.modules:
-            if name in there.modules:
+            if name in found2.modules:
                 mine = others[0].get(name) or _module(header, found, read, name, settings[0])
-                theirs = others[1].get(name) or _module(other, there, read_other, name, settings[1])
+                theirs = others[1].get(name) or _module(header2, found2, read2, name, settings[1])
                 if mine and theirs:
                     inner[block_of(name)].append(_compare(name, mine, theirs))
     if not inner:
@@ -153,8 +148,8 @@ def _modules(header: Header, found: Catalogue) -> Iterator[tuple[str, _Module]]:
 
 
 def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
-    """The modules of other kinds as factors, see `unbraid.files.changes`; for these alone torch is imported. DoRA needs its base: its
-    factors are shown as they are."""
+    """The modules that are not plain LoRAs, converted to factors by `unbraid.files.changes`. Only these need torch. DoRA is left out,
+    because converting it needs the base."""
     names = [
         name
         for name, parts in found.modules.items()
@@ -162,13 +157,13 @@ def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
     ]
     if not names:
         return {}
-    from unbraid.files.changes import TOLD, take
+    from unbraid.files.changes import LENIENT, as_lora
     from unbraid.files.opened import opened_lora
 
     out = {}
     with opened_lora(header.path) as file:
         for name in names:
-            lora = take(file, name, TOLD).lora
+            lora = as_lora(file, name, LENIENT).lora
             if lora:
                 down, up = (part.flatten(1).numpy() for part in (lora.down, lora.up))
                 out[name] = _Module(down, up, lora.alpha / len(down))
@@ -176,7 +171,7 @@ def _others(header: Header, found: Catalogue) -> dict[str, _Module]:
 
 
 def _module(header: Header, found: Catalogue, read: Read, name: str, settings: Mapping[str, Any]) -> _Module | None:
-    """The factors of a module; None for what is not a plain LoRA (`doctor` says so)."""
+    """The factors of a module; None if it is not a plain LoRA (`doctor` reports such modules)."""
     parts = found.modules[name]
     if "down" not in parts or "up" not in parts or "mid" in parts:
         return None
@@ -203,7 +198,7 @@ def _alpha(header: Header, read: Read, key: str) -> float:
 
 
 def _square(module: _Module) -> float:
-    """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ), or from BA where that is smaller."""
+    """‖sBA‖² = s² Σ (BᵀB) ∘ (AAᵀ), or computed from BA if that matrix is smaller."""
     up, down = module.up, module.down
     if len(down) ** 2 > len(up) * down.shape[1]:
         return module.scale**2 * float(np.square(up @ down).sum())
@@ -223,7 +218,7 @@ def _compare(name: str, a: _Module, b: _Module) -> _Pair:
 
 
 def _whitening(down: Matrix) -> NDArray[np.float64]:
-    """W `[r, q]` such that Wᵀ·down has orthonormal rows: the row space's basis, from the r×r Gram matrix."""
+    """W `[r, q]` such that the rows of Wᵀ·down are an orthonormal basis of the row space, from the r×r Gram matrix."""
     if len(down) > down.shape[1]:
         left, sizes, _ = np.linalg.svd(down.astype(np.float64), full_matrices=False)
         some = sizes > sizes[0] * 1e-3
@@ -243,7 +238,7 @@ def _summed(block: str, pairs: list[_Pair]) -> Interference:
 
 
 def _order(block: str) -> tuple[int, str, int]:
-    """BASE, IN…, MID, OUT…, then a transformer's blocks by number."""
+    """Sort key: BASE, IN…, MID, OUT…, then a transformer's blocks by number."""
     stem, _, number = block.rpartition(".")
     if number.isdigit():
         return 9, stem, int(number)

@@ -1,4 +1,4 @@
-"""What the commands convert, resize, edit and merge do, as functions: files in, one checked file out."""
+"""The commands convert, resize, edit and merge as functions. Each reads LoRA files and writes one, which is checked."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import wide
-from unbraid.files.changes import TOLD, Ways
+from unbraid.files.changes import LENIENT, Conversion
 from unbraid.files.checkpoint_file import opened_checkpoint
 from unbraid.files.formats.block_weights import block_weights
 from unbraid.files.formats.blocks import Family
@@ -36,15 +36,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Done:
-    """What was written: modules, the ranks' range, and the share of the squared norm kept (mean, worst); how many changes of norms
-    and biases are kept beside them; and, of the modules that were no LoRA in the files read, how many and the worst error."""
+    """What was written. `ranks`: lowest and highest. `kept`: share of the squared norm, mean and worst module. `bundled`: names of
+    embeddings in the file. `vectors`: number of changes of norms and biases. `densified`: number of modules that were converted from
+    another kind than LoRA, and their worst relative error."""
 
     path: Path
     modules: int
     ranks: tuple[int, int]
     kept: tuple[float, float]
     family: Family
-    bundled: tuple[str, ...] = ()  # embeddings that came along
+    bundled: tuple[str, ...] = ()
     vectors: int = 0
     densified: tuple[int, float] = (0, 0.0)
 
@@ -56,11 +57,11 @@ def convert(
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
 ) -> Done:
-    """Write a LoRA in another dialect (default: the one that most tools of its family read). Lossless by default:
-    a factor that must be scaled by what its dtype cannot hold exactly becomes fp32. LoHa, LoKr, DoRA and full changes become LoRAs:
-    see `unbraid.files.changes`; `base`: the checkpoint that DoRA was trained on."""
-    with told(base) as ways:
-        lora = read(source, ways=ways)
+    """Write a LoRA in another dialect; by default the one that most tools for its family read. Lossless unless `dtype` is given: a factor
+    becomes fp32 if scaling it would round it. LoHa, LoKr, DoRA and full changes are converted to LoRAs (see `unbraid.files.changes`).
+    `base`: the checkpoint that a DoRA was trained on."""
+    with lenient(base) as conversion:
+        lora = read(source, conversion=conversion)
     return _write(lora, out, dtype, dialect=to)
 
 
@@ -72,11 +73,11 @@ def resize(
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
 ) -> Done:
-    """Every module at a lower rank: the best approximation, by QR and a small SVD."""
+    """Write a LoRA with a lower rank per module: the best approximation, computed by QR and a small SVD."""
     if size == Size():
         raise UsageError("no size is given", "resize", "Give --rank N or --energy X.")
-    with told(base, size.rank) as ways:
-        lora = read(source, ways=ways)
+    with lenient(base, size.rank) as conversion:
+        lora = read(source, conversion=conversion)
     merged = list(merge([lora.modules], [1.0], size=size, dtype=dtype))
     strings = lora.metadata | {"unbraid.resized": json.dumps({"rank": size.rank, "energy": size.energy})}
     small = replace(lora, modules=_modules(merged), metadata=strings)
@@ -91,8 +92,8 @@ def edit(
     metadata: Mapping[str, str] | None = None,
     to: Dialect | None = None,
 ) -> Done:
-    """Scale blocks (0 takes them out), scale the whole, set metadata. Exact, as `convert` is."""
-    lora = read(source, ways=TOLD)
+    """Scale blocks (0 removes them), scale the whole LoRA, set metadata. Lossless, as `convert` is."""
+    lora = read(source, conversion=LENIENT)
     modules, vectors = scaled(lora, tuple(blocks), strength)
     strings = lora.metadata | dict(metadata or {})
     return _write(replace(lora, modules=modules, vectors=vectors, metadata=strings), out, None, dialect=to)
@@ -108,8 +109,8 @@ def merge_files(
     **settings: float | int,
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.files.merge`. Files of different families are refused."""
-    with told(base) as ways:  # one after the other: torch has every core busy already
-        loras = [read(source.path, ways=ways) for source in sources]
+    with lenient(base) as conversion:  # not in parallel: torch uses all cores already
+        loras = [read(source.path, conversion=conversion) for source in sources]
     names = [{**lora.modules, **dict.fromkeys(_owners(lora).values())} for lora in loras]
     family = common_family([(str(s.path), lora.family, n) for s, lora, n in zip(sources, loras, names, strict=True)])
     kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
@@ -122,7 +123,7 @@ def merge_files(
     for one in merge(modules, [source.weight for source in sources], method, size, None, **settings):
         merged.append(one)
         for lora in modules:
-            lora.pop(one.name, None)  # its memory serves the modules to come
+            lora.pop(one.name, None)  # frees memory for the next modules
     recipe = {
         "method": method,
         "loras": [{"name": s.path.stem, "weight": s.weight, "blocks": list(s.blocks)} for s in sources],
@@ -140,8 +141,8 @@ def merge_files(
 def scaled(
     lora: LoraFile, rules: Sequence[str] = (), strength: float = 1.0
 ) -> tuple[dict[str, Lora], dict[str, Tensor]]:
-    """A LoRA's modules with block weights, in alpha: no tensor is touched; and its vectors with them. What has weight 0 is left
-    out."""
+    """A LoRA's modules and vectors, scaled by block rules and `strength`. Modules are scaled by their alpha, so that no factor is rounded.
+    Those with weight 0 are removed."""
     if not isfinite(strength):
         raise UsageError(f"a strength of {strength}", "--strength", "Give a number such as 0.8.")
     owners = _owners(lora)
@@ -154,23 +155,23 @@ def scaled(
 
 
 def _owners(lora: LoraFile) -> dict[str, str]:
-    """Vector → its module."""
+    """Key of a vector → its module."""
     return {key: key.rpartition(".")[0] for key in lora.vectors}
 
 
 @contextmanager
-def told(base: str | Path | None, rank: int | None = None) -> Iterator[Ways]:
-    """To read what is no LoRA as well as one can be, and say how well; `base`: where DoRA's weights are."""
+def lenient(base: str | Path | None, rank: int | None = None) -> Iterator[Conversion]:
+    """A conversion that approximates what is not exactly a LoRA, and reports the error. `base`: the checkpoint of a DoRA."""
     limit = max(LIMIT, rank or 0)
     if base is None:
-        yield Ways(limit, strict=False)
+        yield Conversion(limit, strict=False)
         return
     with opened_checkpoint(base) as checkpoint:
-        yield Ways(limit, checkpoint.module_weight, strict=False)
+        yield Conversion(limit, checkpoint.module_weight, strict=False)
 
 
 def _summed(vectors: Sequence[Mapping[str, Tensor]], sources: Sequence[Source], method: str) -> dict[str, Tensor]:
-    """Changes of norms and biases, at their LoRA's weight."""
+    """The sum of the changes of norms and biases, each times its LoRA's weight. UsageError for other methods than concat."""
     total: dict[str, Tensor] = {}
     for source, mine in zip(sources, vectors, strict=True):
         if mine and method != "concat":
@@ -211,7 +212,7 @@ def _write(
 
 
 def _bundled(loras: Iterable[LoraFile]) -> dict[str, Tensor]:
-    """The embeddings of all. Errors: two under one name."""
+    """The embeddings of all LoRAs. Errors: two different ones with the same name."""
     out: dict[str, Tensor] = {}
     for lora in loras:
         for key, tensor in lora.bundled.items():

@@ -1,2 +1,2 @@
-"""Pictures and captions as people have them: opening, cropping, folders of pictures, and sheets that show results. Nothing here knows
-LoRAs or models."""
+"""Pictures and captions from the user's files: opening, cropping, folders of pictures; and contact sheets. Nothing here depends on LoRAs
+or models."""

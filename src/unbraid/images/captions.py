@@ -1,4 +1,4 @@
-"""The one door for captions: NAME.txt or NAME.caption beside NAME.png, one caption a line."""
+"""Reading captions: NAME.txt or NAME.caption beside NAME.png, one caption per line. All captions are read here."""
 
 import codecs
 import os
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from unbraid.common.errors import UsageError
 
-SUFFIXES = (".txt", ".caption")  # the first that is there counts
+SUFFIXES = (".txt", ".caption")  # the first that exists is used
 LARGEST = 1 << 20  # bytes
-MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's
+MARKS = (  # UTF-32's before UTF-16's, because it starts with the same bytes
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -18,14 +18,14 @@ MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's
 
 
 def caption_file(picture: Path) -> Path | None:
-    """The text that goes with a picture, if there is one."""
+    """The caption file of a picture, None if there is none."""
     files = (picture.with_suffix(suffix) for suffix in SUFFIXES) if picture.name else ()
     return next((file for file in files if os.path.isfile(file)), None)  # noqa: PTH113 (names that are too long)
 
 
 def captions_of(picture: Path) -> tuple[str, ...]:
-    """The captions of a picture, one from each line that says something; none without a text beside it. UTF-8, UTF-16 and UTF-32
-    by their byte order mark, UTF-8 without one, else Latin-1. UsageError for an empty one, and for what is no text."""
+    """The captions of a picture, one per non-empty line; empty without a caption file. The encoding is detected by the byte order mark
+    (UTF-8, UTF-16, UTF-32); without one it is UTF-8, or else Latin-1. UsageError for a file that is empty or not text."""
     file = caption_file(picture)
     if file is None:
         return ()
@@ -46,7 +46,7 @@ def captions_of(picture: Path) -> tuple[str, ...]:
 
 
 def caption_of(picture: Path) -> str | None:
-    """The only caption of a picture, where there can be but one; None without."""
+    """The caption of a picture, None if it has none. UsageError if it has several."""
     found = captions_of(picture)
     if len(found) > 1:
         what = f"{len(found)} captions, one a line, where one can be used"

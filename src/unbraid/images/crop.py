@@ -1,4 +1,4 @@
-"""From the user's files to pixels: upright, on white, at a size that the base can take, with honest conditioning."""
+"""From a picture to pixels at a size that the base supports, with the matching micro-conditioning."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ from unbraid.images.captions import caption_of as caption_of
 from unbraid.images.opening import open_image as open_image
 from unbraid.images.opening import whole_size
 
-SMALLEST_SIDE = 16  # pixels; less is not a picture
-WIDEST = 4.0  # longest side over shortest; the bases were trained on at most about this
+SMALLEST_SIDE = 16  # pixels
+WIDEST = 4.0  # longest side divided by shortest; bases were trained on ratios up to about this
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Pixels:
 
 
 def alignment(before: Image.Image, after: Image.Image) -> float:
-    """-1..1: the correlation of where two pictures have their edges, at 32×32. Drawings that lie on each other have 0.44 in
-    the middle even as a flat picture and its stencil, pictures of two things 0.09 (docs/LOG.md)."""
+    """How well two pictures are aligned: the correlation of their edge maps at 32×32, in -1..1. The median is 0.44 for a flat drawing and
+    its stencil, and 0.09 for pictures of two different subjects (docs/LOG.md)."""
     maps = []
     for image in (before, after):
         gray = np.asarray(image.convert("L").resize((64, 64), Image.Resampling.BOX), np.float32)
@@ -39,7 +39,7 @@ def alignment(before: Image.Image, after: Image.Image) -> float:
 
 
 def check_size(image: Image.Image, where: object = "") -> None:
-    """UsageError for a picture too small or too long to be used."""
+    """UsageError for a picture that is too small, or too long for its width."""
     width, height = whole_size(image)
     if min(width, height) < SMALLEST_SIDE:
         raise UsageError(
@@ -52,8 +52,8 @@ def check_size(image: Image.Image, where: object = "") -> None:
 
 
 def cropped(image: Image.Image, area: int, step: int, where: object = "") -> tuple[Image.Image, int, int]:
-    """Scale to about `area` square pixels, aspect kept, sides multiples of `step`; crop what is left over, centred. Also: where the
-    crop begins, (top, left)."""
+    """Scale a picture to about `area` pixels, keeping its aspect ratio, and crop it at the centre so that both sides are multiples of
+    `step`. Returns the picture and the position of the crop, (picture, top, left)."""
     check_size(image, where)
     width, height = image.size
     scale = (area / (width * height)) ** 0.5
@@ -67,7 +67,7 @@ def cropped(image: Image.Image, area: int, step: int, where: object = "") -> tup
 
 
 def fit(image: Image.Image, area: int, step: int, where: object = "") -> Pixels:
-    """`cropped`, as pixels with their micro-conditioning."""
+    """A picture scaled and cropped by `cropped`, as pixels with their micro-conditioning."""
     done, top, left = cropped(image, area, step, where)
     values = torch.from_numpy(np.array(done, np.float32)).permute(2, 0, 1) / 127.5 - 1
     width, height = whole_size(image)

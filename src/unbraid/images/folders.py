@@ -1,4 +1,4 @@
-"""The one door for what a folder holds: which pictures are used, what is not, and which go together."""
+"""Pictures in files and folders: which are used, which files are not, and which pictures form pairs. All folders are read here."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -16,20 +16,20 @@ SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pnm .tga .psd .ico .qoi".split()
     + ([".avif"] if features.check("avif") else [])
 )
-RUN = "run.toml"  # what a folder of a run holds
-NAMED = 5  # files that a warning names
+RUN = "run.toml"  # marks the folder of a run
+NAMED = 5  # most files that a warning lists by name
 
 
 @dataclass(frozen=True)
 class Found:
-    """The pictures of a file or a folder, in name order, and what of the folder is not used, in words."""
+    """The pictures of a file or folder, sorted by name. `unused`: warnings about other files in the folder."""
 
     files: tuple[Path, ...]
     unused: tuple[str, ...] = ()
 
 
 def look(path: Path) -> Found:
-    """A file, or a folder. UsageError for a folder without pictures, and for one that a run has written."""
+    """Find the pictures of a path, which is a file or a folder. UsageError for a folder without pictures, or one that a run has written."""
     if not os.path.isdir(path):  # noqa: PTH112 (pathlib's raises for names that are too long)
         return Found((path,))
     if (path / RUN).exists():
@@ -47,7 +47,7 @@ def look(path: Path) -> Found:
 
 
 def _unused(folder: Path, left: Sequence[Path]) -> tuple[str, ...]:
-    """One line about what is there and is not used; a text without a picture is told as such."""
+    """A warning that lists the files that are not used, if there are any. Texts without a picture are marked."""
     if not left:
         return ()
     names = [
@@ -59,18 +59,18 @@ def _unused(folder: Path, left: Sequence[Path]) -> tuple[str, ...]:
 
 
 def list_images(path: Path) -> list[Path]:
-    """The pictures that `look` finds."""
+    """The pictures of a file or folder; see `look`."""
     return list(look(path).files)
 
 
 def unused(paths: Iterable[Path]) -> tuple[str, ...]:
-    """What is not used of several files and folders."""
-    return tuple(told for path in dict.fromkeys(paths) for told in look(path).unused)
+    """The warnings about unused files, for several files and folders."""
+    return tuple(warning for path in dict.fromkeys(paths) for warning in look(path).unused)
 
 
 def matched(before: Path, after: Path) -> list[tuple[Path, Path]]:
-    """Two files, or the pictures of two folders by their names: equal ones, or equal but for a beginning or an ending that all
-    of a folder have (`1.png` and `1-ink.png`). UsageError where names do not say it: nothing is guessed."""
+    """Pairs of pictures: two files, or the pictures of two folders with the same names. A prefix or suffix that all names of a folder share
+    is ignored (`1.png` and `1-ink.png`). UsageError for a picture without a counterpart."""
     if before.is_dir() != after.is_dir():
         raise UsageError(
             "one is a folder and the other is not", f"{before} and {after}", "Give two files or two folders."
@@ -96,12 +96,12 @@ def matched(before: Path, after: Path) -> list[tuple[Path, Path]]:
 
 
 def _cores(named: dict[str, Path]) -> dict[str, Path]:
-    """The names without what all of them begin or end with."""
+    """The names without the prefix and suffix that all of them share → files."""
     start = _alike(list(named))
     end = _alike([name[start:][::-1] for name in named])
     return {name[start : len(name) - end]: file for name, file in named.items()}
 
 
 def _alike(names: Sequence[str]) -> int:
-    """With how many letters all begin alike."""
+    """The length of the prefix that all names share."""
     return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))

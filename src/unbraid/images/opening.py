@@ -1,4 +1,4 @@
-"""The one door for pictures: whatever Pillow reads → upright RGB in sRGB, transparency on white."""
+"""Opening pictures of any format that Pillow reads as upright RGB in sRGB, transparency on white. All pictures are opened here."""
 
 import io
 import os
@@ -16,15 +16,15 @@ from PIL import Image, ImageCms
 
 from unbraid.common.errors import UsageError
 
-FORMATS = (  # no EPS, PS, WMF, PDF: programs, not pictures
+FORMATS = (  # without EPS, PS, WMF and PDF, which contain programs
     "PNG JPEG MPO WEBP AVIF GIF BMP DIB TIFF JPEG2000 PPM TGA PSD ICO QOI PCX SGI DDS"
 ).split()
-MOST = 178_956_970  # pixels: where Pillow, too, refuses
-ENOUGH = 2 * 1024**2  # pixels: a picture of four times as many is read at a whole fraction of its width and height
+MOST = 178_956_970  # pixels; the limit at which Pillow refuses pictures, too
+ENOUGH = 2 * 1024**2  # pixels; from four times as many a picture is reduced by a whole factor while it is read
 STRIP = 512  # rows that are converted at a time
-KEPT_TEXT = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # PNG texts that can say how a picture is turned
+KEPT_TEXT = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # PNG texts that can contain the orientation
 LONGEST_TEXT = 1 << 16  # bytes
-BROKEN = (  # what Pillow raises on damaged files, tried on mutated ones of all formats
+BROKEN = (  # what Pillow raises for damaged files, found with mutated files of all formats
     OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
     NotImplementedError, struct.error, zlib.error,
 )  # fmt: skip
@@ -36,13 +36,14 @@ TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # EXIF's orientation → what makes it upright
-WHOLE = "whole size"  # in Image.info: width and height before any reduction
+}  # EXIF orientation → the transposition that makes the picture upright
+WHOLE = "whole size"  # key in Image.info: width and height in the file
 
 
 def open_image(path: Path, enough: int = ENOUGH) -> Image.Image:
-    """Read one picture, of an animation the first: RGB, 8 bits, sRGB by its colour profile, turned as its EXIF data say,
-    transparency laid on white. One of 4·`enough` pixels or more is reduced while it is read: see `whole_size`."""
+    """Read a picture, or the first one of an animation, as 8-bit RGB: colours converted to sRGB by the colour profile, turned by the EXIF
+    orientation, transparency on white. A picture of 4·`enough` pixels or more is reduced while it is read; `whole_size` gives its size in
+    the file. UsageError if it cannot be read."""
     rgba = _read(path, enough)
     out = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     out.info[WHOLE] = rgba.info[WHOLE]
@@ -50,7 +51,7 @@ def open_image(path: Path, enough: int = ENOUGH) -> Image.Image:
 
 
 def open_alpha(path: Path, enough: int = ENOUGH) -> Image.Image:
-    """How opaque a picture is, as `L` of the size that `open_image` gives; white where it has no transparency."""
+    """The opacity of a picture as an `L` image with the size that `open_image` gives; white without transparency."""
     rgba = _read(path, enough)
     out = rgba.getchannel("A")
     out.info[WHOLE] = rgba.info[WHOLE]
@@ -58,13 +59,13 @@ def open_alpha(path: Path, enough: int = ENOUGH) -> Image.Image:
 
 
 def whole_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of the picture in its file."""
+    """Width and height of an opened picture in its file."""
     return image.info.get(WHOLE, image.size)
 
 
 def moves(path: Path) -> bool:
-    """Whether a file holds several pictures, of which the first one is read."""
-    with _file(path) as file:  # a camera's MPO: its preview, or the other eye's picture
+    """Whether a file is an animation, of which only the first picture is read."""
+    with _file(path) as file:  # further pictures in a camera's MPO are previews, or for the other eye
         return file.format != "MPO" and getattr(file, "n_frames", 1) > 1
 
 
@@ -73,9 +74,9 @@ def _read(path: Path, enough: int) -> Image.Image:
         size = file.size
         fraction = isqrt(size[0] * size[1] // enough) or 1
         if fraction > 1:
-            file.draft(file.mode, (size[0] // fraction, size[1] // fraction))  # JPEG can be decoded at 1/2, 1/4, 1/8
+            file.draft(file.mode, (size[0] // fraction, size[1] // fraction))  # JPEGs can be decoded at 1/2, 1/4 or 1/8
         file.load()
-        orientation = file.getexif().get(0x0112, 1)  # afterwards: Pillow turns a TIFF by itself
+        orientation = file.getexif().get(0x0112, 1)  # read after `load`, because Pillow turns TIFFs itself
         out = _reduced(file, isqrt(file.width * file.height // enough) or 1)
     if orientation in TURNS:
         out = out.transpose(TURNS[orientation])
@@ -85,15 +86,15 @@ def _read(path: Path, enough: int) -> Image.Image:
 
 @contextmanager
 def _file(path: Path) -> Iterator[Image.Image]:
-    """The opened picture, not decoded yet; all that can go wrong with it as UsageError."""
-    if not os.path.isfile(path):  # noqa: PTH113 (pathlib's raises for names that are too long)
+    """An opened picture that is not decoded yet. Every error inside is raised as UsageError."""
+    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for names that are too long)
         raise UsageError("there is no such image", path, "Check the path.")
     too_many = UsageError(
         f"the picture is too large: {MOST // 10**6} million pixels at most", path, "Make it smaller, or crop it."
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF data, and of what is large, but not too large
+            warnings.simplefilter("ignore")  # about odd EXIF data and large pictures
             with Image.open(_source(path), formats=_formats()) as file:
                 if file.width * file.height > MOST:
                     raise too_many
@@ -110,13 +111,13 @@ def _file(path: Path) -> Iterator[Image.Image]:
 
 @cache
 def _formats() -> list[str]:
-    """Those of FORMATS that this Pillow has."""
+    """The FORMATS that this version of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _source(path: Path) -> Path | io.BytesIO:
-    """A PNG without its texts, which can be larger than the picture, and of which Pillow refuses the large ones."""
+    """The file to open. From a PNG large texts are removed, because Pillow refuses to open files with them."""
     with path.open("rb") as file:
         start = file.read(8)
         if start != b"\x89PNG\r\n\x1a\n":
@@ -140,7 +141,7 @@ def _source(path: Path) -> Path | io.BytesIO:
 
 
 def _reduced(image: Image.Image, fraction: int) -> Image.Image:
-    """RGBA at 1/`fraction` of the width and height, in strips: of a large picture only the result is held as RGBA."""
+    """RGBA at 1/`fraction` of width and height. Converted in strips, so that a large picture is never in memory as RGBA at full size."""
     white, profile = _white(image), _profile(image)
     if fraction == 1:
         return _rgba(image, white, profile)
@@ -153,7 +154,7 @@ def _reduced(image: Image.Image, fraction: int) -> Image.Image:
 
 
 def _white(image: Image.Image) -> float | None:
-    """What is white, for modes that do not say it: 16 bits, or what fits the brightest value."""
+    """The value of white for modes that do not define it: that of 16 bits, or one that fits the brightest value. None for other modes."""
     if image.mode.startswith("I;16"):
         return 65535.0
     if image.mode not in ("I", "F"):
@@ -167,7 +168,7 @@ def _white(image: Image.Image) -> float | None:
 
 
 def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """The colour profile, unless it is sRGB's; one that cannot be read is none."""
+    """The colour profile; None for sRGB, and for a profile that cannot be read."""
     data = image.info.get("icc_profile")
     if not data:
         return None
@@ -205,7 +206,7 @@ def _rgba(image: Image.Image, white: float | None, profile: ImageCms.ImageCmsPro
 
 
 def _in_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    """The colours as a profile means them; as they are where it is one for other channels."""
+    """Convert colours from a profile to sRGB; unchanged if the profile is for other channels."""
     try:
         out = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except ImageCms.PyCMSError:

@@ -1,4 +1,4 @@
-"""Pictures for people: labelled contact sheets and the loss curve."""
+"""Labelled contact sheets, and the plot of the loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ PAPER, INK = "white", "#333333"
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], cell: int = 128) -> Image.Image:
-    """Rows of captioned pictures, each row under its title. Small pictures are enlarged without smoothing
-    only when that is a whole factor, so that pixels stay honest."""
+    """Rows of captioned pictures, `cell` pixels each, every row below its title. A picture that is enlarged by a whole factor is not
+    smoothed, so that its pixels can be seen."""
     font = ImageFont.load_default(13)
     columns = max(len(cells) for _, cells in rows)
     row_height = 22 + cell + 20
@@ -49,7 +49,7 @@ def _short(label: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | 
 
 
 def _plain(text: str) -> str:
-    """On one line, and without what no font can measure: file names hold anything."""
+    """A text as one line that a font can measure. File names can contain characters that none can."""
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
@@ -60,7 +60,7 @@ def save_image(picture: Image.Image, path: Path) -> Path:
 
 
 def loss_plot(losses: Sequence[float], path: Path) -> Path:
-    """The loss over steps: every value, and a running mean over a twentieth of the run."""
+    """Plot the loss over steps: every value, and a running mean over a twentieth of the run."""
     from matplotlib.figure import Figure
 
     span = max(1, len(losses) // 20)

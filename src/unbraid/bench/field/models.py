@@ -234,7 +234,7 @@ def _weights(name: str, what: str) -> Path:
     try:
         found = cached_file(name, WEIGHTS)
     except OSError as error:
-        fix = "Only safetensors are read, because pickles can run code. Convert the weights, or check the name."
+        fix = "Pickles are not read, because they can run code. Convert it, or check the name."
         raise UsageError(f"there is no {WEIGHTS} of a {what}", name, fix) from error
     return Path(str(found))
 

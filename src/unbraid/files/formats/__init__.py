@@ -1,1 +1,1 @@
-"""LoRA formats as data and names: dialects, block tables, headers, loaders' key rules. files.py reads and writes with it."""
+"""LoRA formats: names in all dialects, block tables, headers, metadata, and the rules by which tools read keys."""

@@ -1,6 +1,6 @@
 """Block weights: LBW vectors by length, single blocks by name, anything by regular expression. Pure Python.
 
-"OUT01=0.3"            one block          "IN=0.5"        all whose name starts so
+"OUT01=0.3"            one block          "IN=0.5"        all blocks whose names start with it
 "text_encoder=0"       one component      "attn2=0.8"     any regular expression on the module's path
 "1,0,0,0,1,1,…"        a vector: 12 or 20 numbers for SDXL, 17 or 26 for SD1.5
 """
@@ -23,9 +23,9 @@ VECTORS: dict[str, dict[int, tuple[str, ...]]] = {
 
 
 def block_weights(modules: Iterable[str], rules: Iterable[str], family: Family) -> dict[str, float]:
-    """Module → weight, 1 where no rule says otherwise; of several rules for a module the last one counts.
+    """Module → weight. It is 1 without a rule; if several rules match a module, the last one counts.
 
-    Errors: a rule that is not `NAME=NUMBER` or a vector, one that fits no module, a vector of another length.
+    Errors: a rule that is neither `NAME=NUMBER` nor a vector, a name that matches no module, a vector of an unknown length.
     """
     weights = dict.fromkeys(modules, 1.0)
     for rule in rules:

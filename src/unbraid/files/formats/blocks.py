@@ -50,7 +50,7 @@ _LDM_BLOCK = re.compile(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d+)\.
 
 
 def to_ldm(path: str, family: Family = "sdxl") -> str | None:
-    """A UNet module's LDM path from its diffusers path; None where there is none."""
+    """The LDM path of a UNet module, from its diffusers path; None if there is none."""
     if path in _SINGLE:
         return _SINGLE[path]
     found = _BLOCK.fullmatch(path)
@@ -68,7 +68,7 @@ def to_ldm(path: str, family: Family = "sdxl") -> str | None:
     if kind == "downsamplers":
         return f"input_blocks.{3 * i + 3}.0.op"
     if kind == "upsamplers":
-        # In the last place of its block: behind the attention where the block has one.
+        # the last layer of its block, which comes after the attention if the block has one
         has_attention = i > 0 if family in ("sd15", "sd21") else i < 2
         return f"output_blocks.{3 * i + 2}.{2 if has_attention else 1}.conv"
     sub = 0 if kind == "resnets" else 1
@@ -76,7 +76,7 @@ def to_ldm(path: str, family: Family = "sdxl") -> str | None:
 
 
 def from_ldm(path: str) -> str | None:
-    """A UNet module's diffusers path from either naming; None where an LDM name is not in the table."""
+    """The diffusers path of a UNet module, from its LDM or diffusers path; None for an LDM name that is not in the table."""
     if path in _SINGLE_BACK:
         return _SINGLE_BACK[path]
     found = _LDM_BLOCK.fullmatch(path)
@@ -102,7 +102,7 @@ def from_ldm(path: str) -> str | None:
 def block_of(module: str) -> str:
     """The block-weight name of a module: IN00…IN11, MID, OUT00…OUT11; BASE for text encoders and embeddings.
 
-    Transformers have no such table: there it is the block's own name, `transformer_blocks.3`.
+    Transformers have no block-weight names; for them it is the name of the block, such as `transformer_blocks.3`.
     """
     component, _, path = module.partition(".")
     if component not in ("unet", "text_encoder", "text_encoder_2", "text_encoder_3"):

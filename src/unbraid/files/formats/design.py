@@ -1,8 +1,8 @@
-"""The diffusion transformers of 2026 as data: what their modules are called, by whom, and how wide they are. Pure Python.
+"""The diffusion transformers of 2026 as data: the names of their modules in each convention, and their widths. Pure Python.
 
-A template is a module's path with `*` for the number of a block or an expert. `diffusers` are diffusers' names; `original` are
-the authors' own (which kohya's files use too), each with the diffusers modules that it holds. `kept` are names that have no
-known counterpart: they are recognised, and written as they were read. Sources: the models of diffusers 0.42 and its LoRA loaders.
+A template is a module's path with `*` in place of the number of a block or an expert. `diffusers`: diffusers' names. `original`: the
+authors' names, which kohya's files also use, each with the diffusers modules that it contains. `kept`: names without a known
+counterpart; they are recognised, and written as they were read. Sources: the models of diffusers 0.42 and its LoRA loaders.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ Templates = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Design:
-    """One family. `blocks`: stem → how many there are at most. `widths`: of the published sizes. `rows`: template → rows of the
-    weight over its columns, where that tells families apart. `kohya`: whose names follow `lora_unet_`; empty: nobody's are known."""
+    """One family. `blocks`: stem → highest number of blocks. `widths`: hidden sizes of the published models. `rows`: template → number of
+    rows divided by number of columns of the weight, where that distinguishes families. `kohya`: which names follow `lora_unet_` in kohya's
+    files, empty if unknown."""
 
     base: str
     architecture: str
@@ -29,10 +30,10 @@ class Design:
 
 
 def many(stems: str, leaves: str) -> Templates:
-    """Every leaf in every block of every stem."""
+    """Templates for each leaf in the blocks of each stem."""
     return tuple(f"{stem}.*.{leaf}" for stem in stems.split() for leaf in leaves.split())
 
 
 def pairs(old: str, new: str, leaves: Mapping[str, str]) -> dict[str, Templates]:
-    """original template → diffusers templates, of one stem's blocks."""
+    """Original template → diffusers templates, for the blocks of one stem. `leaves`: original leaf → diffusers leaves."""
     return {f"{old}.*.{a}": tuple(f"{new}.*.{b}" for b in leaf.split()) for a, leaf in leaves.items()}

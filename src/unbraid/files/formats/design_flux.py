@@ -98,7 +98,9 @@ FLUX2 = Design(
         for part in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
     }
     | _FLUX_IN,
-    kept=("final_layer.adaLN_modulation.1",),  # whose halves diffusers swaps in the model and not in its LoRA loader
+    kept=(
+        "final_layer.adaLN_modulation.1",
+    ),  # diffusers swaps its halves when it loads the model, but not when it loads a LoRA
     blocks={"transformer_blocks": 8, "double_blocks": 8, "single_transformer_blocks": 48, "single_blocks": 48},
     widths=(3072, 4096, 6144),
     rows={"single_blocks.*.linear1": 9, "double_blocks.*.img_mlp.0": 6, "double_blocks.*.txt_mlp.0": 6}

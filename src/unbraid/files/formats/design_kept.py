@@ -1,4 +1,4 @@
-"""The transformers whose names have no known counterpart in another spelling: recognised, and written as they were read."""
+"""Transformers for whose names no conversion is known: they are recognised, and written as they were read."""
 
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.design import Design, many

@@ -1,4 +1,4 @@
-"""A LoRA as keys, tensors and metadata, ready to be saved: kohya's dialect or diffusers'."""
+"""A LoRA as keys, tensors and metadata, ready to be saved in kohya's or diffusers' dialect."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -37,8 +37,7 @@ DEFAULT: dict[Family, Dialect] = {
 
 
 def dialect_for(modules: Iterable[str], family: Family) -> Dialect:
-    """The dialect to write where none is asked for: kohya for UNets, diffusers for transformers; where names are kept, the one
-    that they follow."""
+    """The default dialect: kohya for UNets, diffusers for transformers. For names that are in no table, the dialect that they look like."""
     modules = tuple(modules)
     kept = [name for name in modules if name_in(name, family) != name]
     if kept:
@@ -53,8 +52,8 @@ def encode(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by key, and the metadata. kohya: one alpha for the whole file. diffusers: alpha = r everywhere,
-    the rest folded into `lora_B`, so that tools which do not read the settings load it right too."""
+    """Tensors by key, and the metadata. kohya: one alpha for the whole file. diffusers: alpha = r for every module and the remaining
+    scale in `lora_B`, so that tools which ignore the settings compute the same."""
     common = _common_alpha(modules)
     if not 1e-30 < abs(common) < 1e15:
         size = "large" if abs(common) > 1 else "small"
@@ -76,16 +75,17 @@ def encode(
                 )
             tensors |= {f"{name}.lora_A.weight": lora.down, f"{name}.lora_B.weight": lora.up}
     shapes = {name: tuple(lora.down.shape) for name, lora in modules.items()}
-    told = labelled(metadata, family, bool(other_base(family, shapes)))
+    strings = labelled(metadata, family, bool(other_base(family, shapes)))
     if dialect == "kohya":
-        return _apart(tensors), kohya_metadata(told, ranks, common)
-    return _apart(tensors), peft_metadata(told, ranks)
+        return _apart(tensors), kohya_metadata(strings, ranks, common)
+    return _apart(tensors), peft_metadata(strings, ranks)
 
 
 def vector_tensors(
     vectors: Mapping[str, Tensor], family: Family, dialect: Dialect, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """What no LoRA can hold, MODULE.diff_b, .w_norm or .b_norm, in LyCORIS's names; diffusers' files have no place for it."""
+    """Changes of biases and norms (MODULE.diff_b, .w_norm, .b_norm) under LyCORIS's names. UsageError for diffusers' dialect, which has no
+    names for them."""
     if vectors and dialect == "diffusers":
         what = f"{len(vectors)} changes of biases and norms have no place in diffusers' files"
         raise UsageError(what, next(iter(vectors)), "Write it with --to kohya, or bake it into a checkpoint.")
@@ -103,7 +103,7 @@ def vector_tensors(
 def kohya_name(module: str, family: Family) -> str:
     """`unet.down_blocks.1.attentions.0.proj_in` → `lora_unet_input_blocks_4_1_proj_in` (SDXL: LDM names)."""
     if "." not in module:
-        return module  # kept as it was read
+        return module  # a name that is in no table stays as it was read
     component, _, path = module.partition(".")
     known = name_in(module, family) == module
     if component == "unet" and known:
@@ -122,13 +122,13 @@ def kohya_name(module: str, family: Family) -> str:
 
 
 def _common_alpha(modules: Mapping[str, Lora]) -> float:
-    """The file's one alpha: the most common one that is not zero."""
+    """The alpha of the file: the most common one that is not zero."""
     counts = Counter(lora.alpha for lora in modules.values() if lora.alpha)
     return counts.most_common(1)[0][0] if counts else 1.0
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share memory are cloned: a file cannot share."""
+    """Clone tensors that share memory, which safetensors refuses to save."""
     seen: set[int] = set()
     for key, tensor in tensors.items():
         where = tensor.data_ptr()

@@ -1,7 +1,8 @@
-"""The two layouts of Flux, SD3 and their like: the original files (and kohya's) fuse q, k, v (and the MLP) into one matrix, diffusers splits them.
+"""The two layouts of transformers such as Flux and SD3: original files, and kohya's, fuse q, k, v (and the MLP) into one matrix;
+diffusers splits them.
 
-In memory everything is split. Splitting slices the rows of `up` and shares `down`; fusing shares `down` where all
-parts have the same one, and otherwise stacks them (rank 3r or 4r) over a block-diagonal `up`. Both are exact.
+In memory everything is split. Splitting slices the rows of `up` and shares `down`; fusing keeps `down` if all
+parts have the same one, and otherwise stacks them (rank 3r or 4r) with a block-diagonal `up`. Both are exact.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ _LAST = "final_layer.adaLN_modulation.1"
 
 
 def split(module: str, lora: Lora, family: Family) -> dict[str, Lora]:
-    """One module as a file has it → the diffusers modules in it. Errors: rows that cannot be q, k and v."""
+    """One module of a file → the diffusers modules that it contains. Errors: rows that cannot be q, k and v."""
     names = split_names(module, family)
     if len(names) == 1:
         return {names[0]: _swapped(module, lora) if names[0] != module else lora}
@@ -39,7 +40,7 @@ def split(module: str, lora: Lora, family: Family) -> dict[str, Lora]:
 
 
 def fuse(modules: Mapping[str, Lora], family: Family) -> dict[str, Lora]:
-    """Everything in the layout of kohya's files. Text encoders, and names that are kept, stay as they are."""
+    """All modules in the layout of kohya's files. Text encoders, and modules that are in no table, stay as they are."""
     if family not in DESIGNS or DESIGNS[family].kohya != "original":
         return dict(modules)
     groups: dict[str, dict[int, Lora]] = {}
@@ -55,7 +56,8 @@ def fuse(modules: Mapping[str, Lora], family: Family) -> dict[str, Lora]:
 
 
 def _original(module: str, family: Family) -> tuple[str, int, tuple[str, ...]]:
-    """The original module, this one's place in it, and all that it holds; itself where it is no diffusers module."""
+    """The original module that contains this one, the index in it, and all templates that it contains. A module that is not one of
+    diffusers' contains only itself."""
     fit = fitting(module, family) if module.startswith("transformer.") else None
     if not fit or fit.template not in DESIGNS[family].diffusers:
         return module, 0, (module,)
@@ -94,6 +96,7 @@ def _fused(parts: Mapping[int, Lora], count: int) -> Lora:
 
 
 def _swapped(module: str, lora: Lora) -> Lora:
-    """diffusers has scale and shift the other way round in the last layer's modulation, and SD3's last block (2·k outputs)."""
+    """Swap the halves of `up` where diffusers stores scale and shift in the opposite order: in the last layer's modulation, and in SD3's
+    last block, which has 2·k outputs."""
     last = module.endswith(_LAST) or (".context_block.adaLN" in module and len(lora.up) == 2 * lora.down.shape[1])
     return Lora(lora.down, torch.cat(lora.up.chunk(2)[::-1]), lora.alpha) if last else lora

@@ -1,6 +1,6 @@
-"""The gate: what a file's header claims is checked before anything is allocated or matched by it. No torch.
+"""Checks of a file's header, made before anything is allocated for its tensors or matched against its names. No torch.
 
-safetensors itself has checked that the offsets fit the file, and the sizes the shapes and dtypes.
+safetensors has already checked that the offsets fit the file, and that sizes fit shapes and dtypes.
 """
 
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from unbraid.common.errors import UsageError
 from unbraid.files.formats.kinds import KIND, LOHA, LOKR, VECTORS, sizes
 
 MAX_KEYS = 50_000
-MAX_HEADER = 16 << 20  # bytes; thumbnails and tag counts are some MB at most
+MAX_HEADER = 16 << 20  # bytes; thumbnails and tag counts take a few MB at most
 MAX_KEY = 500  # characters
 MAX_DIMENSIONS = 8
 MAX_SIZE = 2**31  # of one dimension
-MAX_RANK = 4096  # of a LoRA that is not for layers that are wider
-MAX_DENSE = 2**29  # numbers in one weight; Flux.2's largest has 3.4e8
+MAX_RANK = 4096  # no LoRA has a higher one
+MAX_DENSE = 2**29  # numbers in one weight; Flux.2's largest weight has 3.4e8
 DAMAGED = "The file is damaged, or made to do harm."
 Shape = tuple[int, ...]
 
 
 def check_size(path: Path) -> None:
-    """Errors: a header that is larger than any LoRA's, which would take minutes to take apart."""
+    """Errors: a header that is larger than any LoRA's and would take minutes to parse."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if MAX_HEADER < size < path.stat().st_size:
@@ -30,7 +30,7 @@ def check_size(path: Path) -> None:
 
 
 def check(path: Path, shapes: Mapping[str, Shape]) -> None:
-    """Names and shapes of any safetensors file. Errors: names or dimensions that no model has."""
+    """Check the names and shapes of any safetensors file. Errors: names or dimensions that no model has."""
     for key, shape in shapes.items():
         if len(key) > MAX_KEY:
             raise UsageError(f"a tensor's name of {len(key)} characters", path, DAMAGED)
@@ -41,7 +41,7 @@ def check(path: Path, shapes: Mapping[str, Shape]) -> None:
 
 
 def check_module(parts: Mapping[str, Shape], where: str) -> None:
-    """The shapes of one module's tensors, of every kind that is read. Errors: what does not fit, is missing, or is too large."""
+    """Check the shapes of one module's tensors, of any supported kind. Errors: shapes that do not fit or are too large, missing tensors."""
     if any(0 in shape for shape in parts.values()):
         raise UsageError("a tensor is empty", where, "The file is damaged.")
     norm = len(parts.get("diff", ())) == 1
@@ -62,7 +62,7 @@ def check_module(parts: Mapping[str, Shape], where: str) -> None:
 
 
 def _check_kind(parts: Mapping[str, Shape], where: str) -> None:
-    """LoHa, LoKr and full changes."""
+    """Check the shapes of LoHa, LoKr and full changes."""
     wanted = _wanted(parts)
     if missing := sorted(wanted - set(parts)):
         raise UsageError(f"{' and '.join(missing)} is missing", where, "The file is incomplete.")
@@ -84,7 +84,7 @@ _CORES += (("lokr_t2", "lokr_w2_a", "lokr_w2_b"),)
 
 
 def _wanted(parts: Mapping[str, Shape]) -> set[str]:
-    """The parts that a module of this kind has, by those that are there."""
+    """The parts that a module must have, given those that it has."""
     if "diff" in parts:
         return {"diff"}
     if any(part in LOHA for part in parts):
@@ -95,7 +95,7 @@ def _wanted(parts: Mapping[str, Shape]) -> set[str]:
 
 
 def check_factors(parts: Mapping[str, Shape], where: str) -> None:
-    """The shapes of one LoRA module's tensors, against each other. Errors: what cannot be multiplied or is no low rank."""
+    """Check the shapes of a plain LoRA module. Errors: factors that cannot be multiplied, a rank that is too high."""
     if "dense" in parts:
         _dense(parts, where)
         return

@@ -1,4 +1,4 @@
-"""What a LoRA file holds, from its header alone: names, shapes, dtypes, metadata. No torch, no weights read."""
+"""Reading a LoRA file's header: names, shapes, dtypes, metadata. No torch; weights are not read."""
 
 import json
 from collections import Counter, defaultdict
@@ -32,22 +32,22 @@ class Header:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The keys in order: canonical module → part → key; the keys that are not known; the kinds that are not plain LoRA."""
+    """The keys of a file, sorted. `modules`: canonical name → part → key. `kinds`: kind of tensor other than plain LoRA → number."""
 
     modules: Mapping[str, Mapping[str, str]]
-    raw: Mapping[str, str]  # canonical module → what the file calls it
-    unknown: tuple[str, ...]
+    raw: Mapping[str, str]  # canonical name → the file's name
+    unknown: tuple[str, ...]  # keys that belong to no LoRA
     kinds: Mapping[str, int]  # such as {"LoHa": 300}
     twice: tuple[str, ...]  # modules that the file names in two ways
     adapters: tuple[str, ...]  # PEFT adapter names, when there are several
     ignored: tuple[str, ...]  # embeddings bundled with the LoRA
-    kept: tuple[str, ...]  # modules that no table knows: under the file's own names
+    kept: tuple[str, ...]  # modules that are in no table, under the file's names
     verdict: Verdict
 
 
 @contextmanager
 def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """A safetensors handle; every way in which the file can be bad is a `UsageError`."""
+    """A safetensors handle. Whatever is wrong with the file is raised as `UsageError`."""
     if path.suffix.lower() in PICKLES:
         fix = "Such files can run any code when they are opened. Get or make a .safetensors of it."
         raise UsageError("pickle files are not read", path, fix)
@@ -57,7 +57,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         )
     try:
         check_size(path)
-        # pread: tensors of their own, so a file that shrinks meanwhile is an error and not a crash.
+        # pread copies tensors, so that a file which shrinks while it is read gives an error, not a crash
         with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
             yield handle
     except (SafetensorError, OSError, UnicodeError) as error:
@@ -65,7 +65,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file. Errors: not there, a pickle, truncated, not safetensors."""
+    """The header of a safetensors file. Errors: the file is missing, a pickle, truncated, or not safetensors."""
     with opened(path) as handle:
         keys = list(handle.keys())
         if len(keys) > MAX_KEYS:
@@ -78,9 +78,9 @@ def read_header(path: Path) -> Header:
 
 
 def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
-    """Sort a header's keys by module and part; of a PEFT file with several adapters only `adapter`, if given.
+    """Sort a header's keys by module and part. `adapter`: the only one to use if a PEFT file has several.
 
-    Nothing is refused here: `doctor` wants to see it all."""
+    Nothing is refused here, because `doctor` reports on any file."""
     cuts: dict[str, Key] = {}
     unknown, ignored = [], []
     for key in header.shapes:
@@ -123,14 +123,14 @@ def catalogue(header: Header, adapter: str | None = None) -> Catalogue:
 
 
 def _kind(part: str, shape: Shape) -> str:
-    """What a tensor is one of, if it is no part of a plain LoRA; a norm's own `diff` is a vector."""
+    """The kind of a tensor that is not part of a plain LoRA, else "". A `diff` with one dimension is the change of a norm."""
     if part == "diff" and len(shape) == 1:
         part = "w_norm"
     return part if part in KINDS else KIND.get(part, "")
 
 
 def _factors(header: Header, cuts: Mapping[str, Key]) -> dict[str, tuple[Shape, Shape]]:
-    """Module as the file calls it → the shapes of down and up, or what they would be of another kind; empty where there is none."""
+    """The file's name of a module → the shapes of down and up. For other kinds, those of an equivalent LoRA of rank 1; empty if unknown."""
     modules: dict[str, dict[str, Shape]] = {}
     for key, cut in cuts.items():
         modules.setdefault(cut.module, {})[cut.part] = header.shapes[key]
@@ -142,7 +142,7 @@ def _factors(header: Header, cuts: Mapping[str, Key]) -> dict[str, tuple[Shape, 
 
 
 def _place(cut: Key) -> Key:
-    """XLabs' processors hold the image's and the text's half of one attention: the module's name without them."""
+    """Translate XLabs' names: its attention processors hold the layers of image and text, which are modules of their own elsewhere."""
     module, part = cut.module, cut.part
     stem, found, leaf = module.rpartition(".processor.")
     if part in ("down1", "up1", "down2", "up2"):
@@ -153,14 +153,14 @@ def _place(cut: Key) -> Key:
 
 
 def _t5(modules: dict[str, dict[str, str]], raw: dict[str, str]) -> None:
-    """Flux's T5 is `te3` to kohya's tools and `text_encoder_2` to diffusers."""
+    """Rename Flux's T5, which kohya's tools number 3 (`te3`) and diffusers calls `text_encoder_2`."""
     for name in [name for name in modules if name.startswith("text_encoder_3.")]:
         renamed = name.replace("text_encoder_3.", "text_encoder_2.", 1)
         modules[renamed], raw[renamed] = modules.pop(name), raw.pop(name)
 
 
 def check_readable(header: Header, found: Catalogue) -> None:
-    """Errors: the reasons not to read a file, one clear line each."""
+    """Raise UsageError for files that cannot be read as a LoRA: several adapters, unsupported kinds, unknown keys, modules twice, none."""
     where = header.path
     if found.adapters:
         names = ", ".join(found.adapters[:5])
@@ -180,7 +180,8 @@ def check_readable(header: Header, found: Catalogue) -> None:
 
 
 def adapter_metadata(header: Header) -> dict[str, Any]:
-    """PEFT's settings as diffusers stores them: `unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, …"""
+    """PEFT's settings: `unet.r`, `unet.lora_alpha`, `unet.rank_pattern`, … from the metadata, or from adapter_config.json beside a PEFT
+    file. Empty if there are none."""
     text = header.metadata.get("lora_adapter_metadata")
     beside = header.path.with_name("adapter_config.json")  # a PEFT folder
     try:
@@ -206,7 +207,7 @@ def _fix(path: Path) -> str:
             start = file.read(8)
     except OSError:
         return "Check that you may read it."
-    # a safetensors file begins with its header's length, eight bytes of which the last ones are 0
+    # a safetensors file starts with the length of its header in eight bytes, of which the last ones are 0
     if start[:2] == b"PK" or (start[:1] == b"\x80" and (start[2:3] == b"\x95" or any(start[4:]))):
         return "It is a pickle under another name, which can run any code: get a real .safetensors."
     return "The download may be incomplete: get it again."

@@ -1,4 +1,5 @@
-"""The parts of LyCORIS's kinds (arXiv 2309.14859) and of DoRA (arXiv 2402.09353), by the ends of their keys. Pure Python."""
+"""The kinds of changes besides plain LoRA: LyCORIS's (arXiv 2309.14859) and DoRA (arXiv 2402.09353). A part is the last word of a key.
+Pure Python."""
 
 from collections.abc import Mapping
 from math import prod
@@ -6,7 +7,7 @@ from math import prod
 Shape = tuple[int, ...]
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-# changes of biases and norms, which no LoRA can hold; a norm's `diff` is w_norm
+# changes of biases and norms, which a LoRA cannot hold; a norm's `diff` is treated as w_norm
 VECTORS = ("diff_b", "w_norm", "b_norm")
 KIND: dict[str, str] = {
     **dict.fromkeys(LOHA, "LoHa"),
@@ -18,8 +19,8 @@ KIND: dict[str, str] = {
 
 
 def sizes(parts: Mapping[str, Shape]) -> tuple[int, int] | None:
-    """Rows and columns (times the kernel) of a change of LoHa's, LoKr's or `diff`'s parts; None: shapes that do not fit, another
-    kind. Factors of a product share their rank; a core has both."""
+    """Rows and columns (times the kernel) of a change in LoHa's, LoKr's or `diff`'s parts. None for another kind, and for shapes that do not
+    fit."""
     diff = parts.get("diff", ())
     if len(diff) > 1:
         return diff[0], prod(diff[1:])
@@ -39,7 +40,7 @@ def _whole(parts: Mapping[str, Shape], part: str) -> tuple[int, int] | None:
 
 
 def _product(parts: Mapping[str, Shape], left: str, right: str, core: str) -> tuple[int, int] | None:
-    """`[d, r]` times `[r, k]`; with a core `[r, s, …]`, `[r, d]` and `[s, k]`."""
+    """The size of `[d, r]` times `[r, k]`; with a core `[r, s, …]` the factors are `[r, d]` and `[s, k]`."""
     a, b, t = parts.get(left, ()), parts.get(right, ()), parts.get(core, ())
     if len(a) != 2 or len(b) < 2:
         return None

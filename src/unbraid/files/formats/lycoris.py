@@ -3,7 +3,7 @@
     LoHa   ΔW = α/r (A₁B₁) ⊙ (A₂B₂)     = α/r (A₁ • A₂)(B₁ ∗ B₂)   rank ≤ r²: • row by row, ∗ column by column
     LoKr   ΔW = α/r  W₁ ⊗ W₂                                        its SVD is made of those of W₁ and W₂
     DoRA   ΔW = m (W + ΔV) / ‖W + ΔV‖ − W                           needs W; the norm per output, or per input
-Arithmetic is in fp64 for what is small and in fp32 for dense matrices. A convolution is [d, k, kh, kw].
+Small tensors are computed in fp64, dense matrices in fp32. A convolution is [d, k, kh, kw].
 """
 
 from collections.abc import Mapping
@@ -26,25 +26,26 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Alpha:
-    """A module's alpha (None: its rank), and the strength where there is no rank that it could be over."""
+    """A module's alpha (None: equal to its rank). `whole`: the scale to use if the module has no rank, since LoKr's factors are not
+    decomposed."""
 
     value: float | None = None
     whole: float = 1.0
 
 
-LIMIT = 256  # highest rank that a change of another kind is given: LoHa's up to r = 16 are exact
+LIMIT = 256  # highest rank of a converted module, so that LoHa up to r = 16 is exact
 
 
 def sorted_out(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parts of the weight's change, and those of the bias and the norm, flat. A norm's own `diff` is its w_norm."""
+    """(parts that change the weight, flattened parts that change bias and norm). A norm's `diff` is renamed to w_norm."""
     named = {"w_norm" if part == "diff" and tensor.ndim == 1 else part: tensor for part, tensor in parts.items()}
     vectors = {part: tensor.flatten() for part, tensor in named.items() if part in VECTORS}
     return {part: tensor for part, tensor in named.items() if part not in VECTORS}, vectors
 
 
 def alpha_of(settings: Mapping[str, Any], alpha: float | None, module: str) -> Alpha:
-    """The file's alpha, else that of PEFT's LoHaConfig and LoKrConfig, whose strength is alpha / r even where LoKr's factors are
-    whole."""
+    """The file's alpha, or else that of PEFT's LoHaConfig or LoKrConfig, which scale by alpha / r even if LoKr's factors are not
+    decomposed."""
     if alpha is not None or not isinstance(settings.get("alpha"), int | float):
         return Alpha(alpha)
     found = peft_alpha({**settings, "lora_alpha": settings["alpha"]}, module, 1)
@@ -59,14 +60,14 @@ def alpha_of(settings: Mapping[str, Any], alpha: float | None, module: str) -> A
 
 
 def is_kind(parts: Parts) -> bool:
-    """Whether a module's parts are another kind of change than LoRA's down and up."""
+    """Whether the parts are LoHa, LoKr or a full change."""
     return any(KIND.get(part) in ("LoHa", "LoKr", "full changes") for part in parts)
 
 
 def low_rank(parts: Parts, alpha: Alpha, kernel: tuple[int, ...], limit: int, where: str) -> tuple[Lora, float]:
-    """The change as factors of at most `limit` ranks, alpha = r, in fp32; and ‖ΔW − BA‖ / ‖ΔW‖ (0: exact).
+    """The change as factors of rank `limit` at most, in fp32 with alpha = r; and the relative error ‖ΔW − BA‖ / ‖ΔW‖ (0: exact).
 
-    `kernel`: (3, 3) where a convolution's kernel is flattened in the file."""
+    `kernel`: (3, 3) if a convolution's kernel is flattened in the file."""
     with _fits(where, parts):
         if "diff" in parts:
             found = _dense_svd(parts["diff"], limit)
@@ -78,7 +79,7 @@ def low_rank(parts: Parts, alpha: Alpha, kernel: tuple[int, ...], limit: int, wh
 
 
 def dense(parts: Parts, alpha: Alpha, shape: tuple[int, ...], where: str) -> Tensor:
-    """The change as it is, in fp32 and in the weight's `shape`."""
+    """The dense change, in fp32 and in the weight's `shape`."""
     with _fits(where, parts):
         if "diff" in parts:
             change = wide(parts["diff"])
@@ -107,12 +108,12 @@ def decomposed(weight: Tensor, change: Tensor, magnitude: Tensor, where: str) ->
 
 
 def factored(change: Tensor, limit: int) -> tuple[Lora, float]:
-    """A dense change `[d, k, …]` as factors of at most `limit` ranks, and the relative error."""
+    """A dense change `[d, k, …]` as factors of rank `limit` at most, and the relative error."""
     return _dense_svd(change, limit)
 
 
 def kernel_of(module: str, family: str) -> tuple[int, ...]:
-    """The kernel of a module whose file keeps it flattened; () for a linear layer. Stable Diffusion's UNets only: others have none."""
+    """The kernel of a module, for files that flatten it; () for a linear layer. Only Stable Diffusion's UNets have convolutions."""
     leaf = module.rpartition(".")[2]
     if not module.startswith("unet."):
         return ()
@@ -122,7 +123,7 @@ def kernel_of(module: str, family: str) -> tuple[int, ...]:
 
 
 class _fits:
-    """Tensors that do not go together are the file's fault."""
+    """Checks a module's parts, and raises UsageError for errors from missing parts or shapes that do not fit."""
 
     def __init__(self, where: str, parts: Parts) -> None:
         self.where, self.parts = where, parts
@@ -166,7 +167,7 @@ def _loha(parts: Parts, alpha: Alpha, kernel: tuple[int, ...], limit: int) -> tu
     scale = _scale(alpha, left.shape[1])
     kernel = _kernel(parts.get("hada_t1"), kernel)
     rank = left.shape[1] * left2.shape[1]
-    if rank > limit and rank >= min(len(left), right.shape[1]):  # its factors would be larger than the change itself
+    if rank > limit and rank >= min(len(left), right.shape[1]):  # the exact factors would be larger than the change
         return _dense_svd(((left @ right) * (left2 @ right2) * scale).float(), limit, kernel)
     up = torch.einsum("di,dj->dij", left, left2).flatten(1) * scale
     down = torch.einsum("ik,jk->ijk", right, right2).flatten(0, 1)
@@ -177,7 +178,7 @@ def _loha(parts: Parts, alpha: Alpha, kernel: tuple[int, ...], limit: int) -> tu
 
 
 def _kron_parts(parts: Parts) -> tuple[Tensor, Tensor, int]:
-    """W₁ `[l, m]`, W₂ `[n, p·kh·kw]`, and the rank that alpha is over (0: both are whole, alpha does not count)."""
+    """W₁ `[l, m]`, W₂ `[n, p·kh·kw]`, and the rank that alpha is divided by (0: neither is decomposed, and alpha is not used)."""
     rank = 0
     if "lokr_w2" in parts:
         second = parts["lokr_w2"].double().flatten(1)
@@ -194,7 +195,7 @@ def _kron_parts(parts: Parts) -> tuple[Tensor, Tensor, int]:
 
 
 def _lokr_svd(parts: Parts, alpha: Alpha, kernel: tuple[int, ...], limit: int) -> tuple[Lora, float]:
-    """The best factors of W₁ ⊗ W₂: singular values are all products of theirs, vectors the Kronecker products of theirs."""
+    """The best factors of W₁ ⊗ W₂. Its singular values are all products of those of W₁ and W₂, its singular vectors the Kronecker products."""
     first, second, rank = _kron_parts(parts)
     whole = parts.get("lokr_t2", parts.get("lokr_w2"))
     kernel = _kernel(whole, kernel)
@@ -223,7 +224,7 @@ def _dense_svd(change: Tensor, limit: int, kernel: tuple[int, ...] = ()) -> tupl
 
 
 def _kernel(whole: Tensor | None, kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """The kernel's size: as a tensor of the file has it, else as the module's name lets expect."""
+    """The size of the kernel: from a tensor of the file if it has one, else the one expected from the module's name."""
     return tuple(whole.shape[2:]) if whole is not None and whole.ndim > 2 else kernel
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.families import DESIGNS
-from unbraid.files.formats.recognise import told
+from unbraid.files.formats.recognise import named_family
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _STABILITY = "https://github.com/Stability-AI/generative-models"
-# family → kohya's name of the base, ModelSpec's architecture, whose names the keys follow
+# family → (kohya's name of the base, ModelSpec's architecture, ModelSpec's implementation)
 LABELS: dict[Family, tuple[str, str, str]] = {
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", _STABILITY),
     "sd15": ("sd_v1", "stable-diffusion-v1/lora", "diffusers"),
@@ -32,11 +32,11 @@ LABELS: dict[Family, tuple[str, str, str]] = {
     },
 }
 PREFIX = "lora_adapter_metadata"
-UNKNOWN_HASH = "0" * 64  # until the tensors are on the disk: see stamp
+UNKNOWN_HASH = "0" * 64  # placeholder; `stamp` replaces it after the tensors are written
 
 
 def kohya_metadata(given: Mapping[str, str], ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
-    """What every tool looks for, over what the caller gave. Never PEFT's settings: diffusers refuses both at once."""
+    """The caller's metadata with the keys that tools read. PEFT's settings are removed, because diffusers refuses files with both."""
     kept = {key: value for key, value in given.items() if key not in (PREFIX, "format")}
     network = {"ss_network_module": "networks.lora", "ss_network_dim": _rank(ranks), "ss_network_alpha": f"{alpha:g}"}
     hashes = {"sshs_model_hash": UNKNOWN_HASH, "modelspec.hash_sha256": f"0x{UNKNOWN_HASH}"}
@@ -44,18 +44,18 @@ def kohya_metadata(given: Mapping[str, str], ranks: Mapping[str, int], alpha: fl
 
 
 def peft_metadata(given: Mapping[str, str], ranks: Mapping[str, int]) -> dict[str, str]:
-    """diffusers' header entry, alpha = r for every module."""
+    """The caller's metadata with PEFT's settings as diffusers stores them, alpha = r for every module."""
     settings: dict[str, Any] = {}
     by_component: dict[str, dict[str, int]] = {}
     for name, rank in ranks.items():
         component, _, path = name.partition(".")
-        # transformers 5 flattened CLIPTextModel: PEFT compares name endings, so the short one fits both.
+        # PEFT compares the ends of names, so the short name works both before and since transformers 5, which removed `text_model`
         by_component.setdefault(component, {})[path.removeprefix("text_model.")] = rank
     for component, found in by_component.items():
         common = Counter(found.values()).most_common(1)[0][0]
         named = {path for path, rank in found.items() if rank != common}
         ends = {path for path in found if any(path.endswith(f".{name}") for name in named if len(name) < len(path))}
-        # PEFT takes the first pattern that a name ends in, so the longest stand first
+        # PEFT uses the first pattern that a name ends with, so the longest come first
         other = {path: found[path] for path in sorted(named | ends, key=lambda path: (-len(path), path))}
         mine = {"r": common, "lora_alpha": common, "target_modules": sorted(found), "rank_pattern": other}
         settings |= {f"{component}.{key}": value for key, value in (mine | {"alpha_pattern": other}).items()}
@@ -64,14 +64,14 @@ def peft_metadata(given: Mapping[str, str], ranks: Mapping[str, int]) -> dict[st
 
 
 def data_hash(path: Path) -> str:
-    """SHA-256 of the tensors' bytes, without the header: what webui knows LoRAs by."""
+    """SHA-256 of the tensors' bytes without the header, by which webui identifies LoRAs."""
     with path.open("rb") as file:
         file.seek(int.from_bytes(file.read(8), "little"), 1)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp(path: Path, digest: str) -> None:
-    """Put the hash where the header has room for it."""
+    """Replace the placeholder for the hash in the header."""
     with path.open("r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         file.seek(8)
@@ -79,7 +79,7 @@ def stamp(path: Path, digest: str) -> None:
 
 
 def modelspec(family: Family) -> dict[str, str]:
-    """The family, in kohya's words and in ModelSpec 1.0.1's."""
+    """The family in kohya's keys and in those of ModelSpec 1.0.1; empty for families without a label."""
     if family not in LABELS:
         return {}
     base, architecture, implementation = LABELS[family]
@@ -93,10 +93,10 @@ def modelspec(family: Family) -> dict[str, str]:
 
 
 def labelled(given: Mapping[str, str], family: Family, other: bool = False) -> dict[str, str]:
-    """The family's labels under what the caller gave, or over it where that names another family. `other`: for another base of
-    the family's design, which tools must not take for the published one."""
+    """The caller's metadata, completed with the family's labels. If it names another family, these replace it. `other`: the LoRA is for
+    a different base of the same design, which tools must not mistake for the published one."""
     mine = modelspec(family)
-    if mine and (other or told(given) not in (None, family)):
+    if mine and (other or named_family(given) not in (None, family)):
         given = {key: value for key, value in given.items() if key not in mine or key == "modelspec.title"}
     if mine and other:
         mine = {"ss_base_model_version": f"{family}-other", "modelspec.title": "LoRA"}
@@ -116,17 +116,17 @@ def card(
     author: str = "",
     thumbnail: "Path | Image | None" = None,
 ) -> dict[str, str]:
-    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any picture, cut down to 256×256."""
+    """ModelSpec fields for `write(metadata=…)`; empty ones are left out. `thumbnail`: any picture, reduced to 256×256."""
     fields = {"title": title, "trigger_phrase": trigger, "tags": tags, "description": description, "author": author}
-    told = {f"modelspec.{key}": value for key, value in fields.items() if value}
+    card = {f"modelspec.{key}": value for key, value in fields.items() if value}
     if title:
-        told["ss_output_name"] = title  # A1111's and Forge's alias
-    return told | ({"modelspec.thumbnail": data_uri(thumbnail)} if thumbnail else {})
+        card["ss_output_name"] = title  # the alias in A1111 and Forge
+    return card | ({"modelspec.thumbnail": data_uri(thumbnail)} if thumbnail else {})
 
 
 def data_uri(picture: "Path | Image") -> str:
-    """A picture as ModelSpec wants a thumbnail: a data URI, at most 256×256. Errors: not a picture."""
-    from unbraid.images.opening import open_image  # Pillow is loaded where it is used
+    """A picture as a thumbnail for ModelSpec: a data URI of a JPEG, at most 256×256 pixels. Errors: not a picture."""
+    from unbraid.images.opening import open_image  # imported here, because Pillow is rarely needed
 
     small = open_image(picture, enough=4 * 256**2) if isinstance(picture, Path) else picture.convert("RGB")
     small.thumbnail((256, 256))
@@ -136,10 +136,10 @@ def data_uri(picture: "Path | Image") -> str:
 
 
 def write_sidecar(lora: Path, metadata: Mapping[str, str], weight: float = 1.0) -> Path:
-    """`NAME.json` beside the LoRA, with the keys that A1111, Forge and InvokeAI read; `NAME.jpg` where it has a thumbnail."""
+    """Write `NAME.json` beside the LoRA, with the keys that A1111, Forge and InvokeAI read, and `NAME.jpg` if it has a thumbnail."""
     version = {"stable-diffusion-xl": "SDXL", "stable-diffusion-v1": "SD1", "flux": "Flux"}
     architecture = metadata.get("modelspec.architecture", "")
-    told = {
+    fields = {
         "description": metadata.get("modelspec.description", ""),
         "sd version": next((name for start, name in version.items() if architecture.startswith(start)), "Unknown"),
         "activation text": metadata.get("modelspec.trigger_phrase", ""),
@@ -147,7 +147,7 @@ def write_sidecar(lora: Path, metadata: Mapping[str, str], weight: float = 1.0) 
     }
     path = lora.with_suffix(".json")
     try:
-        path.write_text(json.dumps(told, indent=2) + "\n")
+        path.write_text(json.dumps(fields, indent=2) + "\n")
         start, _, data = metadata.get("modelspec.thumbnail", "").partition("base64,")
         if start.startswith("data:image/jpeg"):
             lora.with_suffix(".jpg").write_bytes(base64.b64decode(data))

@@ -1,11 +1,10 @@
-"""LoRA key names: what every tool calls a module, and the one name that unbraid has for it.
+"""Names of LoRA keys: from the names that all tools use to the one that unbraid uses.
 
-A key is a module's name and a suffix. `split_key` takes the suffix off, `canonical` gives the module its
-diffusers path with the component in front: `unet.mid_block.attentions.0.proj_in`,
+A key is a module's name and a suffix. `split_key` separates them; `canonical` turns the module's name into its
+diffusers path after the component: `unet.mid_block.attentions.0.proj_in`,
 `text_encoder.text_model.encoder.layers.0.mlp.fc1`, `transformer.transformer_blocks.0.attn.to_q`.
-Names joined by underscores are cut into words and put together by a vocabulary; dotted ones are not touched. Transformers:
-see `unbraid.files.formats.recognise`. Matching is linear in the key's length.
-Pure Python, no torch: `doctor` and `inspect` answer from a file's header alone.
+Names joined by underscores are split into words and joined to path elements with a vocabulary; dotted names stay as they are. For
+transformers see `unbraid.files.formats.recognise`. Matching takes time linear in the key's length. Pure Python.
 """
 
 import re
@@ -16,10 +15,10 @@ from unbraid.files.formats.blocks import from_ldm
 from unbraid.files.formats.kinds import KIND, LOHA, LOKR
 
 _CLIPS = (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", "text_encoder_3"))
-KINDS = ("OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised, not read; those that are: files/formats/kinds.py
+KINDS = ("OFT", "GLoRA", "IA3", "full weights", "bias")  # recognised but not supported; kinds.py has those that are
 _WHICH = {"down": "down", "up": "up", "mid": "mid"}
 
-# the longest first: a prefix, and the component that it stands for
+# prefixes, the longest first; TEXT with the component that each stands for
 UNET = ("lora_unet_", "lycoris_unet_", "lycoris_", "model.diffusion_model.", "diffusion_model.", "unet.", "")
 TRANSFORMER = ("lora_transformer_", "lycoris_transformer_", "lora_unet_", "lycoris_unet_", "lycoris_", "transformer.")
 TRANSFORMER += ("model.diffusion_model.", "diffusion_model.", "")
@@ -46,7 +45,7 @@ _LONGEST = max(map(len, _WORDS))
 
 @dataclass(frozen=True)
 class Key:
-    """A tensor's key, cut up: the module as the file calls it, the part, and PEFT's adapter name if any."""
+    """A tensor's key, separated: the file's name of the module, the part, and the name of PEFT's adapter, if any."""
 
     module: str
     part: str
@@ -54,7 +53,7 @@ class Key:
 
 
 def split_key(key: str) -> Key | None:
-    """`lora_unet_mid_block_….lora_up.weight` → (`lora_unet_mid_block_…`, up). None: no known suffix. In linear time."""
+    """`lora_unet_mid_block_….lora_up.weight` → (`lora_unet_mid_block_…`, up). None for an unknown suffix."""
     head, dot, last = key.rpartition(".")
     if not dot:
         return None
@@ -96,7 +95,7 @@ def _with_weight(head: str, last: str) -> Key | None:
 
 
 def _ab(parts: list[str]) -> Key | None:
-    """PEFT's `.lora_A`, `.lora_A.NAME` (without `.weight`)."""
+    """A key that ends in PEFT's `.lora_A` or `.lora_A.NAME` (the `.weight` is removed already), else None."""
     for place, adapter in ((len(parts) - 1, ""), (len(parts) - 2, parts[-1])):
         if place > 0 and parts[place] in ("lora_A", "lora_B"):
             return Key(".".join(parts[:place]), "down" if parts[place] == "lora_A" else "up", adapter)
@@ -104,7 +103,7 @@ def _ab(parts: list[str]) -> Key | None:
 
 
 def _other(head: str, last: str) -> Key | None:
-    """The parts of other kinds, with PEFT's adapter behind some; those that are not read can have two more words."""
+    """A key of another kind than LoRA. Some kinds have PEFT's adapter name after the part; unsupported ones may have two more words."""
     tail = ""
     for words in range(3):
         part = _part(last)
@@ -120,7 +119,7 @@ _NAMED = frozenset((*LOHA, *LOKR, "dora_scale"))
 
 
 def _part(word: str) -> str:
-    """The part of another kind that a key's word names; of those that are not read, the kind."""
+    """The part that a word of a key names, or the kind if it is not supported; "" for other words."""
     if word in KIND:
         return word
     if word == "lora_magnitude_vector":
@@ -131,7 +130,7 @@ def _part(word: str) -> str:
 
 
 def bare(module: str) -> str:
-    """A module without PEFT's `base_model.model.`."""
+    """A module's name without PEFT's prefix `base_model.model.`."""
     while module.startswith("base_model.model."):
         module = module[len("base_model.model.") :]
     return module
@@ -139,9 +138,9 @@ def bare(module: str) -> str:
 
 @cache
 def canonical(module: str) -> str | None:
-    """The diffusers path of a UNet's or text encoder's module that a file calls `module`; None where it is not known.
+    """The diffusers path of a module of a UNet or text encoder, from a file's name for it; None if it is unknown.
 
-    Both namings of SD1.5's and SDXL's UNets come out the same. A name with dots is taken letter for letter.
+    LDM and diffusers names of SD1.5's and SDXL's UNets give the same path. Names with dots must match exactly.
     """
     module = bare(module)
     for prefix, component in TEXT:
@@ -167,7 +166,7 @@ def canonical(module: str) -> str | None:
 
 def _text(component: str, path: str | None) -> str | None:
     if path and path.startswith("encoder.layers."):
-        path = "text_model." + path  # transformers 5 flattened CLIPTextModel: no tool loads the short name
+        path = "text_model." + path  # transformers 5 removed `text_model`, but no tool reads the short name
     return f"{component}.{path}" if path else None
 
 
@@ -179,7 +178,7 @@ def _read(rest: str, dotted: bool) -> str | None:
 
 
 def transformer_path(module: str) -> tuple[str, bool]:
-    """What a file calls a transformer's module, without the prefix; and whether its words are joined by dots."""
+    """(a transformer module's name without the prefix, whether its words are joined by dots)."""
     module = bare(module)
     prefix = next(prefix for prefix in TRANSFORMER if module.startswith(prefix))
     if prefix.endswith("transformer_") and module[len(prefix) :].startswith("blocks_"):
@@ -188,7 +187,7 @@ def transformer_path(module: str) -> tuple[str, bool]:
 
 
 def _path(name: str) -> str | None:
-    """Words joined by dots or underscores → a dotted path, by the longest vocabulary entries."""
+    """Words joined by dots or underscores → a dotted path, made of the longest matching entries of the vocabulary."""
     words = re.split(r"[._]", name)
     out: list[str] = []
     i = 0

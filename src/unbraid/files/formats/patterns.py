@@ -1,4 +1,4 @@
-"""PEFT's settings in a LoRA file: every module's alpha, by its patterns as PEFT itself matches them. No torch."""
+"""The alpha of a module from PEFT's settings, whose patterns are matched as PEFT matches them. No torch."""
 
 import re
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ MAX_PATTERNS = 20_000
 MAX_PATTERN = 500  # characters
 _PLAIN = re.compile(r"\^?(?:\\\.|[A-Za-z0-9_.\-])*")
 _REPEATS = re.compile(r"[*+]|\{\d*,\d*\}")
-Pattern = tuple[str | None, ...]  # a plain pattern's characters; None: any
+Pattern = tuple[str | None, ...]  # the characters of a plain pattern; None matches any
 
 
 def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """A module's alpha by PEFT's settings (`alpha_pattern`, then `lora_alpha`, rsLoRA included); else its rank.
+    """A module's alpha from PEFT's settings (`alpha_pattern`, then `lora_alpha`, scaled for rsLoRA), or its rank if they have none.
 
-    Errors: an alpha that is no finite number, patterns that are no regular expressions or would take too long."""
+    Errors: an alpha that is not a finite number; patterns that are not regular expressions, or could take too long to match."""
     component, _, path = module.partition(".")
     mine = {
         key.partition(".")[2]: value for key, value in settings.items() if key.startswith(component + ".")
@@ -26,7 +26,7 @@ def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = mine.get("lora_alpha", rank)
     pattern = mine.get("alpha_pattern")
     if isinstance(pattern, dict) and pattern:
-        # transformers 5 flattened CLIPTextModel: the patterns may be for the short name
+        # transformers 5 removed `text_model`, so the patterns may be for the short name
         hits = (first_match(tuple(pattern), name) for name in dict.fromkeys((path, path.removeprefix("text_model."))))
         hit = next((key for key in hits if key is not None), None)
         alpha = alpha if hit is None else pattern[hit]
@@ -38,7 +38,7 @@ def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def first_match(keys: tuple[str, ...], path: str) -> str | None:
-    """The first key with `(.*\\.)?(key)$` matching the path, as peft.utils.other.get_pattern_key has it."""
+    """The first key for which `(.*\\.)?(key)$` matches the path, as in peft.utils.other.get_pattern_key."""
     plain, other = _sorted(keys)
     ends = {len(path) - i for i in (0, *(i + 1 for i, letter in enumerate(path) if letter == "."))}
     best = len(keys)
@@ -61,7 +61,7 @@ def first_match(keys: tuple[str, ...], path: str) -> str | None:
 def _sorted(
     keys: tuple[str, ...],
 ) -> tuple[dict[int, list[tuple[int, bool, Pattern]]], list[tuple[int, re.Pattern[str]]]]:
-    """Plain names by their length, and regular expressions, each with its place in the order."""
+    """(plain names by their length, regular expressions), each with its index in `keys`."""
     if len(keys) > MAX_PATTERNS:
         raise UsageError(f"{len(keys)} alpha patterns are too many", "lora_adapter_metadata", "The file is damaged.")
     plain: dict[int, list[tuple[int, bool, Pattern]]] = {}
@@ -76,7 +76,7 @@ def _sorted(
 
 
 def _compiled(key: str) -> re.Pattern[str]:
-    """A pattern that cannot run away: at most three repetitions, none of them inside another."""
+    """A regular expression that is quick to match: at most three repetitions, none of them nested. UsageError for others."""
     bare = re.sub(r"\\.|\[[^\]]*\]", "x", key)
     if len(key) > MAX_PATTERN or len(_REPEATS.findall(bare)) > 3 or re.search(r"\)(?:[*+]|\{)", bare):
         raise UsageError(f"an alpha pattern that is too involved: {key[:60]}", "lora_adapter_metadata", "Simplify it.")

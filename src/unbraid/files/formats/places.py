@@ -1,6 +1,6 @@
-"""Where a module's weight stands in a checkpoint of SDXL, SD1.5 or SD2.1: single files (LDM names) and diffusers' UNet files.
+"""Where a module's weight is in a checkpoint of SDXL, SD1.5 or SD2.1: single files (LDM names) and diffusers' UNet files.
 
-OpenCLIP's text encoders have q, k and v in one matrix, and the last projection transposed. Pure Python.
+OpenCLIP's text encoders store q, k and v in one matrix, and the last projection transposed. Pure Python.
 """
 
 import re
@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from unbraid.files.formats.blocks import from_ldm, to_ldm
 
 Shapes = Mapping[str, tuple[int, ...]]
-UNETS = ("model.diffusion_model.", "diffusion_model.", "")  # whole checkpoints; UNets alone, as some tools save them
-TEXTS: tuple[tuple[str, str, bool], ...] = (  # component, prefix, whether it is an OpenCLIP
+UNETS = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "",
+)  # prefixes of whole checkpoints, and of UNets that some tools save alone
+TEXTS: tuple[tuple[str, str, bool], ...] = (  # (component, prefix, whether it is an OpenCLIP)
     ("text_encoder", "conditioner.embedders.0.transformer.text_model.", False),
     ("text_encoder_2", "conditioner.embedders.1.model.", True),
     ("text_encoder", "cond_stage_model.transformer.text_model.", False),
@@ -34,7 +38,7 @@ _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor's key; `third`: which third of its rows is the module's; `transposed`: it is [k, d]."""
+    """A module's tensor. `third`: the third of its rows that belongs to the module, None for all. `transposed`: it is stored as [k, d]."""
 
     key: str
     third: int | None = None
@@ -43,7 +47,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file calls its parts: the UNet's prefix (None: it has no UNet) and whether in LDM names; component → prefix, OpenCLIP."""
+    """The names in a checkpoint. `unet`: the UNet's prefix, None without a UNet. `ldm`: whether it has LDM names. `texts`: component →
+    (prefix, whether it is an OpenCLIP)."""
 
     shapes: Shapes
     unet: str | None
@@ -52,7 +57,7 @@ class Layout:
 
 
 def layout(shapes: Shapes) -> Layout:
-    """By the names that are there."""
+    """The layout of a checkpoint, from the keys that it has."""
     ldm = next((prefix for prefix in UNETS if f"{prefix}input_blocks.0.0.weight" in shapes), None)
     plain = (
         "" if ldm is None and "conv_in.weight" in shapes and "down_blocks.0.resnets.0.conv1.weight" in shapes else None
@@ -65,39 +70,39 @@ def layout(shapes: Shapes) -> Layout:
     return Layout(shapes, plain if ldm is None else ldm, ldm is not None, texts)
 
 
-def place(there: Layout, module: str, leaf: str = "weight") -> Place | None:
-    """Where the weight or the bias of a module (diffusers' path, its component in front) is; None: the file has none such."""
+def place(names: Layout, module: str, leaf: str = "weight") -> Place | None:
+    """Where the weight or bias of a module is, such as `unet.down_blocks.…`; None if the file does not have it."""
     component, _, path = module.partition(".")
-    if component == "unet" and there.unet is not None:
-        paths = [to_ldm(path, "sdxl"), to_ldm(path, "sd15")] if there.ldm else [path]
-        found = [Place(f"{there.unet}{one}.{leaf}") for one in paths if one]
-    elif component in there.texts:
-        prefix, open_clip = there.texts[component]
+    if component == "unet" and names.unet is not None:
+        paths = [to_ldm(path, "sdxl"), to_ldm(path, "sd15")] if names.ldm else [path]
+        found = [Place(f"{names.unet}{one}.{leaf}") for one in paths if one]
+    elif component in names.texts:
+        prefix, open_clip = names.texts[component]
         found = _open_clip(prefix, path, leaf) if open_clip else [Place(prefix + _short(path) + f".{leaf}")]
     else:
         found = []
-    return next((one for one in found if one.key in there.shapes), None)
+    return next((one for one in found if one.key in names.shapes), None)
 
 
-def modules(there: Layout) -> Iterator[str]:
-    """Every linear layer and convolution of the UNet and of the text encoders' blocks: what LoRAs are made for."""
-    for key, shape in there.shapes.items():
-        for name in _names(there, key) if len(shape) in (2, 4) else ():
-            found = place(there, name)
+def modules(names: Layout) -> Iterator[str]:
+    """Every module that can have a LoRA: linear layers and convolutions of the UNet and of the text encoders' blocks."""
+    for key, shape in names.shapes.items():
+        for name in _names(names, key) if len(shape) in (2, 4) else ():
+            found = place(names, name)
             if found and found.key == key:
                 yield name
 
 
-def _names(there: Layout, key: str) -> tuple[str, ...]:
-    """The modules whose weight a key might be."""
+def _names(names: Layout, key: str) -> tuple[str, ...]:
+    """The modules whose weights a tensor may contain, from its key."""
     stem, _, leaf = key.rpartition(".")
-    for component, (prefix, open_clip) in there.texts.items():
+    for component, (prefix, open_clip) in names.texts.items():
         if key.startswith(prefix):
             return _text_names(component, key.removeprefix(prefix), open_clip)
-    if there.unet is None or leaf != "weight" or not key.startswith(there.unet):
+    if names.unet is None or leaf != "weight" or not key.startswith(names.unet):
         return ()
-    path = stem.removeprefix(there.unet)
-    path = from_ldm(path) if there.ldm else path
+    path = stem.removeprefix(names.unet)
+    path = from_ldm(path) if names.ldm else path
     return (f"unet.{path}",) if path else ()
 
 

@@ -1,4 +1,4 @@
-"""Which family a LoRA's base is of, by shapes, names and metadata, in that order of trust; and what a family calls a module."""
+"""Recognising the family of a LoRA's base, from shapes, names and metadata (the first is trusted most); names of a family's modules."""
 
 import re
 from collections import Counter
@@ -19,8 +19,8 @@ _INPUTS = (
     "wq",
     "linear1",
     "to_qkv_mlp_proj",
-)  # leaves that read the hidden state
-_TOLD: tuple[tuple[str, Family], ...] = (
+)  # leaves whose input is the hidden state
+_FAMILIES: tuple[tuple[str, Family], ...] = (
     ("sdxl", "sdxl"),
     ("stablediffusionxl", "sdxl"),
     ("sdv1", "sd15"),
@@ -49,7 +49,7 @@ _TOLD: tuple[tuple[str, Family], ...] = (
 
 @dataclass(frozen=True)
 class Fit:
-    """A template of a family that a name follows, the name in dots, and its block's stem and number."""
+    """A name that matches a template of a family. `path`: the name with dots; `stem`, `block`: name and number of its block."""
 
     template: str
     path: str
@@ -59,33 +59,33 @@ class Fit:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A family, and what it was recognised by: `shapes`, `names`, `metadata`, `likely`; `nothing` for unknown."""
+    """A family. `by`: how it was recognised, `shapes`, `names`, `metadata` or `likely` (a guess); `nothing` if it is unknown."""
 
     family: Family
     by: str
 
 
 def recognise(shapes: Mapping[str, tuple[Shape, Shape]], metadata: Mapping[str, str]) -> Verdict:
-    """`shapes`: module as the file calls it → the shapes of down and up (empty where there is none)."""
+    """The family of a LoRA. `shapes`: the file's name of a module → the shapes of down and up, empty if unknown."""
     unet = {name: module for module in shapes if (name := canonical(module))}
     if any(name.startswith("unet.") for name in unet) or not shapes or len(unet) == len(shapes):
         return _unet(unet, shapes, metadata)
     return _transformer({m: both for m, both in shapes.items() if m not in unet.values()}, metadata)
 
 
-def told(metadata: Mapping[str, str]) -> Family | None:
-    """The family that the metadata names."""
+def named_family(metadata: Mapping[str, str]) -> Family | None:
+    """The family that the metadata names, None if they name none."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
         text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "")[:80].lower())
-        found: Family | None = next((family for start, family in _TOLD if text.startswith(start)), None)
+        found: Family | None = next((family for start, family in _FAMILIES if text.startswith(start)), None)
         if found:
             return found
     return None
 
 
 def name_in(module: str, family: Family) -> str | None:
-    """The one name that unbraid has for a module of a family: diffusers' path, or the original one where a module holds several.
-    None: not known, or the family's names are kept as they are."""
+    """unbraid's name for a module of a family: diffusers' path, or the original path if it contains several of diffusers' modules.
+    None if it is unknown, or if the family's names are kept as they are."""
     name = canonical(module)
     if name or family not in DESIGNS:
         return name
@@ -95,7 +95,7 @@ def name_in(module: str, family: Family) -> str | None:
 
 @cache
 def fitting(module: str, family: Family) -> Fit | None:
-    """How a module fits into a family's tables; None: it is not in them."""
+    """The template of a family that a module's name matches; None if there is none."""
     rest, dotted = transformer_path(module)
     for template in _index(family).get(_normal(rest), ()):
         path = _filled(template, rest)
@@ -106,7 +106,7 @@ def fitting(module: str, family: Family) -> Fit | None:
 
 
 def split_names(module: str, family: Family) -> tuple[str, ...]:
-    """The diffusers modules that a module under its original name holds; itself if it is none."""
+    """The diffusers modules that a module with an original name contains; any other module contains only itself."""
     fit = fitting(module, family) if family in DESIGNS else None
     inside = DESIGNS[family].original.get(fit.template) if fit else None
     if not fit or not inside:
@@ -115,13 +115,13 @@ def split_names(module: str, family: Family) -> tuple[str, ...]:
 
 
 def both_ways(modules: Iterable[str], family: Family) -> list[str]:
-    """Modules that a file holds fused and split at once."""
+    """Modules that a file has both fused and split."""
     there = set(modules)
     return [name for name in there for part in split_names(name, family) if part != name and part in there]
 
 
 def numbered(template: str, fit: Fit) -> str:
-    """A template with the number of a module's block in it."""
+    """A template with the number of the module's block inserted."""
     return template.replace("*", str(fit.block))
 
 
@@ -138,7 +138,7 @@ def _normal(name: str) -> str:
 
 
 def _filled(template: str, name: str) -> str | None:
-    """The template with the name's numbers in it; None where a number of its own differs."""
+    """The template with the numbers of the name inserted; None if the name does not match it."""
     words, parts = name.replace(".", "_").split("_"), re.split(r"([._])", template)
     if len(words) != len(parts[::2]):
         return None
@@ -166,15 +166,15 @@ def _transformer(shapes: Mapping[str, tuple[Shape, Shape]], metadata: Mapping[st
     wide: list[Family] = [family for family in left if _width(fits[family], shapes) in DESIGNS[family].widths]
     if len(wide) == 1:
         return Verdict(wide[0], "shapes")
-    left, said = wide or left, told(metadata)
-    if said in left:
-        return Verdict(said, "metadata")
+    left, named_by = wide or left, named_family(metadata)
+    if named_by in left:
+        return Verdict(named_by, "metadata")
     streams = any(fit.stem.startswith(("single", "double")) for fit in fits["flux"].values())
     return Verdict("flux", "likely") if "flux" in left and streams else Verdict("unknown", "nothing")
 
 
 def _possible(family: Family, fits: Mapping[str, Fit], shapes: Mapping[str, tuple[Shape, Shape]]) -> bool:
-    """No block beyond the family's last one, no weight of another form than its own."""
+    """Whether all blocks exist in the family, and all weights have its proportions."""
     design = DESIGNS[family]
     for module, fit in fits.items():
         if fit.block >= design.blocks.get(fit.stem, 10_000):
@@ -196,17 +196,17 @@ def _width(fits: Mapping[str, Fit], shapes: Mapping[str, tuple[Shape, Shape]]) -
 
 
 def _unet(names: Mapping[str, str], shapes: Mapping[str, tuple[Shape, Shape]], metadata: Mapping[str, str]) -> Verdict:
-    """SDXL, SD1.5 or SD2.1: by the width of the text that cross-attention reads, by blocks that only one has, by what is likely."""
+    """SDXL, SD1.5 or SD2.1: from the width of the text embeddings, from blocks that only one of them has, or else a guess."""
     for name, module in names.items():
         down = shapes[module][0]
         found = _TEXT_WIDTHS.get(down[-1] if down and name.endswith(("attn2.to_k", "attn2.to_v")) else 0)
         if found:
             return Verdict(found, "shapes")
-    said = told(metadata)
+    named = named_family(metadata)
     if any(".up_blocks.3." in name or ".down_blocks.3." in name for name in names):
-        return Verdict("sd21", "metadata") if said == "sd21" or _wide_text(names, shapes) else Verdict("sd15", "names")
-    if said in ("sdxl", "sd15", "sd21"):
-        return Verdict(said, "metadata")
+        return Verdict("sd21", "metadata") if named == "sd21" or _wide_text(names, shapes) else Verdict("sd15", "names")
+    if named in ("sdxl", "sd15", "sd21"):
+        return Verdict(named, "metadata")
     return _likely(names)
 
 
@@ -214,7 +214,7 @@ _TEXT_WIDTHS: dict[int, Family] = {2048: "sdxl", 768: "sd15", 1024: "sd21"}
 
 
 def _wide_text(names: Mapping[str, str], shapes: Mapping[str, tuple[Shape, Shape]]) -> bool:
-    """Whether its text encoder is OpenCLIP H, 1024 wide."""
+    """Whether the text encoder is OpenCLIP H, which is 1024 wide."""
     tail = ("self_attn.q_proj", "mlp.fc1")
     return any(
         n.startswith("text_encoder.") and n.endswith(tail) and shapes[m][0][1:2] == (1024,) for n, m in names.items()
@@ -225,7 +225,7 @@ def _likely(names: Mapping[str, str]) -> Verdict:
     if any(name.startswith("text_encoder_2.") for name in names):
         return Verdict("sdxl", "names")
     if any(re.search(r"(input|output)_blocks|middle_block", bare(raw)[:60]) for raw in names.values()):
-        return Verdict("sdxl", "likely")  # nobody writes LDM names for SD1.5
+        return Verdict("sdxl", "likely")  # no tool writes LDM names for SD1.5
     if any(re.search(r"\.transformer_blocks\.[1-9]", name) for name in names):
         return Verdict("sdxl", "names")
     if any(raw.startswith("lora_te_") for raw in names.values()):

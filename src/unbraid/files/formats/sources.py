@@ -1,4 +1,4 @@
-"""What several LoRA files have in common, for a merge: one base's family, one spelling, and their metadata as one."""
+"""Checks and metadata for a merge of several LoRA files: they must share a family and a spelling of names."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
-from unbraid.files.formats.loaders import unet_modules
 from unbraid.files.formats.recognise import name_in
+from unbraid.files.formats.unets import unet_modules
 
 UNETS: frozenset[Family] = frozenset(("sdxl", "sd15", "sd21"))
-# metadata that says the same of a merged LoRA where all its sources say it
+# metadata that a merged LoRA keeps if all its sources agree
 _SHARED = (
     *(
         "modelspec.prediction_type",
@@ -34,8 +34,8 @@ _JOINED = ("modelspec.trigger_phrase", "modelspec.tags", "modelspec.author")
 
 
 def common_family(files: Sequence[tuple[str, Family, Iterable[str]]]) -> Family:
-    """The family of all `files` (path, family, names of modules). Errors: different ones; one that is not known beside one that
-    is, unless its names are that family's; a UNet's beside a transformer's; names of two spellings."""
+    """The family of all `files`, each (path, family, names of modules). Errors: different families; an unknown family together with a
+    known one, unless its names belong to that family; UNets together with transformers; names in two spellings."""
     known: list[Family] = list(dict.fromkeys(family for _, family, _ in files if family != "unknown"))
     if len(known) > 1:
         what = f"the LoRAs are for different base models: {', '.join(sorted(known))}"
@@ -64,7 +64,7 @@ def _of(name: str, family: Family) -> bool:
 
 
 def _side(name: str) -> str:
-    """`unet`, `transformer`, or the prefix of a name that is kept; empty for text encoders."""
+    """The prefix of a module's name, such as `unet.`; empty for text encoders, which all families have."""
     if name.startswith("text_encoder"):
         return ""
     known = name.partition(".")[0]
@@ -74,21 +74,21 @@ def _side(name: str) -> str:
 
 
 def merged_metadata(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Trigger words, tags and authors of all; what all sources that say it agree on; tag counts together. Titles, hashes and the
-    settings of the trainings are each file's own, and left out."""
-    told: dict[str, str] = {}
+    """The metadata of a merged LoRA: trigger words, tags, authors and tag counts of all sources; other keys on which the sources agree.
+    Titles, hashes and training settings are left out."""
+    merged: dict[str, str] = {}
     for key in _JOINED:
         found = dict.fromkeys(text.strip() for source in sources if (text := source.get(key, "")).strip())
         if found:
-            told[key] = ", ".join(found)
+            merged[key] = ", ".join(found)
     for key in _SHARED:
         found = dict.fromkeys(source[key] for source in sources if source.get(key))
         if len(found) == 1:
-            told[key] = next(iter(found))
+            merged[key] = next(iter(found))
     counts: dict[str, Any] = {}
     for source in sources:
         counts |= _object(source.get("ss_tag_frequency", ""))
-    return told | ({"ss_tag_frequency": json.dumps(counts)} if counts else {})
+    return merged | ({"ss_tag_frequency": json.dumps(counts)} if counts else {})
 
 
 def _object(text: str) -> dict[str, Any]:

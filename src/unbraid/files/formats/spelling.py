@@ -1,7 +1,4 @@
-"""How each dialect spells a LoRA's keys: one table, for the table of the docs and for the tests.
-
-Only reading needs this many; what is written is in encode.py.
-"""
+"""How each dialect spells the keys of a LoRA, as one table. The docs and the tests are made from it; encode.py writes files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +15,8 @@ _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "
 
 @dataclass(frozen=True)
 class Spelling:
-    """`name`: unbraid's module name → the dialect's. `down`, `up`: suffixes. Without `alpha`, scale is in `up`.
-    `only`: which modules such files hold, if not all."""
+    """`name`: unbraid's name of a module → the dialect's. `down`, `up`: suffixes. `alpha`: whether files have alphas; if not, the scale is
+    in `up`. `only`: regular expression for the modules that such files can hold."""
 
     name: Callable[[str], str]
     down: str
@@ -29,7 +26,7 @@ class Spelling:
 
 
 def spelled(modules: Mapping[str, Lora], spelling: Spelling) -> dict[str, Tensor]:
-    """The tensors of a file in that dialect."""
+    """The tensors of a LoRA by key, in a dialect."""
     out: dict[str, Tensor] = {}
     for module, one in modules.items():
         scale, name = 1.0 if spelling.alpha else one.alpha / len(one.down), spelling.name(module)

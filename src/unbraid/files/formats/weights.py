@@ -1,4 +1,4 @@
-"""A LoRA file's numbers without torch: numpy arrays straight from the file, bf16 included."""
+"""Reading a LoRA file's values as numpy arrays, bf16 and 8-bit floats included, without torch."""
 
 import json
 import struct
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 from unbraid.files.formats.header import Header
 from unbraid.files.formats.names import split_key
 
-# dtype → the type of its bits, the bits of its exponent (all set: infinite or NaN)
+# dtype → (integer type for its bits, mask of the exponent; if all its bits are set the value is infinite or NaN)
 _BITS = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
     "F32": ("<u4", 0x7F800000),
     "F64": ("<u8", 0x7FF0 << 48),
     "F8_E5M2": ("u1", 0x7C),
-    "F8_E4M3": ("u1", 0x7F),  # which has no infinity: only all bits set is NaN
+    "F8_E4M3": ("u1", 0x7F),  # it has no infinity; NaN has all bits set
 }
 _NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _NUMBERS |= {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "u1"}
 FLOATS = frozenset(_BITS)
-READABLE = FLOATS | frozenset(_NUMBERS)  # other dtypes are not numbers that a LoRA can have
+READABLE = FLOATS | frozenset(_NUMBERS)  # all dtypes that can be read
 Read = Callable[[str], NDArray[np.float32]]
 
 
 @contextmanager
 def bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger]]]:
-    """A function key → the raw bits as integers. safetensors has checked the header already."""
+    """A function from a key to the tensor's bits as integers. safetensors has checked the header before."""
     with header.path.open("rb") as file:
         size = struct.unpack("<Q", file.read(8))[0]
         table = json.loads(file.read(size))
@@ -47,7 +47,7 @@ def bits(header: Header) -> Iterator[Callable[[str], NDArray[np.unsignedinteger]
 
 @contextmanager
 def numbers(header: Header) -> Iterator[Read]:
-    """A function key → fp32 array (fp64 and integers are cut down to it: reports need no more)."""
+    """A function from a key to the tensor as an fp32 array. fp64 and integers are rounded to fp32, which is enough for reports."""
     with bits(header) as stored:
 
         def read(key: str) -> NDArray[np.float32]:
@@ -55,7 +55,9 @@ def numbers(header: Header) -> Iterator[Read]:
             if dtype == "BF16":
                 raw = (raw.astype(np.uint32) << 16).view(np.float32)
             elif dtype == "F8_E5M2":
-                raw = (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)  # the upper half of an fp16
+                raw = (
+                    (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+                )  # its bits are the upper half of fp16's
             elif dtype == "F8_E4M3":
                 raw = _E4M3[raw]
             else:
@@ -67,7 +69,7 @@ def numbers(header: Header) -> Iterator[Read]:
 
 
 def _e4m3() -> NDArray[np.float32]:
-    """All 256 values: sign, four bits of exponent with bias 7, three of mantissa; the last of each sign is NaN."""
+    """All 256 values: a sign, four bits of exponent with bias 7, three of mantissa. The last code of each sign is NaN."""
     codes = np.arange(256)
     exponent, mantissa = (codes >> 3) & 15, codes & 7
     sizes = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
@@ -78,7 +80,7 @@ _E4M3 = _e4m3()
 
 
 def broken(header: Header) -> tuple[str, ...]:
-    """The keys of tensors with a NaN or an infinity in them."""
+    """The keys of tensors that contain NaN or infinity."""
     out = []
     with bits(header) as stored:
         for key, dtype in header.dtypes.items():
@@ -91,7 +93,7 @@ def broken(header: Header) -> tuple[str, ...]:
 
 
 def alphas(header: Header) -> dict[str, float]:
-    """key → value of every `.alpha` that is one number, of whatever type."""
+    """Key → value of every `.alpha` that is a single number of any type."""
     with numbers(header) as read:
         keys = [key for key in header.shapes if (cut := split_key(key)) and cut.part == "alpha"]
         return {
@@ -106,4 +108,4 @@ def silent(header: Header, keys: Iterable[str]) -> bool:
     with bits(header) as stored:
         return all(
             header.dtypes[key] in _BITS and not bool((stored(key) << 1).any()) for key in keys
-        )  # shifted: −0 is 0 too
+        )  # the shift removes the sign, so that −0 counts as 0

@@ -1,4 +1,4 @@
-"""How wide the layers of the published UNets are, to tell a LoRA of another base of the same design. Pure Python."""
+"""Widths of the published UNets' layers, to recognise LoRAs for other bases of the same design. Pure Python."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def width(family: Family, module: str) -> int | None:
-    """What an attention layer of the family's UNet reads: channels of its block. None: not in the table."""
+    """The number of input channels of an attention layer in the family's UNet; None for layers that are not in the table."""
     component, _, path = module.partition(".")
     if component != "unet" or not path.endswith(_LEAVES):
         return None
@@ -25,7 +25,7 @@ def width(family: Family, module: str) -> int | None:
 
 
 def other_base(family: Family, shapes: Mapping[str, Shape]) -> str:
-    """Of a LoRA for another base of the same design, what gives it away; empty for the published base. `shapes`: module → down's."""
+    """Why a LoRA cannot be for the published base of its family; empty if it can. `shapes`: module → shape of down."""
     for module, shape in shapes.items():
         wide = width(family, module)
         if wide and len(shape) > 1 and shape[1] != wide:

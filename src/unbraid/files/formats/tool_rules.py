@@ -1,13 +1,11 @@
-"""What the tools accept, restated as data: key namings, suffixes, and what they do with the rest.
+"""The rules by which tools read LoRA files, as data: naming conventions and suffixes of keys, and what happens with other keys.
 
 The facts were established by running or reading the tools (diffusers 0.42.1, ComfyUI and Forge of 2025, InvokeAI
-of 2026, A1111 1.10); no code of theirs is here. Namings and suffix styles are told apart by `naming` and `style`.
+of 2026, A1111 1.10); none of their code is used. `naming` and `style` recognise the conventions.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
@@ -50,8 +48,8 @@ _STYLES: tuple[tuple[str, Style], ...] = (
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: the namings that it loads by family (a family that is missing: nothing is known), the suffix
-    styles, and how many keys it may not know before it refuses the whole file (None: any number)."""
+    """One tool. `namings`: family → naming conventions that it loads; if a family is missing, the tool's behaviour is unknown. `styles`: suffix
+    styles that it loads. `unknown_allowed`: the number of unknown keys up to which it loads a file (None: any number)."""
 
     name: str
     namings: dict[Family, frozenset[Naming]]
@@ -128,7 +126,7 @@ TOOLS: dict[str, Tool] = {
 
 
 def tool_named(name: str) -> str:
-    """The key in TOOLS of a tool by its name, in any case, or short. Errors: none such."""
+    """The key in TOOLS for a tool's name, which may be abbreviated and in any case. UsageError for an unknown tool."""
     asked = "".join(letter for letter in name.lower() if letter.isalnum())
     short = {"comfy": "comfyui", "auto1111": "a1111", "automatic1111": "a1111", "webui": "a1111", "sdwebui": "a1111"}
     short |= {"invoke": "invokeai", "forgeui": "forge", "webuiforge": "forge", "hf": "diffusers"}
@@ -139,55 +137,10 @@ def tool_named(name: str) -> str:
 
 
 def naming(module: str) -> Naming:
-    """Which naming a file's own name of a module follows."""
+    """The naming convention that a file's name of a module follows."""
     return next((name for pattern, name in _NAMINGS if re.match(pattern, module)), "other")
 
 
 def style(key: str) -> Style:
-    """Which suffix style a key has."""
+    """The suffix style of a key."""
     return next((name for pattern, name in _STYLES if re.search(pattern, key)), "other")
-
-
-@cache
-def unet_modules(family: Family) -> frozenset[str]:
-    """Every Linear and Conv2d of the family's UNet by diffusers path: 794 for SDXL. Empty: no table."""
-    if family == "sdxl":
-        return frozenset(_unet((0, 2, 10), 10, (10, 2, 0), True))
-    return frozenset(_unet((1, 1, 1, 0), 1, (0, 1, 1, 1), False)) if family in ("sd15", "sd21") else frozenset()
-
-
-def _unet(down: tuple[int, ...], mid: int, up: tuple[int, ...], added: bool) -> Iterator[str]:
-    yield from ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-    if added:
-        yield from ("add_embedding.linear_1", "add_embedding.linear_2")
-    for i, depth in enumerate(down):
-        for j in range(2):
-            # Channels change on entering the second and the third level.
-            yield from _resnet(f"down_blocks.{i}.resnets.{j}", i in (1, 2) and j == 0)
-            yield from _attention(f"down_blocks.{i}.attentions.{j}", depth)
-        if i + 1 < len(down):
-            yield f"down_blocks.{i}.downsamplers.0.conv"
-    for j in range(2):
-        yield from _resnet(f"mid_block.resnets.{j}", False)
-    yield from _attention("mid_block.attentions.0", mid)
-    for i, depth in enumerate(up):
-        for j in range(3):
-            yield from _resnet(f"up_blocks.{i}.resnets.{j}", True)
-            yield from _attention(f"up_blocks.{i}.attentions.{j}", depth)
-        if i + 1 < len(up):
-            yield f"up_blocks.{i}.upsamplers.0.conv"
-
-
-def _resnet(name: str, shortcut: bool) -> Iterator[str]:
-    yield from (f"{name}.{leaf}" for leaf in ("conv1", "conv2", "time_emb_proj"))
-    if shortcut:
-        yield f"{name}.conv_shortcut"
-
-
-def _attention(name: str, depth: int) -> Iterator[str]:
-    if depth:
-        yield from (f"{name}.proj_in", f"{name}.proj_out")
-    for i in range(depth):
-        block = f"{name}.transformer_blocks.{i}"
-        yield from (f"{block}.attn{n}.{leaf}" for n in (1, 2) for leaf in ("to_q", "to_k", "to_v", "to_out.0"))
-        yield from (f"{block}.ff.net.0.proj", f"{block}.ff.net.2")
