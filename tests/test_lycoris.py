@@ -163,7 +163,7 @@ def test_inspect_measures_every_kind(case: str, tmp_path: Path) -> None:
     path = file_of(tmp_path / "a.safetensors", key, parts, 1.5)
     found = report(path)
     assert found.blocks[0].norm == pytest.approx(float((want * strength(parts, 1.5)).norm()), rel=1e-5)
-    assert found.kinds == {case.split(",")[0].replace("diff", "full changes"): len(parts)}
+    assert found.catalogue.kinds == {case.split(",")[0].replace("diff", "full changes"): len(parts)}
     assert interference(path, path)[0].cosine == pytest.approx(1, abs=1e-5)
     assert not any("twice" in warning for warning in diagnose(path, "comfyui").warnings)
 
@@ -345,7 +345,7 @@ def test_a_kind_tells_its_base_by_its_sizes_and_doctor_how_to_make_it_plain(tmp_
     path, out = tmp_path / "a.safetensors", tmp_path / "a-fixed.safetensors"
     lokr = {"lokr_w1": rnd(8, 8), "lokr_w2_a": rnd(80, 4), "lokr_w2_b": rnd(4, 256)}
     file_of(path, LINEAR, lokr, 4.0)
-    assert report(path).verdict == Verdict("sdxl", "shapes")
+    assert report(path).catalogue.verdict == Verdict("sdxl", "shapes")
     found = diagnose(path, "comfyui")
     assert not found.known and found.warnings and found.mend == f"unbraid convert {path} {out} --to kohya"
     convert(path, out, "kohya")

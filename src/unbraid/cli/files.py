@@ -138,18 +138,18 @@ def inspect(
     for path in [file, *([second] if second else [])]:
         one = report(path)
         ranks, alphas = (", ".join(f"{k:g} (×{n})" for k, n in counts.items()) for counts in (one.ranks, one.alphas))
-        by = "" if one.found.verdict.by == "nothing" else f" (by {one.found.verdict.by})"
+        by = "" if one.catalogue.verdict.by == "nothing" else f" (by {one.catalogue.verdict.by})"
         typer.echo(
             f"{printable(path)}: {one.family}{by}, names {', '.join(one.namings)}, {', '.join(one.dtypes)},"
             f" rank {printable(ranks)}, alpha {printable(alphas)}"
         )
-        for kind, count in one.found.kinds.items():
+        for kind, count in one.catalogue.kinds.items():
             more = {"DoRA": ": its magnitudes are not in the norms below"}.get(kind, "")
             more = ": not shown below" if kind in KINDS or kind == "norms and biases" else more
             typer.echo(f"  {count} tensors of {kind}{more}")
-        if one.found.kept:
+        if one.catalogue.kept:
             typer.echo(
-                f"  {len(one.found.kept)} modules that no table knows, such as {printable(one.found.kept[0], 80)}"
+                f"  {len(one.catalogue.kept)} modules that no table knows, such as {printable(one.catalogue.kept[0], 80)}"
             )
         for key in ("modelspec.title", "modelspec.trigger_phrase", "modelspec.merged_from"):
             if key in one.metadata:

@@ -39,7 +39,7 @@ class Report:
     """What a file holds. `namings`: the conventions that its keys follow. `ranks`, `alphas`: value → number of modules."""
 
     path: Path
-    found: Catalogue
+    catalogue: Catalogue
     namings: tuple[str, ...]
     ranks: Mapping[int, int]
     alphas: Mapping[float, int]
@@ -49,7 +49,7 @@ class Report:
 
     @property
     def family(self) -> Family:
-        return self.found.verdict.family
+        return self.catalogue.verdict.family
 
 
 @dataclass(frozen=True)
