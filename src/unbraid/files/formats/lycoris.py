@@ -26,8 +26,8 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Alpha:
-    """A module's alpha (None: equal to its rank). `whole`: the scale to use if the module has no rank, since LoKr's factors are not
-    decomposed."""
+    """A module's alpha (None: equal to its rank). `whole`: the scale of a LoKr module whose factors are both stored
+    as full matrices, so that it has no rank."""
 
     value: float | None = None
     whole: float = 1.0
