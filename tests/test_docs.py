@@ -69,7 +69,8 @@ def test_the_example_of_a_method_works(
     method, test = (dedent(block) for block in list(fenced(ROOT / "CONTRIBUTING.md", "python"))[:2])
     code: dict[str, Any] = {}
     exec(method, code)
-    monkeypatch.setitem(METHODS, code["ENTRY"].name, code["ENTRY"])
+    (entry,) = code["ENTRIES"]
+    monkeypatch.setitem(METHODS, entry.name, entry)
     exec(test, code)
     code["test_only_keys_and_values_of_cross_attention_change"](v_base, picture, tmp_path)
 

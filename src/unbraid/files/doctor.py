@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.families import DESIGNS
-from unbraid.files.formats.gate import check_module, missing
-from unbraid.files.formats.header import Catalogue, Header, catalogue, read_header
+from unbraid.files.formats.gate import missing
+from unbraid.files.formats.header import Catalogue, Header, catalogue, consistent, read_header
 from unbraid.files.formats.kinds import VECTORS
 from unbraid.files.formats.tool_rules import TOOLS, Naming, Tool, naming, style, tool_named
 from unbraid.files.formats.unets import unet_modules
@@ -230,23 +229,13 @@ def _mend(header: Header, found: Catalogue, tool: Tool, namings: Counter[Naming]
     """The command that mends the file. Empty if there is none, or if it would write the same file again."""
     family, path = found.verdict.family, header.path
     whole = found.modules and not (found.unknown or found.twice or found.adapters or found.kept)
-    whole = whole and not found.kinds.keys() - CONVERTED and _readable(header, found)
+    whole = whole and not found.kinds.keys() - CONVERTED and consistent(header, found)
     if not whole or family in tool.none_for or (family in DESIGNS and not DESIGNS[family].diffusers):
         return ""
     to = "diffusers" if family in DESIGNS else "kohya"
-    own = {"kohya ldm" if family == "sdxl" else "kohya diffusers", "kohya text"}
-    own = {"transformer.", "text_encoder."} if to == "diffusers" else own
+    kohya = {"kohya ldm" if family == "sdxl" else "kohya diffusers", "kohya text"}
+    own = {"transformer.", "text_encoder."} if to == "diffusers" else kohya
     if not found.kinds and set(namings) <= own and len(set(numbers.alphas.values())) < 2 and not _alpha_matters(header):
         return ""
     out = path.with_name(f"{path.stem}-fixed.safetensors")
     return f"unbraid convert {shlex.quote(str(path))} {shlex.quote(str(out))} --to {to}"
-
-
-def _readable(header: Header, found: Catalogue) -> bool:
-    """Whether the shapes of all modules are consistent."""
-    try:
-        for parts in found.modules.values():
-            check_module({part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, str(header.path))
-    except UsageError:
-        return False
-    return True

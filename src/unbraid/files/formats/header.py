@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from unbraid.common.errors import UsageError
-from unbraid.files.formats.gate import MAX_KEYS, check, check_size
+from unbraid.files.formats.gate import MAX_KEYS, check, check_module, check_size
 from unbraid.files.formats.kinds import KIND, sizes
 from unbraid.files.formats.names import KINDS, Key, split_key
 from unbraid.files.formats.recognise import Verdict, both_ways, name_in, recognise
@@ -211,3 +211,13 @@ def _fix(path: Path) -> str:
     if start[:2] == b"PK" or (start[:1] == b"\x80" and (start[2:3] == b"\x95" or any(start[4:]))):
         return "It is a pickle under another name, which can run any code: get a real .safetensors."
     return "The download may be incomplete: get it again."
+
+
+def consistent(header: Header, found: Catalogue) -> bool:
+    """Whether the shapes of all modules are consistent."""
+    try:
+        for parts in found.modules.values():
+            check_module({part: header.shapes[key] for part, key in parts.items() if part != "alpha"}, str(header.path))
+    except UsageError:
+        return False
+    return True
