@@ -26,8 +26,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs on random weights draw nothing but noise: two sampling steps show that they draw."""
-    monkeypatch.setattr("unbraid.runs.run.PREVIEW_STEPS", 2)
-    monkeypatch.setattr("unbraid.runs.run.SHEET_STEPS", 2)
+    monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 2)
+    monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 2)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,8 @@ from unbraid.core.lora import Active, Branch, Factors, Fixed
 from unbraid.core.lowrank import delta
 from unbraid.core.optim import Rate, Riemannian
 from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared, Stop
-from unbraid.core.train import State, train
+from unbraid.core.state import State
+from unbraid.core.train import train
 from unbraid.files.lora_file import read
 from unbraid.methods.b4m import Cut, break_
 from unbraid.runs.api import learn_job

@@ -22,7 +22,8 @@ from unbraid.core.train import train
 from unbraid.files.lora_file import read
 from unbraid.runs import run as running
 from unbraid.runs.api import learn_job
-from unbraid.runs.job import prompts_of
+from unbraid.runs.job import opened_images, prompts_of
+from unbraid.runs.prepare import prepare
 from unbraid.sampling.render import render
 
 KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
@@ -193,7 +194,7 @@ def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> N
     pipe.save_pretrained(tmp_path / "base")
     Image.new("RGB", (700, 500), "red").save(tmp_path / "wide.png")
     job = learn_job(tmp_path / "wide.png", prompt="a cat", base=str(tmp_path / "base"), rank=2, steps=1)
-    ready = running.prepare(job, prompts_of(job), running.opened_images(job), load(job.base, "cpu", job.loading))
+    ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading))
     assert (ready.base.size, ready.base.step) == (512, 64)
     told: list[Any] = []
     ready.base.denoiser.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)

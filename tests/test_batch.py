@@ -145,7 +145,7 @@ def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None
         files[name] = tmp_path / f"{name}.toml"
         files[name].write_text((common + run_tables).replace("OUT", name).replace("previous", "previews"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
-    script = "import unbraid.runs.run; unbraid.runs.run.SAVE_EVERY = 0.3; from unbraid.cli.main import main; main()"
+    script = "import unbraid.runs.pace; unbraid.runs.pace.SAVE_EVERY = 0.3; from unbraid.cli.main import main; main()"
     command = [sys.executable, "-c", script, "batch", "--quiet", "--at-once", "3"]
     done = subprocess.run([*command, str(files["whole"])], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 8, done.stderr

@@ -15,7 +15,8 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.many import train_many
 from unbraid.core.recipe import Recipe, Stop
-from unbraid.core.train import State, Step, train
+from unbraid.core.state import State, Step
+from unbraid.core.train import train
 from unbraid.methods.b4m import break_
 from unbraid.methods.blora import blora
 from unbraid.methods.dreambooth import dreambooth

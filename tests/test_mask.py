@@ -18,7 +18,8 @@ from unbraid.core.train import train
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.runs.api import learn_job
 from unbraid.runs.job import opened_images, prompts_of
-from unbraid.runs.run import prepare, run
+from unbraid.runs.prepare import prepare
+from unbraid.runs.run import run
 
 QUICK: dict[str, Any] = {"rank": 2, "steps": 6, "lr": 1e-2, "previews": 0}
 

@@ -26,8 +26,9 @@ from unbraid.core.train import train
 from unbraid.files.lora_file import read
 from unbraid.runs import run as running
 from unbraid.runs.api import split_job
-from unbraid.runs.job import prompts_of
+from unbraid.runs.job import opened_images, prompts_of
 from unbraid.runs.memory import GIB, estimate, memory_line
+from unbraid.runs.prepare import prepare
 
 QUICK = {"rank": 2, "steps": 4, "window": 1, "sample_times": 1, "content_lr": 1e-3, "style_lr": 1e-3, "previews": 0}
 
@@ -75,7 +76,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     options = {**QUICK, "rank": 8, "base": str(wide), "vram": vram}
     job = split_job(tmp_path / "x.png", subject="cat", style="ink", **options)
     told = estimate(job, "cpu")
-    ready = running.prepare(job, prompts_of(job), running.opened_images(job), load(job.base, "cpu", job.loading))
+    ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading))
     assert ready.base.denoiser.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
     trained = [p for name in ready.adapters.names for one in ready.adapters.of(name).values() for _, p in one.parts()]
     frozen = [p for p in ready.base.denoiser.parameters() if not any(p is one for one in trained)]
@@ -198,8 +199,7 @@ def test_a_run_goes_on_with_another_preset(
 def test_8_bit_moments_are_used_and_resumed(tiny_sdxl: Tiny, picture: Path) -> None:
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="12", **QUICK)
     one, other = (
-        running.prepare(job, prompts_of(job), running.opened_images(job), load(job.base, "cpu", job.loading))
-        for _ in range(2)
+        prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading)) for _ in range(2)
     )
     assert isinstance(one.state.optimizer, AdamW8)
     steps = train(one.studies, one.recipe, one.state, 1)

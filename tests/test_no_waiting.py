@@ -13,7 +13,8 @@ from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Factors
-from unbraid.core.train import LOOK, State, Step, train
+from unbraid.core.state import LOOK, State, Step
+from unbraid.core.train import train
 
 pytestmark = pytest.mark.slow
 

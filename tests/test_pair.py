@@ -21,7 +21,8 @@ from unbraid.core.lora import Active
 from unbraid.core.lowrank import delta
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared
-from unbraid.core.train import State, train
+from unbraid.core.state import State
+from unbraid.core.train import train
 from unbraid.files.lora_file import read
 from unbraid.files.merge import merge
 from unbraid.images.crop import alignment, fit, open_image

@@ -92,7 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, pictu
     arguments += [f"--set={key}={value}" for key, value in {**QUICK, "steps": 40}.items()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli(*arguments, "--out", str(whole)).returncode == 0
-    script = "import unbraid.runs.run; unbraid.runs.run.SAVE_EVERY = 0.3; from unbraid.cli.main import main; main()"
+    script = "import unbraid.runs.pace; unbraid.runs.pace.SAVE_EVERY = 0.3; from unbraid.cli.main import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments, "--out", str(cut)], env=environment, stdout=subprocess.DEVNULL

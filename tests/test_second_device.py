@@ -154,7 +154,7 @@ def split(base: Path, picture: Path, out: Path, **more: Any) -> Job:
 def test_interrupted_and_resumed_it_is_the_same(
     second: str, tiny: Tiny, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unbraid.runs.run.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("unbraid.runs.pace.SAVE_EVERY", 0.0)
     whole, cut = (split(tiny.folder, picture, tmp_path / name, previews=1) for name in ("whole", "cut"))
     list(run(whole, device=second))
     going: Any = run(cut, device=second)

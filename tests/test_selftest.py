@@ -12,8 +12,9 @@ from tiny_bases import Tiny
 from unbraid.bases.presets import PRESETS
 from unbraid.cli import main as cli
 from unbraid.common.errors import UsageError
+from unbraid.files.lora_file import write
 from unbraid.methods import METHODS
-from unbraid.runs import run as running
+from unbraid.runs import outputs, pace
 from unbraid.runs.selftest import scene as selftest_scene
 from unbraid.runs.selftest.rows import choose, pick, selftest
 from unbraid.runs.selftest.scene import Scene
@@ -43,7 +44,7 @@ def test_every_row_passes(
     assert names == [check.name for check in choose("cpu")] and METHODS.keys() <= set(names)
     assert [f"vram {name}" for name in PRESETS] == names[-5:]
     by_name = {row["name"]: row for row in found["rows"]}
-    assert by_name["resume"]["note"] == "bit for bit" and running.SAVE_EVERY == 20.0
+    assert by_name["resume"]["note"] == "bit for bit" and pace.SAVE_EVERY == 20.0
     assert by_name["vram 8"]["estimate"] < by_name["vram max"]["estimate"] and by_name["vram 8"]["peak"] is None
 
 
@@ -75,7 +76,7 @@ def test_what_fails_is_named(
         raise TypeError("can't convert a tensor\nof that device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(running, "write", dies)
+    monkeypatch.setattr(outputs, "write", dies)
     rows = ("--only", "unziplora", "--only", "k-lora", "--only", "edit", "--only", "image to image")
     assert command(monkeypatch, "--base", str(v_base), *rows) == 1
     out, _ = capsys.readouterr()
@@ -97,7 +98,7 @@ def test_a_lora_that_is_not_used_whole_fails(v_base: Path, tmp_path: Path, monke
     name = min(modules)
     extra = {**modules, name.replace("transformer_blocks.0", "transformer_blocks.1"): modules[name]}
     other = tmp_path / "other.safetensors"
-    running.write(other, extra, family="sdxl", metadata={})
+    write(other, extra, family="sdxl", metadata={})
     selftest_scene.draws(scene, file)
     with pytest.raises(UsageError, match=f"diffusers uses {len(modules)} of its {len(modules) + 1} layers"):
         selftest_scene.draws(scene, other)
@@ -108,7 +109,7 @@ def test_a_lora_that_does_nothing_fails(v_base: Path, tmp_path: Path) -> None:
     scene = Scene(str(v_base), "cpu", tmp_path)
     (file,) = scene.loras("dreambooth")
     modules = {name: scaled(lora, 1e-4) for name, lora in selftest_scene.read(file).modules.items()}
-    running.write(file, modules, family="sdxl", metadata={})
+    write(file, modules, family="sdxl", metadata={})
     with pytest.raises(UsageError, match="changes nothing in the picture"):
         selftest_scene.draws(scene, file)
 

@@ -21,7 +21,8 @@ from unbraid.bases.base import Base, Picture, Studies
 from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
 from unbraid.core.recipe import Recipe
-from unbraid.core.train import State, train
+from unbraid.core.state import State
+from unbraid.core.train import train
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.pair import pair
 from unbraid.methods.unziplora import unziplora

@@ -14,7 +14,8 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.core.train import State, train
+from unbraid.core.state import State
+from unbraid.core.train import train
 
 BRANCHES = (
     Branch("one", "p", (Active("a", prompt="q"), Active("b", 0.5))),

@@ -13,7 +13,8 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import ALL
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.core.train import State, train
+from unbraid.core.state import State
+from unbraid.core.train import train
 from unbraid.methods.columns import Columns, Ledger, ledger, pairs
 from unbraid.methods.entry import ROLES
 from unbraid.methods.unziplora import grant, unziplora

@@ -23,7 +23,8 @@ from unbraid.core.graphs import Graphs
 from unbraid.core.lora import Factors, Lora
 from unbraid.core.lowrank import delta
 from unbraid.core.recipe import Sample, Shared
-from unbraid.core.train import State, lessons, train
+from unbraid.core.state import State
+from unbraid.core.train import lessons, train
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
 from unbraid.methods.ziplora import ziplora

@@ -25,7 +25,8 @@ from unbraid.bench.rows.cost import ATTENTION_FLOPS
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import WARM
 from unbraid.core.recipe import Recipe
-from unbraid.core.train import State, Step, lessons, train
+from unbraid.core.state import State, Step
+from unbraid.core.train import lessons, train
 
 RUNS = (("split", 1024), ("zip", 1024), ("pair", 512))
 STEPS, PROFILED = 12, 3  # steps that are timed, and those that are watched

@@ -23,7 +23,8 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.many import train_many
 from unbraid.core.recipe import Recipe
-from unbraid.core.train import State, train
+from unbraid.core.state import State
+from unbraid.core.train import train
 from unbraid.methods.dreambooth import dreambooth
 from unbraid.methods.pair import pair
 from unbraid.methods.unziplora import unziplora

@@ -16,7 +16,8 @@ from unbraid.bases.presets import MAX
 from unbraid.bench.measure import Way, side_by_side, wait
 from unbraid.core.adapters import Adapters
 from unbraid.core.recipe import Recipe
-from unbraid.core.train import State, lessons, train
+from unbraid.core.state import State
+from unbraid.core.train import lessons, train
 
 WARM = 17  # steps of `split` before the clock starts: past the window in which channels are scored
 

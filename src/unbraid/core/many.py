@@ -19,7 +19,8 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch
 from unbraid.core.passes import answer
 from unbraid.core.recipe import Ask, Denoiser, Recipe, Script, go_on
-from unbraid.core.train import State, Step, course
+from unbraid.core.state import State, Step
+from unbraid.core.train import course
 
 T = TypeVar("T")
 MOST, SHARE = 8, 0.5  # jobs at once, beyond which little is gained (docs/batch.md); of the free memory

@@ -4,160 +4,19 @@ It does not print, save or plot. The caller looks at each `Step`, and asks `Stat
 without the passes through the model: it asks for them, so that several courses can have theirs together (unbraid.many).
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.passes import answer, chunks, taught
 from unbraid.core.recipe import Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
+from unbraid.core.state import State, Step
 
 T = TypeVar("T")
-LOOK = 16  # steps between looks at the figures on an accelerator
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a step was like. Its figures stay on the device until they are asked for: reading them waits for the step to be done."""
-
-    index: int
-    figures: Tensor  # [2 + branches]: loss, norm, and each branch's loss, unweighted
-
-    @property
-    def loss(self) -> float:
-        """Weighted sum over branches, plus penalty."""
-        return float(self.figures[0])
-
-    @property
-    def norm(self) -> float:
-        """Of all gradients, before clipping."""
-        return float(self.figures[1])
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        return tuple(self.figures[2:].tolist())
-
-
-@dataclass
-class State:
-    """Everything that a run needs to go on as if it had never stopped."""
-
-    adapters: Adapters
-    optimizer: torch.optim.Optimizer
-    rng: torch.Generator
-    step: int = 0
-    least: float = (
-        inf  # the best loss that early stopping has seen, how often it was not bettered since, and the adapters then
-    )
-    waited: int = 0
-    best: dict[str, Tensor] = field(default_factory=dict)
-    unseen: list[Step] = field(default_factory=list)  # whose figures nobody has looked at
-
-    @classmethod
-    def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
-        recipe.prepare(adapters, rng)
-        adapters.pack()
-        if not recipe.steps:  # done when it is prepared
-            return cls(adapters, torch.optim.AdamW([{"params": []}]), rng)
-        return cls(adapters, recipe.optimizer(adapters, recipe.rates), rng)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
-        self.look()
-        out = {f"adapter/{key}": value for key, value in self._modules().state_dict().items()}
-        out |= {f"best/{key}": value for key, value in self.best.items()}
-        out["least"], out["waited"] = torch.tensor(self.least, dtype=torch.float64), torch.tensor(self.waited)
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            out |= {f"optimizer/{i}/{key}": value for key, value in moments.items()}
-        out["rng"], out["step"] = self.rng.get_state(), torch.tensor(self.step)
-        return {key: value.detach().cpu().clone().contiguous() for key, value in out.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo `tensors()`. Raises UsageError if the snapshot is of another recipe, or none."""
-        fix = "Resume with the settings of run.toml, or start anew in another folder."
-        try:
-            self._restore(tensors)
-        except (
-            RuntimeError,
-            KeyError,
-            ValueError,
-            TypeError,
-        ) as error:  # what torch says of other shapes, names and random states
-            raise UsageError("the saved state does not fit these settings", "resume", fix) from error
-
-    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
-        adapters = {k.removeprefix("adapter/"): v for k, v in tensors.items() if k.startswith("adapter/")}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, i, what = key.split("/")
-                moments.setdefault(int(i), {})[what] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if max(moments, default=0) >= len(parameters):
-            raise ValueError(
-                "moments of tensors that are not there: saved by an unbraid that did not stack its factors"
-            )
-        if any(some.keys() != one.keys() for one in moments.values() for some in moments.values()):
-            raise ValueError("a moment is missing")
-        if not all(_fits(moments[i], parameters[i]) for i in moments):
-            raise ValueError("moments of other shapes")
-        step, least, waited = int(tensors["step"]), float(tensors["least"]), int(tensors["waited"])
-        best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
-        if step < 0 or (best and best.keys() != adapters.keys()):
-            raise ValueError("no step, or other adapters")
-        self._modules().load_state_dict(adapters)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.rng.set_state(tensors["rng"])
-        self.step, self.least, self.waited, self.best = step, least, waited, best
-
-    def saw(self, step: Step) -> None:
-        """Take note of a step; look at its figures at once if that costs nothing, else once in a while: looking waits for the device."""
-        self.unseen.append(step)
-        if step.figures.device.type == "cpu" or len(self.unseen) == LOOK:
-            self.look()
-
-    def look(self) -> None:
-        """Raise UsageError if figures of the last steps are not finite."""
-        steps, self.unseen = self.unseen, []
-        if not steps:
-            return
-        fine = torch.isfinite(torch.stack([step.figures[:2] for step in steps]).cpu()).all(1)
-        if bool(fine.all()):
-            return
-        step = steps[int((~fine).nonzero()[0])]
-        fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
-        raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
-
-    def judged(self, loss: float, patience: int) -> bool:
-        """Take a loss of early stopping; whether to go on."""
-        self.waited += 1
-        if loss < self.least:
-            self.least, self.waited = loss, 0
-            self.best = {key: value.detach().clone() for key, value in self._modules().state_dict().items()}
-        return self.waited < patience
-
-    def take_best(self) -> None:
-        if self.best:
-            self._modules().load_state_dict(self.best)
-
-    def _modules(self) -> nn.ModuleDict:
-        layers = {name.replace(".", "/"): layer.adapters for name, layer in self.adapters.layers.items()}
-        return nn.ModuleDict(layers)
-
-
-def _fits(moments: Mapping[str, Tensor], p: Tensor) -> bool:
-    """Whether an optimiser's moments are those of a parameter; 8-bit ones are of several, in a row."""
-    return "exp_avg_scale" in moments or all(
-        moments[key].ndim == p.ndim and all(m in (1, n) for m, n in zip(moments[key].shape, p.shape, strict=True))
-        for key in ("exp_avg", "exp_avg_sq")
-        if key in moments
-    )
 
 
 def train(

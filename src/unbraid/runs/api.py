@@ -16,9 +16,9 @@ from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
 from unbraid.methods.pair import free_slot, numbered
-from unbraid.runs.job import RARE, Job
+from unbraid.runs.job import RARE, Job, Progress
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
-from unbraid.runs.run import Progress, run
+from unbraid.runs.run import run
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.render import Use, own_prompt, render
 

@@ -18,7 +18,7 @@ from torch import Tensor, uint8
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
 
-HOW = "vram compile graphs device thumbnail metadata".split()  # may change when a run goes on
+HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may change when a run goes on
 RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
 DIGEST = "sha256"  # of the saved state, in its header
 

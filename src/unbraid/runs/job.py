@@ -14,7 +14,7 @@ from PIL import Image
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.common.atomic import sha256
 from unbraid.common.errors import UsageError
-from unbraid.core.train import Step
+from unbraid.core.state import Step
 from unbraid.files.formats.metadata import card
 from unbraid.images.crop import check_size, open_image
 from unbraid.methods import METHODS

@@ -17,8 +17,8 @@ from unbraid.bases.base import load
 from unbraid.core.lora import Branch
 from unbraid.core.recipe import Recipe
 from unbraid.core.train import train
-from unbraid.runs.job import Job, prompts_of
-from unbraid.runs.run import Ready, opened_images, prepare
+from unbraid.runs.job import Job, opened_images, prompts_of
+from unbraid.runs.prepare import Ready, prepare
 
 aten = torch.ops.aten
 ATTENTION_FLOPS: dict[Any, Any] = {  # torch's own formulas; its counter does not apply them to flash attention on a CPU

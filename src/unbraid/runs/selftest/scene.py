@@ -16,8 +16,7 @@ from unbraid.bases.base import Base, load
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.methods.entry import ROLES
-from unbraid.runs import demo, shortest
-from unbraid.runs import run as running
+from unbraid.runs import demo, pace, shortest
 from unbraid.runs.job import Job
 from unbraid.runs.modules import join
 from unbraid.runs.run import run
@@ -154,16 +153,16 @@ class Scene:
 
 @contextmanager
 def hurried(**values: float | int) -> Iterator[None]:
-    """Constants of `unbraid.runs.run` that are no user's to choose, for as long as a run takes that cannot wait: it saves every 20 s, and
+    """Constants of `unbraid.runs.pace`, for as long as a run takes that cannot wait: it saves every 20 s, and
     draws its sheet in 25 steps."""
-    usual = {name: getattr(running, name) for name in values}
+    usual = {name: getattr(pace, name) for name in values}
     try:
         for name, value in values.items():
-            setattr(running, name, value)
+            setattr(pace, name, value)
         yield
     finally:
         for name, value in usual.items():
-            setattr(running, name, value)
+            setattr(pace, name, value)
 
 
 def _last(name: str) -> str:

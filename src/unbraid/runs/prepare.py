@@ -1,0 +1,109 @@
+"""Everything before the first step of a run: prompts and pictures are encoded, adapters are attached."""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.families.family import Prompt
+from unbraid.bases.savings import spared
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Active
+from unbraid.core.recipe import Recipe
+from unbraid.core.state import State
+from unbraid.files.lora_file import read
+from unbraid.images.crop import fit
+from unbraid.images.opening import open_alpha
+from unbraid.methods import METHODS
+from unbraid.runs import pace
+from unbraid.runs.job import Job
+from unbraid.sampling.render import attach
+from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
+
+GUIDANCE = 4.0  # of previews, sheets and pictures that are drawn for training
+DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws if none are given
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that is ready to go."""
+
+    job: Job
+    base: Base
+    studies: Studies
+    adapters: Adapters
+    recipe: Recipe
+    state: State
+    images: Mapping[str, Sequence[Image.Image]]  # role → as opened, or as drawn by its LoRA
+
+
+def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
+    """Encode, attach: everything before the first step."""
+    (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
+    recipe = spared(made, job.loading.preset)
+    prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
+    started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
+    adapters = started or Adapters.attach(base.denoiser, recipe.targets)
+    with ExitStack() as undo:
+        undo.callback(adapters.detach)
+        captions = {role: base.encode_prompt(text) for path in job.captions for role, text in _captions(job, path)}
+        prompts = base.alike(prompts | captions)
+        images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
+        encoded = {
+            role: [
+                _picture(base, image, where, job)
+                for image, where in zip(some, job.images.get(role) or [source(job, role)] * len(some), strict=True)
+            ]
+            for role, some in images.items()
+        }
+        state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
+        undo.pop_all()
+    return Ready(job, base, Studies(base, encoded, prompts), adapters, recipe, state, images)
+
+
+def _drawn(
+    job: Job, base: Base, adapters: Adapters, prompts: Mapping[str, Prompt], recipe: Recipe, given: Collection[str]
+) -> dict[str, list[Image.Image]]:
+    """Pictures for the roles that come without any: drawn under the role's prompt by its LoRA, or by the base alone."""
+    out = {}
+    for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
+        active, count = ((Active(role),), DRAWN) if role in job.loras else ((), DRAWN_OF_CLASS)
+        terms = classifier_free(GUIDANCE, role, active)
+        seeds = range(job.seed, job.seed + count)  # one by one: sixteen at once do not fit beside a large base
+        out[role] = [generate(base, terms, prompts, adapters, seeds=(i,), steps=pace.SHEET_STEPS)[0] for i in seeds]
+    return out
+
+
+def source(job: Job, role: str) -> Path:
+    """Who drew a role's pictures, for errors and captions."""
+    return job.loras.get(role, Path("the base"))
+
+
+def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
+    """The role and the text of each of a picture's own prompts."""
+    return [(f"caption {i} {picture}", text) for i, text in enumerate(job.captions.get(picture, "").splitlines())]
+
+
+def _picture(base: Base, image: Image.Image, where: Path, job: Job) -> Picture:
+    pixels = fit(image, base.size**2, base.step, where)
+    picture = base.encode_picture(pixels.values, pixels.sizes)
+    masked = job.settings.get("mask") == "alpha" and any(where in some for some in job.images.values())
+    weight = opacity(where, base, picture) if masked else None
+    return replace(picture, prompts=tuple(name for name, _ in _captions(job, where)), weight=weight)
+
+
+def opacity(where: Path, base: Base, picture: Picture) -> Tensor:
+    """How opaque a picture is at each place of its latent, `[1, h, w]`, 0 to 1. UsageError for one that is wholly transparent."""
+    alpha = fit(open_alpha(where).convert("RGB"), base.size**2, base.step, where).values[:1] / 2 + 0.5
+    _, height, width = picture.mean.shape
+    found = adaptive_avg_pool2d(alpha, (height, width))
+    if not bool(found.any()):
+        raise UsageError("is wholly transparent: nothing of it would be learnt", where, "Leave out mask=alpha.")
+    return found.to(picture.mean)
