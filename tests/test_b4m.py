@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.bases import base as bases
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
@@ -26,15 +26,15 @@ from unbraid.core.train import train
 from unbraid.files.lora_file import read
 from unbraid.methods.b4m import Cut, break_
 from unbraid.runs.api import learn_job
-from unbraid.runs.modules import break_job, join, make_job, matrix, together
-from unbraid.runs.modules import make as api_make
-from unbraid.runs.modules import opened as opened_module
+from unbraid.runs.break_make import break_job, join, make_job, matrix, together
+from unbraid.runs.break_make import make as api_make
+from unbraid.runs.break_make import opened as opened_module
 from unbraid.runs.run import run
 
 QUICK: dict[str, Any] = {"rank": 4, "steps": 4, "lr": 1e-2, "partner_lr": 1e-2, "partner_count": 1, "previews": 0}
 
 
-def studies(base: Base) -> Studies:
+def run_data(base: Base) -> RunData:
     rng = torch.Generator().manual_seed(1)
     base.denoiser.double()
     zeros = torch.zeros(4, 4, 4).double()
@@ -43,7 +43,7 @@ def studies(base: Base) -> Studies:
         for role in ("own", "partner1")
     }
     prompt = Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
-    return Studies(base, images, {"both": prompt})
+    return RunData(base, images, {"both": prompt})
 
 
 def begun(base: Base, **settings: Any) -> tuple[Adapters, Recipe, State]:
@@ -76,7 +76,7 @@ def test_nothing_changes_at_the_start_and_everything_can(
             (one.fixed.down @ one.fixed.down.T, [0, 0, 1, 1]),
         ):
             assert (gram - torch.diag(torch.tensor(there).double())).abs().max() < 1e-6
-    model = studies(v_model)
+    model = run_data(v_model)
     samples = model.draw(["own"], frozenset(), torch.Generator().manual_seed(0))
     with adapters.activate([recipe.branches(0)[0].active], model.prompts):
         model.predict(samples, ["both"]).square().mean().backward()
@@ -107,7 +107,7 @@ class Alone:
 
     graphs: Graphs | None = None
 
-    def __init__(self, real: Studies, silent: str) -> None:
+    def __init__(self, real: RunData, silent: str) -> None:
         self.real, self.prompts, self.silent, self.roles = real, real.prompts, silent, [""]
 
     def constants(self) -> Sequence[Tensor]:
@@ -129,7 +129,7 @@ def test_each_picture_trains_its_own_factor_and_the_frozen_halves_stay(v_model: 
     for silent in ("own", "partner1"):
         adapters, recipe, state = begun(v_model, kind=kind, steps=5)
         before = [(one.fixed.down.clone(), one.fixed.up.clone()) for one in parts(adapters) if one.fixed]
-        for _, _ in zip(range(4), train(Alone(studies(v_model), silent), recipe, state, at_once=2), strict=False):
+        for _, _ in zip(range(4), train(Alone(run_data(v_model), silent), recipe, state, at_once=2), strict=False):
             pass  # not the last step, which throws the partners' factor away
         moved = {
             "down": any(one.down.any() for one in parts(adapters)),

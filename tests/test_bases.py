@@ -198,7 +198,7 @@ def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> N
     assert (ready.base.size, ready.base.step) == (512, 64)
     told: list[Any] = []
     ready.base.denoiser.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)
-    next(train(ready.studies, ready.recipe, ready.state, 1))
+    next(train(ready.run_data, ready.recipe, ready.state, 1))
     ((noisy, _), given) = told[0]
     assert noisy.shape == (1, 4, 448 // 8, 576 // 8)
     assert given["added_cond_kwargs"]["time_ids"].tolist() == [[500, 700, 0, 25, 448, 576]]

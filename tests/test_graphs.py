@@ -10,7 +10,7 @@ from recorder import Recorder
 from test_many import ROLES, Start, start
 from torch import nn
 
-from unbraid.bases.base import Base, Studies, joined
+from unbraid.bases.base import Base, RunData, joined
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
@@ -19,7 +19,7 @@ from unbraid.core.lora import Active, Branch
 from unbraid.core.many import train_many
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe, Stop
-from unbraid.core.train import lessons, train
+from unbraid.core.train import precomputed_targets, train
 from unbraid.methods import METHODS as ENTRIES
 from unbraid.methods.blora import blora
 from unbraid.methods.ziplora import ziplora
@@ -51,9 +51,9 @@ METHODS = {  # every method that trains; `make` needs modules that fit each othe
 }
 
 
-def capturing(studies: Studies, recorder: Recorder | None = None) -> Recorder:
+def capturing(run_data: RunData, recorder: Recorder | None = None) -> Recorder:
     found = recorder or Recorder()
-    studies.graphs = Graphs(found)
+    run_data.graphs = Graphs(found)
     return found
 
 
@@ -64,10 +64,10 @@ def unet_base(v_model: Base) -> Base:
 
 
 def trained(begin: Start, recorder: Recorder | None, at_once: int = 1) -> tuple[list[float], dict[str, torch.Tensor]]:
-    studies, recipe, state = begin()
+    run_data, recipe, state = begin()
     if recorder:
-        capturing(studies, recorder)
-    figures = [value for step in train(studies, recipe, state, at_once) for value in step.figures.tolist()]
+        capturing(run_data, recorder)
+    figures = [value for step in train(run_data, recipe, state, at_once) for value in step.figures.tolist()]
     state.adapters.detach()
     return figures, state.tensors()
 
@@ -134,11 +134,11 @@ def test_without_capture_it_goes_on_and_says_why(unet_base: Base) -> None:
     begin = start(unet_base, METHODS["unziplora"][0], 0)
     figures, saved = trained(begin, None)
     recorder = Recorder(fails="operation not permitted when stream is capturing\nmore of it")
-    studies, recipe, state = begin()
-    capturing(studies, recorder)
-    again = [value for step in train(studies, recipe, state) for value in step.figures.tolist()]
+    run_data, recipe, state = begin()
+    capturing(run_data, recorder)
+    again = [value for step in train(run_data, recipe, state) for value in step.figures.tolist()]
     state.adapters.detach()
-    assert studies.graphs and studies.graphs.reason == "operation not permitted when stream is capturing"
+    assert run_data.graphs and run_data.graphs.reason == "operation not permitted when stream is capturing"
     assert again == figures and same(saved, state.tensors())
 
 
@@ -157,10 +157,10 @@ def test_teachers_asked_ahead_are_captured(unet_base: Base) -> None:
     begin, answers = start(unet_base, ziplora(SDXL, steps=12)[0], 0, loras=2), []
     recorder = Recorder()
     for way in (None, recorder):
-        studies, recipe, state = begin()
+        run_data, recipe, state = begin()
         if way:
-            capturing(studies, way)
-        drawn = lessons(studies, recipe, state.adapters, state.rng, at_once=4)
+            capturing(run_data, way)
+        drawn = precomputed_targets(run_data, recipe, state.adapters, state.rng, at_once=4)
         state.adapters.detach()
         answers.append([sample.target for samples in drawn for sample in samples])
     assert recorder.captures == 1 and recorder.replays == 3

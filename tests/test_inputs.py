@@ -8,7 +8,7 @@ import torch
 from PIL import Image, features
 from test_run import cli_in_process
 
-from unbraid.bases.base import Picture, Studies, load
+from unbraid.bases.base import Picture, RunData, load
 from unbraid.common.errors import UsageError
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched
@@ -79,8 +79,8 @@ def test_several_captions_are_drawn_in_turn(v_base: Path, tmp_path: Path) -> Non
     assert recorded(tmp_path / "r" / "run.toml") == job
     base = load(str(v_base), "cpu")
     picture = Picture(torch.zeros(4, 4, 4), torch.ones(4, 4, 4), torch.zeros(6), ("one", "two", "three"))
-    studies, rng = Studies(base, {"image": [picture]}, {}), torch.Generator().manual_seed(0)
-    seen = [studies.draw(["image"], frozenset(), rng)[0].prompt for _ in range(60)]
+    run_data, rng = RunData(base, {"image": [picture]}, {}), torch.Generator().manual_seed(0)
+    seen = [run_data.draw(["image"], frozenset(), rng)[0].prompt for _ in range(60)]
     assert {one: seen.count(one) > 9 for one in seen} == {"one": True, "two": True, "three": True}
 
 

@@ -281,7 +281,7 @@ PEFT = {
 @pytest.mark.parametrize("case", PEFT)
 def test_pefts_own_merge_is_the_oracle(case: str, tmp_path: Path) -> None:
     path, _, want = peft_file(PEFT[case], tmp_path / "peft")
-    module = "base_model.model.denoiser.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    module = "base_model.model.unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {key.replace("base_model.model.attn2_to_k", module): one for key, one in load_file(path).items()}
     save(path, tensors)  # with adapter_config.json beside it
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from double import in_double
 
-from unbraid.bases.base import Base, Picture, Studies, joined
+from unbraid.bases.base import Base, Picture, RunData, joined
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
@@ -26,7 +26,7 @@ from unbraid.methods.unziplora import unziplora
 from unbraid.methods.ziplora import ziplora
 
 ROLES = ("image", "before", "after", "content", "style", "both", "own", "partner1", "prior")
-Start = Callable[[], tuple[Studies, Recipe, State]]  # a job, ready to go; its adapters are in the model
+Start = Callable[[], tuple[RunData, Recipe, State]]  # a job, ready to go; its adapters are in the model
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def unet_base(v_model: Base) -> Base:
 def start(base: Base, recipe: Recipe, seed: int, size: tuple[int, int] = (8, 8), loras: int = 0) -> Start:
     """Pictures, prompts, LoRAs and noise all depend on the seed."""
 
-    def begin() -> tuple[Studies, Recipe, State]:
+    def begin() -> tuple[RunData, Recipe, State]:
         rng = torch.Generator().manual_seed(seed)
 
         def rand(*shape: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def start(base: Base, recipe: Recipe, seed: int, size: tuple[int, int] = (8, 8),
                 made[layer_name] = Factors(rand(rank, k) / 8, rand(d, rank) / 8, 0.5)
             adapters.add(name, made)
         state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(seed))
-        return Studies(base, pictures, prompts), recipe, state
+        return RunData(base, pictures, prompts), recipe, state
 
     return begin
 
@@ -64,14 +64,14 @@ def alone(starts: Sequence[Start]) -> list[tuple[list[float], dict[str, torch.Te
     """Losses and final state of every job by itself."""
     out = []
     for begin in starts:
-        studies, recipe, state = begin()
-        losses = [step.loss for step in train(studies, recipe, state)]
+        run_data, recipe, state = begin()
+        losses = [step.loss for step in train(run_data, recipe, state)]
         state.adapters.detach()
         out.append((losses, state.tensors()))
     return out
 
 
-def prepared(starts: Sequence[Start]) -> list[tuple[Studies, Recipe, State]]:
+def prepared(starts: Sequence[Start]) -> list[tuple[RunData, Recipe, State]]:
     jobs = []
     for begin in starts:
         jobs.append(begin())

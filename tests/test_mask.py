@@ -10,7 +10,7 @@ from recorder import Recorder
 from safetensors.torch import load_file
 from test_many import start
 
-from unbraid.bases.base import Base, Studies, load
+from unbraid.bases.base import Base, RunData, load
 from unbraid.bases.families import BLOCKS
 from unbraid.common.errors import UsageError
 from unbraid.core.graphs import Graphs
@@ -40,7 +40,7 @@ def weight(base: Base, picture: Path, **settings: Any) -> torch.Tensor | None:
     job = learn_job(picture, prompt="a sks cat", base=base.name, out=picture.parent / "r", **QUICK, **settings)
     ready = prepare(job, prompts_of(job), opened_images(job), base)
     ready.adapters.detach()
-    return ready.studies.pictures["image"][0].weight
+    return ready.run_data.pictures["image"][0].weight
 
 
 def test_a_mask_is_the_opacity_of_each_place(v_base: Path, tmp_path: Path) -> None:
@@ -62,9 +62,9 @@ def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
     mask = torch.zeros(1, 8, 8).double()
     mask[..., 4:] = 1
     for name, place, captured in (("plain", None, False), ("hidden", 0, False), ("seen", 7, False), ("graph", 0, True)):
-        studies, recipe, state = begin()
-        studies.graphs = Graphs(Recorder()) if captured else None
-        drawn = studies.draw
+        run_data, recipe, state = begin()
+        run_data.graphs = Graphs(Recorder()) if captured else None
+        drawn = run_data.draw
 
         def draw(*given: Any, drawn: Any = drawn, place: int | None = place) -> Any:
             samples = drawn(*given)
@@ -74,9 +74,9 @@ def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
                     sample.target[..., place] += 5
             return samples
 
-        studies.draw = draw  # type: ignore[method-assign]
-        assert isinstance(studies, Studies)
-        figures = [step.figures for step in train(studies, recipe, state)]
+        run_data.draw = draw  # type: ignore[method-assign]
+        assert isinstance(run_data, RunData)
+        figures = [step.figures for step in train(run_data, recipe, state)]
         state.adapters.detach()
         found[name] = torch.stack(figures)
     assert torch.equal(found["plain"], found["hidden"]) and torch.equal(found["hidden"], found["graph"])

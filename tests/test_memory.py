@@ -84,7 +84,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     size = sum(4 * p.numel() for p in trained)
     assert told.adapters == 4 * size
     with Live() as live:
-        next(train(ready.studies, ready.recipe, ready.state, 1))
+        next(train(ready.run_data, ready.recipe, ready.state, 1))
     assert live.peak > 5 * size, "activations must be most of it, or this shows nothing"
     assert 0.85 < (told.activations + size) / live.peak < 1.35
 
@@ -202,12 +202,12 @@ def test_8_bit_moments_are_used_and_resumed(tiny_sdxl: Tiny, picture: Path) -> N
         prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading)) for _ in range(2)
     )
     assert isinstance(one.state.optimizer, AdamW8)
-    steps = train(one.studies, one.recipe, one.state, 1)
+    steps = train(one.run_data, one.recipe, one.state, 1)
     for _ in range(2):
         next(steps)
     other.state.restore(one.state.tensors())
     next(steps)
-    next(train(other.studies, other.recipe, other.state, 1))
+    next(train(other.run_data, other.recipe, other.state, 1))
     mine, theirs = one.state.tensors(), other.state.tensors()
     assert mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
 

@@ -8,7 +8,7 @@ from second_device import host_copies, second
 from test_graphs import METHODS, STEPS
 from test_many import ROLES
 
-from unbraid.bases.base import Picture, Studies, load
+from unbraid.bases.base import Picture, RunData, load
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
@@ -38,7 +38,7 @@ def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
         sizes = {layer: one.base.weight.shape for layer, one in adapters.layers.items()}
         adapters.add(lora, {layer: Factors(rand(4, k) / 8, rand(d, 4) / 8) for layer, (d, k) in sizes.items()})
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    going, told = train(Studies(base, pictures, prompts), recipe, state), []
+    going, told = train(RunData(base, pictures, prompts), recipe, state), []
     next(going)
     for i in range(1, min(recipe.steps, STEPS + 3) - 1):  # the last one looks at the figures of all
         with host_copies() as found:

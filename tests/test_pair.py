@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from unbraid.bases import base as bases
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
@@ -38,7 +38,7 @@ from unbraid.sampling.sweep import parse_sweep, sweep_sheet
 QUICK = {"rank": 4, "steps": 6, "style_from": 2, "lr": 1e-2}
 
 
-def studies(base: Base) -> Studies:
+def run_data(base: Base) -> RunData:
     rng = torch.Generator().manual_seed(1)
     base.denoiser.double()
     zeros = torch.zeros(4, 4, 4).double()
@@ -50,11 +50,11 @@ def studies(base: Base) -> Studies:
         role: Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
         for role in ("content", "style")
     }
-    return Studies(base, images, prompts)
+    return RunData(base, images, prompts)
 
 
 def trained(base: Base, model: Denoiser | None = None, **settings: object) -> Adapters:
-    model, adapters = model or studies(base), Adapters.attach(base.denoiser)
+    model, adapters = model or run_data(base), Adapters.attach(base.denoiser)
     (recipe,) = pair(BLOCKS["sdxl"], **{**QUICK, **settings})  # type: ignore[arg-type]
     state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
     for _ in train(model, recipe, state):
@@ -103,7 +103,7 @@ def test_without_orthogonality_they_meet(v_model: Base) -> None:
 class Same:
     """The same samples at every step."""
 
-    def __init__(self, real: Studies) -> None:
+    def __init__(self, real: RunData) -> None:
         self.real, self.prompts, self.graphs = real, real.prompts, real.graphs
         self.samples = real.draw(
             ["before", "after"], frozenset(("noise", "timestep")), torch.Generator().manual_seed(3)
@@ -121,7 +121,7 @@ class Same:
 
 def test_each_loss_trains_its_own_adapter(v_model: Base) -> None:
     """Before the style joins nothing of it moves, and its loss leaves the content adapter as it is, bit for bit."""
-    model = Same(studies(v_model))
+    model = Same(run_data(v_model))
     early, late = (trained(v_model, model, steps=3, style_from=start) for start in (2, 0))
     assert max(float(one.up.detach().abs().max()) for one in early.of("style").values()) < 0.011, "one step at 0.01"
     contents = [adapters.of("content").values() for adapters in (early, late)]
@@ -130,7 +130,7 @@ def test_each_loss_trains_its_own_adapter(v_model: Base) -> None:
 
 def test_official_order_is_content_first(v_model: Base) -> None:
     """One official step = a step on the content alone, then one on the style, on the same samples; not both at once."""
-    model, found = Same(studies(v_model)), {}
+    model, found = Same(run_data(v_model)), {}
     for name in ("official", "none", "by hand"):
         adapters = Adapters.attach(v_model.denoiser)
         compat = "none" if name == "by hand" else name

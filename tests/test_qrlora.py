@@ -32,9 +32,9 @@ def test_it_is_the_papers_form() -> None:
 
 
 def test_only_the_triangle_trains(v_model: Base) -> None:
-    studies, recipe, state = start(v_model, case("qr-lora", weight_decay=0.1)[0], 0)()
+    run_data, recipe, state = start(v_model, case("qr-lora", weight_decay=0.1)[0], 0)()
     before = {name: one.up.clone() for name, one in state.adapters.of("lora").items()}
-    list(train(studies, recipe, state))
+    list(train(run_data, recipe, state))
     state.adapters.detach()
     for name, one in state.adapters.of("lora").items():
         assert torch.equal(one.up, before[name]) and one.down.abs().max() > 0

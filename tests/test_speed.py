@@ -17,7 +17,7 @@ from tools.speed.gpu import whole_run
 from tools.speed.published import Form, dense_product, factorised, published
 from tools.speed.time import timed
 from tools.speed.world import WORDS, World, icons
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
 from unbraid.core.recipe import Recipe
@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[Recipe, Form]] = {
 
 
 @pytest.fixture
-def studies(v_model: Base) -> Iterator[Studies]:
+def run_data(v_model: Base) -> Iterator[RunData]:
     rng = torch.Generator().manual_seed(1)
     v_model.denoiser.double()
 
@@ -48,27 +48,27 @@ def studies(v_model: Base) -> Iterator[Studies]:
         for role in ("image", "before", "after")
     }
     prompts = {role: Prompt(noise(24, 64), noise(64)) for role in ("both", "content", "style")}
-    yield Studies(v_model, pictures, prompts)
+    yield RunData(v_model, pictures, prompts)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_published_loop_equals_ours(studies: Studies, name: str, checkpointing: bool) -> None:
+def test_the_published_loop_equals_ours(run_data: RunData, name: str, checkpointing: bool) -> None:
     recipe, form = METHODS[name]
     found = []
     for ours in (False, True):
-        adapters, unet = Adapters.attach(studies.base.denoiser), studies.base.denoiser
+        adapters, unet = Adapters.attach(run_data.base.denoiser), run_data.base.denoiser
         if checkpointing and not ours:
             unet.enable_gradient_checkpointing()
             unet.train()
         if ours:
             state = State.fresh(adapters, in_double(recipe), torch.Generator().manual_seed(0))
             state.rng = torch.Generator().manual_seed(0)
-            list(train(studies, recipe, state, 2))
+            list(train(run_data, recipe, state, 2))
         else:
             recipe.prepare(adapters, torch.Generator().manual_seed(0))
             double(adapters)
-            loop = published(studies.base, lambda: studies.pictures, studies.encoded, recipe, adapters, form)
+            loop = published(run_data.base, lambda: run_data.pictures, run_data.encoded, recipe, adapters, form)
             list(islice(loop, STEPS))
             loop.close()
             unet.disable_gradient_checkpointing()

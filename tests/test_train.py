@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from double import in_double
 
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
@@ -35,7 +35,7 @@ def recipe(branches: tuple[Branch, ...] = BRANCHES, steps: int = 3) -> Recipe:
 
 
 @pytest.fixture
-def studies(v_model: Base) -> Iterator[Studies]:
+def run_data(v_model: Base) -> Iterator[RunData]:
     rng = torch.Generator().manual_seed(1)
     v_model.denoiser.double()
 
@@ -47,15 +47,15 @@ def studies(v_model: Base) -> Iterator[Studies]:
     def prompt() -> Prompt:
         return Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
 
-    yield Studies(v_model, {"one": [picture()], "two": [picture()]}, {"p": prompt(), "q": prompt()})
+    yield RunData(v_model, {"one": [picture()], "two": [picture()]}, {"p": prompt(), "q": prompt()})
 
 
-def ready(studies: Studies, one: Recipe, seed: int = 0) -> State:
-    state = State.fresh(Adapters.attach(studies.base.denoiser), in_double(one), torch.Generator().manual_seed(seed))
+def ready(run_data: RunData, one: Recipe, seed: int = 0) -> State:
+    state = State.fresh(Adapters.attach(run_data.base.denoiser), in_double(one), torch.Generator().manual_seed(seed))
     return state
 
 
-def gradients(studies: Studies, at_once: int) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(run_data: RunData, at_once: int) -> tuple[dict[str, torch.Tensor], float]:
     """Gradients of one step, caught before the optimiser."""
     caught: dict[str, torch.Tensor] = {}
 
@@ -67,106 +67,106 @@ def gradients(studies: Studies, at_once: int) -> tuple[dict[str, torch.Tensor], 
                 )
 
     one = Recipe(prepare, lambda step: BRANCHES, RATES, 1, after_backward=catch)  # type: ignore[arg-type]
-    state = ready(studies, one)
-    (step,) = train(studies, one, state, at_once)
+    state = ready(run_data, one)
+    (step,) = train(run_data, one, state, at_once)
     state.adapters.detach()
     return caught, step.loss
 
 
-def test_branches_batched_equal_one_by_one(studies: Studies) -> None:
-    alone, loss = gradients(studies, 1)
-    together, loss_together = gradients(studies, 3)
+def test_branches_batched_equal_one_by_one(run_data: RunData) -> None:
+    alone, loss = gradients(run_data, 1)
+    together, loss_together = gradients(run_data, 3)
     assert loss == pytest.approx(loss_together, abs=1e-14)
     assert alone.keys() == together.keys() and sum(map(len, alone.values())) > 100  # of as many layers
     assert max((alone[key] - together[key]).abs().max().item() for key in alone) < 1e-14
 
 
-def test_gradient_checkpointing_changes_nothing(studies: Studies) -> None:
-    plain, loss = gradients(studies, 2)
-    studies.base.denoiser.enable_gradient_checkpointing()
-    studies.base.denoiser.train()
-    checkpointed, loss_checkpointed = gradients(studies, 2)
+def test_gradient_checkpointing_changes_nothing(run_data: RunData) -> None:
+    plain, loss = gradients(run_data, 2)
+    run_data.base.denoiser.enable_gradient_checkpointing()
+    run_data.base.denoiser.train()
+    checkpointed, loss_checkpointed = gradients(run_data, 2)
     assert loss == pytest.approx(loss_checkpointed, abs=1e-14)
     assert max((plain[key] - checkpointed[key]).abs().max().item() for key in plain) < 1e-13
 
 
-def test_the_loss_is_the_formula(studies: Studies) -> None:
+def test_the_loss_is_the_formula(run_data: RunData) -> None:
     """Σ weight · mean (v̂ - v)², with the teacher's prediction in place of v where there is a teacher."""
     one = recipe(steps=1)
-    state = ready(studies, one)
+    state = ready(run_data, one)
     rng = torch.Generator()
     rng.set_state(state.rng.get_state())
-    samples = studies.draw([branch.image for branch in BRANCHES], frozenset(), rng)
+    samples = run_data.draw([branch.image for branch in BRANCHES], frozenset(), rng)
     expected = 0.0
     with torch.no_grad():
         for sample, branch in zip(samples, BRANCHES, strict=True):
             target = sample.target
             if branch.teacher:
-                with state.adapters.activate([branch.teacher.active], studies.prompts):
-                    target = studies.predict([sample], [branch.teacher.prompt])
-            with state.adapters.activate([branch.active], studies.prompts):
-                expected += branch.weight * F.mse_loss(studies.predict([sample], [branch.prompt]), target).item()
-    (step,) = train(studies, one, state)
+                with state.adapters.activate([branch.teacher.active], run_data.prompts):
+                    target = run_data.predict([sample], [branch.teacher.prompt])
+            with state.adapters.activate([branch.active], run_data.prompts):
+                expected += branch.weight * F.mse_loss(run_data.predict([sample], [branch.prompt]), target).item()
+    (step,) = train(run_data, one, state)
     assert step.loss == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.slow
-def test_interrupted_and_restored_equals_uninterrupted(studies: Studies) -> None:
+def test_interrupted_and_restored_equals_uninterrupted(run_data: RunData) -> None:
     one = recipe(steps=6)
-    whole = ready(studies, one)
-    losses = [step.loss for step in train(studies, one, whole)]
+    whole = ready(run_data, one)
+    losses = [step.loss for step in train(run_data, one, whole)]
     end = whole.tensors()
     whole.adapters.detach()
-    first = ready(studies, one)
-    steps = train(studies, one, first)
+    first = ready(run_data, one)
+    steps = train(run_data, one, first)
     for _ in range(3):
         next(steps)
     saved = first.tensors()
     first.adapters.detach()
-    second = ready(studies, one, seed=99)
+    second = ready(run_data, one, seed=99)
     second.restore(saved)
-    assert [step.loss for step in train(studies, one, second)] == losses[3:]
+    assert [step.loss for step in train(run_data, one, second)] == losses[3:]
     again = second.tensors()
     assert end.keys() == again.keys() and all(torch.equal(end[key], again[key]) for key in end)
 
 
-def test_a_state_of_another_recipe_is_refused(studies: Studies) -> None:
-    state = ready(studies, recipe())
+def test_a_state_of_another_recipe_is_refused(run_data: RunData) -> None:
+    state = ready(run_data, recipe())
     saved = state.tensors()
     state.adapters.detach()
     other = Recipe(lambda adapters, rng: adapters.new("a", 2, rng), lambda step: (), RATES, 1)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="does not fit these settings"):
-        ready(studies, other).restore(saved)
+        ready(run_data, other).restore(saved)
 
 
-def test_a_part_without_a_rate_stays_bit_identical(studies: Studies) -> None:
+def test_a_part_without_a_rate_stays_bit_identical(run_data: RunData) -> None:
     one = Recipe(prepare, lambda step: BRANCHES, {("a", "up"): Rate(1e-2, 0.1)}, 3)
-    state = ready(studies, one)
+    state = ready(run_data, one)
     before = {key: value.clone() for key, value in state.tensors().items() if key.startswith("adapter/")}
-    list(train(studies, one, state))
+    list(train(run_data, one, state))
     after = state.tensors()
     changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed and all("/a.up" in key or ".a.up" in key for key in changed)
 
 
-def test_shared_noise_and_timestep(studies: Studies) -> None:
+def test_shared_noise_and_timestep(run_data: RunData) -> None:
     rng = torch.Generator().manual_seed(0)
-    one, two = studies.draw(["one", "one"], frozenset(("noise", "timestep")), rng)
+    one, two = run_data.draw(["one", "one"], frozenset(("noise", "timestep")), rng)
     assert one.t == two.t
-    three, four = studies.draw(["one", "one"], frozenset(), rng)
+    three, four = run_data.draw(["one", "one"], frozenset(), rng)
     assert not torch.equal(three.noisy, four.noisy)
 
 
-def test_nan_is_told_with_its_step(studies: Studies) -> None:
+def test_nan_is_told_with_its_step(run_data: RunData) -> None:
     def poison(adapters: Adapters, step: int) -> torch.Tensor | None:
         up = adapters.pieces_of("a")[0].up
         return up.sum() * float("nan") if step == 1 else None
 
     one = Recipe(prepare, lambda step: BRANCHES, RATES, 3, penalty=poison)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"step 1: the loss is nan"):
-        list(train(studies, one, ready(studies, one)))
+        list(train(run_data, one, ready(run_data, one)))
 
 
-def test_nothing_to_train_is_refused(studies: Studies) -> None:
+def test_nothing_to_train_is_refused(run_data: RunData) -> None:
     with pytest.raises(UsageError, match="nothing would be trained"):
-        ready(studies, Recipe(prepare, lambda step: BRANCHES, {}, 1))
+        ready(run_data, Recipe(prepare, lambda step: BRANCHES, {}, 1))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
@@ -33,18 +33,18 @@ SETTINGS = {
 
 
 @pytest.fixture
-def studies(v_model: Base) -> Studies:
+def run_data(v_model: Base) -> RunData:
     rng = torch.Generator().manual_seed(1)
     prompts = {
         role: Prompt(torch.randn(24, 64, generator=rng), torch.randn(64, generator=rng)) for role in ("both", *ROLES)
     }
     picture = Picture(torch.randn(4, 8, 8, generator=rng), torch.full((4, 8, 8), 0.1), torch.full((6,), 32.0))
-    return Studies(v_model, {"image": [picture]}, prompts)
+    return RunData(v_model, {"image": [picture]}, prompts)
 
 
-def start(studies: Studies, **changes: Any) -> tuple[State, Recipe]:
+def start(run_data: RunData, **changes: Any) -> tuple[State, Recipe]:
     (recipe,) = unziplora(BLOCKS["sdxl"], **{**SETTINGS, **changes})
-    return State.fresh(Adapters.attach(studies.base.denoiser), recipe, torch.Generator().manual_seed(0)), recipe
+    return State.fresh(Adapters.attach(run_data.base.denoiser), recipe, torch.Generator().manual_seed(0)), recipe
 
 
 def test_golden_branches() -> None:
@@ -67,11 +67,11 @@ def test_golden_branches() -> None:
     ]
 
 
-def test_every_period_grants_exactly_the_ratio_and_content_chooses_first(studies: Studies) -> None:
-    state, recipe = start(studies)
+def test_every_period_grants_exactly_the_ratio_and_content_chooses_first(run_data: RunData) -> None:
+    state, recipe = start(run_data)
     columns = Columns(STEPS, TIMES, RATIO, WINDOW, BLOCKS["sdxl"])
     seen = set()
-    for step in train(studies, recipe, state):
+    for step in train(run_data, recipe, state):
         periods = sum(s % columns.period == WINDOW - 1 for s in range(step.index + 1))
         for name, both in pairs(state.adapters).items():
             d, exempt = len(ledger(both[0]).owned), columns.exempt(name)
@@ -108,9 +108,9 @@ def test_a_contested_channel_goes_to_the_one_it_matters_more_to() -> None:
     assert full.losing.tolist() == [True, False, False, False] and sparse.losing.tolist() == [False, True, False, False]
 
 
-def test_gates_move_only_for_the_loser_of_a_contested_channel(studies: Studies) -> None:
-    state, recipe = start(studies, steps=30, merger_lr=0.1)
-    list(train(studies, recipe, state))
+def test_gates_move_only_for_the_loser_of_a_contested_channel(run_data: RunData) -> None:
+    state, recipe = start(run_data, steps=30, merger_lr=0.1)
+    list(train(run_data, recipe, state))
     moved = 0
     for both in pairs(state.adapters).values():
         assert not (ledger(both[0]).losing & ledger(both[1]).losing).any()
@@ -124,15 +124,15 @@ def test_gates_move_only_for_the_loser_of_a_contested_channel(studies: Studies) 
     assert moved > 0
 
 
-def test_separations_can_be_switched_off(studies: Studies) -> None:
-    state, recipe = start(studies, column_separation=False)
-    list(train(studies, recipe, state))
+def test_separations_can_be_switched_off(run_data: RunData) -> None:
+    state, recipe = start(run_data, column_separation=False)
+    list(train(run_data, recipe, state))
     assert all(
         f.channels is None and f.up.detach().any(1).all() for both in pairs(state.adapters).values() for f in both
     )
     state.adapters.detach()
-    state, recipe = start(studies, block_separation=False)
-    list(train(studies, recipe, state))
+    state, recipe = start(run_data, block_separation=False)
+    list(train(run_data, recipe, state))
     assert all(
         int(ledger(f).owned.sum()) == TIMES * int(RATIO * len(f.up))
         for both in pairs(state.adapters).values()
@@ -140,15 +140,15 @@ def test_separations_can_be_switched_off(studies: Studies) -> None:
     )
 
 
-def test_masks_and_scores_resume(studies: Studies) -> None:
-    state, recipe = start(studies)
-    steps = train(studies, recipe, state)
+def test_masks_and_scores_resume(run_data: RunData) -> None:
+    state, recipe = start(run_data)
+    steps = train(run_data, recipe, state)
     for _ in range(5):
         next(steps)
     saved = state.tensors()
     assert any(key.endswith("owned") for key in saved) and any(key.endswith("score") for key in saved)
     state.adapters.detach()
-    other, _ = start(studies)
+    other, _ = start(run_data)
     other.restore(saved)
     assert all(torch.equal(value, saved[key]) for key, value in other.tensors().items())
 
@@ -193,8 +193,8 @@ def test_official_calendar() -> None:
     assert [s for s in range(600) if not _gated(columns, s)] == [0, 1, 201, 401]
 
 
-def test_official_start_disturbs_the_base(studies: Studies) -> None:
-    state, _ = start(studies, compat="official", rank=16)
+def test_official_start_disturbs_the_base(run_data: RunData) -> None:
+    state, _ = start(run_data, compat="official", rank=16)
     factors = state.adapters.of("content")["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
     assert factors.up.std().item() == pytest.approx(1 / 16, rel=0.2) and factors.down.std().item() == pytest.approx(
         1 / 16, rel=0.2
@@ -222,11 +222,11 @@ def test_official_score_is_the_thresholded_count() -> None:
     assert torch.equal(_count(factors), expected) and 0 < expected.mean() < 1
 
 
-def test_official_run_keeps_its_defects(studies: Studies) -> None:
+def test_official_run_keeps_its_defects(run_data: RunData) -> None:
     """Masks act, exclusive gates leak at period boundaries, weight decay reaches the gates."""
-    state, recipe = start(studies, compat="official", steps=30, rank=8, merger_lr=0.05)
+    state, recipe = start(run_data, compat="official", steps=30, rank=8, merger_lr=0.05)
     assert recipe.rates["content", "merger"] == Rate(5e-3 * 10, 1e-4)
-    for step in train(studies, recipe, state):
+    for step in train(run_data, recipe, state):
         for both in pairs(state.adapters).values():
             for factors in both:
                 gated = _gated(Columns(30, TIMES, RATIO, WINDOW, {}), step.index + 1) or step.index == 29
@@ -249,12 +249,12 @@ def test_explain_prints_the_method() -> None:
     assert "content (reads 'content') + style (reads 'style')" in text and "column_ratio = 0.3  (elsewhere 0.1)" in text
 
 
-def test_blora_halves_touch_different_blocks(studies: Studies) -> None:
+def test_blora_halves_touch_different_blocks(run_data: RunData) -> None:
     from unbraid.methods.blora import blora
 
     (recipe,) = blora(BLOCKS["sdxl"], rank=4, steps=3, lr=1e-2)
-    state = State.fresh(Adapters.attach(studies.base.denoiser), recipe, torch.Generator().manual_seed(0))
-    for _ in train(studies, recipe, state):
+    state = State.fresh(Adapters.attach(run_data.base.denoiser), recipe, torch.Generator().manual_seed(0))
+    for _ in train(run_data, recipe, state):
         pass
     content, style = (state.adapters.folded(role) for role in ("content", "style"))
     assert content.keys() and {name[:24] for name in content} == {"up_blocks.0.attentions.0"}

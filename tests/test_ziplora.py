@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.speed.published import dense_sum, published
-from unbraid.bases.base import Base, Picture, Studies, load
+from unbraid.bases.base import Base, Picture, RunData, load
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
@@ -24,7 +24,7 @@ from unbraid.core.lora import Factors, Lora
 from unbraid.core.lowrank import delta
 from unbraid.core.recipe import Sample, Shared
 from unbraid.core.state import State
-from unbraid.core.train import lessons, train
+from unbraid.core.train import precomputed_targets, train
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
 from unbraid.methods.ziplora import ziplora
@@ -36,7 +36,7 @@ ROLES = ("content", "style")
 
 
 @pytest.fixture
-def studies(v_model: Base) -> Iterator[Studies]:
+def run_data(v_model: Base) -> Iterator[RunData]:
     """On a UNet of four transformer blocks, an SDXL in small: a hundred steps of it are a few seconds."""
     torch.manual_seed(0)
     fewer = {"layers_per_block": 1, "block_out_channels": (32, 64), "transformer_layers_per_block": (1, 1)}
@@ -58,7 +58,7 @@ def studies(v_model: Base) -> Iterator[Studies]:
         role: Prompt(torch.randn(24, 64, generator=rng).double(), torch.randn(64, generator=rng).double())
         for role in ROLES
     }
-    yield Studies(v_model, pictures, prompts)
+    yield RunData(v_model, pictures, prompts)
 
 
 def two_loras(model: Base, disjoint: bool = False, ranks: tuple[int, int] = (3, 4)) -> Adapters:
@@ -76,28 +76,28 @@ def two_loras(model: Base, disjoint: bool = False, ranks: tuple[int, int] = (3, 
 
 
 def zipped(
-    studies: Studies, adapters: Adapters, steps: int, at_once: int = 2, cached: bool = False, **settings: object
+    run_data: RunData, adapters: Adapters, steps: int, at_once: int = 2, cached: bool = False, **settings: object
 ) -> State:
     settings = {"granularity": "column", **settings}
     (recipe,) = ziplora(BLOCKS["sdxl"], steps=steps, **settings)  # type: ignore[arg-type]
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    ahead = lessons(studies, recipe, adapters, state.rng, at_once=3) if cached else None
-    for _ in train(studies, recipe, state, at_once, ahead):
+    ahead = precomputed_targets(run_data, recipe, adapters, state.rng, at_once=3) if cached else None
+    for _ in train(run_data, recipe, state, at_once, ahead):
         pass
     return state
 
 
 @pytest.mark.slow
-def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
-    adapters = two_loras(studies.base)
+def test_factorised_equals_dense_over_100_steps(run_data: RunData) -> None:
+    adapters = two_loras(run_data.base)
     (recipe,) = ziplora(BLOCKS["sdxl"], steps=100, granularity="column")
     recipe.prepare(adapters, torch.Generator())
-    loop = published(studies.base, lambda: studies.pictures, studies.encoded, recipe, adapters, dense_sum)
+    loop = published(run_data.base, lambda: run_data.pictures, run_data.encoded, recipe, adapters, dense_sum)
     for _ in islice(loop, 100):
         pass
     loop.close()
     expected = [tuple(one.columns.detach() for one in layer.adapters.values()) for layer in adapters.layers.values()]  # type: ignore[union-attr]
-    zipped(studies, adapters, 100)
+    zipped(run_data, adapters, 100)
     got = [tuple(one.columns for one in layer.adapters.values()) for layer in adapters.layers.values()]  # type: ignore[union-attr]
     moved = 0.0
     for (a, b), (c, d) in zip(got, expected, strict=True):
@@ -107,11 +107,11 @@ def test_factorised_equals_dense_over_100_steps(studies: Studies) -> None:
 
 
 @pytest.mark.parametrize("shared_noise", [True, False])
-def test_teachers_asked_ahead_say_the_same(studies: Studies, shared_noise: bool) -> None:
+def test_teachers_asked_ahead_say_the_same(run_data: RunData, shared_noise: bool) -> None:
     found = []
     for at_once, cached in ((1, False), (2, True)):
-        adapters = two_loras(studies.base)
-        zipped(studies, adapters, 10, at_once, cached, shared_noise=shared_noise)
+        adapters = two_loras(run_data.base)
+        zipped(run_data, adapters, 10, at_once, cached, shared_noise=shared_noise)
         found.append([one.columns for role in ROLES for one in adapters.of(role).values()])
         adapters.detach()
     for live, ahead in zip(*found, strict=True):
@@ -119,9 +119,9 @@ def test_teachers_asked_ahead_say_the_same(studies: Studies, shared_noise: bool)
 
 
 @pytest.mark.parametrize("granularity", ["column", "rank", "row", "layer"])
-def test_coefficients_fold_exactly(studies: Studies, granularity: str) -> None:
-    adapters = two_loras(studies.base, ranks=(3, 3))
-    zipped(studies, adapters, 2, granularity=granularity)
+def test_coefficients_fold_exactly(run_data: RunData, granularity: str) -> None:
+    adapters = two_loras(run_data.base, ranks=(3, 3))
+    zipped(run_data, adapters, 2, granularity=granularity)
     for layer in adapters.layers.values():
         for one in layer.adapters.values():
             assert isinstance(one, Factors)
@@ -135,8 +135,8 @@ def test_coefficients_fold_exactly(studies: Studies, granularity: str) -> None:
             assert torch.allclose(delta(one.folded()), dense, atol=1e-12)
 
 
-def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(studies: Studies) -> None:
-    adapters = two_loras(studies.base)
+def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(run_data: RunData) -> None:
+    adapters = two_loras(run_data.base)
     for similarity, pulls in (("cos", False), ("dot", True), ("product", True)):
         (recipe,) = ziplora(BLOCKS["sdxl"], similarity=similarity, granularity="column")  # type: ignore[arg-type]
         recipe.prepare(adapters, torch.Generator())
@@ -149,8 +149,8 @@ def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(studies: Studie
 
 
 @pytest.mark.parametrize("ranks", [(3, 3), (3, 4)])
-def test_the_default_is_per_rank_and_per_column_where_ranks_differ(studies: Studies, ranks: tuple[int, int]) -> None:
-    adapters = two_loras(studies.base, ranks=ranks)
+def test_the_default_is_per_rank_and_per_column_where_ranks_differ(run_data: RunData, ranks: tuple[int, int]) -> None:
+    adapters = two_loras(run_data.base, ranks=ranks)
     (recipe,) = ziplora(BLOCKS["sdxl"])
     recipe.prepare(adapters, torch.Generator())
     for role in ROLES:
@@ -207,19 +207,19 @@ def test_collapse_is_seen() -> None:
     assert all(found["official"][f"mean {role}"] > 0.994 for role in ROLES), "5e-5 · 100 steps moves by 0.005 at most"
 
 
-def test_what_only_one_has_keeps_its_strength(studies: Studies) -> None:
-    adapters = two_loras(studies.base)
+def test_what_only_one_has_keeps_its_strength(run_data: RunData) -> None:
+    adapters = two_loras(run_data.base)
     lonely = next(iter(adapters.layers))
     del adapters.layers[lonely].adapters["style"]
-    zipped(studies, adapters, 3)
+    zipped(run_data, adapters, 3)
     assert adapters.of("content")[lonely].mergers() == []
     adapters.detach()
     with pytest.raises(UsageError, match="no layer in common"):
-        zipped(studies, two_loras(studies.base, disjoint=True), 3)
+        zipped(run_data, two_loras(run_data.base, disjoint=True), 3)
 
 
-def test_it_stops_when_the_coefficients_are_apart(studies: Studies) -> None:
-    state = zipped(studies, two_loras(studies.base), 100, weight=1.0, tolerance=0.9)
+def test_it_stops_when_the_coefficients_are_apart(run_data: RunData) -> None:
+    state = zipped(run_data, two_loras(run_data.base), 100, weight=1.0, tolerance=0.9)
     (recipe,) = ziplora(BLOCKS["sdxl"])
     assert state.step == recipe.steps and mergers.summary(state.adapters)["cos"] < 0.9
     steps = {float(value["step"]) for value in state.optimizer.state.values()}

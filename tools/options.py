@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from unbraid.methods import ENTRIES
 from unbraid.methods.entry import Entry
-from unbraid.runs import api, modules
+from unbraid.runs import api, break_make
 from unbraid.runs.settings import about, open_settings
 
 SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
@@ -90,7 +90,7 @@ def stub() -> str:
 def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
     """A function of a verb, for each of its methods."""
     methods = of(verb)
-    module = modules if hasattr(modules, name) and name.startswith(("break", "make")) else api
+    module = break_make if hasattr(break_make, name) and name.startswith(("break", "make")) else api
     doc = (inspect.getdoc(getattr(module, name)) or "").split("\n")[0] + (
         " Returns the run folder." if returns == "Path" and verb != "make" else ""
     )
@@ -105,7 +105,7 @@ def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
 
 def _arguments(verb: str) -> list[str]:
     """Those of the verb's own, as `VERB_job` declares them."""
-    path = Path(inspect.getfile(modules if verb in ("break", "make") else api))
+    path = Path(inspect.getfile(break_make if verb in ("break", "make") else api))
     (node,) = (one for one in ast.parse(path.read_text()).body if getattr(one, "name", "") == JOBS[verb])
     assert isinstance(node, ast.FunctionDef)
     found = [ast.unparse(one) for one in node.args.args] + ["*"]

@@ -8,20 +8,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import advises o
 if TYPE_CHECKING:
     from unbraid.runs.api import generate, learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
     from unbraid.runs.batch import batch
-    from unbraid.runs.modules import break_job, break_module, make, make_job
+    from unbraid.runs.break_make import break_job, break_module, make, make_job
 
 __all__ = [
     "batch", "break_job", "break_module", "generate", "learn", "learn_job", "make", "make_job",
     "pair", "pair_job", "split", "split_job", "zip", "zip_job",
 ]  # fmt: skip
-MODULES = ("break_job", "break_module", "make", "make_job")
+BREAK_MAKE = ("break_job", "break_module", "make", "make_job")
 
 
 def __getattr__(name: str) -> Any:
     """The verbs, loaded when they are first used: the file tools need no diffusers."""
     if name not in __all__:
         raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
-    from unbraid.runs import api, modules
+    from unbraid.runs import api, break_make
     from unbraid.runs import batch as runs
 
-    return getattr(runs if name == "batch" else modules if name in MODULES else api, name)
+    return getattr(runs if name == "batch" else break_make if name in BREAK_MAKE else api, name)

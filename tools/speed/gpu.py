@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tools.speed.cases import CASES
 from tools.speed.time import attached, roles_of
 from tools.speed.world import World
-from unbraid.bases.base import Studies
+from unbraid.bases.base import RunData
 from unbraid.bases.compiling import compile_blocks, uncompiled
 from unbraid.bases.presets import MAX
 from unbraid.bench.measure import wait
@@ -26,7 +26,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import WARM
 from unbraid.core.recipe import Recipe
 from unbraid.core.state import State, Step
-from unbraid.core.train import lessons, train
+from unbraid.core.train import precomputed_targets, train
 
 RUNS = (("split", 1024), ("zip", 1024), ("pair", 512))
 STEPS, PROFILED = 12, 3  # steps that are timed, and those that are watched
@@ -74,12 +74,12 @@ def _steps(name: str, world: World, recipe: Recipe, graphs: bool) -> Iterator[It
     base, case = replace(world.base, graphs=graphs), CASES[name]
     with attached(case, world) as adapters:
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-        yield _training(Studies(base, world.encode(roles_of(recipe)), world.prompts), recipe, state, adapters)
+        yield _training(RunData(base, world.encode(roles_of(recipe)), world.prompts), recipe, state, adapters)
 
 
-def _training(studies: Studies, recipe: Recipe, state: State, adapters: Adapters) -> Iterator[Step]:
-    taught = lessons(studies, recipe, adapters, state.rng) if recipe.fixed_teachers else None
-    return train(studies, recipe, state, MAX.at_once, taught)
+def _training(run_data: RunData, recipe: Recipe, state: State, adapters: Adapters) -> Iterator[Step]:
+    taught = precomputed_targets(run_data, recipe, adapters, state.rng) if recipe.fixed_teachers else None
+    return train(run_data, recipe, state, MAX.at_once, taught)
 
 
 def whole_run(name: str, world: World, graphs: bool = True) -> tuple[float, float]:

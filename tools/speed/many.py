@@ -15,7 +15,7 @@ import typer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from unbraid.bases.base import Base, Picture, Studies, joined, load, pick_device
+from unbraid.bases.base import Base, Picture, RunData, joined, load, pick_device
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.bench.measure import SDXL
@@ -40,7 +40,7 @@ SMALL = {  # SDXL's blocks at a quarter of its width
     "cross_attention_dim": 512,
     "projection_class_embeddings_input_dim": 2816,
 }
-Start = Callable[[int], tuple[Studies, Recipe, State]]
+Start = Callable[[int], tuple[RunData, Recipe, State]]
 
 
 def recipes(rank: int, steps: int) -> dict[str, Recipe]:
@@ -65,7 +65,7 @@ def starter(base: Base, recipe: Recipe) -> Start:
     size = (config["in_channels"], config["sample_size"], config["sample_size"])
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
 
-    def start(i: int) -> tuple[Studies, Recipe, State]:
+    def start(i: int) -> tuple[RunData, Recipe, State]:
         rng = torch.Generator().manual_seed(i)
 
         def rand(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def starter(base: Base, recipe: Recipe) -> Start:
             state = State.fresh(adapters, recipe, torch.Generator().manual_seed(i))
         finally:
             adapters.detach()
-        return Studies(base, pictures, prompts), recipe, state
+        return RunData(base, pictures, prompts), recipe, state
 
     return start
 
@@ -95,15 +95,15 @@ def clock(device: torch.device) -> float:
 def in_turn(start: Start, jobs: int) -> tuple[float, list[dict[str, Tensor]]]:
     """Seconds per step, without each job's first, in which memory is asked for; and what came out."""
     ready, spent = [start(i) for i in range(jobs)], 0.0
-    for studies, recipe, state in ready:
+    for run_data, recipe, state in ready:
         state.adapters.attach_again()
         try:
-            steps = train(studies, recipe, state, 2)
+            steps = train(run_data, recipe, state, 2)
             next(steps)
-            began = clock(studies.base.device)
+            began = clock(run_data.base.device)
             for _ in steps:
                 pass
-            spent += clock(studies.base.device) - began
+            spent += clock(run_data.base.device) - began
         finally:
             state.adapters.detach()
     return spent / jobs / (ready[0][1].steps - 1), [state.tensors() for _, _, state in ready]

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import AdaptedLinear, Adapters
-from unbraid.core.layout import channels_last
 from unbraid.core.lora import Active, Factors
+from unbraid.core.memory_format import channels_last
 from unbraid.core.passes import SMALL
 from unbraid.core.recipe import Recipe
 
@@ -141,17 +141,17 @@ def published(
     channels_last(base.denoiser, small)  # its calls are of single rows, and that is their quicker order, as in ours
     with formulas(base.denoiser, adapters, form, embeds) as activate:
         for i in count():
-            studies, branches = Studies(base, encode(), prompts), recipe.branches(i)
-            samples = studies.draw([branch.image for branch in branches], recipe.shared, rng)
+            run_data, branches = RunData(base, encode(), prompts), recipe.branches(i)
+            samples = run_data.draw([branch.image for branch in branches], recipe.shared, rng)
             losses = []
             for branch, sample in zip(branches, samples, strict=True):
                 activate(branch.active)
-                out = studies.predict([sample], [branch.prompt])
+                out = run_data.predict([sample], [branch.prompt])
                 target = sample.target
                 if branch.teacher:
                     activate(branch.teacher.active)
                     with torch.no_grad():
-                        target = studies.predict([sample], [branch.teacher.prompt])
+                        target = run_data.predict([sample], [branch.teacher.prompt])
                 if out.dtype in (torch.float16, torch.bfloat16):
                     out = out.float()  # as the scripts do
                 losses.append(branch.weight * F.mse_loss(out, target.to(out.dtype)))

@@ -10,14 +10,14 @@ import torch
 from tools.speed.cases import CASES, Case, random_adapters
 from tools.speed.published import dense_sum, published
 from tools.speed.world import World
-from unbraid.bases.base import Studies
+from unbraid.bases.base import RunData
 from unbraid.bases.compiling import compile_blocks, uncompiled
 from unbraid.bases.presets import MAX
 from unbraid.bench.measure import Way, side_by_side, wait
 from unbraid.core.adapters import Adapters
 from unbraid.core.recipe import Recipe
 from unbraid.core.state import State
-from unbraid.core.train import lessons, train
+from unbraid.core.train import precomputed_targets, train
 
 WARM = 17  # steps of `split` before the clock starts: past the window in which channels are scored
 
@@ -131,14 +131,14 @@ def _ours(
     def way() -> Iterator[Callable[[], None]]:
         with attached(case, world) as adapters:
             state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-            studies = Studies(world.base, world.encode(roles_of(recipe)), world.prompts)
-            going = train(studies, recipe, state, at_once)
+            run_data = RunData(world.base, world.encode(roles_of(recipe)), world.prompts)
+            going = train(run_data, recipe, state, at_once)
             for _ in islice(going, warm):
                 pass
 
             def go() -> None:
-                taught = lessons(studies, recipe, adapters, state.rng) if ahead else None
-                for _ in islice(train(studies, recipe, state, at_once, taught) if ahead else going, steps):
+                taught = precomputed_targets(run_data, recipe, adapters, state.rng) if ahead else None
+                for _ in islice(train(run_data, recipe, state, at_once, taught) if ahead else going, steps):
                     pass
                 wait()
 

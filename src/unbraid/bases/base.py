@@ -159,7 +159,7 @@ class Base:
         return self.denoiser(noisy.to(self.denoiser.dtype), t, **told, **residuals).sample
 
 
-class Studies:
+class RunData:
     """A base with the pictures and prompts of one run, by role: the trainer's `Denoiser`."""
 
     def __init__(self, base: Base, pictures: Mapping[str, Sequence[Picture]], prompts: Mapping[str, Prompt]) -> None:
@@ -205,11 +205,11 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def joined(models: Mapping[str, Denoiser]) -> Studies:
-    """Studies of one base as one, with prompts by KEY/ROLE; it draws nothing."""
-    found = {key: model for key, model in models.items() if isinstance(model, Studies)}
+def joined(models: Mapping[str, Denoiser]) -> RunData:
+    """RunData of one base as one, with prompts by KEY/ROLE; it draws nothing."""
+    found = {key: model for key, model in models.items() if isinstance(model, RunData)}
     prompts = {f"{key}/{role}": prompt for key, one in found.items() for role, prompt in one.encoded.items()}
-    return Studies(next(iter(found.values())).base, {}, prompts)
+    return RunData(next(iter(found.values())).base, {}, prompts)
 
 
 def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:

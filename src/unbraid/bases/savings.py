@@ -40,12 +40,12 @@ def save_memory(denoiser: Any, device: torch.device, preset: Preset) -> None:
         store_in_fp8(denoiser)
 
 
-def spared(recipe: Recipe, preset: Preset) -> Recipe:
+def with_8bit_optimizer(recipe: Recipe, preset: Preset) -> Recipe:
     """The recipe with 8-bit moments, where the preset wants them and its optimiser is AdamW."""
     return replace(recipe, optimizer=adamw8) if preset.adam8 and recipe.optimizer is adamw else recipe
 
 
-def fitting(saved: Mapping[str, Tensor], preset: Preset) -> tuple[dict[str, Tensor], list[str]]:
+def drop_foreign_moments(saved: Mapping[str, Tensor], preset: Preset) -> tuple[dict[str, Tensor], list[str]]:
     """A saved state for another preset: moments of the other AdamW are left out, and start anew."""
     other = f"/{MOMENTS[not preset.adam8]}"
     if not any(key.startswith("optimizer/") and key.endswith(other) for key in saved):

@@ -108,7 +108,7 @@ def break_(
     given: dict[str, Any],
 ) -> Any:
     """One content, or one style → module.safetensors, for `make`."""
-    from unbraid.runs.modules import break_job
+    from unbraid.runs.break_make import break_job
 
     if bool(content) == bool(style):
         raise UsageError("a module is of a content or of a style", "break", "Give --content IMAGE or --style IMAGE.")
@@ -136,7 +136,7 @@ def make(
     given: dict[str, Any],
 ) -> Any:
     """A content and a style module → one LoRA, merged.safetensors."""
-    from unbraid.runs.modules import join, make_job
+    from unbraid.runs.break_make import join, make_job
 
     if fine_tune == 0 or (fine_tune is None and not (content_images or style_images)):
         print(join(content, style, out / "merged.safetensors"))
@@ -154,7 +154,7 @@ def matrix(
     seed: Seed = 0,
 ) -> None:
     """Every content module with every style module → as many LoRAs, and a sheet of what they draw."""
-    from unbraid.runs.modules import matrix as made
+    from unbraid.runs.break_make import matrix as made
 
     with console.status("putting together"):
         for file in made(content, style, out, base=base, seed=seed):

@@ -1,6 +1,6 @@
 """Many jobs over one frozen base: each goes its own way, and their passes through the model are one.
 
-A job is a generator that asks for passes (`train.course`, or a whole run). It is run up to its next question with its own
+A job is a generator that asks for passes (`train.training_coroutine`, or a whole run). It is run up to its next question with its own
 adapters in the model; then all questions are answered together, by a batch in which every row has its own job's adapters. So
 each job keeps its own random numbers, optimiser, state, penalty, hooks and clipping, and comes out as if it had run by itself, up to rounding.
 """
@@ -18,9 +18,9 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch
 from unbraid.core.passes import answer
-from unbraid.core.recipe import Ask, Denoiser, Recipe, Script, go_on
+from unbraid.core.recipe import Denoiser, ForwardRequest, Recipe, TrainingCoroutine, go_on
 from unbraid.core.state import State, Step
-from unbraid.core.train import course
+from unbraid.core.train import training_coroutine
 
 T = TypeVar("T")
 MOST, SHARE = 8, 0.5  # jobs at once, beyond which little is gained (docs/batch.md); of the free memory
@@ -34,11 +34,11 @@ def train_many(
     Its state may be saved when its own step comes; at other times its next samples are drawn already."""
     for _, _, state in jobs:
         state.adapters.detach()
-    return together([course(model, recipe, state) for model, recipe, state in jobs], join, at_once)
+    return run_batched([training_coroutine(model, recipe, state) for model, recipe, state in jobs], join, at_once)
 
 
-def together(
-    scripts: Iterable[Script[T]], join: Join, at_once: int | None = None
+def run_batched(
+    scripts: Iterable[TrainingCoroutine[T]], join: Join, at_once: int | None = None
 ) -> Generator[tuple[int, T | UsageError]]:
     """Run scripts, `at_once` of them at a time, or as many as there is memory for; yields (which, what it yields) and, if it
     fails, its error. Those on one model share their passes. At the start no adapters may be in the models."""
@@ -83,12 +83,12 @@ def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
 @dataclass
 class _Job(Generic[T]):
     number: int
-    script: Script[T]
-    ask: Ask | None = None
+    script: TrainingCoroutine[T]
+    ask: ForwardRequest | None = None
     losses: list[Tensor] = field(default_factory=list)
 
     @property
-    def asked(self) -> Ask:
+    def asked(self) -> ForwardRequest:
         assert self.ask
         return self.ask
 
@@ -99,7 +99,7 @@ class _Job(Generic[T]):
             adapters.attach_again()
         try:
             said = go_on(self.script, self.losses) if self.ask else next(self.script, None)
-            while said is not None and not isinstance(said, Ask):
+            while said is not None and not isinstance(said, ForwardRequest):
                 yield self.number, said
                 said = go_on(self.script, [])
             self.ask = said
@@ -160,7 +160,7 @@ def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: Adapters) -> Non
     ]
     adapters.attach_again()
     try:
-        losses = answer(Ask(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+        losses = answer(ForwardRequest(model, adapters, branches, samples, asked[0][1].learns), len(asked))
     finally:
         adapters.detach()
     for job in jobs:

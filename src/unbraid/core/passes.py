@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbraid.core.adapters import Adapters
-from unbraid.core.layout import channels_last
 from unbraid.core.lora import Branch
-from unbraid.core.recipe import Ask, Denoiser, Sample
+from unbraid.core.memory_format import channels_last
+from unbraid.core.recipe import Denoiser, ForwardRequest, Sample
 
 SMALL = 64  # positions of a latent, 8×8, up to which a processor convolves a single one more quickly with channels last
 
 
-def answer(ask: Ask, at_once: int) -> list[Tensor]:
+def answer(ask: ForwardRequest, at_once: int) -> list[Tensor]:
     """The losses of each branch, unweighted; `at_once` of them share a pass."""
     losses, together = list[Tensor](), chunks(ask.samples, at_once)
     latents = [ask.samples[i].noisy for chunk in together for i in chunk if len(chunk) == 1]

@@ -66,7 +66,7 @@ class Sample:
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """What the trainer needs of a base model; `base.Studies` is the one for diffusers."""
+    """What the trainer needs of a base model; `base.RunData` is the one for diffusers."""
 
     prompts: Mapping[str, Tensor]  # role → [tokens, channels], for adapters that read their own prompt
     graphs: Graphs | None  # where steps are captured and replayed; None: they run as they are
@@ -81,7 +81,7 @@ class Denoiser(Protocol):
 
 
 @dataclass(frozen=True)
-class Ask:
+class ForwardRequest:
     """What a step wants to know: the losses of some branches, and, if it `learns`, their weighted gradients in the adapters."""
 
     model: Denoiser
@@ -91,10 +91,10 @@ class Ask:
     learns: bool = True
 
 
-Script = Generator[T | Ask, list[Tensor], None]
+TrainingCoroutine = Generator[T | ForwardRequest, list[Tensor], None]
 
 
-def go_on(script: Script[T], losses: list[Tensor]) -> T | Ask | None:
+def go_on(script: TrainingCoroutine[T], losses: list[Tensor]) -> T | ForwardRequest | None:
     """Send an answer, or an empty one where nothing was asked; what comes next, None at the end."""
     try:
         return script.send(losses)

@@ -26,14 +26,14 @@ EVERY = slice(None)
 
 @dataclass(frozen=True)
 class Added:
-    """What one layer adds to some neighbouring rows: ((x downᵀ) ⊙ ranks) up, and what was `said`: read from own prompts. Where there are g
+    """What one layer adds to some neighbouring rows: ((x downᵀ) ⊙ ranks) up, and what was `prompt_term`: read from own prompts. Where there are g
     equal shares of rows, one after the other, each has its own factors."""
 
     rows: slice
     down: Float[Tensor, "*g r k"] | None = None
     up: Float[Tensor, "*g r d"] | None = None
     ranks: Float[Tensor, "*g 1 r"] | None = None
-    said: Float[Tensor, "g n d"] | None = None
+    prompt_term: Float[Tensor, "g n d"] | None = None
 
     def to(self, y: Float[Tensor, "b *n d"], x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         """y with it."""
@@ -49,8 +49,8 @@ class Added:
             inner = torch.bmm(x.reshape(*g, -1, k), self.down.mT) if g else F.linear(x.reshape(-1, k), self.down)
             inner = inner if self.ranks is None else inner * self.ranks
             y = (torch.baddbmm if g else torch.addmm)(y.reshape(*g, -1, shape[-1]), inner, self.up).view(shape)
-        if self.said is not None:
-            y = (y.unflatten(0, (len(self.said), -1)) + self.said[:, None]).view(shape)
+        if self.prompt_term is not None:
+            y = (y.unflatten(0, (len(self.prompt_term), -1)) + self.prompt_term[:, None]).view(shape)
         return y
 
 
@@ -77,7 +77,7 @@ def stacked(
                 if value is not None:
                     fields[key] = (value if len(from_x) > 1 else value.squeeze(1)).to(dtype).unbind(0)
         if from_prompts := _chosen(shares, lambda one: one.prompt is not None):
-            fields["said"] = _said(some, from_prompts, prompts).to(dtype).unbind(0)
+            fields["prompt_term"] = _prompt_term(some, from_prompts, prompts).to(dtype).unbind(0)
         for i, name in enumerate(group.names if fields else ()):
             out[name] = Added(within, **{key: value[i] for key, value in fields.items()})
     return out
@@ -158,7 +158,7 @@ def _cat(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)).unflatten(1, shape)
 
 
-def _said(some: Stacks, shares: Sequence[Share], prompts: Prompts) -> Float[Tensor, "l g n d"]:
+def _prompt_term(some: Stacks, shares: Sequence[Share], prompts: Prompts) -> Float[Tensor, "l g n d"]:
     """What the adapters read from their own prompts: for each of them all layers in one product, then all of them layer by layer."""
     up, read = _ups(some, shares), []
     tokens = len(next(prompts[one.prompt or ""] for share in shares for one in share))

@@ -61,7 +61,7 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
-        self.look()
+        self.raise_if_not_finite()
         out = {f"adapter/{key}": value for key, value in self._modules().state_dict().items()}
         out |= {f"best/{key}": value for key, value in self.best.items()}
         out["least"], out["waited"] = torch.tensor(self.least, dtype=torch.float64), torch.tensor(self.waited)
@@ -113,9 +113,9 @@ class State:
         """Take note of a step; look at its figures at once if that costs nothing, else once in a while: looking waits for the device."""
         self.unseen.append(step)
         if step.figures.device.type == "cpu" or len(self.unseen) == LOOK:
-            self.look()
+            self.raise_if_not_finite()
 
-    def look(self) -> None:
+    def raise_if_not_finite(self) -> None:
         """Raise UsageError if figures of the last steps are not finite."""
         steps, self.unseen = self.unseen, []
         if not steps:

@@ -1,6 +1,6 @@
 """The trainer: a recipe says what every step is; `train` yields the steps and does nothing else.
 
-It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save. `course` is the same
+It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save. `training_coroutine` is the same
 without the passes through the model: it asks for them, so that several courses can have theirs together (unbraid.many).
 """
 
@@ -13,26 +13,30 @@ from torch import Tensor
 
 from unbraid.core.adapters import Adapters
 from unbraid.core.passes import answer, chunks, taught
-from unbraid.core.recipe import Ask, Denoiser, Recipe, Sample, Script, Stop, go_on
+from unbraid.core.recipe import Denoiser, ForwardRequest, Recipe, Sample, Stop, TrainingCoroutine, go_on
 from unbraid.core.state import State, Step
 
 T = TypeVar("T")
 
 
 def train(
-    model: Denoiser, recipe: Recipe, state: State, at_once: int = 1, lessons: Sequence[Sequence[Sample]] | None = None
+    model: Denoiser,
+    recipe: Recipe,
+    state: State,
+    at_once: int = 1,
+    precomputed_targets: Sequence[Sequence[Sample]] | None = None,
 ) -> Iterator[Step]:
     """Run `recipe` from `state.step` to its end, one optimiser step per item. `at_once` branches share a forward
-    pass (equal shapes only); the result is the same, memory and speed are not. `lessons`: see there."""
-    return alone(course(model, recipe, state, lessons), at_once)
+    pass (equal shapes only); the result is the same, memory and speed are not. `precomputed_targets`: see there."""
+    return run_one(training_coroutine(model, recipe, state, precomputed_targets), at_once)
 
 
-def course(
-    model: Denoiser, recipe: Recipe, state: State, lessons: Sequence[Sequence[Sample]] | None = None
-) -> Script[Step]:
-    """`train`, but for the passes: whoever runs it answers each `Ask` with its losses."""
+def training_coroutine(
+    model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None = None
+) -> TrainingCoroutine[Step]:
+    """`train`, but for the passes: whoever runs it answers each `ForwardRequest` with its losses."""
     while state.step < recipe.steps:
-        step = yield from _step(model, recipe, state, lessons)
+        step = yield from _step(model, recipe, state, precomputed_targets)
         if recipe.stop and state.step % recipe.stop.every == 0:
             goes_on = yield from _goes_on(model, recipe, recipe.stop, state)
             if not goes_on:
@@ -42,18 +46,18 @@ def course(
         yield step
 
 
-def alone(script: Script[T], at_once: int) -> Iterator[T]:
+def run_one(script: TrainingCoroutine[T], at_once: int) -> Iterator[T]:
     """Run what asks for passes by itself; what else it yields is handed on."""
     said = next(script, None)
     while said is not None:
-        if isinstance(said, Ask):
+        if isinstance(said, ForwardRequest):
             said = go_on(script, answer(said, at_once))
         else:
             yield said
             said = go_on(script, [])
 
 
-def lessons(
+def precomputed_targets(
     model: Denoiser, recipe: Recipe, adapters: Adapters, rng: torch.Generator, begin: int = 0, at_once: int = 8
 ) -> list[list[Sample]]:
     """The samples of every step as a run would draw them, each with its teacher's answer as its target; for recipes with
@@ -71,15 +75,19 @@ def lessons(
 
 
 def _step(
-    model: Denoiser, recipe: Recipe, state: State, lessons: Sequence[Sequence[Sample]] | None
-) -> Generator[Ask, list[Tensor], Step]:
+    model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None
+) -> Generator[ForwardRequest, list[Tensor], Step]:
     adapters, index = state.adapters, state.step
     branches = recipe.branches(index)
-    samples = lessons[index] if lessons else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
+    samples = (
+        precomputed_targets[index]
+        if precomputed_targets
+        else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
+    )
     losses: list[Tensor] = []
     size = 1 if recipe.in_turn else max(len(branches), 1)
     for i in range(0, len(branches), size):
-        losses += yield Ask(model, adapters, branches[i : i + size], samples[i : i + size])
+        losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
         if i + size < len(branches):
             _clip(state.optimizer, recipe.clip)
             state.optimizer.step()
@@ -101,16 +109,18 @@ def _step(
     if recipe.after_step and recipe.after_step(adapters, index):
         state.step = recipe.steps
     if state.step == recipe.steps:
-        state.look()
+        state.raise_if_not_finite()
     return done
 
 
-def _goes_on(model: Denoiser, recipe: Recipe, stop: Stop, state: State) -> Generator[Ask, list[Tensor], bool]:
+def _goes_on(
+    model: Denoiser, recipe: Recipe, stop: Stop, state: State
+) -> Generator[ForwardRequest, list[Tensor], bool]:
     """Early stopping's look at the mean loss of its branches."""
     rng = torch.Generator().manual_seed(0)
     branches = [branch for branch in stop.branches for _ in range(stop.samples)]
     samples = [model.draw([branch.image], recipe.shared, rng)[0] for branch in branches]
-    losses = yield Ask(model, state.adapters, branches, samples, learns=False)
+    losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
     return state.judged(float(torch.stack(losses).mean()), stop.patience)
 
 

@@ -82,16 +82,6 @@ def ziplora(
         total = weight * similarities(adapters, similarity).sum()
         return total if total.requires_grad else None
 
-    def after_step(adapters: Adapters, step: int) -> bool:
-        del step
-        with torch.no_grad():
-            if clamp:
-                for merger in (
-                    merger for some in _shared(adapters.pieces()) for one in some for merger in one.mergers()
-                ):
-                    merger.clamp_(0, 1)
-            return tolerance > 0 and bool(similarities(adapters, similarity).mean() < tolerance)
-
     return (
         Recipe(
             prepare,
@@ -100,10 +90,19 @@ def ziplora(
             steps,
             shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(),
             penalty=penalty,
-            after_step=after_step,
+            after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance),
             fixed_teachers=True,
         ),
     )
+
+
+@torch.no_grad()
+def _stops(adapters: Adapters, similarity: Similarity, clamp: bool, tolerance: float) -> bool:
+    """Keep the coefficients in 0..1 if wanted; whether they are as far apart as `tolerance` asks."""
+    if clamp:
+        for merger in (merger for some in _shared(adapters.pieces()) for one in some for merger in one.mergers()):
+            merger.clamp_(0, 1)
+    return tolerance > 0 and bool(similarities(adapters, similarity).mean() < tolerance)
 
 
 def _shared(layers: Iterable[Mapping[str, Factors]]) -> list[list[Factors]]:

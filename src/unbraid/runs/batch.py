@@ -13,8 +13,8 @@ from unbraid.bases.base import Base, joined, load
 from unbraid.bases.presets import Loading
 from unbraid.common.atomic import read_toml
 from unbraid.common.errors import UsageError
-from unbraid.core.many import together
-from unbraid.core.recipe import Script
+from unbraid.core.many import run_batched
+from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
 from unbraid.runs.job import Job, Progress
 from unbraid.runs.run import script
@@ -69,15 +69,17 @@ def distinct(jobs: Sequence[Job]) -> None:
             raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
 
 
-def _told(scripts: Sequence[Script[Progress]], at_once: int | None) -> Generator[tuple[int, Progress | UsageError]]:
+def _told(
+    scripts: Sequence[TrainingCoroutine[Progress]], at_once: int | None
+) -> Generator[tuple[int, Progress | UsageError]]:
     try:
-        yield from together(scripts, joined, at_once)
+        yield from run_batched(scripts, joined, at_once)
     except torch.OutOfMemoryError as error:
         fix = "Give a lower --at-once, and --resume."
         raise UsageError("there is not enough memory for so many runs at once", "batch", fix) from error
 
 
-def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
+def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoroutine[Progress]:
     try:
         yield from script(job, resume and (job.out / folder.RECORD).exists(), find)
     except FAULTS as error:

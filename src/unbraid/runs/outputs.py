@@ -31,10 +31,10 @@ def preview(ready: Ready) -> Path:
 
 def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
     """The base alone, each LoRA alone under its own prompt, and all together."""
-    if (graphs := ready.studies.graphs) and (ready.state.step == ready.recipe.steps or ready.base.short_of_memory()):
+    if (graphs := ready.run_data.graphs) and (ready.state.step == ready.recipe.steps or ready.base.short_of_memory()):
         graphs.clear()
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
-    texts = ready.studies.encoded
+    texts = ready.run_data.encoded
     roles = {name: name if name in texts else output.prompt for output in outputs for name in output.adapters}
     own = {active.adapter for branch in ready.recipe.branches(0) for active in branch.active if active.prompt}
     uses: dict[str, tuple[str, tuple[Active, ...]]] = {"base alone": ("both", ())}

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from unbraid.bases.base import Base, Picture, Studies
+from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
-from unbraid.bases.savings import spared
+from unbraid.bases.savings import with_8bit_optimizer
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
@@ -37,7 +37,7 @@ class Ready:
 
     job: Job
     base: Base
-    studies: Studies
+    run_data: RunData
     adapters: Adapters
     recipe: Recipe
     state: State
@@ -47,7 +47,7 @@ class Ready:
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode, attach: everything before the first step."""
     (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
-    recipe = spared(made, job.loading.preset)
+    recipe = with_8bit_optimizer(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
     adapters = started or Adapters.attach(base.denoiser, recipe.targets)
@@ -65,7 +65,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
-    return Ready(job, base, Studies(base, encoded, prompts), adapters, recipe, state, images)
+    return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images)
 
 
 def _drawn(

@@ -9,11 +9,11 @@ import torch
 
 from unbraid.bases.base import Base, load
 from unbraid.bases.long_prompts import remarks as long_prompts
-from unbraid.bases.savings import fitting, memory_error, notes
+from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers
-from unbraid.core.recipe import Ask, Script, go_on
-from unbraid.core.train import alone, course, lessons
+from unbraid.core.recipe import ForwardRequest, TrainingCoroutine, go_on
+from unbraid.core.train import precomputed_targets, run_one, training_coroutine
 from unbraid.images import sheets as pictures
 from unbraid.images.opening import moves
 from unbraid.methods import METHODS
@@ -37,13 +37,13 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
     saved state and ends with the same files, bit for bit on a CPU."""
     try:
         at_once = job.loading.preset.at_once
-        yield from alone(script(job, resume, lambda job: load(job.base, device, job.loading)), at_once)
+        yield from run_one(script(job, resume, lambda job: load(job.base, device, job.loading)), at_once)
     except torch.OutOfMemoryError as error:
         raise memory_error(job.loading.preset, (job.out / folder.RECORD).exists()) from error
 
 
-def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progress]:
-    """`run`, but for the passes of its steps: whoever runs it answers each `Ask`, with the run's adapters in the model. `find`: the
+def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoroutine[Progress]:
+    """`run`, but for the passes of its steps: whoever runs it answers each `ForwardRequest`, with the run's adapters in the model. `find`: the
     job's base, with nothing in its model; at the end it is so again."""
     texts, opened = prompts_of(job), opened_images(job)
     said = record(job, texts)
@@ -68,7 +68,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> Script[Progre
         ready.adapters.detach()
 
 
-def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> Script[Progress]:
+def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCoroutine[Progress]:
     job, total = ready.job, ready.recipe.steps
     for role in ready.images.keys() - job.images.keys():
         for i, image in enumerate(ready.images[role]):
@@ -77,7 +77,7 @@ def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> Script[Pro
                 yield event
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
-        kept, told = fitting(saved, job.loading.preset)
+        kept, told = drop_foreign_moments(saved, job.loading.preset)
         ready.state.restore(kept)
         if ready.state.step > total:
             fix = f"Delete {folder.STATE} to start this run from its beginning."
@@ -112,23 +112,23 @@ def remarks(job: Job) -> list[str]:
     return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
 
 
-def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Script[Progress]:
+def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> TrainingCoroutine[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     taught = None
     if ready.recipe.fixed_teachers:
         at_once = max(4, 2 * job.loading.preset.at_once)
-        taught = lessons(ready.studies, ready.recipe, state.adapters, begin, state.step, at_once)
+        taught = precomputed_targets(ready.run_data, ready.recipe, state.adapters, begin, state.step, at_once)
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
-    saved, training = time.monotonic(), course(ready.studies, ready.recipe, state, taught)
+    saved, training = time.monotonic(), training_coroutine(ready.run_data, ready.recipe, state, taught)
     said = next(training, None)
     while said:
-        if isinstance(said, Ask):
+        if isinstance(said, ForwardRequest):
             said = go_on(training, (yield said))
             continue
         loss, norm, losses = said.figures[0], said.figures[1], said.figures[2:]
-        if (graphs := ready.studies.graphs) and graphs.reason:
+        if (graphs := ready.run_data.graphs) and graphs.reason:
             yield Progress(state.step, steps, warning=f"{UNCAPTURED}: {graphs.reason}")
-            ready.studies.graphs = None
+            ready.run_data.graphs = None
         events.add(step=said.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
         yield Progress(state.step, steps, step=said)
         if state.step in preview_at:

@@ -8,8 +8,8 @@ from typing import Any
 from unbraid.methods import METHODS
 from unbraid.methods.b4m import KINDS, Kind
 from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
+from unbraid.runs.break_make import break_job, make_job
 from unbraid.runs.job import Job
-from unbraid.runs.modules import break_job, make_job
 from unbraid.runs.settings import open_settings
 
 USUAL: Mapping[str, Any] = {"rank": 2, "steps": 2, "lr": 1e-2}

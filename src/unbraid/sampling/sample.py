@@ -21,8 +21,8 @@ from unbraid.bases.base import Base
 from unbraid.bases.compiling import uncompiled
 from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
-from unbraid.core.layout import channels_last
 from unbraid.core.lora import Active
+from unbraid.core.memory_format import channels_last
 from unbraid.sampling.canvas import Canvas
 
 NEGATIVE = "negative"  # the role of the negative prompt

@@ -101,6 +101,6 @@ def _step_flops(ready: Ready, branches: tuple[Branch, ...]) -> int:
     state, recipe = ready.state, ready.recipe
     one: Recipe = replace(recipe, branches=lambda step: branches, steps=state.step + 1, after_step=None, stop=None)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
-        for _ in train(ready.studies, one, state):
+        for _ in train(ready.run_data, one, state):
             pass
     return counter.get_total_flops()

@@ -10,7 +10,7 @@ from unbraid.bench.truth.tasks import Cell, content_prompt, joint_prompt, style_
 from unbraid.common.errors import UsageError
 from unbraid.images.sheets import save_image
 from unbraid.methods.b4m import Kind
-from unbraid.runs.modules import break_job, join, make_job
+from unbraid.runs.break_make import break_job, join, make_job
 from unbraid.runs.settings import Settings
 from unbraid.sampling.render import Use
 

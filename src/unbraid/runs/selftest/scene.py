@@ -17,8 +17,8 @@ from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.methods.entry import ROLES
 from unbraid.runs import demo, pace, shortest
+from unbraid.runs.break_make import join
 from unbraid.runs.job import Job
-from unbraid.runs.modules import join
 from unbraid.runs.run import run
 from unbraid.runs.selftest.compare import changes, differs, pixels
 from unbraid.sampling.render import Use, render
