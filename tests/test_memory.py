@@ -181,7 +181,7 @@ def test_every_preset_runs(vram: str, tiny_sdxl: Tiny, picture: Path, tmp_path: 
 def test_a_run_goes_on_with_another_preset(
     tiny_sdxl: Tiny, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("unbraid.runs.pace.SAVE_EVERY", 0.0)
     options = {**QUICK, "base": str(tiny_sdxl.file), "out": tmp_path / "r"}
     begun: Any = running.run(split_job(picture, subject="cat", style="ink", **options), device="cpu")
     while next(begun).done < 2:

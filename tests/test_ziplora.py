@@ -300,11 +300,10 @@ def test_np_lora_is_the_merge_in_two_files(v_base: Path, tmp_path: Path) -> None
 def test_a_killed_zip_ends_the_same(
     v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unbraid.runs import run as runs
 
     base = load(str(v_base), "cpu")
     files = [make(tmp_path / f"{i}.safetensors", base, i, 4, "kohya", "a cat") for i in range(2)]
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("unbraid.runs.pace.SAVE_EVERY", 0.0)
     results = []
     for name, cut in (("whole", None), ("cut", 5)):
         options = {"out": tmp_path / name, "base": str(v_base), "previews": 0, "steps": 8}
