@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 Call = Callable[[], Tensor]
 WARM = 3  # calls of a form before it is captured; by then the libraries have created their handles and plans
-MOST = 32  # forms that are captured; more (pictures with many captions and shapes) run without a graph
+MOST = 32  # captured forms; others (if there are many captions and shapes) run without a graph
 
 
 @runtime_checkable
@@ -30,8 +30,8 @@ class Executor(Protocol):
         ...
 
     def capture(self, call: Call) -> Call:
-        """Record the kernels of `call` without running them. The returned function runs them, and returns the same tensor
-        object every time."""
+        """Record the kernels of `call` without running them. The returned function runs them, and returns the same
+        tensor object every time."""
         ...
 
 

@@ -94,8 +94,8 @@ class Place:
 
 
 class Factors(nn.Module):
-    """What one adapter adds to one layer. In a stack, it is what the adapter adds to each of several layers, and the first
-    dimension of every tensor is the layer. The mergers, the mask and the fixed part exist only if a method needs them."""
+    """What one adapter adds to one layer. In a stack, it is what the adapter adds to each of several layers, and the
+    first dimension of every tensor is the layer. Mergers, mask and fixed part exist only if a method needs them."""
 
     mask: Tensor | None  # [*layers, d], 0 or 1, multiplies g
 
@@ -139,9 +139,9 @@ class Factors(nn.Module):
         return self.fixed.complete(down, up) if self.fixed else (down, up)
 
     def folded(self, gates: bool = True) -> Lora:
-        """The same change as plain factors with alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r]. No d×k
-        matrix is formed. Without `gates`, g is left out. The result is always on the CPU, because the code for files
-        and merges does not handle devices."""
+        """The same change as plain factors with alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r].
+        No d×k matrix is formed. Without `gates`, g is left out. The result is always on the CPU, because the code for
+        files and merges does not handle devices."""
         with torch.no_grad():
             down, up = self.plain()
             gate = self.gate(self.channels if gates else None)

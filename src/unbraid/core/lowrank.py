@@ -68,7 +68,7 @@ def outside(down: Float[Tensor, "r k"], protected: Float[Tensor, "q k"], mu: flo
     """down (I − μ/(1+μ) QQᵀ). The columns of Q span the input directions that `protected` reads (NP-LoRA,
     arXiv 2511.11051)."""
     _, s, vt = torch.linalg.svd(wide(protected), full_matrices=False)
-    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would add arbitrary ones if the rank is deficient
+    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would add arbitrary directions
     q = q.to(down.dtype)
     return down - mu / (1 + mu) * (down @ q) @ q.T
 
@@ -97,8 +97,8 @@ def truncate(lora: Lora, rank: int | None = None, energy: float | None = None) -
 def from_dense(
     weight: Float[Tensor, "d k"], like: Lora, rank: int | None, energy: float | None, seed: int
 ) -> tuple[Lora, float]:
-    """Factors of a dense change, as in `truncate`. The SVD is a full one if `rank` is None or near min(d, k), else it is
-    approximated by subspace iteration with a seed."""
+    """Factors of a dense change, as in `truncate`. The SVD is a full one if `rank` is None or large relative to
+    min(d, k), else it is approximated by subspace iteration with a seed."""
     small = min(weight.shape)
     q = small if rank is None else min(2 * rank + 16, small)
     if q < small:
@@ -142,20 +142,20 @@ def _leading(matrix: Tensor, floor: float, where: str) -> tuple[Tensor, Tensor, 
 
 
 def fold_mid(down: Tensor, mid: Tensor) -> Tensor:
-    """Combine the factors of LoCon's Tucker form: down `[r, k, 1, 1]` and mid `[r, r, kh, kw]` → down `[r, k, kh, kw]`."""
+    """LoCon's Tucker form as one factor: down `[r, k, 1, 1]` and mid `[r, r, kh, kw]` → down `[r, k, kh, kw]`."""
     dtype = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
     return torch.einsum("rshw,sk->rkhw", mid.to(dtype), down.flatten(1).to(dtype)).to(down.dtype)
 
 
 def times_power_of_two(tensor: Tensor, factor: float) -> Tensor | None:
-    """tensor · factor in the tensor's dtype, or None if `factor` is not a power of two or the product is not exact. Most
-    strengths and values of alpha / r are powers of two, for which exactness is quick to check."""
+    """tensor · factor in the tensor's dtype, or None if `factor` is not a power of two or the product is not exact.
+    Most strengths and values of alpha / r are powers of two, for which exactness is quick to check."""
     if factor == 1:
         return tensor
     if abs(frexp(factor)[0]) != 0.5 or abs(factor) > 1e30:
         return None
     scaled = tensor * factor
-    below = abs(factor) < 1 and not torch.equal(scaled / factor, tensor)  # bits are lost below the smallest normal number
+    below = abs(factor) < 1 and not torch.equal(scaled / factor, tensor)  # bits lost in subnormal numbers
     return None if below or not finite(scaled) else scaled
 
 
