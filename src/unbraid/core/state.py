@@ -28,7 +28,7 @@ class Step:
 
     @property
     def norm(self) -> float:
-        """Of all gradients, before clipping."""
+        """The norm of all gradients together, before clipping."""
         return float(self.figures[1])
 
     @property
@@ -128,7 +128,7 @@ class State:
         raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
 
     def judged(self, loss: float, patience: int) -> bool:
-        """Take a loss of early stopping; whether to go on."""
+        """Record a loss of early stopping. Returns whether to continue."""
         self.waited += 1
         if loss < self.least:
             self.least, self.waited = loss, 0
