@@ -1,7 +1,8 @@
 """The trainer: a recipe defines every step; `train` runs the steps and yields them.
 
-It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save. `training_coroutine` is the same
-without the passes through the model: it asks for them, so that several courses can have theirs together (unbraid.many).
+It does not print, save or plot. The caller looks at each `Step`, and gets what to save from `State`.
+`training_coroutine` does the same without running the passes through the model: it yields requests for them, so that
+several jobs can share their passes (core/many.py).
 """
 
 from collections.abc import Generator, Iterator, Sequence
