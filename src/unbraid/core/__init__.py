@@ -1,2 +1,2 @@
-"""The LoRA layer and the trainer, on torch alone: adapters, optimisers, steps, many runs at once. Nothing here knows files, methods,
-or which base is trained."""
+"""The LoRA layer and the trainer: adapters, optimisers, training steps, and batched runs of several jobs. This package
+builds on torch, without diffusers. It does not depend on files, on methods, or on which base model is trained."""

@@ -1,4 +1,4 @@
-"""Adapters on a model: the layer that carries them, and who is active where."""
+"""Adapters on a model: the layer that carries them, and which adapters are active on which rows of a batch."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,21 +17,21 @@ from unbraid.core.stacked import Added, stacked
 
 ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
 TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # not fp8, which only stores weights
 OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
-MOST_PROMPTS, MOST_ROWS = 8, 8  # whose keys and values are kept: 26 MB each in SDXL
+MOST_PROMPTS, MOST_ROWS = 8, 8  # limits of the cache of keys and values, which takes 26 MB per prompt in SDXL
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer and the adapters on it."""
+    """A frozen linear layer, W0, and the adapters on it."""
 
     def __init__(self, base: nn.Linear, name: str) -> None:
         super().__init__()
         self.base = base
-        self.added: Added | None = None  # what it adds at present
-        self.own_prompt = bool(OWN_PROMPT.search(name))  # whether adapters can read one here
+        self.added: Added | None = None  # what the active adapters add to W0 x
+        self.own_prompt = bool(OWN_PROMPT.search(name))  # whether an adapter can read its own prompt in this layer
         self.adapters = nn.ModuleDict()
-        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # of a prompt: itself, its version, W0 x
+        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # id(x) → (x, version of x, W0 x)
 
     @property
     def weight(self) -> Tensor:  # diffusers' attention code looks at its projections' weights
@@ -42,7 +42,7 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def factors(self) -> dict[str, Factors]:
-        """Adapter → what it has here."""
+        """Adapter name → its factors in this layer."""
         return cast(dict[str, Factors], dict(self.adapters.items()))
 
     def forward(self, x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
@@ -50,8 +50,8 @@ class AdaptedLinear(nn.Module):
         return y if self.added is None else self.added.to(y, x)
 
     def _frozen(self, x: Tensor) -> Tensor:
-        """W0 x. A prompt is the same tensor at every step (`base.conditions`), so that of a prompt it is computed once. (torch.compile
-        cannot ask which tensor it has.)"""
+        """W0 x. A prompt is the same tensor object at every step (`base.conditions`), so its W0 x is computed once and
+        cached. Compiled code skips the cache, because torch.compile cannot check the identity of a tensor."""
         if not self.own_prompt or x.requires_grad or len(x) > MOST_ROWS or torch.compiler.is_compiling():
             return self.base(x)
         known = self._known.get(id(x))
@@ -72,7 +72,8 @@ class Adapters:
 
     @classmethod
     def attach(cls, model: nn.Module, targets: str = ATTENTION) -> "Adapters":
-        """Put an empty adapted layer in the place of every linear layer whose name matches `targets`."""
+        """Replace every linear layer whose name matches `targets` by an adapted layer that has no adapters yet.
+        Raises UsageError if no layer matches."""
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
         if not names:
             raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
@@ -80,7 +81,7 @@ class Adapters:
 
     @classmethod
     def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
-        """The same for a list of names, all of them linear layers of `model`."""
+        """Like `attach`, for a list of names. All of them must be linear layers of `model`."""
         layers = {}
         for name in names:
             linear = model.get_submodule(name)
@@ -90,7 +91,7 @@ class Adapters:
         return cls(layers, model)
 
     def detach(self) -> None:
-        """Take every adapted layer out again; the model is what it was, bit for bit."""
+        """Put the original linear layers back. The model is then bit for bit what it was before `attach`."""
         place(self.model, {name: layer.base for name, layer in self.layers.items()})
 
     def attach_again(self) -> None:
@@ -98,7 +99,8 @@ class Adapters:
         place(self.model, self.layers)
 
     def add(self, adapter: str, factors: Mapping[str, Factors], where: object = None) -> None:
-        """Add an adapter: layer name → factors. Shapes must fit; `where` names its file in an error."""
+        """Add an adapter. `factors`: layer name → factors. `where`: the adapter's file, for the error message.
+        Raises UsageError if a shape does not fit its layer."""
         for name, new in factors.items():
             base = self.layers[name].base
             if new.down.shape[1] != base.in_features or new.up.shape[0] != base.out_features:
@@ -116,8 +118,10 @@ class Adapters:
         down_std: float | None = None,
         within: str = "",
     ) -> None:
-        """Add a fresh adapter on every layer, or those whose names begin with `within`. down ~ N(0, 1/r) unless its deviation
-        is given; up = 0, so that the base is unchanged, unless its deviation is given."""
+        """Add a new adapter to every layer, or to the layers whose names begin with `within`.
+
+        `down_std` and `up_std` are standard deviations. By default, down ~ N(0, 1/r), and up = 0 so that the model's
+        output does not change. Raises UsageError if no layer is found or the rank does not fit."""
         layers = {name: layer for name, layer in self.layers.items() if name.startswith(within)}
         if not layers:
             raise UsageError("this base has no attention there", within, "The method needs another base.")
@@ -133,16 +137,18 @@ class Adapters:
         self.add(adapter, made)
 
     def of(self, adapter: str) -> dict[str, Factors]:
-        """One adapter's factors by layer name."""
+        """Layer name → the factors of one adapter."""
         found = {name: layer.adapters[adapter] for name, layer in self.layers.items() if adapter in layer.adapters}
         return {name: factors for name, factors in found.items() if isinstance(factors, Factors)}
 
     def pack(self) -> None:
-        """Put the factors of layers of one form into one stack, which trains in their place. Anew, if their form has changed since."""
+        """Put the factors of all layers with equal shapes into one stack, which is trained instead of them. Can be
+        called again after the shapes have changed."""
         pack(*self._factors())
 
     def pieces(self) -> list[dict[str, Factors]]:
-        """Adapter → what trains: for every stack of layers, or, if nothing is packed, for every layer."""
+        """What is trained: one item (adapter name → factors) for every stack of layers, or, if nothing is packed, for
+        every layer."""
         found = {}
         for layer in self.layers.values():
             some = {name: one.place.stack if one.place else one for name, one in layer.factors().items()}
@@ -153,12 +159,12 @@ class Adapters:
         return [some[adapter] for some in self.pieces() if adapter in some]
 
     def training(self) -> list[nn.Parameter]:
-        """All parameters that train."""
+        """All trained parameters, each once."""
         every = [p for some in self.pieces() for one in some.values() for _, p in one.parts() if p.requires_grad]
         return list(dict.fromkeys(every))
 
     def constants(self) -> list[Tensor]:
-        """Keys and values of prompts that layers keep at present (see `AdaptedLinear._frozen`), and the prompts."""
+        """The prompts that the layers have cached, and the cached keys and values (see `AdaptedLinear._frozen`)."""
         return [one for layer in self.layers.values() for x, _, y in layer._known.values() for one in (x, y)]
 
     def _factors(self) -> tuple[dict[str, dict[str, Factors]], frozenset[str]]:
@@ -166,21 +172,22 @@ class Adapters:
         return layers, frozenset(name for name, layer in self.layers.items() if layer.own_prompt)
 
     def folded(self, adapter: str, gates: bool = True) -> dict[str, Lora]:
-        """One adapter as plain low-rank changes on the CPU, mergers folded in."""
+        """One adapter as plain low-rank changes on the CPU, with its mergers folded in (see `Factors.folded`)."""
         return {name: factors.folded(gates) for name, factors in self.of(adapter).items()}
 
     @contextmanager
     def activate(
         self, rows: Sequence[tuple[Active, ...]], prompts: Mapping[str, Float[Tensor, "n c"]] | None = None
     ) -> Iterator[None]:
-        """Say which adapters work on which rows of the next batches. Enclose `backward()` too: under gradient
-        checkpointing the layers run again there."""
+        """Set which adapters are active on each row of the batches inside the `with` block. `prompts`: the embeddings
+        that adapters with their own prompt read, by name. Call `backward()` inside the block too, because gradient
+        checkpointing runs the layers again there. Raises UsageError for an unknown adapter."""
         if unknown := [one.adapter for row in rows for one in row if one.adapter not in self.names]:
             there = ", ".join(self.names)
             raise UsageError(f"no adapter {unknown[0]!r}", "activate", f"There are: {there}.")
         before = {name: layer.added for name, layer in self.layers.items()}
         awake = [tuple(one for one in row if one.scale) for row in rows]
-        dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # weights can be stored in fp8
+        dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # skips fp8
         self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype))
         try:
             yield
@@ -189,11 +196,12 @@ class Adapters:
 
     def _add(self, added: Mapping[str, Added | None]) -> None:
         for name, layer in self.layers.items():
-            layer.__dict__["added"] = added.get(name)  # nn.Module's own way is slow, and there are hundreds
+            layer.__dict__["added"] = added.get(name)  # nn.Module.__setattr__ is slow, and there are hundreds of layers
 
 
 def place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in their places. Jobs that take turns on one model do it at every step: hence no walk along each name."""
+    """Set submodules of `model` by name. Jobs that share one model do this at every step, so each parent module is
+    looked up only once, for speed."""
     parents: dict[str, nn.Module] = {"": model}
     for name, module in modules.items():
         path, _, leaf = name.rpartition(".")

@@ -1,6 +1,7 @@
-"""Frozen layers whose weights are kept in 8-bit floats, and cast for each use: in the forward pass, and again in the backward pass.
+"""Frozen layers whose weights are stored in 8-bit floats (fp8). They are cast to the dtype of the input in the forward
+pass, and cast again in the backward pass.
 
-The weight is a buffer, so nothing trains it, and what autograd keeps of it is the 8-bit tensor itself."""
+The weight is a buffer, so it is not trained, and autograd saves the 8-bit tensor, not the cast copy."""
 
 from typing import Any
 
@@ -46,14 +47,15 @@ class Fp8Linear(nn.Linear):
 
 
 class Fp8Conv2d(nn.Conv2d):
-    """A frozen convolution with its weight in fp8; its padding is of zeros."""
+    """A frozen convolution with its weight in fp8. It must pad with zeros."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _Convolution.apply(input, self)  # type: ignore[return-value]
 
 
 def store_in_fp8(model: nn.Module) -> None:
-    """Keep the weights of all linear layers and convolutions in fp8, but for those of norms, in place."""
+    """Convert the weights of all linear layers and convolutions to fp8, in place. Layers with
+    `norm` in their name are left as they are."""
     for name, module in model.named_modules():
         kind = {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d}.get(type(module))
         if kind is None or "norm" in name:

@@ -1,11 +1,12 @@
 """CUDA graphs: the kernels of a training step are recorded once for each form of step, then replayed in one call.
 
-A step of SDXL launches some 10,000 kernels. Launched one by one from Python, they keep a fast card busy 4 % of the time. What is
-captured is a function of tensors that may add to the gradients of parameters: the forward and backward passes of a step, or a
-prediction. Its inputs are copied into static buffers, its gradients are added into buffers that stay where they are. Nothing in
-it may wait for the device.
+A step of SDXL launches some 10,000 kernels. If Python launches them one by one, a fast card is busy only 4 % of the
+time. What is captured is a function of tensors that may add to the gradients of parameters: the forward and backward
+passes of a step, or a prediction. Its inputs are copied into static buffers, and its gradients are added into buffers
+at fixed addresses. The captured function must not wait for the device.
 
-The first calls of a form are ordinary ones, and count as steps; the last of them shows which parameters get a gradient.
+A form is a combination of key, input shapes and dtypes. Its first calls run without a graph and count as normal steps.
+The last of these calls shows which parameters get a gradient.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -16,31 +17,32 @@ import torch
 from torch import Tensor, nn
 
 Call = Callable[[], Tensor]
-WARM = 3  # ordinary calls of a form before it is captured: libraries have made their handles and plans by then
-MOST = 32  # forms that are captured; those beyond stay ordinary (pictures with as many captions and shapes)
+WARM = 3  # calls of a form before it is captured; by then the libraries have created their handles and plans
+MOST = 32  # captured forms; others (if there are many captions and shapes) run without a graph
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """How calls are made on a device."""
+    """Runs and captures calls on a device."""
 
     def eager(self, call: Call) -> Tensor:
-        """An ordinary call, where captured ones are possible later."""
+        """Run `call` without capturing it, in such a way that it can be captured later."""
         ...
 
     def capture(self, call: Call) -> Call:
-        """Record what `call` does, without doing it; what is returned does it, and gives the same tensor every time."""
+        """Record the kernels of `call` without running them. The returned function runs them, and returns the same
+        tensor object every time."""
         ...
 
 
 class CudaExecutor:
-    """CUDA graphs that share one pool of memory: they are never replayed at the same time."""
+    """CUDA graphs that share one memory pool. This is safe because they are never replayed at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def eager(self, call: Call) -> Tensor:
-        """On the stream of the captures, as torch asks for."""
+        """Run `call` on the stream that is used for capturing, as torch requires."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -62,17 +64,17 @@ class CudaExecutor:
 
 @dataclass
 class _Form:
-    """One form of call: how often it was seen, and, once it is captured, its buffers."""
+    """One form of call: how often it was called, and, once it is captured, its buffers."""
 
     seen: int = 0
     inputs: tuple[Tensor, ...] = ()
-    learning: tuple[nn.Parameter, ...] = ()  # the parameters to whose gradients it adds
+    learning: tuple[nn.Parameter, ...] = ()  # the parameters that get a gradient
     replay: Call | None = None
-    kept: object = None  # tensors that it reads, which nobody else may keep
+    kept: object = None  # objects that the graph reads and that might otherwise be freed
 
 
 class Graphs:
-    """Captured calls by form. `reason`: why nothing is captured any more, if a capture failed."""
+    """Captured calls by form. If a capture failed, `reason` is the error, and nothing is captured any more."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -88,8 +90,11 @@ class Graphs:
         parameters: Sequence[nn.Parameter] = (),
         keep: Callable[[], object] = tuple,
     ) -> Tensor:
-        """`function(*inputs)`. `key`: all that it does depends on it, on the shapes of the inputs, and on values in memory that stays
-        in place. `parameters`: those that it may add gradients to. `keep`: what to keep alive beside the graph."""
+        """Return `function(*inputs)`, from a captured graph if possible.
+
+        `key`: what the function does may depend only on the key, on the shapes of the inputs, and on values at fixed
+        addresses in memory. `parameters`: those that may get gradients. `keep`: returns objects to keep alive with the
+        graph."""
         form = self._form((key, *((one.shape, one.dtype) for one in inputs)))
         if form is None:
             return self.executor.eager(lambda: function(*inputs)) if not self.reason else function(*inputs)
@@ -104,7 +109,7 @@ class Graphs:
         return out
 
     def clear(self) -> None:
-        """Free the memory of all graphs. They are captured anew when they are asked for again."""
+        """Free the memory of all graphs. A form that is called again is captured again."""
         self.forms.clear()
         self.gradients.clear()
 
@@ -114,7 +119,7 @@ class Graphs:
         return self.forms.setdefault(key, _Form())
 
     def _observed(self, call: Call, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, tuple[nn.Parameter, ...]]:
-        """An ordinary call, and which parameters it gave a gradient."""
+        """Run `call` without capturing it. Returns its output and the parameters that got a gradient."""
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -133,7 +138,7 @@ class Graphs:
             p.grad = self.gradients.setdefault(p, torch.zeros_like(p, requires_grad=False))
         try:
             form.replay = self.executor.capture(call)
-        except RuntimeError as error:  # torch's, for what cannot be captured; too little memory is one, too
+        except RuntimeError as error:  # torch's error for calls that cannot be captured; out of memory is one, too
             self.reason = str(error).strip().partition("\n")[0] or type(error).__name__
             self.clear()
         finally:

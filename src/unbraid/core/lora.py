@@ -1,4 +1,4 @@
-"""What an adapter is, and what a step is made of: factors, who is active, and branches.
+"""The data types of adapters and training steps: low-rank factors, active adapters, and branches.
 
 An adapted linear layer computes, for every row of the batch,
 
@@ -23,8 +23,9 @@ ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
 
 @dataclass(frozen=True)
 class Active:
-    """One adapter at work in a branch. `prompt` names the text that its cross-attention keys and values
-    read (none: the branch's own). Parts that are not in `trains` get no gradient, only their values count."""
+    """One adapter that is active in a branch. `prompt` names the text that its cross-attention keys and values read
+    (None: the prompt of the branch). Parts that are not in `trains` get no gradient; their values are used as they
+    are."""
 
     adapter: str
     scale: float = 1.0
@@ -35,8 +36,8 @@ class Active:
 
 @dataclass(frozen=True)
 class Branch:
-    """One prediction of a training step; `image` and `prompt` are role names, so a recipe does not depend on
-    the user's files. With a `teacher`, its prediction is the target; without, the noise or velocity is."""
+    """One prediction of a training step. `image` and `prompt` are role names, so a recipe does not depend on the user's
+    files. The target is the prediction of the `teacher` if there is one, else the noise or velocity."""
 
     image: str
     prompt: str
@@ -47,7 +48,8 @@ class Branch:
 
 @dataclass(frozen=True)
 class Lora:
-    """One module's low-rank change: alpha / r · up @ down (times a strength); of a convolution, with kernels."""
+    """The low-rank change of one module's weight: alpha / r · up @ down, times a strength that is given elsewhere.
+    For a convolution, both tensors have kernel dimensions."""
 
     down: Float[Tensor, "r k *kernel"]
     up: Float[Tensor, "d r *ones"]
@@ -55,8 +57,8 @@ class Lora:
 
 
 class Fixed(nn.Module):
-    """The part of one adapter's factors that is given (Break-for-Make): its values, and where the trained part may be other
-    than 0: in some ranks and columns of down, in some ranks and rows of up."""
+    """The frozen part of one adapter's factors (Break-for-Make): its values, and masks of the entries that are trained.
+    In down these are some ranks and columns, in up some ranks and rows. Elsewhere the trained part is 0."""
 
     down: Tensor  # [*layers, r, k]
     up: Tensor  # [*layers, d, r]
@@ -71,29 +73,29 @@ class Fixed(nn.Module):
             self.register_buffer(name, value)
 
     def free(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a trained part, or of its gradient, counts."""
+        """Set the entries of the trained part, or of its gradient, that are not trained to 0."""
         return (
             down * (self.down_ranks[..., :, None] * self.columns[..., None, :]),
             up * (self.rows[..., :, None] * self.up_ranks[..., None, :]),
         )
 
     def complete(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Trained parts → factors."""
+        """The whole factors: the frozen values plus the trained part."""
         free_down, free_up = self.free(down, up)
         return self.down + free_down, self.up + free_up
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's factors lie: which of the layers of a stack they are."""
+    """Where the factors of a layer are stored: in `stack`, at `index` of its first dimension."""
 
     stack: "Factors"
     index: int
 
 
 class Factors(nn.Module):
-    """What one adapter adds to one layer, or, in a stack, to each of several: then every tensor has a dimension of layers in front.
-    The mergers, the mask and the fixed part exist only when a method asks for them."""
+    """What one adapter adds to one layer. In a stack, it is what the adapter adds to each of several layers, and the
+    first dimension of every tensor is the layer. Mergers, mask and fixed part exist only if a method needs them."""
 
     mask: Tensor | None  # [*layers, d], 0 or 1, multiplies g
 
@@ -104,13 +106,13 @@ class Factors(nn.Module):
         self.scale = scale  # alpha / r
         self.columns: nn.Parameter | None = None  # m, [*layers, k]
         self.ranks: nn.Parameter | None = None  # n, [*layers, r]
-        self.channels: nn.Parameter | None = None  # g, [*layers, d], or 1 in place of d for the whole layer
+        self.channels: nn.Parameter | None = None  # g, [*layers, d], or [*layers, 1]: one gate for the whole layer
         self.register_buffer("mask", None)
         self.fixed: Fixed | None = None
         self.place: Place | None = None
 
     def gradient(self, tensor: Literal["down", "up", "channels"]) -> Tensor:
-        """Of one of its tensors, here or in the stack."""
+        """The gradient of one tensor of this layer. If the factors are packed, it is read from the stack."""
         found = getattr(self.place.stack if self.place else self, tensor).grad
         assert found is not None
         return found[self.place.index] if self.place else found
@@ -125,20 +127,21 @@ class Factors(nn.Module):
             yield "merger", merger
 
     def gate(self, channels: Tensor | None) -> Tensor | None:
-        """g · mask, or None where every channel is simply on."""
+        """g · mask `[*layers, d]`, or None if there are neither gates nor a mask."""
         if self.mask is None or channels is None:
             return channels if self.mask is None else self.mask
         return channels * self.mask
 
     def plain(self, trains: frozenset[Part] = ALL) -> tuple[Tensor, Tensor]:
-        """A and B, without mergers; what does not train is detached as a parameter."""
+        """A and B, without mergers. Parameters that are not in `trains` are detached."""
         down: Tensor = self.down if "down" in trains else self.down.detach()
         up: Tensor = self.up if "up" in trains else self.up.detach()
         return self.fixed.complete(down, up) if self.fixed else (down, up)
 
     def folded(self, gates: bool = True) -> Lora:
-        """The same change as plain factors, alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r], so that no d×k matrix is
-        formed. Without `gates`, g is left out. On the CPU, wherever it trained: nothing that files and merges do knows devices."""
+        """The same change as plain factors with alpha = r: diag(n) A diag(m), [r, k], and diag(g · mask) B, [d, r].
+        No d×k matrix is formed. Without `gates`, g is left out. The result is always on the CPU, because the code for
+        files and merges does not handle devices."""
         with torch.no_grad():
             down, up = self.plain()
             gate = self.gate(self.channels if gates else None)

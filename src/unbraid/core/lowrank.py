@@ -12,8 +12,8 @@ from torch import Tensor
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 
-MOST_ENTRIES = 2**27  # of a matrix that is formed, half a GB; SDXL's largest layer has 29 million, Flux.1's 66
-DENSE = 1300  # beyond it a full SVD takes more than seconds; SDXL's layers have 1280 on their shorter side
+MOST_ENTRIES = 2**27  # of a dense matrix: 0.5 GB. The largest layer of SDXL has 29 million, that of Flux.1 66 million.
+DENSE = 1300  # shorter side above which a full SVD takes more than seconds; in SDXL's layers it is at most 1280
 
 
 def matrices(lora: Lora) -> tuple[Tensor, Tensor]:
@@ -22,30 +22,32 @@ def matrices(lora: Lora) -> tuple[Tensor, Tensor]:
 
 
 def shaped(down: Tensor, up: Tensor, alpha: float, like: Lora) -> Lora:
-    """Factors as matrices → a Lora with the shapes (linear or convolution) of `like`."""
+    """A Lora from factors that are matrices, in the form of `like` (linear or convolution)."""
     tail = like.down.shape[1:]
     return Lora(down.reshape(-1, *tail), up.reshape(up.shape[0], -1, *([1, 1] if len(tail) == 3 else [])), alpha)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """At least fp32: what arithmetic is done in."""
+    """The tensor in at least fp32, for arithmetic."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def wide_pair(lora: Lora) -> tuple[Tensor, Tensor]:
-    """down and up as matrices, at least fp32 and of one dtype."""
+    """down `[r, k]` and up `[d, r]` as matrices, both in the same dtype, at least fp32."""
     down, up = (wide(part) for part in matrices(lora))
     dtype = torch.promote_types(down.dtype, up.dtype)
     return down.to(dtype), up.to(dtype)
 
 
 def finite(tensor: Tensor) -> bool:
-    """No NaN, no infinity. The extremes carry both, and are 60 times quicker than isfinite."""
+    """Whether there is no NaN and no infinity. Only the minimum and maximum are checked: any NaN or infinity shows in
+    them, and this is 60 times faster than isfinite on every entry."""
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def delta(lora: Lora) -> Float[Tensor, "d k"]:
-    """alpha / r · up @ down as a dense matrix: for the methods that are defined by its entries. Errors: one that is too large."""
+    """alpha / r · up @ down as a dense matrix, for the methods that are defined by its entries. Raises UsageError if it
+    is too large."""
     down, up = wide_pair(lora)
     if len(up) * down.shape[1] > MOST_ENTRIES:
         what = f"a whole change of {len(up)}×{down.shape[1]} does not fit into memory"
@@ -54,7 +56,8 @@ def delta(lora: Lora) -> Float[Tensor, "d k"]:
 
 
 def norm(lora: Lora) -> float:
-    """Frobenius norm of the change, from the r×r Gram matrices, ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), or from BA where that is smaller."""
+    """The Frobenius norm of the change. It is computed from the r×r Gram matrices, ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), or from BA
+    itself if that is smaller."""
     down, up = (part.double() for part in matrices(lora))
     small = len(down) ** 2 <= len(up) * down.shape[1]
     square = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0) if small else (up @ down).square().sum()
@@ -62,15 +65,17 @@ def norm(lora: Lora) -> float:
 
 
 def outside(down: Float[Tensor, "r k"], protected: Float[Tensor, "q k"], mu: float) -> Float[Tensor, "r k"]:
-    """down (I − μ/(1+μ) QQᵀ), Q the input directions that `protected` reads (NP-LoRA, arXiv 2511.11051)."""
+    """down (I − μ/(1+μ) QQᵀ). The columns of Q span the input directions that `protected` reads (NP-LoRA,
+    arXiv 2511.11051)."""
     _, s, vt = torch.linalg.svd(wide(protected), full_matrices=False)
-    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would invent directions where there are too few
+    q = vt[s > s[0] * max(vt.shape) * torch.finfo(s.dtype).eps].T  # QR would add arbitrary directions
     q = q.to(down.dtype)
     return down - mu / (1 + mu) * (down @ q) @ q.T
 
 
 def svd(lora: Lora) -> tuple[Float[Tensor, "d q"], Float[Tensor, " q"], Float[Tensor, "q k"]]:
-    """U, S, Vᵀ of the change: QR of both factors and the SVD of an r×r core (ziplora.md E4). q = min(r, d, k)."""
+    """U, S, Vᵀ of the change, from a QR decomposition of each factor and the SVD of an r×r core (ziplora.md E4).
+    q = min(r, d, k)."""
     down, up = wide_pair(lora)
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
@@ -82,7 +87,8 @@ def svd(lora: Lora) -> tuple[Float[Tensor, "d q"], Float[Tensor, " q"], Float[Te
 def truncate(lora: Lora, rank: int | None = None, energy: float | None = None) -> tuple[Lora, float]:
     """The best approximation of rank ≤ `rank`, or the smallest that keeps the share `energy` of ‖ΔW‖².
 
-    Returns it (alpha = r) and the share kept. Without either: the same change at its numerical rank.
+    Returns the approximation (alpha = r) and the share of ‖ΔW‖² that it keeps. If neither is given, the result is the
+    same change at its numerical rank.
     """
     u, s, vt = svd(lora)
     return _kept(u, s, vt, rank, energy, float((s.double() ** 2).sum()), lora)
@@ -91,7 +97,8 @@ def truncate(lora: Lora, rank: int | None = None, energy: float | None = None) -
 def from_dense(
     weight: Float[Tensor, "d k"], like: Lora, rank: int | None, energy: float | None, seed: int
 ) -> tuple[Lora, float]:
-    """A dense change as factors: exact where `rank` reaches min(d, k), else by seeded subspace iteration."""
+    """Factors of a dense change, as in `truncate`. The SVD is a full one if `rank` is None or large relative to
+    min(d, k), else it is approximated by subspace iteration with a seed."""
     small = min(weight.shape)
     q = small if rank is None else min(2 * rank + 16, small)
     if q < small:
@@ -100,15 +107,15 @@ def from_dense(
         u = basis @ core_u
     else:
         u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-    total = float(torch.linalg.vector_norm(weight, dim=1).double().square().sum())  # no copy of it in fp64
+    total = float(torch.linalg.vector_norm(weight, dim=1).double().square().sum())  # row by row: no fp64 copy
     return _kept(u, s, vt, rank, energy, total, like)
 
 
 def exact_dense(weight: Tensor, where: str = "") -> Lora:
-    """A dense change that is low-rank but for its rounding (ziplora-pytorch's files): all that is not noise.
+    """Factors of a dense change that is low-rank except for rounding (as in ziplora-pytorch's files).
 
-    Rounding to eps adds noise of spectral norm ≤ eps ‖W‖ (√d + √k) / √(dk): singular values below that go.
-    Errors: a large matrix that is not of low rank.
+    Rounding with precision eps adds noise of spectral norm ≤ eps ‖W‖ (√d + √k) / √(dk). Singular values below that are
+    dropped, all others are kept. Raises UsageError for a large matrix that is not of low rank.
     """
     eps = torch.finfo(weight.dtype).eps
     matrix = wide(weight)
@@ -122,7 +129,8 @@ def exact_dense(weight: Tensor, where: str = "") -> Lora:
 
 
 def _leading(matrix: Tensor, floor: float, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of a large matrix of low rank: its leading directions, more of them until the last one is noise."""
+    """The SVD of a large matrix of low rank: 32 leading directions, or 512 if the last of the 32 is above `floor`, the
+    noise. Raises UsageError if the last of the 512 is, too."""
     for count in (32, 512):
         basis = _range(matrix, count, 0)
         core, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
@@ -134,28 +142,29 @@ def _leading(matrix: Tensor, floor: float, where: str) -> tuple[Tensor, Tensor, 
 
 
 def fold_mid(down: Tensor, mid: Tensor) -> Tensor:
-    """LoCon's Tucker form: down `[r, k, 1, 1]` and mid `[r, r, kh, kw]` → one down `[r, k, kh, kw]`."""
+    """LoCon's Tucker form as one factor: down `[r, k, 1, 1]` and mid `[r, r, kh, kw]` → down `[r, k, kh, kw]`."""
     dtype = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
     return torch.einsum("rshw,sk->rkhw", mid.to(dtype), down.flatten(1).to(dtype)).to(down.dtype)
 
 
 def times_power_of_two(tensor: Tensor, factor: float) -> Tensor | None:
-    """tensor · factor in its own dtype where that is exact and quick to know: most strengths, and alphas / r, are powers
-    of two. None: it is not, or the factor is none."""
+    """tensor · factor in the tensor's dtype, or None if `factor` is not a power of two or the product is not exact.
+    Most strengths and values of alpha / r are powers of two, for which exactness is quick to check."""
     if factor == 1:
         return tensor
     if abs(frexp(factor)[0]) != 0.5 or abs(factor) > 1e30:
         return None
     scaled = tensor * factor
-    below = abs(factor) < 1 and not torch.equal(scaled / factor, tensor)  # bits lost under the smallest normal number
+    below = abs(factor) < 1 and not torch.equal(scaled / factor, tensor)  # bits lost in subnormal numbers
     return None if below or not finite(scaled) else scaled
 
 
 def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) -> Lora:
     """The same change with another alpha, in another dtype.
 
-    `dtype=None` keeps each factor's own, or fp32 where scaling it would not be exact. Factors whose size costs
-    precision in `dtype` are balanced by a power of two; if that does not help they stay fp32.
+    `dtype=None` keeps the dtype of each factor, or uses fp32 if scaling it would not be exact. Factors too large or too
+    small for the precision of `dtype` are balanced by a power of two; if that does not help, they stay in fp32. Raises
+    UsageError for weights that are not finite, or would not be after scaling, or would all become 0.
     """
     down, up, factor = lora.down, lora.up, lora.alpha / alpha
     if not (finite(down) and finite(up) and isfinite(factor)):
@@ -213,7 +222,8 @@ def _cast(down: Tensor, up: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The cast; None where it loses more than rounding: overflow, or much of it below the normal numbers."""
+    """The tensor in `dtype`, or None if the cast loses more than rounding does: by overflow, or because too much of the
+    tensor lies below the smallest normal number."""
     out = tensor.to(dtype)
     if tensor.dtype == dtype or torch.promote_types(tensor.dtype, dtype) == dtype or not tensor.is_floating_point():
         return out
@@ -222,13 +232,14 @@ def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
     tiny, eps, exact = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps, wide(tensor)
     norm = float(torch.linalg.vector_norm(exact))
     if tiny * tensor.numel() ** 0.5 <= norm:
-        return out  # even if all entries lost what they have below the normal numbers, that is eps of the norm
+        return out  # even if every entry lost its subnormal part, the loss would be about eps of the norm
     fits = float((out.to(exact.dtype) - exact).norm()) <= 2 * eps * norm
     return out if fits else None
 
 
 def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal magnitudes on both sides, by a power of two: the product does not change by a bit."""
+    """Give both factors about the same magnitude. They are scaled by a power of two, so their product stays bit for bit
+    the same."""
     sizes = torch.stack([part.abs().max().double() for part in (down, up)])
     if bool((sizes == 0).any()):
         return down, up

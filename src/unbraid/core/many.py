@@ -1,8 +1,9 @@
-"""Many jobs over one frozen base: each goes its own way, and their passes through the model are one.
+"""Many jobs on one frozen base: each job is independent, but they share the passes through the model.
 
-A job is a generator that asks for passes (`train.training_coroutine`, or a whole run). It is run up to its next question with its own
-adapters in the model; then all questions are answered together, by a batch in which every row has its own job's adapters. So
-each job keeps its own random numbers, optimiser, state, penalty, hooks and clipping, and comes out as if it had run by itself, up to rounding.
+A job is a generator that yields a `ForwardRequest` when it needs a pass (`train.training_coroutine`, or a whole run).
+It runs up to its next request with its own adapters in the model. Then the requests of all jobs are answered by one
+batch, in which every row uses the adapters of its own job. So each job keeps its own random numbers, optimiser, state,
+penalty, hooks and clipping, and its result is the same as if it had run alone, up to rounding.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -23,15 +24,17 @@ from unbraid.core.state import State, Step
 from unbraid.core.train import training_coroutine
 
 T = TypeVar("T")
-MOST, SHARE = 8, 0.5  # jobs at once, beyond which little is gained (docs/batch.md); of the free memory
-Join = Callable[[Mapping[str, Denoiser]], Denoiser]  # models of several jobs → one, with prompts by JOB/ROLE
+# MOST: jobs at once; more gain little (docs/batch.md). SHARE: of the free memory, which the jobs may use.
+MOST, SHARE = 8, 0.5
+Join = Callable[[Mapping[str, Denoiser]], Denoiser]  # job → model, to one model with prompts named JOB/ROLE
 
 
 def train_many(
     jobs: Sequence[tuple[Denoiser, Recipe, State]], join: Join, at_once: int
 ) -> Generator[tuple[int, Step | UsageError]]:
-    """`train` of several jobs, `at_once` of them at a time: (which job, its step). A job that fails ends with its error.
-    Its state may be saved when its own step comes; at other times its next samples are drawn already."""
+    """Like `train`, for several jobs, `at_once` of them at a time. Yields (index of the job, its step). If a job fails,
+    its last item is the error. Save a job's state only when its own step is yielded: at other times its next samples
+    have already been drawn."""
     for _, _, state in jobs:
         state.adapters.detach()
     return run_batched([training_coroutine(model, recipe, state) for model, recipe, state in jobs], join, at_once)
@@ -40,10 +43,11 @@ def train_many(
 def run_batched(
     scripts: Iterable[TrainingCoroutine[T]], join: Join, at_once: int | None = None
 ) -> Generator[tuple[int, T | UsageError]]:
-    """Run scripts, `at_once` of them at a time, or as many as there is memory for; yields (which, what it yields) and, if it
-    fails, its error. Those on one model share their passes. At the start no adapters may be in the models."""
+    """Run scripts, `at_once` of them at a time, or by default as many as fit into memory. Yields (index of the script,
+    what it yields); if a script fails, its last item is the error. Scripts on the same model share their passes. At the
+    start, no adapters may be attached to the models."""
     waiting, alive, joint = enumerate(scripts), list[_Job[T]](), _Joint(join)
-    most, known = at_once or 1, bool(at_once)  # if not given, 1 until its passes have shown what they take
+    most, known = at_once or 1, bool(at_once)  # by default 1, until its passes have shown their memory use
     while True:
         for job in alive:
             yield from job.on()
@@ -61,10 +65,11 @@ def run_batched(
 
 
 def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
-    """How many jobs, 1 to MOST, there is memory for beside each other, by what the passes of one keep for their gradients."""
+    """How many jobs, 1 to MOST, fit into memory at once. It is estimated from the tensors that the passes of one job
+    save for the backward pass."""
     weights = {
         one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())
-    }  # in fp8 they are buffers
+    }  # fp8 weights are buffers
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ class _Job(Generic[T]):
         return self.ask
 
     def on(self) -> Generator[tuple[int, T | UsageError]]:
-        """Up to its next question, or to its end."""
+        """Run the job to its next request, or to its end, with its adapters attached. Yields what it yields."""
         adapters = self.ask.adapters if self.ask else None
         if adapters:
             adapters.attach_again()
@@ -113,7 +118,7 @@ class _Job(Generic[T]):
 
 
 class _Joint:
-    """What the jobs at work have in common; made anew when one comes or goes."""
+    """The joint model and adapters of each group of jobs that share passes. They are remade when a group changes."""
 
     def __init__(self, join: Join) -> None:
         self.join = join
@@ -124,7 +129,7 @@ class _Joint:
         for job in jobs:
             tokens = max(
                 (len(one) for one in job.asked.model.prompts.values()), default=0
-            )  # long prompts: several chunks
+            )  # long prompts have several chunks
             groups.setdefault((id(job.asked.adapters.model), job.asked.learns, tokens), []).append(job)
         used = [tuple(job.number for job in group) for group in groups.values()]
         self.made = {key: made for key, made in self.made.items() if key in used}
@@ -139,7 +144,8 @@ class _Joint:
 
 
 def common(jobs: Mapping[str, Adapters]) -> Adapters:
-    """The adapters of several jobs as one, by JOB/NAME, over the same factors; not in the model."""
+    """The adapters of several jobs as one `Adapters`, named JOB/NAME. It uses the same factors, and is not attached to
+    the model."""
     names = dict.fromkeys(name for job in jobs.values() for name in job.layers)
     made = Adapters.attach_named(next(iter(jobs.values())).model, list(names))
     for key, job in jobs.items():
@@ -150,7 +156,7 @@ def common(jobs: Mapping[str, Adapters]) -> Adapters:
 
 
 def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: Adapters) -> None:
-    """All branches of all jobs in one batch per shape of latents, like ones side by side."""
+    """Run all branches of all jobs, in one batch for each shape of latents. Equal branches are placed side by side."""
     asked = [(job, job.asked, i) for job in jobs for i in range(len(job.asked.branches))]
     asked.sort(key=lambda one: (tuple(one[1].samples[one[2]].noisy.shape), _kind(one[1].branches[one[2]])))
     branches = [_named(ask.branches[i], job.number) for job, ask, i in asked]
@@ -176,7 +182,7 @@ def _kind(branch: Branch) -> str:
 
 @lru_cache(4096)
 def _named(branch: Branch, job: int) -> Branch:
-    """The branch with the names of one job."""
+    """The branch with the names of its adapters and prompts changed to JOB/NAME."""
 
     def active(one: Active) -> Active:
         return replace(

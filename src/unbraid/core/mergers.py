@@ -1,4 +1,4 @@
-"""What a training made of its mergers: their means, how alike they are, and whether they collapsed."""
+"""Statistics of trained mergers: their means, how similar they are, and whether they collapsed."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from unbraid.core.adapters import Adapters
 
 
 def summary(adapters: Adapters) -> dict[str, Tensor]:
-    """`mean NAME` for every adapter that has mergers, and `cos`: the mean |cos| between two adapters' mergers over
-    layers. Empty where nothing has mergers. Scalars on the adapters' device: a run asks at every step, and does not wait."""
+    """`mean NAME` for every adapter that has mergers, and `cos`: the mean |cos| between the mergers of two adapters,
+    over layers. Empty if no adapter has mergers. The values are scalars on the adapters' device: a run computes them at
+    every step and must not wait for the device."""
     found = {name: _on_device(adapters, name) for name in adapters.names}
     out = {f"mean {name}": torch.cat(list(one.values())).mean() for name, one in found.items() if one}
     alike = defaultdict[int, list[tuple[Tensor, Tensor]]](list)
@@ -28,7 +29,7 @@ def summary(adapters: Adapters) -> dict[str, Tensor]:
 
 
 def values(adapters: Adapters, name: str) -> dict[str, Tensor]:
-    """Layer → the merger of one adapter there, `[k]`, `[r]`, `[d]` or `[1]`."""
+    """Layer → the merger of one adapter in that layer, `[k]`, `[r]`, `[d]` or `[1]`, on the CPU."""
     return {layer: merger.cpu() for layer, merger in _on_device(adapters, name).items()}
 
 
@@ -37,6 +38,6 @@ def _on_device(adapters: Adapters, name: str) -> dict[str, Tensor]:
 
 
 def collapsed(found: Mapping[str, Tensor]) -> bool:
-    """Both weakened alike, so that what came out is the plain sum at less strength."""
+    """Whether all adapters were weakened in the same way. Then the result is just the plain sum at a lower strength."""
     means = [float(value) for key, value in found.items() if key.startswith("mean ")]
     return bool(means) and max(means) < 0.5 and float(found.get("cos", 0)) > 0.8

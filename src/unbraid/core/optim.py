@@ -1,4 +1,4 @@
-"""The optimiser over adapter parts."""
+"""The optimisers: AdamW, with a learning rate for each part of each adapter, and a Riemannian Adam."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from unbraid.core.lora import Factors, Part
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast one part of one adapter learns."""
+    """Learning rate and weight decay of one part of one adapter."""
 
     lr: float
     weight_decay: float = 0.0
@@ -24,8 +24,9 @@ Rates = Mapping[tuple[str, Part], Rate]
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, bit for bit, without what it checks anew at every step: for the hundreds of small tensors of an adapter
-    that takes longer than the arithmetic (4.8 of 6.5 ms for 480 tensors, docs/LOG.md)."""
+    """Bit for bit the same as torch's fused AdamW, without the checks that torch repeats at every step. For the
+    hundreds of small tensors of an adapter, those checks take longer than the arithmetic: 4.8 of 6.5 ms for 480
+    tensors (docs/LOG.md)."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         super().__init__([dict(group) for group in groups], fused=True)
@@ -63,19 +64,21 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw(adapters: Adapters, rates: Rates) -> AdamW:
-    """AdamW (betas 0.9, 0.999) with the groups of `groups`."""
+    """AdamW (betas 0.9, 0.999) with one parameter group per adapter and part, from `groups`."""
     return AdamW(groups(adapters, rates))
 
 
 def _in_the_parameters_order(optimizer: torch.optim.Optimizer) -> None:
-    """The fused kernel goes through the memory of a parameter and its moments side by side, and saved moments have lost their order."""
+    """Give loaded moments the memory layout of their parameters. The fused kernel reads both in the order of memory,
+    and saving makes the moments contiguous."""
     for p, state in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.empty_like(p, requires_grad=False).copy_(state[key])
 
 
 def groups(adapters: Adapters, rates: Rates) -> list[dict[str, Any]]:
-    """One group per (adapter, part). Parts without a rate stay as they are: no gradient is kept for them, no decay, no moments."""
+    """One parameter group per (adapter, part). Parts without a rate are frozen: no gradient, weight decay or moments.
+    Raises UsageError if nothing would be trained."""
     out = []
     for adapter in adapters.names:
         parts: dict[Part, list[torch.nn.Parameter]] = {}
@@ -93,11 +96,12 @@ def groups(adapters: Adapters, rates: Rates) -> list[dict[str, Any]]:
 
 
 class Riemannian(torch.optim.Optimizer):
-    """Adam in the metric of ΔW = B A (Zhang & Pilanci, arXiv 2402.02347; one second moment per matrix: arXiv 1810.00760).
+    """Adam in the metric of ΔW = B A (Zhang & Pilanci, arXiv 2402.02347), with one second moment per matrix (arXiv
+    1810.00760).
 
-    G_B (A Aᵀ + δ)⁻¹ and (Bᵀ B + δ)⁻¹ G_A, with δ relative to the mean of the diagonal. The size of a step is measured by what it does
-    to ΔW, so that it does not depend on how a product is shared out between its factors: (c B, A / c) makes the same step. `lr`
-    is the root mean square change of ΔW's entries by either factor.
+    The gradients are G_B (A Aᵀ + δ)⁻¹ and (Bᵀ B + δ)⁻¹ G_A, with δ relative to the mean of the diagonal. The size of a
+    step is measured by the change of ΔW. So it does not depend on how ΔW is factored: (c B, A / c) gives the same step
+    as (B, A). `lr` is the root mean square change of the entries of ΔW by each factor.
     """
 
     def __init__(self, factors: Sequence[Factors], lr: float, delta: float, betas: tuple[float, float] = (0.9, 0.999)):
@@ -121,11 +125,12 @@ class Riemannian(torch.optim.Optimizer):
             self._move(one.up, for_up, for_up @ down, lr)
 
     def _gram(self, gram: Tensor) -> Tensor:
-        """The Cholesky factor of Gram matrices `[*layers, r, r]` and δ; of an empty one (B = 0 at the start), of the unit matrix."""
+        """The Cholesky factor of Gram matrices `[*layers, r, r]` with δ added to the diagonal. For a Gram matrix of
+        zeros (B = 0 at the start) it is the unit matrix."""
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         damped = gram + torch.where(mean > 0, self.delta * mean, 1) * unit
-        return torch.linalg.cholesky_ex(damped).L  # `cholesky` waits for the device, to check what damping sees to
+        return torch.linalg.cholesky_ex(damped).L  # `cholesky` waits for the device to check for errors
 
     def _move(self, p: Tensor, gradient: Tensor, change: Tensor, lr: float) -> None:
         state = self.state[p]
@@ -142,7 +147,7 @@ class Riemannian(torch.optim.Optimizer):
 
 
 def riemannian(adapters: Adapters, rates: Rates, delta: float = 1e-2) -> Riemannian:
-    """The optimiser over both factors of the one adapter that has rates, at its rate for `up`."""
+    """`Riemannian` for both factors of the only adapter that has rates. The learning rate is its rate for `up`."""
     ((name, rate),) = {(adapter, rates[adapter, "up"]) for adapter, _ in rates}
     groups(adapters, rates)
     return Riemannian(adapters.pieces_of(name), rate.lr, delta)

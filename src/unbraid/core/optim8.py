@@ -1,4 +1,4 @@
-"""AdamW with its moments in 8 bits: two bytes for each trained number in place of eight, on any device."""
+"""AdamW with its moments in 8 bits: two bytes for each trained number instead of eight, on any device."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.optim import Rates, groups
 
 BLOCK = 256  # numbers that share a scale
-BUCKET = 4_000_000  # numbers that are updated together: few calls, little room
+BUCKET = 4_000_000  # numbers that are updated together: enough for few calls, few enough to need little memory
 
 
 @dataclass(frozen=True)
 class Code:
-    """Logarithmic codes: 0, then `levels` magnitudes over `decades` decades up to the block's largest."""
+    """A logarithmic code: 0, and `levels` magnitudes that span `decades` decades up to the largest of the block."""
 
     levels: int
     decades: float
@@ -24,12 +24,13 @@ class Code:
 
     @property
     def ratio(self) -> float:
-        """Of neighbouring magnitudes."""
+        """The ratio of neighbouring magnitudes."""
         return 10 ** (self.decades / (self.levels - 1))
 
     def write(self, x: Tensor, rng: torch.Generator, least: int) -> tuple[Tensor, Tensor]:
-        """x `[n]` → codes `[n]` and scales `[blocks]`. Rounded up or down by chance, so that the mean is x: else an average that
-        moves by less than a level per step would never move. `least`: the smallest code of what is not 0."""
+        """x `[n]` → codes `[n]` and scales `[blocks]`. Rounding is stochastic, with mean x: otherwise a running average
+        that changes by less than one level per step would never change. `least`: the smallest code for values
+        that are not 0."""
         blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
         scale = blocks.abs().amax(1)
         part = (blocks.abs() / scale.clamp_min(1e-38)[:, None]).clamp_min(1e-30)
@@ -51,10 +52,11 @@ MEAN, SQUARE = Code(127, 6.0, torch.int8), Code(255, 8.0, torch.uint8)
 
 
 class AdamW8(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) with block-wise 8-bit moments (after arXiv 2110.02861; the codes are simpler, the rounding stochastic).
+    """AdamW (arXiv 1711.05101) with block-wise 8-bit moments (as in arXiv 2110.02861, but with simpler codes and
+    stochastic rounding).
 
-    The update itself is exact; only what is kept for the next step is rounded. A second moment below 1e-8 of its block's largest
-    counts as that much: never as 0, by which the step would be divided.
+    The update itself is exact. Only the moments that are kept for the next step are rounded. Second moments below 1e-8
+    of the largest in their block are raised to that value, not rounded to 0: the step is divided by their root.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class AdamW8(torch.optim.Optimizer):
                 state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=like.device)
         state["step"] += 1
         count = int(state["step"])
-        rng = torch.Generator(bucket[0].device).manual_seed(count)  # so that a resumed run rounds alike
+        rng = torch.Generator(bucket[0].device).manual_seed(count)  # a resumed run rounds the same way
         for begin in range(0, total, BUCKET):
             span = slice(begin, min(begin + BUCKET, total))
             some = [(p, p.grad) for p in bucket]
@@ -98,7 +100,7 @@ class AdamW8(torch.optim.Optimizer):
         count: int,
         rng: torch.Generator,
     ) -> None:
-        """AdamW's step of tensors (with their gradients) whose numbers are the `span` of the state."""
+        """The AdamW step for tensors (with their gradients) whose moments are the `span` of the state."""
         blocks, (first, second) = slice(span.start // BLOCK, -(-span.stop // BLOCK)), group["betas"]
         gradient = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in some])
         mean = MEAN.read(state["mean"][span], state["mean_scale"][blocks]).lerp_(gradient, 1 - first)
@@ -113,7 +115,7 @@ class AdamW8(torch.optim.Optimizer):
 
 
 def adamw8(adapters: Adapters, rates: Rates) -> AdamW8:
-    """As `optim.adamw`, with 8-bit moments."""
+    """Like `optim.adamw`, with 8-bit moments."""
     return AdamW8(groups(adapters, rates))
 
 
@@ -129,11 +131,12 @@ def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """In the order of its memory (a stack's `up` is transposed, and so is its gradient)."""
+    """A flat view in the order of memory. (The `up` of a stack and its gradient are stored transposed.)"""
     return (tensor if tensor.is_contiguous() else tensor.mT).view(-1)
 
 
 def _as_codes(optimizer: torch.optim.Optimizer) -> None:
-    """torch loads a state in its parameter's dtype; codes are whole numbers, so nothing is lost on the way."""
+    """Convert loaded codes back to integers. torch loads a state in the dtype of its parameter, which loses nothing
+    because the codes are small whole numbers."""
     for state in optimizer.state.values():
         state["mean"], state["square"] = state["mean"].to(MEAN.dtype), state["square"].to(SQUARE.dtype)

@@ -16,7 +16,8 @@ LOOK = 16  # steps between looks at the figures on an accelerator
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a step was like. Its figures stay on the device until they are asked for: reading them waits for the step to be done."""
+    """The figures of one step. They stay on the device until they are read, because reading them waits for the step to
+    finish."""
 
     index: int
     figures: Tensor  # [2 + branches]: loss, norm, and each branch's loss, unweighted
@@ -28,7 +29,7 @@ class Step:
 
     @property
     def norm(self) -> float:
-        """Of all gradients, before clipping."""
+        """The norm of all gradients together, before clipping."""
         return float(self.figures[1])
 
     @property
@@ -110,7 +111,8 @@ class State:
         self.step, self.least, self.waited, self.best = step, least, waited, best
 
     def saw(self, step: Step) -> None:
-        """Take note of a step; look at its figures at once if that costs nothing, else once in a while: looking waits for the device."""
+        """Record a step. On the CPU its figures are checked at once. On an accelerator they are checked every `LOOK`
+        steps, because a check waits for the device."""
         self.unseen.append(step)
         if step.figures.device.type == "cpu" or len(self.unseen) == LOOK:
             self.raise_if_not_finite()
@@ -128,7 +130,7 @@ class State:
         raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
 
     def judged(self, loss: float, patience: int) -> bool:
-        """Take a loss of early stopping; whether to go on."""
+        """Record a loss of early stopping. Returns whether to continue."""
         self.waited += 1
         if loss < self.least:
             self.least, self.waited = loss, 0

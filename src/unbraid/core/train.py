@@ -1,7 +1,8 @@
-"""The trainer: a recipe says what every step is; `train` yields the steps and does nothing else.
+"""The trainer: a recipe defines every step; `train` runs the steps and yields them.
 
-It does not print, save or plot. The caller looks at each `Step`, and asks `State` for what to save. `training_coroutine` is the same
-without the passes through the model: it asks for them, so that several courses can have theirs together (unbraid.many).
+It does not print, save or plot. The caller looks at each `Step`, and gets what to save from `State`.
+`training_coroutine` does the same without running the passes through the model: it yields requests for them, so that
+several jobs can share their passes (core/many.py).
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -27,14 +28,15 @@ def train(
     precomputed_targets: Sequence[Sequence[Sample]] | None = None,
 ) -> Iterator[Step]:
     """Run `recipe` from `state.step` to its end, one optimiser step per item. `at_once` branches share a forward
-    pass (equal shapes only); the result is the same, memory and speed are not. `precomputed_targets`: see there."""
+    pass (equal shapes only); this changes memory and speed, not the result. `precomputed_targets`: the samples from
+    the function of that name."""
     return run_one(training_coroutine(model, recipe, state, precomputed_targets), at_once)
 
 
 def training_coroutine(
     model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None = None
 ) -> TrainingCoroutine[Step]:
-    """`train`, but for the passes: whoever runs it answers each `ForwardRequest` with its losses."""
+    """Like `train`, without the passes: the caller must answer each `ForwardRequest` with its losses."""
     while state.step < recipe.steps:
         step = yield from _step(model, recipe, state, precomputed_targets)
         if recipe.stop and state.step % recipe.stop.every == 0:
@@ -47,7 +49,7 @@ def training_coroutine(
 
 
 def run_one(script: TrainingCoroutine[T], at_once: int) -> Iterator[T]:
-    """Run what asks for passes by itself; what else it yields is handed on."""
+    """Run one script: answer its requests, and yield everything else that it yields."""
     said = next(script, None)
     while said is not None:
         if isinstance(said, ForwardRequest):
