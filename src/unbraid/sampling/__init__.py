@@ -1,1 +1,1 @@
-"""Drawing pictures with a base and LoRAs: samplers, guidance, ways of combining LoRAs, editing. Nothing here trains."""
+"""Drawing pictures with a base and LoRAs: samplers, guidance, ways to combine LoRAs, editing. Nothing here trains."""

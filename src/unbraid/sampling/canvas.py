@@ -1,4 +1,4 @@
-"""What a drawing begins with or keeps to: a picture (image to image), a part of one (inpainting), a ControlNet's map."""
+"""The image inputs of a drawing: a start picture (image to image), a mask on it (inpainting), or a ControlNet map."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,8 +23,10 @@ from unbraid.images.opening import whole_size
 
 @dataclass(frozen=True)
 class Start:
-    """A picture to begin with. `strength`: how much of the noise is put on it, 1 leaves nothing of it. `mask`: white is drawn
-    anew, black is kept."""
+    """A picture to start from.
+
+    `strength`: the share of the noise that is added to it; at 1 nothing of the picture is left.
+    `mask`: a picture of the same size. White areas are redrawn, black areas are kept."""
 
     image: Path
     strength: float = 0.6
@@ -33,7 +35,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet (a diffusers folder or hub id), the map that it reads, and its strength."""
+    """A ControlNet (a diffusers folder or hub id), its input map (edges, depth, a pose), and its strength."""
 
     model: str
     image: Path
@@ -42,15 +44,17 @@ class Control:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A diffusers pipeline that draws on it, and what that pipeline is told beside prompts, steps and seeds."""
+    """A diffusers pipeline, and the arguments for its call other than prompts, steps and seeds."""
 
     pipe: Any
     given: Mapping[str, Any]
 
 
 def prepare(base: Base, start: Start | None, control: Control | None, height: int | None, width: int | None) -> Canvas:
-    """The canvas of a drawing. Its size is that of the picture to begin with; else the one asked for; else that of the ControlNet's
-    map; else the base's."""
+    """Choose the pipeline and its arguments. Raises UsageError for a size that cannot be drawn.
+
+    The size in pixels is that of the start picture, if there is one. Otherwise it is `width` × `height`, with the
+    base's size in place of a missing one. If both are missing, a ControlNet map gives the size."""
     given = _begin(base, start) if start else {}
     map_ = _upright(base, control.image) if control else None
     size = (width or base.size, height or base.size)
@@ -95,12 +99,12 @@ def _begin(base: Base, start: Start) -> dict[str, Any]:
 
 
 def _upright(base: Base, file: Path) -> Image.Image:
-    """A picture at a size that the base can take."""
+    """Open a picture, upright, and crop and resize it to a size that the base accepts."""
     return cropped(open_image(file), base.size**2, base.step, file)[0]
 
 
 def load_control(base: Base, name: str) -> ControlNetModel:
-    """A ControlNet that was made for this kind of base."""
+    """Load a ControlNet. Raises UsageError if it was made for another kind of base."""
     known_model(name, "ControlNet", "Give a diffusers folder, or a hub id such as diffusers/controlnet-canny-sdxl-1.0.")
     try:
         model = ControlNetModel.from_pretrained(name, torch_dtype=base.denoiser.dtype, use_safetensors=True)
@@ -116,5 +120,5 @@ def load_control(base: Base, name: str) -> ControlNetModel:
 
 
 def _plain(value: Any) -> Any:
-    """As in a configuration file, where tuples are lists."""
+    """Turn tuples into lists: configuration files only have lists, so this makes the two comparable."""
     return list(value) if isinstance(value, list | tuple) else value

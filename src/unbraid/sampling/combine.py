@@ -1,6 +1,7 @@
-"""Several LoRAs in one picture in ways that no weighted sum of files can express: who works at which step, on which layer.
+"""Ways to combine LoRAs in a picture that no weighted sum of files can express: by turns over steps or layers.
 
-All are guidance terms with windows in time (unbraid.sample): nothing is hooked into the model, every scheduler works.
+All of them are guidance terms that count in a range of times (`unbraid.sampling.sample.Term`). The model needs no
+hooks, and every scheduler works.
 """
 
 from collections import defaultdict
@@ -18,24 +19,27 @@ from unbraid.core.lowrank import delta
 from unbraid.sampling.sample import Term, classifier_free
 
 Combine = Literal["sum", "switch", "composite", "k-lora"]
-ALPHA, BETA = 1.5, 0.5  # K-LoRA's, arXiv 2502.18461
+ALPHA, BETA = 1.5, 0.5  # α and β of K-LoRA, arXiv 2502.18461
 
 
 def composite(guidance: float, prompt: str, actives: Sequence[Active]) -> tuple[Term, ...]:
-    """LoRA Composite (arXiv 2402.16843): the mean of every LoRA's own guided prediction."""
+    """LoRA Composite (arXiv 2402.16843): each LoRA makes a guided prediction of its own, and their mean is used."""
     terms = [term for one in actives for term in classifier_free(guidance, prompt, (one,))]
     return tuple(replace(term, weight=term.weight / len(actives)) for term in terms)
 
 
 def switch(guidance: float, prompt: str, actives: Sequence[Active], times: Sequence[float]) -> tuple[Term, ...]:
-    """LoRA Switch (arXiv 2402.16843): one LoRA per step, in turn."""
+    """LoRA Switch (arXiv 2402.16843): one LoRA per step, in turn. `times`: see `scheduled`."""
     return scheduled(guidance, prompt, [(actives[i % len(actives)],) for i in range(len(times))], times)
 
 
 def k_lora(content: Mapping[str, Lora], style: Mapping[str, Lora], steps: int) -> dict[str, int]:
-    """K-LoRA's choice (arXiv 2502.18461): module → how many of the first steps it gives to the content; the rest are the
-    style's. With S the sum of the r_c·r_s largest |entries| of ΔW, and γ the ratio of all |entries| of the two LoRAs, step i
-    of n is the content's while S_c / γ > S_s (α i/n + β). A module of one LoRA only is always that one's."""
+    """K-LoRA's choice per module (arXiv 2502.18461): module → the number of first steps that use the content LoRA.
+
+    The remaining steps use the style LoRA. S is the sum of the r_c·r_s largest |entries| of a LoRA's ΔW in the module
+    (r_c, r_s: the two ranks). γ is the ratio of the sums of all |entries| in all common modules, content to style.
+    Step i of n uses the content LoRA while S_c / γ > S_s (α i/n + β). A module that only one LoRA has always uses it.
+    Raises UsageError if the LoRAs have no module in common."""
     sums: dict[str, tuple[float, float]] = {}
     totals = [0.0, 0.0]
     for name in content.keys() & style.keys():
@@ -61,7 +65,9 @@ def k_lora_terms(
     loras: Sequence[Mapping[str, Lora]],
     times: Sequence[float],
 ) -> tuple[dict[str, dict[str, Lora]], tuple[Term, ...]]:
-    """Two LoRAs, cut up by when each module changes hands, as adapters of their own; and the terms that use them."""
+    """Split two LoRAs into adapters by the step at which a module changes from content to style (`k_lora`).
+
+    Returns the adapters, name → module → factors, and the guidance terms that use them."""
     if len(loras) != 2:
         raise UsageError(f"{len(loras)} LoRAs", "k-lora", "Give two: a content LoRA, then a style LoRA.")
     parts: dict[str, dict[str, Lora]] = defaultdict(dict)
@@ -81,7 +87,9 @@ def k_lora_terms(
 def scheduled(
     guidance: float, prompt: str, steps: Sequence[tuple[Active, ...]], times: Sequence[float]
 ) -> tuple[Term, ...]:
-    """Guidance with other adapters at every step; `times` of the steps, from 1 to 0. Steps alike share their terms."""
+    """Classifier-free guidance with a choice of adapters per step.
+
+    `times`: the time of each step, from 1 (pure noise) to 0. Neighbouring steps with the same adapters share terms."""
     middles = [inf, *((a + b) / 2 for a, b in pairwise(times)), -inf]
     terms, first = [], 0
     for i, step in enumerate(steps):
@@ -93,7 +101,7 @@ def scheduled(
 
 
 def sampling_times(scheduler: object, steps: int) -> list[float]:
-    """When a sampler's steps are, from 1 (pure noise) to 0."""
+    """The times of a sampler's steps, from 1 (pure noise) to 0. Sets the scheduler to `steps` steps."""
     scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
     total = scheduler.config["num_train_timesteps"]  # type: ignore[attr-defined]
     return torch.as_tensor(scheduler.timesteps).float().div(total).tolist()  # type: ignore[attr-defined]

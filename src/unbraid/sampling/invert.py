@@ -1,5 +1,6 @@
-"""Editing a real picture: the noise that sampling would have made it from, found by DDIM inversion with a fixed point per
-step (arXiv 2010.02502; the iteration as in ReNoise, arXiv 2403.14602)."""
+"""Inversion, to edit a real picture: find the noise from which sampling draws that picture.
+
+This is DDIM inversion (arXiv 2010.02502), with a fixed-point iteration per step as in ReNoise (arXiv 2403.14602)."""
 
 import torch
 from diffusers import DDIMScheduler
@@ -11,15 +12,18 @@ from unbraid.bases.families.family import Prompt
 from unbraid.images.crop import Pixels
 from unbraid.sampling.sample import Guided, Term
 
-ITERATIONS = 3  # evaluations per step; each one divides the error by the step's own contraction
+ITERATIONS = 3  # evaluations of the model per step; each one shrinks the error by a factor that depends on the step
 
 
 @torch.no_grad()
 def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tensor:
-    """`[1, c, h, w]`: from it, DDIM with as many steps under `prompt`, without guidance, gives the picture back.
+    """The starting noise of a picture, a latent `[1, c, h, w]`.
 
-    One step of DDIM from t to s, with v the velocity, α² + σ² = 1: z_s = (α_s α_t + σ_s σ_t) z_t + (σ_s α_t − α_s σ_t) v(z_t). Solved
-    for z_t by putting its last estimate into v. No noise is added, none regularised."""
+    DDIM from this latent with the same `steps` and `prompt`, without guidance, gives the picture back.
+
+    A DDIM step from t to s is z_s = (α_s α_t + σ_s σ_t) z_t + (σ_s α_t − α_s σ_t) v(z_t), with the velocity v and
+    α² + σ² = 1. Inversion knows z_s and solves for z_t: each iteration evaluates v at the last estimate of z_t. No
+    noise is added, and none is regularised."""
     picture = base.encode_picture(pixels.values, pixels.sizes)
     scheduler: DDIMScheduler = DDIMScheduler.from_config(base.pipe.scheduler.config)  # type: ignore[assignment]
     scheduler.set_timesteps(steps)
@@ -29,7 +33,7 @@ def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tenso
     height, width = pixels.values.shape[1:]
     sizes = torch.tensor(
         [[height, width, 0, 0, height, width]], device=base.device
-    )  # as the pipelines say when they draw
+    )  # the values that the pipelines pass when they draw
     for t in reversed(scheduler.timesteps.tolist()):
         below = scheduler.alphas_cumprod[t - stride] if t >= stride else scheduler.final_alpha_cumprod
         (a_s, o_s), (a_t, o_t) = _signal_noise(below), _signal_noise(scheduler.alphas_cumprod[t])
@@ -43,7 +47,7 @@ def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tenso
 
 
 def reconstruct(base: Base, pixels: Pixels) -> Image.Image:
-    """What the autoencoder alone makes of a picture: the best that any editing can give back."""
+    """Encode and decode a picture with the autoencoder alone. No editing can give the picture back better than this."""
     with torch.no_grad():
         mean = base.encode_picture(pixels.values, pixels.sizes).mean[None]
         scale, shift = base.vae.config["scaling_factor"], base.vae.config.get("shift_factor") or 0.0

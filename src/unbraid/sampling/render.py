@@ -22,14 +22,16 @@ from unbraid.sampling.invert import invert
 from unbraid.sampling.sample import NEGATIVE, Style, Term, generate, style_guidance
 from unbraid.sampling.samplers import with_sampler
 
-Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file, for errors, and its modules
-OWN = "own"  # as a Use.prompt: the prompt that the file was trained with
+Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file (for error messages), and its modules
+OWN = "own"  # a value of Use.prompt: stands for the prompt that the file was trained with
 
 
 @dataclass(frozen=True)
 class Use:
-    """One LoRA file at a strength. `prompt`: what it reads in cross-attention keys and values instead of the main
-    prompt (UnZipLoRA's joint inference); `own` is the prompt recorded in the file."""
+    """One LoRA file and its strength.
+
+    `prompt`: the text that this LoRA gets in the keys and values of cross-attention, in place of the main prompt
+    (UnZipLoRA's joint inference). `own` stands for the prompt that is recorded in the file."""
 
     file: Path
     scale: float = 1.0
@@ -38,7 +40,7 @@ class Use:
 
 @dataclass(frozen=True)
 class _Cast:
-    """The LoRAs of a drawing: role → the use and the opened file; and every prompt by role."""
+    """The LoRAs and styles of a drawing, role → its use and its opened file; and all prompts, role → text."""
 
     loras: Mapping[str, tuple[Use, LoraFile]]
     styles: Mapping[str, tuple[Use, LoraFile]]
@@ -64,13 +66,16 @@ def render(
     control: Control | None = None,
     edit: Path | None = None,
 ) -> list[Image.Image]:
-    """One picture per seed with classifier-free guidance; the base is left as it was.
+    """One picture per seed, drawn with classifier-free guidance. The base is left unchanged.
 
-    `styles` guide beside it (style guidance, arXiv 2405.01536): a `scale` of 1 is w_L = `guidance`, which gives the style as it was
-    trained; their `prompt` is the style's words, by default those that their files record. They count from the time `style_from`,
-    1 (pure noise) to 0. `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `sampler`: one of `unbraid.sampling.samplers`, or the base's own. `start`, `control`:
-    what to draw on, see `unbraid.sampling.canvas`. `edit`: a picture, which `prompt` describes, to apply the styles to, instead of drawing one: it is inverted, and
-    styles guide away from it; at strength 0 it comes back."""
+    `uses`: the LoRAs in the model. `combine`: how several of them work together, see `unbraid.sampling.combine`.
+    `styles`: LoRAs for style guidance (arXiv 2405.01536). A `scale` of 1 means w_L = `guidance`, which gives the style
+    as trained. Their `prompt` is the name of the style, by default the one recorded in the file. They count from the
+    time `style_from`, 1 (pure noise) to 0.
+    `sampler`: a name in `unbraid.sampling.samplers`; empty: the base's own.
+    `start`, `control`: a start picture and a ControlNet, see `unbraid.sampling.canvas`.
+    `edit`: a picture to apply the styles to, instead of drawing a new one. `prompt` describes it. It is inverted to
+    noise, and style guidance moves the drawing away from it: at strength 0 the same picture comes back."""
     if styles and combine != "sum":
         raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
     if not 0 <= style_from <= 1:
@@ -121,7 +126,7 @@ def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
 def _together(
     base: Base, cast: _Cast, combine: Combine, guidance: float, styles: Sequence[Style], unguided: str, steps: int
 ) -> tuple[tuple[Term, ...], Loras]:
-    """The formula for the LoRAs that are no styles, and those LoRAs; K-LoRA cuts them into parts."""
+    """The guidance terms, and the LoRAs to attach apart from the style LoRAs. K-LoRA splits its two into parts."""
     active = [
         Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
     ]
@@ -138,7 +143,7 @@ def _together(
 
 
 def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
-    """The noise that gives a picture back, on the sampler that does so."""
+    """A canvas that starts from the inverted noise of a picture, with DDIM, the sampler that undoes the inversion."""
     pixels = fit(open_image(file), base.size**2, base.step, file)
     height, width = pixels.values.shape[1:]
     pipe = with_sampler(base, "ddim").pipe
@@ -146,12 +151,12 @@ def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
 
 
 def attach(base: Base, loras: Loras) -> Adapters | None:
-    """Put LoRAs on the base's denoiser, each under its name; None if there are none."""
+    """Attach LoRAs to the base's denoiser, by name. None if there are none. UsageError if one does not fit."""
     return attach_to(base.denoiser, base.family.network, loras, base.name)
 
 
 def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) -> Adapters | None:
-    """The same for a denoiser of the base of that name."""
+    """`attach` for a denoiser without its base. `base`: the name of the base, for error messages."""
     prefix = f"{network.part}."
     for path, modules in loras.values():
         outside = [name for name in modules if not name.startswith(prefix)]
@@ -186,7 +191,7 @@ def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) ->
 
 
 def own_prompt(path: Path, file: LoraFile) -> str:
-    """The prompt that a LoRA was trained with, as its file records it."""
+    """The prompt that a LoRA was trained with, from its metadata. UsageError if none is recorded."""
     for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
         if file.metadata.get(key):
             return file.metadata[key]
@@ -194,7 +199,7 @@ def own_prompt(path: Path, file: LoraFile) -> str:
 
 
 def style_words(path: Path, file: LoraFile) -> str:
-    """What a style LoRA calls its style."""
+    """The name of a style LoRA's style, from its metadata. UsageError if none is recorded."""
     if file.metadata.get("unbraid.style"):
         return file.metadata["unbraid.style"]
     raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")

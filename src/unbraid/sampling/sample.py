@@ -1,6 +1,6 @@
-"""Sampling: a guidance formula is a weighted sum of passes, on diffusers' own pipelines.
+"""Sampling with diffusers' own pipelines, where a guidance formula is a weighted sum of passes of the denoiser.
 
-`Guided` takes the place of a pipeline's denoiser. The pipeline runs at guidance 1, and `Guided` returns Σ weight · prediction
+`Guided` replaces a pipeline's denoiser. The pipeline runs at guidance 1, and `Guided` returns Σ weight · prediction
 over its terms, with all passes in one batch. So every scheduler and every pipeline works with every formula.
 """
 
@@ -30,8 +30,9 @@ NEGATIVE = "negative"  # the role of the negative prompt
 
 @dataclass(frozen=True)
 class Term:
-    """One pass of a guidance formula: its weight, prompt role and adapters, and when it counts. Times run from
-    1 (pure noise) to 0."""
+    """One pass of a guidance formula: its weight, its prompt's role and its adapters.
+
+    It counts at times from `t_max` down to `t_min`, both included. Times run from 1 (pure noise) to 0."""
 
     weight: float
     prompt: str
@@ -42,8 +43,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Style:
-    """One style in style guidance: its adapter, the role of its prompt, its w_L, and the time from which it counts (1: all
-    steps; 0.8: as published)."""
+    """One style in style guidance: its adapter, the role of its prompt, and its weight w_L (`scale`).
+
+    `start`: the time from which on it counts (1: at all steps; 0.8: as published)."""
 
     active: Active
     prompt: str
@@ -54,9 +56,11 @@ class Style:
 def style_guidance(
     scale: float, prompt: str, styles: Sequence[Style], active: tuple[Active, ...] = (), negative: str = NEGATIVE
 ) -> tuple[Term, ...]:
-    """e_u + w (e_c - e_u) + Σ w_i (e_i - e_c) (arXiv 2405.01536, Eq. 10 and 11), as (1 - w) e_u + (w - Σ w_i) e_c + Σ w_i e_i: where
-    w = Σ w_i, e_c is not asked for. `active` adapters are part of all three; those with their own prompt read the negative one
-    in e_u."""
+    """Style guidance (arXiv 2405.01536, Eq. 10 and 11): e_u + w (e_c - e_u) + Σ w_i (e_i - e_c).
+
+    It is computed as (1 - w) e_u + (w - Σ w_i) e_c + Σ w_i e_i, so e_c needs no pass where w = Σ w_i. e_u, e_c and e_i
+    are the predictions under `negative`, `prompt` and each style's own prompt. The `active` adapters are on in all
+    three; those with their own prompt get the negative prompt in e_u instead."""
     blank = tuple(replace(one, prompt=negative) if one.prompt else one for one in active)
     edges = sorted({1.0, *(style.start for style in styles if style.start > 0)}, reverse=True)
     out: list[Term] = []
@@ -71,7 +75,7 @@ def style_guidance(
 
 
 def classifier_free(scale: float, prompt: str, active: tuple[Active, ...] = ()) -> tuple[Term, ...]:
-    """e_u + w (e_c - e_u) (arXiv 2207.12598); adapters with their own prompt read the negative one in e_u."""
+    """e_u + w (e_c - e_u) (arXiv 2207.12598). Adapters with their own prompt get the negative prompt in e_u."""
     return style_guidance(scale, prompt, (), active)
 
 
@@ -90,8 +94,10 @@ class Guided(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **given: Any
     ) -> tuple[Tensor]:
-        """sample [b, c, h, w] → ([b, c, h, w],). The pipeline's own prompt embeddings are not looked at; residuals are those of a
-        ControlNet that went through `ask_control`."""
+        """`sample` [b, c, h, w] → ([b, c, h, w],), the form that pipelines expect.
+
+        The pipeline's own prompt embeddings are ignored. `given` may hold residuals of a ControlNet that ran with the
+        pre-hook `ask_control`: these have one row per term and picture."""
         terms = self.counting(timestep)
         residuals = self._residuals(given)
         t = torch.as_tensor(timestep, device=sample.device)
@@ -111,7 +117,7 @@ class Guided(nn.Module):
         sizes: Tensor,
         *more: Tensor,
     ) -> Tensor:
-        """Σ weight · prediction, `[b, c, h, w]`; `more`: the tensors of `residuals`, one after the other."""
+        """Σ weight · prediction, `[b, c, h, w]`. `more`: the tensors of `residuals`, as `_flat` lists them."""
         b, k = len(sample), len(terms)
         rows = [term for term in terms for _ in range(b)]
         roles = {role: prompt.embeds for role, prompt in self.prompts.items()}
@@ -126,15 +132,16 @@ class Guided(nn.Module):
         return {name: given[name] for name in self.base.family.network.residuals if given.get(name) is not None}
 
     def counting(self, timestep: Tensor) -> list[Term]:
-        """The terms that count at a time."""
+        """The terms that count at a timestep."""
         time = self.base.process.time(timestep)
         return [term for term in self.terms if term.weight and term.t_min <= time <= term.t_max]
 
     def ask_control(
         self, control: nn.Module, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A forward pre-hook for a pipeline's ControlNet: every term asks it under its own prompt, as the stock pipelines do for the
-        two of plain guidance."""
+        """A forward pre-hook for a pipeline's ControlNet, so that it runs for every term, under that term's prompt.
+
+        The stock pipelines do the same for the two passes of plain guidance."""
         (sample, timestep), terms = args, self.counting(args[1])
         k, prompts = len(terms), [self.prompts[term.prompt] for term in terms for _ in range(len(sample))]
         told = self.base.conditions(prompts, self._sizes(sample, k, given))
@@ -142,18 +149,18 @@ class Guided(nn.Module):
         return (sample.repeat(k, 1, 1, 1), timestep), given
 
     def _sizes(self, sample: Tensor, k: int, given: Mapping[str, Any]) -> Tensor:
-        """`[k b, 6]`: SDXL's size numbers, as the pipeline gives them for each of b pictures."""
+        """SDXL's size numbers `[k b, 6]`: those that the pipeline gives for each of b pictures, repeated k times."""
         sizes = self.base.family.network.picture_sizes(given)
         return sample.new_zeros(k * len(sample), 6) if sizes is None else sizes[: len(sample)].repeat(k, 1)
 
 
 def _flat(residuals: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of residuals, each of which is a tensor or several."""
+    """All tensors of the residuals in one list. Each residual is one tensor or several."""
     return [one for some in residuals.values() for one in ((some,) if isinstance(some, Tensor) else some)]
 
 
 def _like(residuals: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Undo `_flat`."""
+    """The inverse of `_flat`: `tensors` in the structure of `residuals`."""
     rest = iter(tensors)
     return {k: next(rest) if isinstance(v, Tensor) else tuple(next(rest) for _ in v) for k, v in residuals.items()}
 
@@ -169,20 +176,20 @@ def generate(
     steps: int = 25,
     canvas: Canvas | None = None,
 ) -> list[Image.Image]:
-    """One image per seed. A seed gives the same image whatever it is batched with."""
+    """One image per seed. A seed gives the same image, whatever other seeds are in the batch."""
     canvas = canvas or Canvas(base.pipe, {"height": base.size, "width": base.size})
     channels_last(base.denoiser, False)
     pipe, guided = copy.copy(canvas.pipe), Guided(base, terms, prompts, adapters)
     setattr(pipe, base.family.network.part, guided)
     if "mask_image" in canvas.given and base.denoiser.config["in_channels"] == base.vae.config["latent_channels"]:
-        guided.config = FrozenDict({**guided.config, "in_channels": 4})  # to the pipelines: no channels for a mask
+        guided.config = FrozenDict({**guided.config, "in_channels": 4})  # so that the pipelines add no mask channels
     first, n = prompts[terms[-1].prompt], len(seeds)
     given: dict[str, Any] = {"prompt_embeds": first.embeds.expand(n, -1, -1)}
     if first.pooled is not None:
         given["pooled_prompt_embeds"] = first.pooled.expand(n, -1)
     control = getattr(pipe, "controlnet", None)
     hook = control.register_forward_pre_hook(guided.ask_control, with_kwargs=True) if control else None
-    home = base.vae.device  # while training it is not on the accelerator
+    home = base.vae.device  # during training the VAE is not on the accelerator
     base.vae.to(base.device)  # type: ignore[arg-type]
     try:
         with uncompiled(base.denoiser):

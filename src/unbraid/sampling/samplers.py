@@ -1,4 +1,4 @@
-"""diffusers' samplers by the names that users know."""
+"""diffusers' samplers, under the short names that users know."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ SAMPLERS: dict[str, Any] = {
 
 
 def with_sampler(base: Base, name: str) -> Base:
-    """The same base, drawing with another sampler; its noise levels and spacing are the base's own."""
+    """The same base with another sampler, which keeps the base's noise levels and spacing. UsageError: unknown name."""
     if name not in SAMPLERS:
         near = get_close_matches(name, SAMPLERS, 1) or ["euler"]
         fix = f"Did you mean {near[0]}? There are: {', '.join(SAMPLERS)}."

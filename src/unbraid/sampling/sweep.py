@@ -1,4 +1,4 @@
-"""One picture over strengths: what a LoRA, a style's guidance, or guidance itself does as it grows."""
+"""A sheet of one picture at several strengths of a LoRA, of style guidance, or of guidance itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,19 @@ from unbraid.common.errors import UsageError
 from unbraid.images.sheets import contact_sheet
 from unbraid.sampling.render import Use, render
 
-MOST = 25  # values; more do not fit on a sheet
+MOST = 25  # the largest number of values; more do not fit on a sheet
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is varied, and its values."""
+    """The quantity to vary, and its values."""
 
     what: Literal["lora", "style", "guidance"]
     values: tuple[float, ...]
 
 
 def parse_sweep(text: str) -> Sweep:
-    """`style=0:1.5:7`: from 0 to 1.5 in seven steps."""
+    """`style=0:1.5:7`: seven values from 0 to 1.5, both included. Raises UsageError for anything else."""
     fix = "For example style=0:1.5:7, lora=-1:1:5 or guidance=1:8:8: from, to, how many."
     what, _, numbers = text.partition("=")
     try:
@@ -41,7 +41,7 @@ def parse_sweep(text: str) -> Sweep:
 def sweep_sheet(
     base: Base, prompt: str, over: Sweep, uses: Sequence[Use], styles: Sequence[Use], seeds: Sequence[int], **given: Any
 ) -> Image.Image:
-    """A row per seed, a column per value. A LoRA's or style's own strength multiplies the value."""
+    """A row per seed, a column per value. The value multiplies the strength given with each LoRA or style."""
     if over.what != "guidance" and not (uses if over.what == "lora" else styles):
         option = "--lora" if over.what == "lora" else "--style-guidance"
         raise UsageError("there is nothing to vary", f"--sweep {over.what}", f"Give {option} FILE.")
