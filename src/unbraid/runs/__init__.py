@@ -1,1 +1,1 @@
-"""A run: a job, trained into a folder that can be resumed; many runs at once; and the verbs as Python functions."""
+"""Training runs: one job, trained into a folder and resumable; many runs at once; the verbs as Python functions."""

@@ -150,9 +150,11 @@ def job(
     metadata: bool = True,
     **settings: Any,
 ) -> Job:
-    """A run from plain values, for the verbs: images by role, or a list of them. `settings` are those of the method (`unbraid explain
-    METHOD`); `vae`, `prediction`, `vram`, `compile`, `graphs`, `device` those of `presets.Loading`; `thumbnail`, `metadata`: whether the LoRAs hold a
-    small picture, and what they were trained with."""
+    """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
+
+    `settings` are those of the method (`unbraid explain METHOD`). `vae`, `prediction`, `vram`, `compile`, `graphs` and
+    `device` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
+    whether they record what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
@@ -195,7 +197,7 @@ def generate(
 
 
 def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
-    """The steps and files of a job as they come."""
+    """Run a job; yields its steps and files as they come."""
     return run(todo, resume=resume)
 
 
@@ -208,7 +210,7 @@ def finish(todo: Job) -> Path:
 
 
 def finished(make_job: Callable[P, Job]) -> Callable[P, Path]:
-    """The same verb, run to its end: it returns the run folder."""
+    """Turn a function that makes a job into one that also runs it to its end, and returns the run folder."""
 
     def verb(*given: P.args, **options: P.kwargs) -> Path:
         return finish(make_job(*given, **options))

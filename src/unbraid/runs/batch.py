@@ -1,4 +1,4 @@
-"""Several runs in one process: each in its own folder, as if alone, and their passes through a common base together."""
+"""Several runs in one process. Each has its own folder, as if run alone; passes through a common base are batched."""
 
 import copy
 import warnings
@@ -26,8 +26,10 @@ FAULTS = (OSError, ValueError, ArithmeticError, LookupError, TypeError, Attribut
 def batch(
     jobs: Sequence[Job], *, at_once: int | None = None, resume: bool = False, device: str | None = None
 ) -> list[Path]:
-    """Train independent jobs into their folders; returns these. `at_once`: how many at a time, by default as many as there is
-    memory for, up to 8. A run that fails leaves the others alone; at the end UsageError says which did."""
+    """Train independent jobs into their folders, and return the folders.
+
+    `at_once`: how many runs train at a time; by default as many as there is memory for, up to 8. If a run fails, the
+    others still go on. At the end UsageError gives the number of failed runs and the first error."""
     failed = list[UsageError]()
     for which, event in run_many(jobs, at_once, resume, device):
         if isinstance(event, UsageError):
@@ -42,8 +44,9 @@ def batch(
 def run_many(
     jobs: Sequence[Job], at_once: int | None = None, resume: bool = False, device: str | None = None
 ) -> Generator[tuple[int, Progress | UsageError]]:
-    """`run` of several jobs: (which, what happens), and the error of one that fails. With `resume` those that are done are left
-    alone, and those that were not begun begin."""
+    """Train several jobs as `run` does. Yields the index of a job with its progress, or with its error if it failed.
+
+    With `resume`, finished runs are left as they are, and runs that have not begun start from the beginning."""
     distinct(jobs)
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
@@ -53,7 +56,7 @@ def run_many(
         return load(name, device, loading)
 
     def find(job: Job) -> Base:
-        """The common base, of which a run can release its text encoders while others still need them."""
+        """A copy of the shared base, so that one run can release its text encoders while others still need theirs."""
         base = copy.copy(opened(job.base, job.loading))
         base.pipe = copy.copy(base.pipe)
         return base
@@ -62,7 +65,7 @@ def run_many(
 
 
 def distinct(jobs: Sequence[Job]) -> None:
-    """UsageError for two jobs with one folder."""
+    """Raise UsageError if two jobs have the same folder."""
     seen: dict[Path, int] = {}
     for i, job in enumerate(jobs):
         if (other := seen.setdefault(job.out.resolve(), i)) != i:
@@ -90,7 +93,7 @@ def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoro
 
 
 class _Record(BaseModel):
-    """What a run.toml must hold."""
+    """The keys and types of a run.toml, and the defaults of those that may be missing."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     method: str
@@ -112,7 +115,7 @@ class _Record(BaseModel):
 
 
 def recorded(file: Path) -> Job:
-    """The job of a run.toml, in that file's folder. UsageError if it is no such file."""
+    """The job that a run.toml records; it trains into the folder of that file. UsageError if `file` is no run.toml."""
     fix = "Give the run.toml of a run's folder."
     try:
         table = _Record(**read_toml(file, fix))

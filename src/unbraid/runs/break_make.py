@@ -1,4 +1,4 @@
-"""Break-for-Make's verbs: content and style modules, learned apart, and put together at will (`unbraid.methods.b4m`)."""
+"""Break-for-Make's verbs: learn content and style modules separately, then join any two (`unbraid.methods.b4m`)."""
 
 import json
 import re
@@ -130,12 +130,12 @@ def make(
 
 
 def _folder(content: Module, style: Module) -> Path:
-    """Where a made LoRA goes by default."""
+    """The default folder for the LoRA that is made of two modules."""
     return Path("runs") / f"{content.path.parent.name}-{style.path.parent.name}"
 
 
 def join(content: str | Path, style: str | Path, out: Path) -> Path:
-    """Two modules as one LoRA file, at once: content's down with style's up."""
+    """Join two modules to one LoRA file without training: down factors of the content, up factors of the style."""
     pair = matching(content, style)
     cut = Cut(**pair[0].cut)
     first, second = (module.loras for module in pair)
@@ -156,7 +156,7 @@ def join(content: str | Path, style: str | Path, out: Path) -> Path:
 
 
 def matching(content: str | Path, style: str | Path) -> tuple[Module, Module]:
-    """A content and a style module that were broken alike."""
+    """Open a content and a style module. UsageError unless they fit: the same base, and the same settings in `CUT`."""
     first, second = opened(content), opened(style)
     if first.path.resolve() == second.path.resolve():
         raise UsageError("the same module twice", first.path, "Give a content module, then a style module.")
@@ -176,13 +176,13 @@ def matching(content: str | Path, style: str | Path) -> tuple[Module, Module]:
 
 
 def together(content: Module, style: Module) -> str:
-    """The joint prompt: of `a sks fox` and `a cat in ink style`, `a sks fox in ink style`."""
+    """The joint prompt: `a sks fox` and `a cat in ink style` give `a sks fox in ink style`."""
     found = re.search(r"in [^,]+ style\b", style.prompt)
     return f"{content.prompt} {found[0]}" if found else f"{content.prompt}, {style.prompt}"
 
 
 def opened(path: str | Path) -> Module:
-    """Read a file of `break`."""
+    """Read a module file that `break` wrote, or the one in a run folder. UsageError if it is none."""
     path = Path(path) / "module.safetensors" if Path(path).is_dir() else Path(path)
     file = read(path)
     settings = json.loads(file.metadata.get("unbraid.settings", "{}"))
@@ -197,7 +197,9 @@ def opened(path: str | Path) -> Module:
 def matrix(
     contents: Sequence[str | Path], styles: Sequence[str | Path], out: Path, *, base: str = "icons", seed: int = 0
 ) -> Iterator[Path]:
-    """Every content with every style, N × M files from N + M trainings, and a sheet of what they draw; yields the files."""
+    """Join every content with every style: N × M files from N + M trainings, and a sheet of what they draw.
+
+    Yields the files."""
     rows, model = [], load(base)
     for content in contents:
         row: list[tuple[str, Image.Image]] = []

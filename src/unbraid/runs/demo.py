@@ -1,4 +1,4 @@
-"""The demo: a picture that the embedded base has never seen, split, and used in every way."""
+"""The demo: split a picture that the embedded base was not trained on, and draw with the two LoRAs in every way."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ def job(out: Path) -> Job:
 
 
 def sheet(out: Path) -> Path:
-    """Draw with the two LoRAs in `out`: the subject in other styles, other subjects in its style, and both."""
+    """Draw a sheet with the two LoRAs in `out`: the subject in other styles, other subjects in its style, and both."""
     base, content, style = load("icons"), out / "content.safetensors", out / "style.safetensors"
 
     def draw(prompt: str, *uses: Use) -> tuple[str, Image.Image]:

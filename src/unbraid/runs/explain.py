@@ -1,4 +1,4 @@
-"""What a method does, as text: its branches are data, so they can be printed."""
+"""A description of a method as text. It is printed from the method's own branches, which are plain data."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from unbraid.runs.settings import resolve, schema
 
 
 def explain(method: str, base: str = "icons") -> str:
-    """Paper, steps, prompts, files and settings of a method, as they are on a base."""
+    """Paper, steps, prompts, output files and settings of a method, with the settings' defaults on `base`."""
     settings = resolve(method, base, None, {})
     entry = METHODS[method]
     lines = [f"{method}: unbraid {entry.verb} ({entry.paper})", ""]
@@ -33,7 +33,7 @@ def _shared(recipe: Recipe) -> str:
 
 
 def _steps(recipe: Recipe) -> Iterator[str]:
-    """The branches wherever they change."""
+    """The branches of the first step, and of every later step where they change."""
     last = None
     for step in range(recipe.steps):
         branches = recipe.branches(step)

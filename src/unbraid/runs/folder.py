@@ -1,4 +1,4 @@
-"""The run folder: what is written there."""
+"""The run folder: its record, its events, its saved state, and the lock on it."""
 
 import hashlib
 import json
@@ -18,19 +18,21 @@ from torch import Tensor, uint8
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
 
-HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may change when a run goes on
+HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
 RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
-DIGEST = "sha256"  # of the saved state, in its header
+DIGEST = "sha256"  # the metadata key of the saved state that holds its checksum
 
 
 def write_record(out: Path, record: Mapping[str, Any]) -> None:
-    """run.toml: everything resolved, readable by people and by `--config`."""
+    """Write run.toml: all resolved values, readable by people and by `--config`."""
     with atomic(out / RECORD) as part:
         part.write_text(to_toml(record), "utf-8")
 
 
 def to_toml(record: Mapping[str, Any]) -> str:
-    """UsageError for text that is none: half of a surrogate pair, as in file names of another encoding."""
+    """A record as TOML. UsageError for strings that are not valid Unicode.
+
+    Those hold half of a surrogate pair; Python makes them of file names in another encoding."""
     try:
         text = tomli_w.dumps(record)
         text.encode()
@@ -42,7 +44,9 @@ def to_toml(record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One run at a time works in a folder; UsageError where another one does. What killed runs left half-written is removed."""
+    """Lock a folder for one run. UsageError if another run holds the lock.
+
+    Also deletes the partly written files of runs that were killed."""
     lock = FileLock(out / LOCK, thread_local=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -59,18 +63,20 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            (out / LOCK).unlink()  # filelock notices where another process has opened it already
+            (out / LOCK).unlink()  # safe: filelock notices if another process has opened the file already
         lock.release()
 
 
 def claim(out: Path, record: Mapping[str, Any], resume: bool) -> None:
-    """Make `out` this run's folder. A folder of another run is refused, unless it is being resumed."""
+    """Make `out` this run's folder by writing run.toml there. UsageError if `claimable` refuses it."""
     claimable(out, record, resume)
     write_record(out, record)
 
 
 def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
-    """UsageError if `claim` would refuse the folder."""
+    """Check, without writing, that a run may use a folder.
+
+    UsageError without `resume` if the folder holds a run; with it, if it holds none, or one with other settings."""
     there = out / RECORD
     try:
         begun, in_the_way = there.exists(), out.exists() and not out.is_dir()
@@ -91,7 +97,7 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first thing that two records differ in, in words: `style: 'ink' there, 'oil' here`."""
+    """The first difference of two records, as text: `style: 'ink' there, 'oil' here`. Empty if there is none."""
     for key in dict.fromkeys((*there, *here)):
         one, other = there.get(key), here.get(key)
         if one == other or key in HOW:
@@ -113,7 +119,7 @@ def save_state(out: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_state(out: Path) -> dict[str, Tensor] | None:
-    """The last saved state; None if the run was killed before the first one. UsageError if it is not as it was saved."""
+    """The last saved state; None if the run was killed before the first save. UsageError if the file is damaged."""
     path = out / STATE
     if not path.exists():
         return None
@@ -139,7 +145,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Events:
-    """events.jsonl: one line per training step. Lines after the resumed step are dropped."""
+    """events.jsonl: one line per training step. Lines from `step` on are dropped: a resumed run repeats them."""
 
     def __init__(self, out: Path, step: int) -> None:
         self.path = out / EVENTS
@@ -149,11 +155,11 @@ class Events:
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, **event: Any) -> None:
-        """Values can be tensors: they are read when the file is written, so that an accelerator is not waited for."""
+        """Keep an event until `flush`. Values may be tensors: `flush` reads them, so no step waits for an accelerator."""
         self.waiting.append(event)
 
     def flush(self) -> None:
-        """Append what was added since the last flush: whole lines, or none of them. Raises UsageError on a full disk."""
+        """Append the events since the last flush: all lines or none. UsageError if that fails, as on a full disk."""
         data = "".join(json.dumps(one, default=Tensor.tolist) + "\n" for one in self.waiting).encode()
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -171,7 +177,7 @@ class Events:
 
 
 def read_events(out: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl that tell of a step; damaged ones are passed over."""
+    """The events of training steps in events.jsonl. Damaged lines are skipped."""
     path = out / EVENTS
     if not path.exists():
         return []

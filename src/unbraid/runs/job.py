@@ -1,4 +1,4 @@
-"""What a run is asked to do, and what it says of itself: run.toml and the metadata of its LoRAs."""
+"""The job of a run, and the records that a run writes: run.toml and the metadata of its LoRAs."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ RARE = "sks"
 
 @dataclass(frozen=True)
 class Job:
-    """What to do, fully resolved: everything that run.toml says."""
+    """A training job with all values resolved, as run.toml records it."""
 
     method: str
     images: Mapping[str, tuple[Path, ...]]  # role → files
@@ -37,17 +37,18 @@ class Job:
     seed: int = 0
     previews: int = 3  # preview sheets during training; 0: no pictures at all
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
-    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, where it has any
+    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, if it has any
     loading: Loading = AS_IT_IS
-    thumbnail: bool = True  # in the LoRAs, of the first picture
-    metadata: bool = True  # in the LoRAs, of the training: prompts, settings, base
-    told: tuple[str, ...] = field(default=(), compare=False)  # what is to be said before it begins
+    thumbnail: bool = True  # whether the LoRAs hold a small copy of the first picture
+    metadata: bool = True  # whether the LoRAs record prompts, settings and base
+    told: tuple[str, ...] = field(default=(), compare=False)  # notes to show before the run begins
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One thing that happened: a training step, a file that is there now, or something to be told; `undone`: that a picture for
-    people could not be made, while the training goes on or is done."""
+    """One event of a run: a training step, a file that was written, or a warning.
+
+    `done` of `total` steps are trained. `undone`: a preview, plot or sheet could not be made; training goes on."""
 
     done: int
     total: int
@@ -58,7 +59,7 @@ class Progress:
 
 
 def prompts_of(job: Job) -> dict[str, str]:
-    """Role → prompt, from the method's templates."""
+    """Role → prompt, from the method's templates and the job's words. UsageError for an empty word."""
     words = {"rare": RARE, **job.words}
     for name, value in words.items():
         if not value.strip():
@@ -73,7 +74,7 @@ def _fields(template: str) -> list[str]:
 
 
 def check(job: Job, resume: bool) -> None:
-    """UsageError for what can be known to be wrong before anything is loaded: words, pictures, the folder."""
+    """Check words, pictures and the folder before a model is loaded. UsageError for the first that is wrong."""
     texts = prompts_of(job)
     opened = opened_images(job)
     for role, images in opened.items():
@@ -88,14 +89,14 @@ def opened_images(job: Job) -> dict[str, list[Image.Image]]:
 
 
 def finished(job: Job) -> bool:
-    """Whether a run's folder has all its LoRAs, and nothing to go on from."""
+    """Whether a run is finished: its folder has all the LoRAs, and no saved state to resume from."""
     stems = METHODS[job.method].outputs(job.settings)
     there = all((job.out / f"{stem}.safetensors").exists() for stem in stems)
     return there and not (job.out / folder.STATE).exists()
 
 
 def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
-    """run.toml. Its method table can be given back as --config."""
+    """The content of run.toml. The file can be given as --config: its table of the method's name has the settings."""
     images = {role: [str(path) for path in paths] for role, paths in job.images.items()}
     hashes = {role: [sha256(path) for path in paths] for role, paths in job.images.items()}
     hashes |= {f"lora {role}": [sha256(path)] for role, path in job.loras.items()}
@@ -120,10 +121,10 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
 def metadata(
     job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, str], shown: Image.Image | None
 ) -> dict[str, str]:
-    """What the file says of itself, in the keys that other tools read (ss_*, ModelSpec) and our own."""
+    """The metadata of a LoRA file, in the keys that other tools read (ss_*, ModelSpec) and in our own (unbraid.*)."""
     if not job.metadata:
         return {}
-    base = Path(job.base).name if Path(job.base).exists() else job.base  # of what is on this machine, the name alone
+    base = Path(job.base).name if Path(job.base).exists() else job.base  # for a local path only its last part
     return {
         **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.thumbnail else None),
         "modelspec.date": datetime.now(UTC).date().isoformat(),

@@ -1,6 +1,7 @@
-"""How much memory a training run takes on its device, from the base's configuration alone: nothing is loaded, nothing computed.
+"""An estimate of the memory that a training run takes on its device, from the base's configuration alone.
 
-A step is gone through on torch's meta device, which has shapes and no values, and what autograd would keep is added up.
+No weights are loaded, and nothing is computed: one step runs on torch's meta device, where tensors have shapes but no
+values, and the sizes of all tensors that autograd would keep are added up.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,10 +36,10 @@ TOKENS = 77
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device at the height of a training step. Not in it: what the driver itself takes, and fragmentation."""
+    """Bytes on the device at the peak of a training step, without those of the driver and of fragmentation."""
 
-    weights: int  # of the denoiser; text encoders and VAE are gone by then
-    adapters: int  # with their gradients and moments
+    weights: int  # of the denoiser; text encoders and VAE are off the device by then
+    adapters: int  # with their gradients and the optimizer's moments
     activations: int  # kept for the backward pass
 
     @property
@@ -47,7 +48,7 @@ class Estimate:
 
 
 def memory_line(job: Job) -> str:
-    """What a run is going to take, for people; and the preset's advice on its rank."""
+    """The estimate as one line of text, with advice if the rank is high for the memory preset."""
     preset = job.loading.preset
     found = estimate(job)
     unit, name = (GIB, "GiB") if found.total > GIB else (2**20, "MiB")
@@ -61,9 +62,11 @@ def memory_line(job: Job) -> str:
 
 
 def estimate(job: Job, device: str | None = None) -> Estimate:
-    """On `device` (cuda, mps, cpu; none: the one that the run would take). UsageError for a base whose configuration cannot be read."""
+    """Estimate a run's memory on `device` (cuda, mps, cpu; None: the device that the run would use).
+
+    UsageError if the base's configuration cannot be read."""
     preset = job.loading.preset
-    where = torch.device(device or job.loading.device or pick_device())  # it need not be there
+    where = torch.device(device or job.loading.device or pick_device())  # this machine need not have the device
     dtype = torch.bfloat16 if preset.half or where.type == "cuda" else torch.float32
     family, config = denoiser_config(job.base)
     make = partial(_typed, family.network, config, dtype)
@@ -84,15 +87,18 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
 
 
 def _adapted(job: Job, recipe: Recipe, network: Network, make: Callable[[], Any]) -> tuple[Any, Adapters]:
-    """A denoiser with the adapters of a run. Of a method that looks at their values, which are not there, with as many of the same rank."""
+    """A denoiser with the adapters of a run, on the meta device.
+
+    Some methods read values when they prepare adapters, and fail there: on the meta device there are none. Then as many
+    plain adapters of the run's rank are attached instead."""
     files = {role: (path, read(path).modules) for role, path in job.loras.items()}
     with quiet(), torch.device("meta"):
         denoiser, rng = make(), torch.Generator("cpu")
         adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(denoiser, recipe.targets)
         try:
-            if recipe.steps:  # else what it prepares is its result, and nothing is trained
+            if recipe.steps:  # with no steps, preparing makes the result, and nothing is trained
                 recipe.prepare(adapters, rng)
-        except RuntimeError:  # torch's, on the meta device
+        except RuntimeError:  # raised by torch for reading values on the meta device
             denoiser = make()
             adapters = Adapters.attach(denoiser, recipe.targets)
             active = {one.adapter for branch in recipe.branches(0) for one in branch.active}
@@ -106,7 +112,9 @@ def _typed(network: Network, config: Mapping[str, Any], dtype: torch.dtype) -> A
 
 
 def _activations(denoiser: Any, network: Network, adapters: Adapters, recipe: Recipe, preset: Preset) -> int:
-    """Of the largest group of branches that share a forward pass, late in the run, when all take part."""
+    """Bytes kept for the backward pass of one forward pass, at the last step, when all branches take part.
+
+    The pass holds as many branches as the preset puts into one pass."""
     branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.in_turn else preset.at_once]
     if not recipe.steps or not branches:
         return 0
@@ -127,11 +135,13 @@ def _forward(denoiser: Any, network: Network, adapters: Adapters, branches: tupl
 
 
 class _Ledger:
-    """Bytes that autograd keeps: in each unit of checkpointing, outside them, and what goes into the units."""
+    """Counts the bytes that autograd keeps.
+
+    `inside`: per unit of gradient checkpointing; `outside`: outside the units; `inputs`: the input of each unit."""
 
     def __init__(self, ignored: set[int]) -> None:
         self.seen, self.outside, self.inside, self.inputs = ignored, 0, [], []
-        self.alive: list[Any] = []  # so that no storage's id is used twice
+        self.alive: list[Any] = []  # keeps the storages alive, so that Python reuses none of their ids
         self.within = False
 
     def keep(self, x: Tensor) -> Tensor:
@@ -167,7 +177,7 @@ class _Ledger:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What fused attention keeps: its inputs and its output, never the matrix of weights."""
+    """A stand-in for fused attention that keeps the same tensors: its inputs and output, not the attention matrix."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -181,7 +191,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Fused(TorchFunctionMode):
-    """Fused attention on the meta device, where torch itself would spell it out."""
+    """Use `_FusedAttention` on the meta device, where torch would compute attention step by step and keep more."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

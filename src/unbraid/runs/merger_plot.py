@@ -1,4 +1,4 @@
-"""The picture of a zipping: coefficients over steps, their distribution, and their means block by block."""
+"""A plot of the merger coefficients of a zip run: over steps, their distribution, and their mean per block."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,9 @@ COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e5ea2")
 
 
 def mergers_plot(events: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
-    """`events`: one per step, with `mean NAME` and `cos`. `found`: LoRA → module, as in a LoRA file → coefficients."""
+    """Write the plot to `path`, and return it.
+
+    `events`: one per step, with `mean NAME` and `cos`. `found`: LoRA → module name in its file → coefficients."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, 3.4), dpi=120, layout="constrained")
