@@ -155,7 +155,7 @@ class Events:
         self.waiting: list[dict[str, Any]] = []
 
     def add(self, **event: Any) -> None:
-        """Keep an event until `flush`. Values may be tensors: `flush` reads them, so no step waits for an accelerator."""
+        """Keep an event until `flush`. Values may be tensors: only `flush` waits for the accelerator to read them."""
         self.waiting.append(event)
 
     def flush(self) -> None:
