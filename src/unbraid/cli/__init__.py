@@ -1,1 +1,1 @@
-"""The command line: options and what is printed. What the verbs do stands elsewhere."""
+"""The command line: options and printed output. The work of the verbs is done in other packages."""

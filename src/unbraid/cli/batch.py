@@ -1,4 +1,4 @@
-"""`unbraid batch`: many runs in one process, from a file that says each as its command line would."""
+"""`unbraid batch`: many runs in one process, from a file with the command-line options of each run."""
 
 import difflib
 import inspect
@@ -18,7 +18,7 @@ from unbraid.cli.train import app as training_commands
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
-NOT_THERE = ("resume", "quiet")  # options of the batch, not of one of its runs
+NOT_THERE = ("resume", "quiet")  # options of the whole batch, not of a single run
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -57,8 +57,8 @@ def batch(
 
 
 def read(file: Path) -> list[Any]:
-    """The jobs of a batch file, or the job of a run.toml."""
-    from unbraid.common.atomic import read_toml  # torch, which the file tools do without
+    """The jobs of a batch file, or the one job of a run.toml. UsageError if the file is neither."""
+    from unbraid.common.atomic import read_toml  # imports torch, which the file tools do not need
     from unbraid.runs.batch import recorded
 
     table = read_toml(file, 'One table per run: [[run]], verb = "split", …')
@@ -73,7 +73,9 @@ def read(file: Path) -> list[Any]:
 
 
 def _job(given: Mapping[str, Any], own: Iterable[str], where: str) -> Any:
-    """A table → what the same command line would run. What is said once for all runs is left out where a verb has no such option."""
+    """The job of a run's table, the same as from its command line.
+
+    `own`: the keys of the run itself. Other keys, given once for all runs, are ignored by verbs without the option."""
     verb = _verbs().get(str(given.get("verb")))
     if verb is None:
         fix = f"There are: {', '.join(_verbs())}."
@@ -92,7 +94,7 @@ def _job(given: Mapping[str, Any], own: Iterable[str], where: str) -> Any:
 
 
 def _verbs() -> dict[str, Callable[..., Any]]:
-    """The verbs that train, as the command line has them."""
+    """The training verbs: name on the command line → function."""
     found = {
         one.name or one.callback.__name__: one.callback for one in training_commands.registered_commands if one.callback
     }
@@ -100,12 +102,14 @@ def _verbs() -> dict[str, Callable[..., Any]]:
 
 
 def _names(verb: Callable[..., Any]) -> dict[str, str]:
-    """Option, as in the file → parameter."""
+    """Option name in the file → parameter of the verb."""
     return {name.rstrip("_"): name for name in inspect.signature(verb).parameters if name not in NOT_THERE}
 
 
 def _checked(verb: Callable[..., Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values as the verb wants them: paths, numbers, one for a list of one, `set` as on the command line."""
+    """Convert the values to the types of the verb's parameters. UsageError for one that does not fit.
+
+    A single value stands for a list of one, too. The table `set` becomes NAME=VALUE pairs, as on the command line."""
     hints, parameters, values = get_type_hints(verb), inspect.signature(verb).parameters, dict(given)
     if isinstance(table := values.get("set_"), dict):
         values["set_"] = [f"{name}={json.dumps(value)}" for name, value in table.items()]
@@ -130,7 +134,9 @@ def _checked(verb: Callable[..., Any], given: Mapping[str, Any], where: str) -> 
 
 
 def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) -> tuple[int, bool]:
-    """Show what happens, and print the LoRAs; how many runs failed, and whether some picture could not be made."""
+    """Show the progress, and print the LoRA files.
+
+    Returns the number of failed runs, and whether some picture could not be made."""
     failed, undone, made = 0, False, list[Path]()
     with Progress(*COLUMNS, console=console, disable=quiet) as bar:
         whole = bar.add_task("runs", total=len(jobs), loss="")

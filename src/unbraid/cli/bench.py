@@ -79,7 +79,7 @@ def bench(
 def _field(
     work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], selection: tuple[Any, ...]
 ) -> None:
-    """The same rows on a user's own pictures, by the field's metrics."""
+    """Run the same rows on a user's own pictures, scored by the usual metrics (docs/field-metrics.md)."""
     from unbraid.bench.field.models import load_models
     from unbraid.bench.field.protocol import PROTOCOLS, Selection, protocol
     from unbraid.bench.field.report import write

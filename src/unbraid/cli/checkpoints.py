@@ -1,4 +1,4 @@
-"""The commands on whole checkpoints: bake, extract. Thin; torch is imported on use."""
+"""The commands on whole checkpoints: bake and extract. They only parse, call and print; torch is imported on use."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

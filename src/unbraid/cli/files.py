@@ -1,4 +1,6 @@
-"""The commands of the file layer: merge, convert, doctor, inspect, resize, edit. Thin; torch is imported on use."""
+"""The commands on LoRA files: merge, convert, doctor, inspect, resize, edit. They only parse, call and print.
+
+Torch is imported on use."""
 
 import re
 from collections import defaultdict
@@ -175,7 +177,7 @@ def inspect(
 
 
 def source_of(text: str) -> "Source":
-    """`FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:BLOCKS`; colons of a Windows path are the file's."""
+    """Parse `FILE`, `FILE:WEIGHT` or `FILE:WEIGHT:BLOCKS`. The colon of a Windows drive is part of the file name."""
     from unbraid.files.formats.block_weights import number
     from unbraid.files.tools import Source
 

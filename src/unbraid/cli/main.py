@@ -176,7 +176,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
 
 
 def _opened(name: str, loading: Any, *prompts: str) -> Any:
-    """The base; of long prompts it is said how they are read."""
+    """Load the base, and print a note if a prompt is long, about how it is encoded."""
     from unbraid.bases.base import load
     from unbraid.bases.long_prompts import remarks
 
@@ -218,7 +218,7 @@ def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[
 
 
 def _scaled(text: str) -> tuple[str, float]:
-    """NAME or NAME:SCALE; a colon may be part of a name."""
+    """Parse NAME or NAME:SCALE. The name may contain colons."""
     name, colon, scale = text.rpartition(":")
     try:
         return (name, float(scale)) if colon else (text, 1.0)
@@ -227,7 +227,8 @@ def _scaled(text: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    """Entry point. 0 done, 1 UsageError, 2 wrong command line, 3 done but for a picture, 130 interrupted (resumable)."""
+    """Entry point. Exit status: 0 done, 1 UsageError, 2 wrong command line, 3 done except for a picture, 130
+    interrupted (can be resumed)."""
     try:
         done = app(standalone_mode=False)
         if isinstance(done, Todo):
@@ -240,7 +241,7 @@ def main() -> None:
         print("unbraid: interrupted; the same command with --resume goes on", file=sys.stderr)
         code = 130
     except Exception as error:
-        if not hasattr(error, "exit_code"):  # click's own errors know how to show themselves
+        if not hasattr(error, "exit_code"):  # click's own errors have `exit_code` and `show`
             raise
         error.show()  # type: ignore[attr-defined]
         code = error.exit_code  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What the training verbs have in common on the command line: options, progress, what is printed."""
+"""The common part of the training verbs on the command line: options, progress, printed output."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 from unbraid.common.errors import UsageError
 
 console = Console(stderr=True)
-SHOWN = 10  # steps between looks at the loss on an accelerator, each of which waits for it
+SHOWN = 10  # show the loss every so many steps on an accelerator: reading it waits for the device
 
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
 BaseName = Annotated[
@@ -53,8 +53,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors a
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
 Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
 Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
-UNDONE = 3  # exit status: what was trained is there, some picture of it is not
-OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
+UNDONE = 3  # exit status: training is done, but some picture could not be made
+OTHERS = frozenset(  # arguments of the verbs that are not settings of a method
     (
         "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune out"
     ).split()
@@ -63,7 +63,7 @@ OTHERS = frozenset(  # arguments of the verbs that are no settings of a method
 
 @dataclass(frozen=True)
 class Todo:
-    """What a training verb returns: `main` runs it, `batch` puts it beside others."""
+    """What a training verb returns: a job to run. `main` runs it; `batch` runs it together with others."""
 
     job: Any
     resume: bool
@@ -109,8 +109,10 @@ class Verb(TyperCommand):
 
 
 def training(app: typer.Typer, verb: str, method: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a training verb of a function of its own arguments and `given`, the keyword arguments of all that it shares with the
-    other verbs. The function returns the job, or None if there is nothing to train. `method`: the default."""
+    """A decorator that makes a training verb of a function.
+
+    The function takes the verb's own arguments, and as `given` the keyword arguments that all training verbs share. It
+    returns the job, or None if there is nothing to train. `method`: the default method."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         own = {name: one for name, one in inspect.signature(function).parameters.items() if name != "given"}
@@ -133,8 +135,8 @@ def training(app: typer.Typer, verb: str, method: str) -> Callable[[Callable[...
 
 
 def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
-    """What the training verbs have in common, with the settings of the method from `--set`."""
-    from unbraid.runs.settings import parse_set  # it knows the methods, and they torch: the file tools do without
+    """Add the settings of the method from `--set` to the common options. UsageError if one has an option of its own."""
+    from unbraid.runs.settings import parse_set  # imports the methods, and so torch, which the file tools do not need
 
     settings = parse_set(pairs or [])
     for key in settings:
@@ -146,7 +148,7 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
 
 
 def run_job(job: Any, resume: bool, quiet: bool) -> int:
-    """Train, and show what happens; the exit status."""
+    """Train, and show the progress. Returns the exit status."""
     from unbraid.runs.job import check
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run

@@ -53,7 +53,7 @@ def _progress(text: str) -> None:
 
 
 def _log(failed: Sequence[Any], told: Mapping[str, str], path: Path) -> Path | None:
-    """The tracebacks into a file; to stderr where none can be written: they are what the command was run for."""
+    """Write the tracebacks to a file, and return it. If that fails, print them to stderr: users need them to report."""
     text = "\n".join(
         [*(f"{key}: {value}" for key, value in told.items()), *(f"\n{row.name}\n{row.trace}" for row in failed)]
     )

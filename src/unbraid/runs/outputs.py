@@ -1,4 +1,4 @@
-"""What a run leaves: its LoRA files, and pictures for people."""
+"""The results of a run: its LoRA files, and pictures to look at."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,18 +19,20 @@ from unbraid.runs.merger_plot import mergers_plot
 from unbraid.runs.prepare import GUIDANCE, Ready, source
 from unbraid.sampling.sample import classifier_free, generate
 
-SHOWN = 8  # inputs in a row of the sheet
+SHOWN = 8  # the most input pictures in a row of the sheet
 
 
 def preview(ready: Ready) -> Path:
-    """One picture per use, at the same seed every time."""
+    """Draw a preview sheet, one picture per use (see `_uses`), always at the same seed. Returns its file."""
     cells = [(name, images[0]) for name, images in _uses(ready, (0,), pace.PREVIEW_STEPS)]
     sheet = pictures.contact_sheet([(f"step {ready.state.step}", cells)])
     return pictures.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
 
 
 def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
-    """The base alone, each LoRA alone under its own prompt, and all together."""
+    """Draw with the base alone, with each LoRA alone under its own prompt, and with all together.
+
+    Yields (name of the use, a picture per seed)."""
     if (graphs := ready.run_data.graphs) and (ready.state.step == ready.recipe.steps or ready.base.short_of_memory()):
         graphs.clear()
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
@@ -52,7 +54,7 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
 
 
 def written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
-    """The LoRAs."""
+    """Write the LoRA files, and yield their paths."""
     job = ready.job
     shown = next((ready.images[role][0] for role in job.images), None)
     for stem, output in METHODS[job.method].outputs(job.settings).items():
@@ -73,7 +75,7 @@ def written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
 
 
 def drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], Path]]:
-    """What is drawn once the LoRAs are there, by name."""
+    """The pictures to make after the LoRAs are written: file name → function that makes it and returns its path."""
     job, out = ready.job, dict[str, Callable[[], Path]]()
     if events := folder.read_events(job.out):
         losses = [event["loss"] for event in events]
@@ -91,13 +93,13 @@ def drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], P
 
 
 def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
-    """An output's change as plain factors; of several adapters, their exact sum."""
+    """The modules of an output file as plain LoRA factors. Several adapters are merged to their exact sum."""
     parts = [adapters.folded(name, output.gates) for name in output.adapters]
     return parts[0] if len(parts) == 1 else {one.name: one.lora for one in merge(parts, [1.0] * len(parts))}
 
 
 def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
-    """The inputs, and every use at four seeds."""
+    """Draw the final sheet: the inputs, and every use at four seeds. Returns its file."""
     job = ready.job
     said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
     captioned = {role for role, files in job.images.items() if all(file in job.captions for file in files)}
@@ -116,7 +118,7 @@ def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
 
 
 def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:
-    """What stands under each picture: its own prompt, else its file, else which LoRA drew it."""
+    """The text under each picture: its own prompt, else its file name, else the name of the LoRA that drew it."""
     return [job.captions.get(path, path.name) for path in job.images.get(role, ())] or [
         f"drawn by {source(job, role).name}"
     ] * len(images)

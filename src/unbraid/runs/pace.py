@@ -1,4 +1,4 @@
-"""How often a run saves, and how many sampling steps its pictures take. The self-test and tests lower these for a while."""
+"""How often a run saves, and the sampling steps of its pictures. The self-test and tests lower these temporarily."""
 
-SAVE_EVERY = 20.0  # seconds of work that a kill may cost
+SAVE_EVERY = 20.0  # seconds between saves: about the most work that is lost if the run is killed
 PREVIEW_STEPS, SHEET_STEPS = 12, 25

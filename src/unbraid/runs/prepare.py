@@ -1,4 +1,4 @@
-"""Everything before the first step of a run: prompts and pictures are encoded, adapters are attached."""
+"""Prepare a run for its first step: encode prompts and pictures, and attach adapters."""
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,13 +27,13 @@ from unbraid.runs.job import Job
 from unbraid.sampling.render import attach
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
 
-GUIDANCE = 4.0  # of previews, sheets and pictures that are drawn for training
-DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures that a LoRA, or for its class the base, draws if none are given
+GUIDANCE = 4.0  # guidance scale for previews, sheets, and pictures that are drawn for training
+DRAWN, DRAWN_OF_CLASS = 4, 16  # pictures drawn if none are given: by a LoRA; by the base for a class
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A run that is ready to go."""
+    """A run that is ready for its first step."""
 
     job: Job
     base: Base
@@ -41,11 +41,11 @@ class Ready:
     adapters: Adapters
     recipe: Recipe
     state: State
-    images: Mapping[str, Sequence[Image.Image]]  # role → as opened, or as drawn by its LoRA
+    images: Mapping[str, Sequence[Image.Image]]  # role → pictures, as opened or as drawn for the role
 
 
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
-    """Encode, attach: everything before the first step."""
+    """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
     (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
     recipe = with_8bit_optimizer(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
@@ -71,23 +71,23 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
 def _drawn(
     job: Job, base: Base, adapters: Adapters, prompts: Mapping[str, Prompt], recipe: Recipe, given: Collection[str]
 ) -> dict[str, list[Image.Image]]:
-    """Pictures for the roles that come without any: drawn under the role's prompt by its LoRA, or by the base alone."""
+    """Draw pictures for roles without any, under the role's prompt: with the role's LoRA if there is one."""
     out = {}
     for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
         active, count = ((Active(role),), DRAWN) if role in job.loras else ((), DRAWN_OF_CLASS)
         terms = classifier_free(GUIDANCE, role, active)
-        seeds = range(job.seed, job.seed + count)  # one by one: sixteen at once do not fit beside a large base
+        seeds = range(job.seed, job.seed + count)  # one at a time: sixteen in one batch do not fit beside a large base
         out[role] = [generate(base, terms, prompts, adapters, seeds=(i,), steps=pace.SHEET_STEPS)[0] for i in seeds]
     return out
 
 
 def source(job: Job, role: str) -> Path:
-    """Who drew a role's pictures, for errors and captions."""
+    """The LoRA file that drew a role's pictures, or "the base". For errors and captions."""
     return job.loras.get(role, Path("the base"))
 
 
 def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
-    """The role and the text of each of a picture's own prompts."""
+    """A picture's own prompts, each as (the role that names it, its text)."""
     return [(f"caption {i} {picture}", text) for i, text in enumerate(job.captions.get(picture, "").splitlines())]
 
 
@@ -100,7 +100,9 @@ def _picture(base: Base, image: Image.Image, where: Path, job: Job) -> Picture:
 
 
 def opacity(where: Path, base: Base, picture: Picture) -> Tensor:
-    """How opaque a picture is at each place of its latent, `[1, h, w]`, 0 to 1. UsageError for one that is wholly transparent."""
+    """The opacity of a picture, from 0 to 1, at each position of its latent: `[1, h, w]`.
+
+    UsageError if the whole picture is transparent."""
     alpha = fit(open_alpha(where).convert("RGB"), base.size**2, base.step, where).values[:1] / 2 + 0.5
     _, height, width = picture.mean.shape
     found = adaptive_avg_pool2d(alpha, (height, width))

@@ -1,4 +1,4 @@
-"""One run: a method on images, into one folder with run.toml, events.jsonl, previews, pictures and the LoRA files."""
+"""One run: train a method on images, into a folder with run.toml, events.jsonl, previews, pictures and LoRA files."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,12 +29,14 @@ UNDONE = (
     ValueError,
     RuntimeError,
     MemoryError,
-)  # what drawing can fail with; torch's out of memory, too
+)  # errors that drawing can raise; torch.OutOfMemoryError is a RuntimeError
 
 
 def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterator[Progress]:
-    """Train `job` into its folder, yielding what happens. Killed at any moment, `resume=True` goes on from the last
-    saved state and ends with the same files, bit for bit on a CPU."""
+    """Train `job` into its folder, and yield its progress.
+
+    A run may be killed at any moment. With `resume=True` it continues from the last saved state, and ends with the same
+    files, on a CPU bit for bit."""
     try:
         at_once = job.loading.preset.at_once
         yield from run_one(script(job, resume, lambda job: load(job.base, device, job.loading)), at_once)
@@ -43,13 +45,15 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
 
 
 def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoroutine[Progress]:
-    """`run`, but for the passes of its steps: whoever runs it answers each `ForwardRequest`, with the run's adapters in the model. `find`: the
-    job's base, with nothing in its model; at the end it is so again."""
+    """`run` as a coroutine that leaves the forward passes of its steps to the caller.
+
+    The caller answers each `ForwardRequest`, with the run's adapters in the model. `find` gives the job's base, without
+    any adapters; at the end it has none again."""
     texts, opened = prompts_of(job), opened_images(job)
     said = record(job, texts)
     folder.claimable(job.out, said, resume)
     if resume and finished(job):
-        with folder.locked(job.out):  # what a kill has left there goes
+        with folder.locked(job.out):  # deletes the partly written files of a run that was killed
             pass
         yield Progress(1, 1, warning="this run is done already: nothing is trained")
         return
@@ -97,7 +101,7 @@ def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCo
 
 
 def _errand(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
-    """Make a picture for people. If that fails, it is said: nothing that is trained may be lost to it."""
+    """Make a picture to look at. A failure gives a warning, not an error, so that no training is lost because of it."""
     done, total = ready.state.step, ready.recipe.steps
     try:
         return Progress(done, total, file=make())
@@ -107,7 +111,7 @@ def _errand(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
 
 
 def remarks(job: Job) -> list[str]:
-    """What is to be said of the pictures."""
+    """Warnings about the pictures: a file that holds several is used for its first one only."""
     files = dict.fromkeys(path for paths in job.images.values() for path in paths)
     return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
 

@@ -1,4 +1,4 @@
-"""Settings: a method's keyword-only arguments are its schema; base, TOML file and command line fill it in layers."""
+"""Settings: a method's keyword-only arguments are the schema; base, TOML file and command line override defaults."""
 
 import difflib
 import inspect
@@ -20,10 +20,10 @@ from unbraid.methods.entry import Entry
 Settings = dict[str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 SEEDS, PREVIEWS = range(2**62), range(1001)
-MOST = 10_000_000  # of anything that is counted
+MOST = 10_000_000  # the upper limit of every setting that is a whole number
 LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1}
-SIGNED: frozenset[str] = frozenset()  # measured settings that may be negative
-RECORDED = frozenset(  # what a run.toml holds beside its method's table
+SIGNED: frozenset[str] = frozenset()  # settings of type float that may be negative
+RECORDED = frozenset(  # keys of a run.toml other than the table of its method
     "unbraid method base vae prediction vram compile graphs device seed previews thumbnail metadata words images sha256 loras captions prompts".split()
 )
 
@@ -35,12 +35,12 @@ def schema(entry: Entry) -> dict[str, inspect.Parameter]:
 
 
 def open_settings(entry: Entry) -> dict[str, inspect.Parameter]:
-    """The settings of a method that are given by hand: all but those that its verb sets."""
+    """The settings of a method that users can give: all except those that its verb sets."""
     return {name: p for name, p in schema(entry).items() if name not in entry.inputs.set_by_verb}
 
 
 def descriptions(entry: Entry) -> dict[str, str]:
-    """Setting → what it does, from the docstring of the method: `name: text.` or `name, other: text.`"""
+    """Setting → its description, from lines in the method's docstring: `name: text.` or `name, other: text.`"""
     known = "|".join(sorted(schema(entry), key=len, reverse=True))
     text = " ".join((inspect.getdoc(entry.make) or "").split())
     parts = re.split(rf"(?:^|(?<=[.!?)] ))((?:{known})(?:, (?:{known}))*): ", text)
@@ -51,7 +51,7 @@ def descriptions(entry: Entry) -> dict[str, str]:
 
 
 def about(entry: Entry, name: str) -> str:
-    """A setting in a sentence or two, with its default, and the embedded base's own where that differs."""
+    """A setting's description and default, and the default on the embedded base if that one differs."""
     text, default = descriptions(entry)[name], schema(entry)[name].default
     own = base_defaults("icons").get(entry.name, {}).get(name, default)
     usual = f"Default {default!r}" + (f"; on icons {own!r}." if own != default else ".")
@@ -77,7 +77,9 @@ def documented(verb: str) -> Callable[[F], F]:
 
 
 def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:
-    """All settings of a run: the method's defaults, the base's own (its unbraid.toml), the config file, `--set`."""
+    """All settings of a run. UsageError for unknown names and wrong values.
+
+    Later sources override earlier ones: the method's defaults, the base's unbraid.toml, the config file, `given`."""
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", "--method", _suggest(method, METHODS))
     known = schema(METHODS[method])
@@ -104,8 +106,9 @@ def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any
 
 
 def _configured(path: Path, method: str) -> Settings:
-    """A method's settings from a file: keys at its top, its own table, a run.toml. UsageError for what is neither a setting of
-    the method nor the table of another one."""
+    """A method's settings from a TOML file: top-level keys, and the table of the method's name. A run.toml works, too.
+
+    UsageError for a key that is neither a setting of the method nor the table of another method."""
     table, known = _read(path), schema(METHODS[method])
     recorded = table.keys() >= {"unbraid", "method"}
     own: Any = table.get(method, {})
@@ -125,18 +128,18 @@ def _configured(path: Path, method: str) -> Settings:
 
 
 def counted(name: str, value: Any, among: range) -> int:
-    """A whole number in a range; UsageError for anything else."""
+    """Return `value` if it is a whole number in the range `among`. UsageError otherwise."""
     if type(value) is not int or value not in among:
         raise UsageError(f"{_short(value)} is no {name}", f"--{name}", f"Give {among[0]} to {among[-1]}.")
     return value
 
 
 def _in_range(name: str, value: Any, default: Any) -> None:
-    """Whatever is counted is countable, and whatever is measured finite; rates and weights are not negative."""
+    """Check a number. UsageError if an int is out of its limits, or a float is infinite, NaN, or wrongly negative."""
     where = f"setting {name}"
     if type(value) is int:
         least = LEAST.get(name, 0)
-        if not least <= value <= MOST and not (name == "slot" and value < 0):  # `pair` says more of slots
+        if not least <= value <= MOST and not (name == "slot" and value < 0):  # `pair` checks slots
             raise UsageError(f"{_short(value)} is out of range", where, f"Give {least} to {MOST}.")
     if type(value) is float:
         if not isfinite(value):
@@ -148,19 +151,19 @@ def _in_range(name: str, value: Any, default: Any) -> None:
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts to text
         return "so large a number"
     return text if len(text) < 80 else f"{text[:70]} …"
 
 
 def base_defaults(base: str) -> dict[str, Settings]:
-    """What a base says of itself: `unbraid.toml` in its folder, one table per method."""
+    """A base's own defaults: method → settings, from `unbraid.toml` in its folder. Empty if there is no such file."""
     folder = Path(str(files("unbraid.bases").joinpath("icons"))) if base == "icons" else Path(base)
     return _read(folder / "unbraid.toml") if (folder / "unbraid.toml").is_file() else {}
 
 
 def parse_set(pairs: list[str]) -> Settings:
-    """`key=value` strings; values are TOML (numbers, true, "text"), or plain text."""
+    """Parse `key=value` strings. TOML values (numbers, true, "text") are read as such, others as plain text."""
     out: Settings = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -168,7 +171,7 @@ def parse_set(pairs: list[str]) -> Settings:
             raise UsageError(f"{pair!r} is not key=value", "--set", "For example: --set rank=16.")
         try:
             out[key.strip()] = tomllib.loads(f"x = {value}")["x"]
-        except (ValueError, RecursionError):  # tomllib's own error, too many digits, nested too deep
+        except (ValueError, RecursionError):  # not TOML, a number with too many digits, or nested too deeply
             out[key.strip()] = value
     return out
 

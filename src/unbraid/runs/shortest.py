@@ -1,4 +1,4 @@
-"""The shortest run of any method that changes what a base draws: for the self-test, and for the tests of every base."""
+"""For each method, the shortest run that still changes what a base draws. The self-test and tests of bases use it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,12 +13,14 @@ from unbraid.runs.job import Job
 from unbraid.runs.settings import open_settings
 
 USUAL: Mapping[str, Any] = {"rank": 2, "steps": 2, "lr": 1e-2}
-FIRST = "unziplora"  # its LoRAs are what methods that start from LoRAs get here
+FIRST = "unziplora"  # methods that start from LoRAs get the LoRAs of this one
 
 
 @dataclass(frozen=True)
 class Material:
-    """What the runs start from. `partners`: kind of a module → a folder of pictures of the other kind with their prompts."""
+    """The inputs of the runs.
+
+    `partners`: kind of a module → a folder with pictures of the other kind and their prompts."""
 
     before: Path
     after: Path
@@ -37,23 +39,25 @@ class Material:
 
 
 def settings(method: str) -> dict[str, Any]:
-    """Settings of two steps with which the method's LoRAs are not nothing."""
+    """Settings for two steps of training, after which the method's LoRAs are not zero."""
     entry = METHODS[method]
     return {name: value for name, value in USUAL.items() if name in open_settings(entry)} | dict(entry.inputs.shortest)
 
 
 def needs(method: str) -> frozenset[str]:
-    """Kinds of files (`Input.kind`) that other methods have to make first."""
+    """The kinds of files (`Input.kind`) that the method needs and other methods have to make first."""
     return frozenset(one.kind for one in METHODS[method].inputs.of_kind("LoRA", "module"))
 
 
 def in_order() -> list[str]:
-    """All methods; those that need files of others come after them."""
+    """All methods, sorted so that those that need files of others come after them."""
     return sorted(METHODS, key=lambda method: bool(needs(method)))
 
 
 def jobs(method: str, material: Material, folder: Path, **options: Any) -> list[Job]:
-    """The runs of a method, each in a folder of its own in `folder`: one, or one for each kind of module. `options`: of the verb."""
+    """The jobs of a method, each in its own folder in `folder`: one, or one per kind of module.
+
+    `options`: further options of the verb."""
     return VERBS[METHODS[method].verb](method, material, folder, {**settings(method), **options})
 
 

@@ -1,4 +1,4 @@
-"""Several runs in several processes, dealt out in turn; where there are several cards, each process has one of them."""
+"""Several runs in several processes. The runs are dealt out in turn, and so are the cards if there are several."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -19,8 +19,9 @@ Event = tuple[int, Progress | UsageError]
 def run_spread(
     jobs: Sequence[Job], processes: int, at_once: int | None = None, resume: bool = False, device: str = ""
 ) -> Generator[Event]:
-    """`runs.run_many` in so many processes. What happens comes without the figures of steps. The jobs of a process that ends before
-    they do end with an error."""
+    """`run_many` in `processes` processes. The events carry no figures of steps.
+
+    If a process dies before its jobs are finished, each of these jobs yields an error."""
     if processes < 1:
         raise UsageError(f"{processes} processes", "--processes", "Give 1 or more.")
     distinct(jobs)
@@ -35,7 +36,7 @@ def run_spread(
             process = context.Process(target=_work, args=given, daemon=True)
             workers[ours] = process, share
             process.start()
-            theirs.close()  # so that the pipe ends with the process
+            theirs.close()  # so that the pipe closes when the process ends
         yield from _received(dict(workers))
     finally:
         for process, _ in workers.values():
@@ -45,19 +46,23 @@ def run_spread(
 
 
 def cards(count: int, device: str = "") -> list[str]:
-    """A device for each of `count` processes: the cards in turn, or the one that is asked for; empty: the best that there is."""
+    """A device for each of `count` processes: `device` if given, else the cards in turn.
+
+    Without cards it is an empty string, which means the best device."""
     there = torch.cuda.device_count()
     return [device or (f"cuda:{i % there}" if there else "") for i in range(count)]
 
 
 def _received(workers: dict[Any, tuple[Any, Mapping[int, Job]]]) -> Generator[Event]:
-    """Each process has a pipe of its own: one that is killed while it writes would hold the lock of a shared queue for ever."""
+    """The events of all processes, as they come.
+
+    Each process has its own pipe. With a shared queue, a process killed while writing would hold the lock for ever."""
     while workers:
         ready: list[Any] = multiprocessing.connection.wait(list(workers))
         for pipe in ready:
             try:
                 yield pipe.recv()
-            except (EOFError, OSError):  # it has ended, maybe in the middle of a message
+            except (EOFError, OSError):  # the process has ended, maybe in the middle of a message
                 process, share = workers.pop(pipe)
                 process.join()
                 what = f"its process ended with {process.exitcode}"
@@ -69,7 +74,9 @@ def _received(workers: dict[Any, tuple[Any, Mapping[int, Job]]]) -> Generator[Ev
 def _work(
     share: Mapping[int, Job], device: str, at_once: int | None, resume: bool, threads: int, parent: int, pipe: Any
 ) -> None:
-    """In a process of its own. Without its parent it stops: nobody would know that it goes on."""
+    """Train a share of the jobs in a separate process, and send the events.
+
+    It stops if its parent has died: otherwise it would go on unnoticed."""
     torch.set_num_threads(threads)
     numbers = list(share)
     for which, event in run_many(list(share.values()), at_once, resume, device or None):
