@@ -95,7 +95,9 @@ SHARED = inspect.signature(shared).parameters
 
 
 class Verb(TyperCommand):
-    """A training verb. Its help ends with its methods and their settings; they are listed only then, because that imports torch."""
+    """A training verb. Its help ends with its methods and their settings.
+
+    These are listed only when the help is shown, because that imports torch."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from unbraid.methods import ENTRIES
