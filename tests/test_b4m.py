@@ -57,6 +57,7 @@ def parts(adapters: Adapters) -> list[Factors]:
     return list(adapters.of("module").values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halves", ["heads", "first"])
 @pytest.mark.parametrize("split", [0.5, 0.25])
 @pytest.mark.parametrize("interaction", [False, True])
@@ -174,6 +175,7 @@ def modules(v_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return out
 
 
+@pytest.mark.slow
 def test_putting_together_is_the_sum_and_nothing_is_trained(modules: dict[str, Path], tmp_path: Path) -> None:
     file = join(modules["fox"], modules["ink"].parent, tmp_path / "merged.safetensors")
     fox, ink, both = (read(path).modules for path in (modules["fox"], modules["ink"], file))

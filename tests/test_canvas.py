@@ -42,6 +42,7 @@ def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", [False, True], ids=["plain", "controlnet"])
 @pytest.mark.parametrize("what", ["text", "image", "part"])
 @pytest.mark.parametrize("kind", ["v_base", "eps_base", "sd15_base"])
@@ -89,6 +90,7 @@ def style_file(base: Base, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["image", "part", "controlnet"])
 def test_styles_guide_on_every_canvas(what: str, v_model: Base, picture: Path, mask: Path, tmp_path: Path) -> None:
     """A style at 0 changes nothing, at 1 it costs what plain guidance costs and changes the picture where it may."""

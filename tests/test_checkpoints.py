@@ -61,6 +61,7 @@ def test_all_layers_are_found_and_are_diffusers_own(tiny: Tiny) -> None:
             assert torch.equal(file.module_weight(name), weight), name
 
 
+@pytest.mark.slow
 def test_a_baked_checkpoint_is_the_base_with_the_lora(tiny: Tiny, tmp_path: Path) -> None:
     """On every layer, as diffusers loads the checkpoint, and nothing else changes."""
     loras = [random_lora(layers(tiny), seed=i) for i in range(2)]

@@ -114,6 +114,7 @@ def test_a_drawing_that_breaks(combine: Any, base: Base, loras: list[Path]) -> N
     assert bare(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 3, 6, 10])
 def test_a_bench_that_breaks(base: Base, call: int) -> None:
     pixels = torch.rand(3, base.size, base.size)

@@ -51,6 +51,7 @@ def applied(pipe: StableDiffusionXLPipeline | StableDiffusionPipeline, modules: 
         weight.data += delta(one).view_as(weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", ["v_base", "sd15_base"])
 def test_pipelines_load_our_files(kind: str, dialect: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_every_linear_of_a_family_is_in_its_table(family: str) -> None:
     assert recognise(shapes, {}).family == family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("seed", range(3))
 def test_no_module_is_lost(family: str, seed: int, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_the_committed_art_is_of_held_out_subjects(art: tuple[Tensor, tuple[str,
     assert (coloured.amax(1) - coloured.amin(1)).amax((1, 2)).median() > 0.5
 
 
+@pytest.mark.slow
 def test_content_is_found_across_sets(figures: dict[str, float]) -> None:
     assert figures["content_top1"] >= 0.60
     assert figures["content_auc"] >= 0.90
@@ -63,6 +64,7 @@ def test_style_is_found_among_other_subjects(figures: dict[str, float], prefix: 
     assert figures[f"{prefix}style_auc"] >= 0.90
 
 
+@pytest.mark.slow
 def test_held_out_sets_are_judged_too(figures: dict[str, float]) -> None:
     assert figures["content_top1_held_out_sets"] >= 0.5
     assert figures["style_top1_held_out_sets"] >= 0.9

@@ -43,6 +43,7 @@ def arguments(job: Job, *more: str) -> list[str]:
 FAULTS = [OSError(28, "No space left on device"), ValueError("multiline"), UsageError("no font"), torch.OutOfMemoryError("CUDA"), RuntimeError("cuDNN")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda one: type(one).__name__)
 def test_nothing_trained_is_lost_to_a_drawing(fault: Exception, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever drawing fails with: previews and sheet are missing, the LoRAs are not, and each is said."""

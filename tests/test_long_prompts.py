@@ -52,6 +52,7 @@ def by_hand(base: Base, text: str) -> tuple[Tensor, Tensor | None]:
     return torch.cat(rows, -1), pooled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_every_length(kind: str, request: pytest.FixtureRequest) -> None:
     base = opened(kind, request)

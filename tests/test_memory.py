@@ -212,6 +212,7 @@ def test_8_bit_moments_are_used_and_resumed(tiny_sdxl: Tiny, picture: Path) -> N
     assert mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vram", "fix"), [("max", "Try --vram 24."), ("16", "Try --vram 12."), ("8", "Try a lower rank")]
 )

@@ -147,6 +147,7 @@ def test_official_order_is_content_first(v_model: Base) -> None:
     assert torch.equal(found["official"], found["by hand"]) and not torch.equal(found["official"], found["none"])
 
 
+@pytest.mark.slow
 def test_a_pair_makes_a_style_and_a_content_lora(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = pair_job(*couple, subject="cat", style="line", out=out, base=str(v_base), previews=1, **QUICK, slot=1)

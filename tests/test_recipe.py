@@ -106,6 +106,7 @@ def run(stage: str, work: Path, tokenizer: CLIPTokenizer) -> dict[str, torch.Ten
     return load_file(work / f"{stage}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_a_killed_training_ends_the_same(
     stage: str, tokenizer: CLIPTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

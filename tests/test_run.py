@@ -30,6 +30,7 @@ def cli(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_split_makes_what_it_promises(v_base: Path, picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = split_job(picture, subject="cat", style="line", out=out, base=str(v_base), previews=2, **QUICK)

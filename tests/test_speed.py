@@ -51,6 +51,7 @@ def run_data(v_model: Base) -> Iterator[RunData]:
     yield RunData(v_model, pictures, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_published_loop_equals_ours(run_data: RunData, name: str, checkpointing: bool) -> None:

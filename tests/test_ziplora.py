@@ -106,6 +106,7 @@ def test_factorised_equals_dense_over_100_steps(run_data: RunData) -> None:
     assert moved > 0.1, "at the paper's rate the coefficients must really move"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_noise", [True, False])
 def test_teachers_asked_ahead_say_the_same(run_data: RunData, shared_noise: bool) -> None:
     found = []
