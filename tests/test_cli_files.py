@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from unbraid.cli.files import app
+from unbraid.cli.files import app, source_of
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta
@@ -108,3 +108,11 @@ def test_mistakes_are_one_clear_line(words: tuple[str, ...], files: Path) -> Non
     with pytest.raises(UsageError) as caught:
         call(*filled)
     assert "\n" not in str(caught.value) and caught.value.fix and not (files / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["a space", "ümläut", "日本語", "dots.v1.2", "[bold]x", "new\nline", "colon:0.5", "quote'\"", "#hash %20"]
+)
+def test_files_of_odd_names_have_weights(name: str) -> None:
+    source = source_of(f"in {name}/lora {name}.safetensors:0.5")
+    assert (source.path, source.weight) == (Path(f"in {name}/lora {name}.safetensors"), 0.5)

@@ -181,7 +181,8 @@ def source_of(text: str) -> "Source":
     from unbraid.files.formats.block_weights import number
     from unbraid.files.tools import Source
 
-    found = re.fullmatch(r"(?P<file>.+?\.[A-Za-z]+)(:(?P<weight>[^:/\\]*)(:(?P<blocks>.+))?)?", text)
+    form = r"(?P<file>.+?\.[A-Za-z]+)(:(?P<weight>[^:/\\]*)(:(?P<blocks>.+))?)?"
+    found = re.fullmatch(form, text, re.DOTALL)  # a file's name may hold a newline
     if not found:
         raise UsageError("not FILE[:WEIGHT[:BLOCKS]]", text, "Give a .safetensors file, such as a.safetensors:0.7.")
     weight = found["weight"]
