@@ -91,3 +91,12 @@ def test_the_report_shows_every_table_as_not_comparable(tmp_path: Path) -> None:
     html = (tmp_path / "report.html").read_text("utf-8")
     assert html.count("not comparable") == len(published())
     assert "UnZipLoRA, alignment (arXiv 2412.04465" in html and "<td>0.265</td>" in html
+
+
+def test_results_without_a_digest_of_judge_and_art_are_reported(tmp_path: Path) -> None:
+    """As written before units were known by versions."""
+    drawing = Drawing("both", "p", "fox", "line art", 0, "f.png", {"content": 0.5, "style": 0.5})
+    made = {"code": "10394e8c5413", "base": "c2cacf301c8c"}
+    old = Unit("", "combine", "a row", "a cell, seed 0", 0, (drawing,), None, Cost(), made)
+    write([old], 1, tmp_path, tmp_path)
+    assert "judge and art not recorded" in (tmp_path / "table.md").read_text()

@@ -73,7 +73,10 @@ def _published() -> list[tuple[str, Table]]:
 
 
 def _about(units: Sequence[Unit], planned: int) -> str:
-    bases, truths = (", ".join(sorted({unit.made[of] for unit in units})) for of in ("base", "truth"))
+    # results from before the judge and the art had a digest record none
+    bases, truths = (
+        ", ".join(sorted({unit.made.get(of, "not recorded") for unit in units})) for of in ("base", "truth")
+    )
     seeds = ", ".join(map(str, sorted({unit.seed for unit in units})))
     own = "" if truths == truth_digest() else f" (here: {truth_digest()})"
     return f"{len(units)} of {planned} units; seeds {seeds}; base {bases}; judge and art {truths}{own}."
