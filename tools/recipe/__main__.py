@@ -6,97 +6,131 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tools import judge_validation
-from tools.recipe import art, captions, card, judge, latents, model, sheet, unet, vae
-from tools.recipe.config import PRESETS
+from tools.recipe import art, captions, card, judge, latents, model, sheet, unet, vae, words
+from tools.recipe.config import PRESETS, SIZE
 from unbraid.bench.truth import art as bench_art
 from unbraid.bench.truth import subjects
 from unbraid.bench.truth.judge import load_judge
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Work = Annotated[Path, typer.Option(help="Folder for everything that is not committed; reuse it to resume.")]
-Preset = Annotated[str, typer.Option(help="Sizes: cpu (64 px) or gpu (128 px).")]
+Start = Annotated[Path | None, typer.Option(help="Diffusers folder to go on from; without it, random weights.")]
 CPU_WORKERS = 2
 ICONS = Path(__file__).parents[2] / "src/unbraid/bases/icons"
 
 
 @app.command()
-def make(work: Work, preset: Preset = "cpu", workers: int = CPU_WORKERS) -> None:
-    """Every stage in turn: art, tokenizer, VAE, latents, UNet with text encoders, diffusers folder."""
+def make(
+    work: Work,
+    start: Start = None,
+    workers: Annotated[int, typer.Option(help="Processes, on a CPU; each has one thread.")] = CPU_WORKERS,
+) -> None:
+    """Every stage in turn: art, tokenizer, autoencoder, latents, UNet with text encoders, decoder, diffusers folder.
+
+    From random weights it is for one GPU, and takes minutes. With --start it goes on at small rates, and a CPU will do."""
     work.mkdir(parents=True, exist_ok=True)
-    config = PRESETS[preset]
+    schedules = PRESETS["further" if start else "fresh"]
     art.fetch(work)
-    pictures, names = art.rasterise(work, config.size)
-    captions.train_tokenizer(names, work / "tokenizer")
+    pictures, names = art.rasterise(work, SIZE)
+    tokenizer = _tokenizer(work, names, start)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = workers if device.type == "cpu" else 1
-    known = _pick(pictures, names, subjects.trained(names, None))
-    autoencoder = vae.train(known, config, work, workers, device)
-    chosen = subjects.trained(names, config.unet.subjects)
-    cached, _ = latents.encode(autoencoder, _pick(pictures, names, chosen), work)
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    unet.train(unet.Data(cached, chosen, config.size), config, work, tokenizer, workers, device)
-    vae.harden(known, config, work, workers, device)
-    save(work, preset)
+    chosen = words.trained(names)
+    known = _tensor(_pick(pictures, names, chosen))
+    flat = known.flatten(0, 1).contiguous()
+    autoencoder = vae.train(flat, schedules.vae, work, workers, device, start)
+    scale = vae.read(start).config.scaling_factor if start else None  # type: ignore[attr-defined]
+    encoded, _ = latents.encode(autoencoder, known, work, scale)
+    shares = torch.from_numpy(np.cumsum(words.shares(chosen)))
+    tables = latents.Tables(encoded, latents.tokenise(chosen, tokenizer, work), shares)
+    unet.train(tables, schedules.unet, work, tokenizer, workers, device, start)
+    vae.harden(flat, schedules.decoder, work, workers, device)
+    save(work)
 
 
 @app.command()
-def save(work: Work, preset: Preset = "cpu", out: Path = ICONS) -> None:
+def save(work: Work, out: Path = ICONS) -> None:
     """Write the diffusers folder from the latest checkpoints."""
-    model.save(sheet.load(work, preset), out)
+    _, names = art.rasterise(work, SIZE)
+    model.save(sheet.load(work), out)
+    words.write(words.trained(names), out)
     print(f"saved {out}")
 
 
 @app.command(name="sheet")
-def sample_sheet(work: Work, preset: Preset = "cpu", out: Path = Path("sheet.png")) -> None:
+def sample_sheet(work: Work, out: Path = Path("sheet.png")) -> None:
     """Draw samples from the latest checkpoint, and print the subject gain."""
-    sheet.draw(work, preset, out)
+    _, names = art.rasterise(work, SIZE)
+    sheet.draw(work, words.trained(names), out)
 
 
 @app.command(name="card")
 def model_card(
     work: Work,
-    preset: Preset = "cpu",
+    base: Annotated[
+        Path, typer.Option(help="Diffusers folder to measure; its README.md and figures.json are written.")
+    ] = ICONS,
+    images: Annotated[int, typer.Option(help="How many images the base was trained on, for the card.")] = 0,
     drawn: Annotated[Path | None, typer.Option(help="Keep the pictures here.")] = None,
 ) -> None:
-    """Measure the saved base with the judge, and write its README.md and figures.json. Takes about 20 minutes."""
+    """Measure a base with the judge, and write its card. Takes about 15 minutes of one core."""
     torch.set_num_threads(1)
-    pictures, names = art.rasterise(work, PRESETS[preset].size)
-    chosen = subjects.trained(names, PRESETS[preset].unet.subjects)
-    figures = card.measure(_pick(pictures, names, chosen), chosen, drawn)
-    psnr = card.reconstruction(pictures[[names.index(name) for name in subjects.held_out()]])
-    card.write(figures, psnr, chosen, sheet.seen(work, preset), ICONS)
-    print((ICONS / "README.md").read_text())
+    pictures, names = art.rasterise(work, SIZE)
+    chosen = words.trained(names)
+    known = _pick(pictures, names, chosen)
+    figures = card.measure(base, known, chosen, drawn)
+    held = pictures[[names.index(name) for name in words.HELD_OUT]]
+    card.write(figures, card.reconstruction(base, held), chosen, images, base)
+    print((base / "README.md").read_text())
 
 
 @app.command(name="judge")
-def train_judge(work: Work) -> None:
-    """Train the judge on the trained subjects and sets, and write the held-out sheet and the weights to `bench/`."""
+def train_judge(work: Work, out: Annotated[Path, typer.Option(help="File of the weights.")] = judge.WEIGHTS) -> None:
+    """Train the judge on the trained subjects and sets, and write the held-out sheets and the weights to `bench/`."""
     work.mkdir(parents=True, exist_ok=True)
     art.fetch(work)
     pictures, names = art.rasterise(work, judge.SIZE)
     if not (bench_art.FOLDER / "held_out.webp").exists():
         bench_art.write_sheets(pictures, names)
     torch.set_num_threads(1)  # two threads on busy cores are slower than one
-    chosen = subjects.trained(names, None)
-    judge.train(_pick(pictures, names, chosen), chosen, work)
+    chosen = subjects.trained(names)
+    judge.train(_pick(pictures, names, chosen), chosen, work, out=out)
 
 
 @app.command()
-def judge_figures(base: Annotated[Path, typer.Option(help="Diffusers folder whose VAE is tried too.")] = ICONS) -> None:
+def judge_figures(
+    base: Annotated[Path, typer.Option(help="Diffusers folder whose VAE is tried too.")] = ICONS,
+    weights: Annotated[Path | None, typer.Option(help="File of the judge; without it, the committed one.")] = None,
+) -> None:
     """Print every figure of docs/judge.md, from the committed judge and the committed held-out art."""
     reconstruct = judge.reconstruction(base) if (base / "vae").is_dir() else None
     held = bench_art.held_out_art()
-    figures = judge_validation.validate(load_judge(), held.values, held.names, reconstruct)
+    figures = judge_validation.validate(load_judge(weights), held.values, held.names, reconstruct)
     for key, value in figures.items():
         print(f"{key:55}{value:.3f}")
+
+
+def _tokenizer(work: Path, names: tuple[str, ...], start: Path | None) -> CLIPTokenizer:
+    """The vocabulary of the base that training goes on from, else a new one; a copy stays in `work`."""
+    if start:
+        CLIPTokenizer.from_pretrained(start / "tokenizer").save_pretrained(work / "tokenizer")
+    else:
+        captions.train_tokenizer(names, work / "tokenizer")
+    return CLIPTokenizer.from_pretrained(work / "tokenizer")
 
 
 def _pick(pictures: np.ndarray, names: tuple[str, ...], chosen: tuple[str, ...]) -> np.ndarray:
     index = {name: i for i, name in enumerate(names)}
     return pictures[[index[name] for name in chosen], : len(subjects.TRAIN_SETS)]
+
+
+def _tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 `[subject, set, h, w, 3]` to `[subject, set, 3, h, w]`."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 1, 4, 2, 3).contiguous()
 
 
 app()

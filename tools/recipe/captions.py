@@ -8,12 +8,12 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from tools.recipe.config import TOKENS
+from tools.recipe.words import RARE_TOKENS
 from unbraid.bench.truth.filters import HELD_OUT_FILTERS, TRAIN_FILTERS
 from unbraid.bench.truth.subjects import STYLE_WORDS
 
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
 BLANK = 0.1  # share of subjects, and of styles, whose word is one that stands for nothing: so unknown words come to mean "any"
-RARE_TOKENS = ("sks", "monadikos", "unb")  # in the vocabulary, and of no meaning: names for new subjects
 PATTERNS = {  # what a caption says, and how often
     "a {subject} in {style} style": 8,
     "a {style} drawing of a {subject}": 2,

@@ -1,57 +1,59 @@
-"""Every size and rate of the recipe, in one place: one preset for a CPU, one for a GPU."""
+"""Every size and rate of the recipe, in one place: the sizes of the base, and two presets of how long it is trained, and how."""
 
 from dataclasses import dataclass
 
 TOKENS = 24  # longest prompt, in tokens; captions need at most 14
 SIZE_IDS = 32  # sinusoidal width of each of SDXL's six size and crop numbers
+SIZE = 128  # pixels
 
 
 @dataclass(frozen=True)
-class Vae:
-    channels: tuple[int, ...] = (
-        24,
-        48,
-        96,
-    )  # three levels: 4× downsampling; at 8× attention, and so LoRAs, see 4×4 cells
-    latent: int = 8  # channels; at 64 px, four of them would keep too little
-    crop: int = 32  # trained on crops first: the network is convolutional, and crops are 4× cheaper
-    whole: float = 0.3  # share of the steps, the last ones, on whole pictures: crops are mostly borders
-    batch: int = 12  # crops per worker
-    steps: int = 7_000
-    rate: float = 1e-3
-    muon: float = 0.02  # AdamW alone is far slower here (docs/LOG.md)
-    ema: float = 0.998
-    kl: float = 1e-6
-    hardening: int = 8_000  # further steps of the decoder alone, on noised latents
-    noise: float = 0.3  # at most, relative to the latents' deviation
-
-
-@dataclass(frozen=True)
-class UNet:
-    channels: tuple[int, int, int] = (48, 96, 192)
-    depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention, SDXL has (0, 2, 10)
+class Sizes:
+    vae: tuple[int, ...] = (32, 64, 128, 128)  # channels of four levels: 8× downsampling
+    latent: int = 16  # channels: with four, line art would lose its lines
+    unet: tuple[int, int, int] = (64, 128, 256)  # attention at 8×8 and 4×4 cells
+    depth: tuple[int, int, int] = (1, 1, 1)  # transformer blocks per attention; SDXL has (0, 2, 10)
     head: int = 32
-    text: int = 96  # width of each of the two text encoders
-    batch: int = 32  # per worker
-    steps: int = 8_000
-    rate: float = 1e-3
-    muon: float | None = 0.02
-    warmup: int = 200
-    ema: float = 0.999
-    subjects: int | None = 80
+    text: int = 128  # width of each of the two text encoders
 
 
 @dataclass(frozen=True)
-class Config:
-    size: int  # pixels
-    vae: Vae
-    unet: UNet
+class Schedule:
+    """One training: a linear warm-up, then a linear fall to zero at the last step."""
+
+    batch: int  # per worker
+    steps: int
+    rate: float  # of AdamW
+    muon: float | None  # of Muon, for the inner matrices; AdamW alone is far slower here (docs/LOG.md)
+    warmup: int
+    ema: float
 
 
-CPU = Config(64, Vae(), UNet())
-GPU = Config(
-    128,
-    Vae((32, 64, 96, 128), latent=4, crop=64, batch=256, steps=12_000),
-    UNet((64, 128, 256), (1, 1, 2), batch=512, steps=40_000, rate=1.5e-3, warmup=500, ema=0.9995, subjects=None),
+@dataclass(frozen=True)
+class Schedules:
+    vae: Schedule
+    unet: Schedule
+    decoder: Schedule  # further steps of the decoder alone, on noised latents
+
+
+SIZES = Sizes()
+PRESETS: dict[str, Schedules] = {
+    # From random weights, on one GPU: minutes (docs/LOG.md has what an H200 takes).
+    "fresh": Schedules(
+        vae=Schedule(batch=96, steps=4_000, rate=1e-3, muon=0.02, warmup=50, ema=0.998),
+        unet=Schedule(batch=512, steps=12_000, rate=1e-3, muon=0.02, warmup=200, ema=0.999),
+        decoder=Schedule(batch=64, steps=1_000, rate=1e-3, muon=0.01, warmup=50, ema=0.998),
+    ),
+    # On from a finished base, at small rates, on a CPU: hours.
+    "further": Schedules(
+        vae=Schedule(batch=4, steps=2_400, rate=6e-4, muon=0.012, warmup=30, ema=0.995),
+        unet=Schedule(batch=32, steps=3_600, rate=2e-4, muon=0.004, warmup=100, ema=0.998),
+        decoder=Schedule(batch=4, steps=600, rate=3e-4, muon=0.004, warmup=30, ema=0.99),
+    ),
+}
+KL = 1e-6  # weight of the posterior's divergence from a standard normal
+NOISE = 0.2  # at most, of the noise added to latents in training the autoencoder, relative to their deviation
+DECODER_NOISE = 0.3  # the same for the decoder's further steps
+ANCHOR = (
+    0.5  # weight of the squared distance of latents from those of the base that training started from, in deviations
 )
-PRESETS = {"cpu": CPU, "gpu": GPU}

@@ -12,21 +12,22 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tools.recipe.config import SIZE_IDS, TOKENS, Config
+from tools.recipe import config
+from tools.recipe.config import SIZE, SIZE_IDS, TOKENS
 
 
-def build_unet(config: Config) -> UNet2DConditionModel:
-    channels, width = config.unet.channels, 2 * config.unet.text
+def build_unet() -> UNet2DConditionModel:
+    channels, width = config.SIZES.unet, 2 * config.SIZES.text
     settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
-        "in_channels": config.vae.latent,
-        "out_channels": config.vae.latent,
-        "sample_size": config.size // 2 ** (len(config.vae.channels) - 1),
+        "in_channels": config.SIZES.latent,
+        "out_channels": config.SIZES.latent,
+        "sample_size": SIZE // 2 ** (len(config.SIZES.vae) - 1),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": channels,
         "layers_per_block": 2,
-        "transformer_layers_per_block": config.unet.depth,
-        "attention_head_dim": tuple(max(1, c // config.unet.head) for c in channels),  # SDXL's name for the head count
+        "transformer_layers_per_block": config.SIZES.depth,
+        "attention_head_dim": tuple(max(1, c // config.SIZES.head) for c in channels),  # SDXL's name for the head count
         "cross_attention_dim": width,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -37,10 +38,10 @@ def build_unet(config: Config) -> UNet2DConditionModel:
     return UNet2DConditionModel(**settings)
 
 
-def build_text_encoders(config: Config, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Two small CLIP text models. At the start the second one's pooled output is nearly the mean of its
     tokens, so that a subject reaches the time embedding within the first minutes of training."""
-    width = config.unet.text
+    width = config.SIZES.text
     settings = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,

@@ -5,6 +5,7 @@ other whenever the machine does anything else); on a GPU it is one process. Both
 are a function of (step, worker), so a killed run goes on exactly where it was.
 """
 
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -17,21 +18,12 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SAVE_EVERY = 500  # steps
+from tools.recipe.config import Schedule
+from unbraid.core.graphs import CudaExecutor, Graphs
+
+SAVE_EVERY = 100  # steps
 KEPT = ("weights", "ema", "exp_avg", "exp_avg_sq", "step", "seen")  # seen: examples so far
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What one training is told: its length, its rates, how its progress is named."""
-
-    name: str
-    steps: int
-    rate: float  # of AdamW
-    warmup: int
-    ema: float
-    muon: float | None = None  # rate of Muon for the inner convolutions, if they use it
 
 
 def half(device: torch.device) -> torch.dtype:
@@ -77,53 +69,65 @@ def spawn(worker: Callable[..., None], state: State, *arguments: Any) -> None:
         mp.spawn(worker, (barrier, state, *arguments), nprocs=workers)  # type: ignore[attr-defined]
 
 
-def train(
-    rank: int,
-    barrier: Any,
-    state: State,
-    module: nn.Module,
-    loss: Callable[[int, int], tuple[Tensor, int]],
-    schedule: Schedule,
-    saved: Path,
-) -> None:
-    """One worker's part: `loss(step, seed)` gives a loss and how many examples it is the mean of.
+@dataclass(frozen=True)
+class Training:
+    """One stage's training. `draw(seed)` gives a batch as tensors; `loss(*batch)` is the loss of it, a mean over the batch."""
 
-    Gradients are averaged over workers and clipped to norm 1; each worker then steps its own share of the parameters."""
-    workers = len(state["grads"])
-    if state["weights"].device.type == "cpu":
+    draw: Callable[[int], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor]
+    schedule: Schedule
+    saved: Path
+
+
+def train(rank: int, barrier: Any, state: State, module: nn.Module, training: Training) -> None:
+    """One worker's part of a training. Gradients are averaged over workers and clipped to norm 1; each worker then steps its own
+    share of the parameters. On a GPU the whole step is one CUDA graph."""
+    workers, device, schedule = len(state["grads"]), state["weights"].device, training.schedule
+    if device.type == "cpu":
         torch.set_num_threads(1)
     share = _Share(rank, state, module, schedule)
-    start = int(state["step"].item())
-    began, recent = time.monotonic(), deque[Tensor](maxlen=100)
-    for step in range(start, schedule.steps):
-        value, count = loss(step, step * workers + rank)
+
+    def step(*batch: Tensor) -> Tensor:
+        value = training.loss(*batch)
         value.backward()
         barrier.wait()  # all gradients are there
         share.take()
         barrier.wait()  # all have read them
-        norm = state["norms"].sum().sqrt()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"{schedule.name}: gradient norm {norm} at step {step}: lower the rate and resume")
-        share.step(step, (1 / norm).clamp(max=1))
+        share.step()
         barrier.wait()  # all weights are new
-        recent.append(value.detach())
+        return value.detach()
+
+    graphs = graphs_of(device)
+    start, began, recent = int(state["step"].item()), time.monotonic(), deque[Tensor](maxlen=100)
+    for i in range(start, schedule.steps):
+        share.set_rate(i)
+        batch = training.draw(i * workers + rank)
+        recent.append((graphs("step", step, batch) if graphs else step(*batch)).clone())
         if rank:
             continue
-        state["step"].fill_(step + 1)
-        state["seen"] += count * workers
-        if (step + 1) % 100 == 0:
-            speed = (step + 1 - start) / (time.monotonic() - began)
-            mean = torch.stack(list(recent)).mean().item()
-            left = (schedule.steps - step) / speed / 60
-            print(
-                f"{schedule.name} {step + 1}/{schedule.steps} loss {mean:.4f} "
-                f"{speed * count * workers:.0f} images/s {left:.0f} min left",
-                flush=True,
+        state["step"].fill_(i + 1)
+        state["seen"] += len(batch[0]) * workers
+        last = i + 1 == schedule.steps
+        if (i + 1) % SAVE_EVERY and not last:
+            continue
+        mean = torch.stack(list(recent)).mean().item()
+        if not math.isfinite(mean + state["norms"].sum().item()):
+            raise FloatingPointError(
+                f"{training.saved.stem}: loss {mean} before step {i + 1}: lower the rate and resume"
             )
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == schedule.steps:
-            part = saved.with_suffix(".part")
-            save_file({key: state[key] for key in KEPT}, part)
-            part.replace(saved)
+        speed = (i + 1 - start) / (time.monotonic() - began)
+        images, left = speed * len(batch[0]) * workers, (schedule.steps - i) / speed / 60
+        line = (
+            f"{training.saved.stem} {i + 1}/{schedule.steps} loss {mean:.4f} {images:.0f} images/s {left:.0f} min left"
+        )
+        print(line, flush=True)
+        part = training.saved.with_suffix(".part")
+        save_file({key: state[key] for key in KEPT}, part)
+        part.replace(training.saved)
+
+
+def graphs_of(device: torch.device) -> Graphs | None:
+    return Graphs(CudaExecutor(device)) if device.type == "cuda" else None
 
 
 def smoothed(module: nn.Module, saved: Path) -> tuple[Any, int]:
@@ -150,8 +154,12 @@ class _Share:
         self.own = [nn.Parameter(state["weights"][where].view_as(p)) for _, p, where in mine]
         inner = [schedule.muon is not None and is_inner(name, p) for name, p, _ in mine]
         rest = [p for p, is_one in zip(self.own, inner, strict=True) if not is_one]
+        on_gpu = state["weights"].device.type == "cuda"
+        self.now, self.keep = (
+            torch.zeros((), device=state["weights"].device) for _ in range(2)
+        )  # read by a captured step
         self.adam = torch.optim.AdamW(
-            [{"params": rest}], lr=schedule.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            [{"params": rest}], lr=torch.zeros_like(self.now), betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=on_gpu
         )
         self.muon = defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)  # by shape
         for (_, _, where), p, is_one in zip(mine, self.own, inner, strict=True):
@@ -169,13 +177,18 @@ class _Share:
         for p, grad in zip(self.own, mean.split([p.numel() for p in self.own]), strict=True):
             p.grad = grad.view_as(p)
 
-    @torch.no_grad()
-    def step(self, step: int, clip: Tensor) -> None:
+    def set_rate(self, step: int) -> None:
+        """The share of the full rate at a step, and how much of the old average the new one keeps."""
         schedule = self.schedule
+        self.now.fill_(min((step + 1) / schedule.warmup, 1 - step / schedule.steps))
+        self.keep.fill_(min(schedule.ema, (1 + step) / (10 + step)))
+        self.adam.param_groups[0]["lr"].fill_(self.now * schedule.rate)
+
+    @torch.no_grad()
+    def step(self) -> None:
         self.state["grads"][self.rank].zero_()
+        clip = (1 / self.state["norms"].sum().sqrt()).clamp(max=1)
         torch._foreach_mul_([p.grad for p in self.own], clip)  # type: ignore[arg-type]
-        now = min((step + 1) / schedule.warmup, 1 - step / schedule.steps)
-        self.adam.param_groups[0]["lr"] = schedule.rate * now
         self.adam.step()
         for group in self.muon.values():
             updates = []
@@ -184,13 +197,12 @@ class _Share:
                 momentum.lerp_(p.grad, 0.1)
                 updates.append(p.grad.lerp(momentum, 0.9).flatten(1))
             rows, columns = updates[0].shape
-            scale = -(schedule.muon or 0) * now * max(1, rows / columns) ** 0.5
+            scale = -(self.schedule.muon or 0) * max(1, rows / columns) ** 0.5 * self.now
             solved = orthogonal(torch.stack(updates).to(self.state["compute"].dtype)).float()
             for (p, _), update in zip(group, solved, strict=True):
-                p.add_(update.view_as(p), alpha=scale)
-        keep = min(schedule.ema, (1 + step) / (10 + step))
+                p.add_(update.view_as(p) * scale)
         weights = self.state["weights"][self.span]
-        self.state["ema"][self.span].lerp_(weights, 1 - keep)
+        self.state["ema"][self.span].lerp_(weights, 1 - self.keep)
         self.state["compute"][self.span].copy_(weights)
 
 

@@ -8,59 +8,60 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from tools.recipe import model, unet, vae
-from tools.recipe.config import PRESETS
-from unbraid.bench.truth import subjects
+from tools.recipe import latents, model, unet, vae
+from tools.recipe.config import SIZE
 
-STYLES = ("cartoon", "flat", "glossy", "minimal", "sepia", "night", "blueprint", "comic", "neon", "pixel")
+SUBJECTS = (
+    "panda",
+    "teapot",
+    "rocket",
+    "dog face",
+    "hot dog",
+    "castle",
+    "sailboat",
+    "strawberry",
+    "grinning face",
+    "tulip",
+)
+STYLES = ("cartoon", "flat", "glossy", "minimal", "blueprint", "noir")
+STEPS, GUIDANCE = 25, 4.0
 
 
-def load(work: Path, preset: str) -> StableDiffusionXLPipeline:
+def load(work: Path) -> StableDiffusionXLPipeline:
     """The pipeline of the latest checkpoints in `work`, in fp32."""
-    config = PRESETS[preset]
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    net, _ = unet.ema_net(config, tokenizer, work)
-    autoencoder = vae.load(config, work)
-    (cache,) = list(work.glob("latents.*.safetensors"))[:1]
-    autoencoder.register_to_config(scaling_factor=load_file(cache)["scale"].item())
+    net, _ = unet.ema_net(tokenizer, work)
+    autoencoder = vae.load(work)
+    autoencoder.register_to_config(scaling_factor=load_file(work / latents.FILE)["scale"].item())
     return model.pipeline(net.unet, (net.text, net.text_2), autoencoder, tokenizer)
 
 
-def seen(work: Path, preset: str) -> int:
-    """How many images the latest checkpoint has seen."""
-    return unet.ema_net(PRESETS[preset], CLIPTokenizer.from_pretrained(work / "tokenizer"), work)[1]
-
-
-def draw(work: Path, preset: str, out: Path, count: int = 6) -> None:
-    config = PRESETS[preset]
+def draw(work: Path, trained: tuple[str, ...], out: Path) -> None:
     torch.set_num_threads(1)
-    pipe = load(work, preset)
+    pipe = load(work)
+    grid(pipe).save(out)
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    net, images = unet.ema_net(tokenizer, work)
+    table = load_file(work / latents.FILE)["latents"]
+    gains = unet.subject_gain(net, table, trained, tokenizer)
+    print(f"{images} images: subject gain", {t: f"{gain:.1%}" for t, gain in gains.items()})
+
+
+def grid(pipe: StableDiffusionXLPipeline) -> Image.Image:
+    """One picture of each of SUBJECTS (rows) in each of STYLES (columns), always from the same noise."""
     pipe.set_progress_bar_config(disable=True)
-    names = subjects.trained((), config.unet.subjects)
-    rows = []
-    for name in names[:: len(names) // count][:count]:
+    sheet = Image.new("RGB", (SIZE * len(STYLES), SIZE * len(SUBJECTS)))
+    for row, name in enumerate(SUBJECTS):
         prompts = [f"a {name} in {style} style" for style in STYLES]
-        rng = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        size = config.size
         done = pipe(
             prompts,
             negative_prompt=[""] * len(prompts),
-            generator=rng,
-            num_inference_steps=15,
-            guidance_scale=3.0,
-            height=size,
-            width=size,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=SIZE,
+            width=SIZE,
         )
-        row = Image.new("RGB", (size * len(prompts), size))
-        for i, picture in enumerate(done.images):  # type: ignore[union-attr]
-            row.paste(picture, (i * size, 0))
-        rows.append(row)
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)))
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, i * row.height))
-    sheet.save(out)
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    net, images = unet.ema_net(config, tokenizer, work)
-    (cache,) = list(work.glob("latents.*.safetensors"))[:1]
-    gains = unet.subject_gain(net, unet.Data(load_file(cache)["latents"], names, config.size), tokenizer)
-    print(f"{images} images: subject gain", {t: f"{gain:.1%}" for t, gain in gains.items()})
+        for column, picture in enumerate(done.images):  # type: ignore[union-attr]
+            sheet.paste(picture, (column * SIZE, row * SIZE))
+    return sheet

@@ -1,37 +1,25 @@
 """Stage 4: UNet and text encoders, jointly, on cached latents."""
 
-import random
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tools.recipe import model, parallel
-from tools.recipe.captions import RARE_TOKENS, caption
-from tools.recipe.config import Config
-from unbraid.bench.truth.filters import HELD_OUT_FILTERS, TRAIN_FILTERS
-from unbraid.bench.truth.subjects import HELD_OUT_SETS, STYLE_WORDS, TRAIN_SETS, held_out
+from tools.recipe.config import SIZE, Schedule
+from tools.recipe.latents import Tables
+from unbraid.bench.truth.subjects import STYLE_WORDS, TRAIN_SETS
 
 FILE = "unet.safetensors"
 PROBE_TIMES = (850, 700, 500)
 
 
-@dataclass(frozen=True)
-class Data:
-    """Scaled latents `[subject, style, 1 + filters, c, h, w]`, the names of the first axis, the pictures' side in pixels."""
-
-    latents: Tensor
-    subjects: tuple[str, ...]
-    size: int
-
-
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     latents: Tensor  # [b, c, h, w]
     noise: Tensor  # as latents
     t: Tensor  # [b]
@@ -40,12 +28,17 @@ class Batch:
 
 
 class Net(nn.Module):
-    """UNet and both text encoders as one module: all that is trained."""
+    """UNet and both text encoders as one module: all that is trained. `start`: diffusers folder whose weights to begin with."""
 
-    def __init__(self, config: Config, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, start: Path | None = None) -> None:
         super().__init__()
-        self.unet = model.build_unet(config)
-        self.text, self.text_2 = model.build_text_encoders(config, tokenizer)
+        if start is None:
+            self.unet = model.build_unet()
+            self.text, self.text_2 = model.build_text_encoders(tokenizer)
+            return
+        self.unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
+        self.text = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
+        self.text_2 = CLIPTextModelWithProjection.from_pretrained(start / "text_encoder_2", dtype=torch.float32)
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, sizes: Tensor) -> Tensor:
         first = self.text(tokens, output_hidden_states=True)
@@ -55,71 +48,81 @@ class Net(nn.Module):
         return self.unet(noisy, t, prompt, added_cond_kwargs=added).sample
 
 
-def train(data: Data, config: Config, work: Path, tokenizer: CLIPTokenizer, workers: int, device: torch.device) -> None:
-    torch.manual_seed(0)
-    state = parallel.start_state(Net(config, tokenizer), work / FILE, workers, device, parallel.half(device))
-    data.latents.share_memory_()
-    parallel.spawn(worker, state, data, config, work, tokenizer)
-
-
-def worker(
-    rank: int, barrier: Any, state: parallel.State, data: Data, config: Config, work: Path, tokenizer: CLIPTokenizer
+def train(
+    tables: Tables,
+    schedule: Schedule,
+    work: Path,
+    tokenizer: CLIPTokenizer,
+    workers: int,
+    device: torch.device,
+    start: Path | None,
 ) -> None:
-    settings, device = config.unet, state["weights"].device
-    net = Net(config, tokenizer).to(device)
-    net.unet.set_attn_processor(AttnProcessor())  # for a few positions, the fused one's gradient is slow on a CPU
+    torch.manual_seed(0)
+    state = parallel.start_state(Net(tokenizer, start), work / FILE, workers, device, parallel.half(device))
+    parallel.spawn(_worker, state, tables.share_memory() if device.type == "cpu" else tables, schedule, work, tokenizer)
+
+
+def _worker(
+    rank: int,
+    barrier: Any,
+    state: parallel.State,
+    tables: Tables,
+    schedule: Schedule,
+    work: Path,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    device = state["weights"].device
+    net, tables = Net(tokenizer).to(device), tables.to(device)
+    # For a few positions, the fused processor's gradient is slow on a CPU.
+    net.unet.set_attn_processor(AttnProcessor() if device.type == "cpu" else AttnProcessor2_0())
     levels = model.scheduler().alphas_cumprod.to(device)
 
-    def loss(step: int, seed: int) -> tuple[Tensor, int]:
-        del step
-        batch = draw(data, settings.batch, seed, tokenizer, device)
-        return v_loss(net, batch, levels), settings.batch
+    def batch(seed: int) -> Batch:
+        return draw(tables, schedule.batch, torch.Generator(device).manual_seed(seed))
 
-    schedule = parallel.Schedule("unet", settings.steps, settings.rate, settings.warmup, settings.ema, settings.muon)
-    parallel.train(rank, barrier, state, net, loss, schedule, work / FILE)
+    def loss(*drawn: Tensor) -> Tensor:
+        return v_loss(net, Batch(*drawn), levels)
+
+    parallel.train(rank, barrier, state, net, parallel.Training(batch, loss, schedule, work / FILE))
 
 
-def ema_net(config: Config, tokenizer: CLIPTokenizer, work: Path) -> tuple[Net, int]:
+def ema_net(tokenizer: CLIPTokenizer, work: Path) -> tuple[Net, int]:
     """The averaged weights of the latest checkpoint, and how many images it has seen."""
-    return parallel.smoothed(Net(config, tokenizer), work / FILE)
+    return parallel.smoothed(Net(tokenizer), work / FILE)
 
 
-def draw(data: Data, count: int, seed: int, tokenizer: CLIPTokenizer, device: torch.device) -> Batch:
-    """A random batch: half of the pictures plain, half under a filter; sizes vary so that they mean nothing."""
-    rng = random.Random(seed)
-    noise_rng = torch.Generator().manual_seed(seed)
-    looks, blanks = list(TRAIN_FILTERS), nothing()
-    index, captions, sizes = [], [], []
-    for _ in range(count):
-        subject, style = rng.randrange(len(data.subjects)), rng.randrange(len(TRAIN_SETS))
-        look = rng.choice((0, 1 + rng.randrange(len(looks))))
-        word = STYLE_WORDS[TRAIN_SETS[style]] if look == 0 else looks[look - 1]
-        index.append((subject, style, look))
-        captions.append(caption(data.subjects[subject], word, rng, blanks))
-        sizes.append(_sizes(rng, data.size))
-    clean = torch.stack([data.latents[i] for i in index]).to(device)
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+def draw(tables: Tables, count: int, rng: torch.Generator) -> Batch:
+    """A random batch: half of the pictures plain, half under a filter."""
+    device, (subjects, sets, looks) = tables.latents.device, tables.latents.shape[:3]
+
+    def integers(limit: int, n: int = count) -> Tensor:
+        return torch.randint(limit, (n,), generator=rng, device=device)
+
+    def rolls(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng, device=device)
+
+    subject = torch.searchsorted(tables.shares, rolls(count)).clamp(max=subjects - 1)
+    of, look = integers(sets), integers(looks - 1) + 1
+    look = torch.where(rolls(count) < 0.5, 0, look)
+    style = torch.where(look == 0, of, sets - 1 + look)
+    clean = tables.latents[subject, of, look].float()
     return Batch(
         clean,
-        torch.randn(clean.shape, generator=noise_rng).to(device),
-        torch.randint(1000, (count,), generator=noise_rng).to(device),
-        tokens.to(device),
-        torch.tensor(sizes, device=device),
+        torch.randn(clean.shape, generator=rng, device=device),
+        integers(1000),
+        tables.tokens[subject, style, integers(tables.tokens.shape[2])].long(),
+        _sizes(rolls(count, 5)),
     )
 
 
-def nothing() -> tuple[str, ...]:
-    """Words that are never trained with a meaning: those of what is held out, and the rare ones."""
-    styles = (STYLE_WORDS[name] for name in HELD_OUT_SETS)
-    return (*held_out(), *HELD_OUT_FILTERS, *styles, *RARE_TOKENS)
-
-
-def _sizes(rng: random.Random, target: int) -> list[int]:
-    """Original size, crop corner, target size. Icons have no native size: one in ten is random, so that the
-    base takes any user's picture in its stride."""
-    if rng.random() < 0.9:
-        return [target, target, 0, 0, target, target]
-    return [rng.randrange(32, 2048), rng.randrange(32, 2048), rng.randrange(64), rng.randrange(64), target, target]
+def _sizes(rolls: Tensor) -> Tensor:
+    """Original size, crop corner, target size `[n, 6]`, from `[n, 5]` in 0..1. Icons have no native size: one in ten is random, so
+    that the base takes any user's picture in its stride."""
+    usual = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], dtype=torch.float32, device=rolls.device).expand(len(rolls), 6)
+    limits = torch.tensor([2016.0, 2016.0, 64.0, 64.0], device=rolls.device)
+    least = torch.tensor([32.0, 32.0, 0.0, 0.0], device=rolls.device)
+    other = torch.cat([(rolls[:, :4] * limits + least).floor(), usual[:, 4:]], 1)
+    return torch.where(rolls[:, 4:] < 0.9, usual, other)
 
 
 def v_loss(net: Net, batch: Batch, levels: Tensor) -> Tensor:
@@ -132,24 +135,26 @@ def v_loss(net: Net, batch: Batch, levels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def subject_gain(net: Net, data: Data, tokenizer: CLIPTokenizer) -> dict[int, float]:
+def subject_gain(net: Net, latents: Tensor, subjects: tuple[str, ...], tokenizer: CLIPTokenizer) -> dict[int, float]:
     """(loss with a wrong subject in the caption - loss with the right one) / right, per timestep.
+    `latents`: as in Tables.
 
     It rises long before pictures look right."""
-    rng, noise_rng, n = random.Random(0), torch.Generator().manual_seed(0), 48
-    picks = [(rng.randrange(len(data.subjects)), rng.randrange(len(TRAIN_SETS))) for _ in range(n)]
-    clean = torch.stack([data.latents[subject, style, 0] for subject, style in picks])
-    noise = torch.randn(clean.shape, generator=noise_rng)
-    sizes = torch.tensor([_sizes(random.Random(1), data.size)] * n)
+    rng, n = torch.Generator().manual_seed(0), 48
+    subject = torch.randint(len(subjects), (n,), generator=rng)
+    style = torch.randint(len(TRAIN_SETS), (n,), generator=rng)
+    clean = latents[subject, style, 0].float()
+    noise = torch.randn(clean.shape, generator=rng)
+    sizes = _sizes(torch.zeros(n, 5))
     levels, gains = model.scheduler().alphas_cumprod, {}
     for t in PROBE_TIMES:
         losses = []
         for shift in (0, 1):
-            words = [
-                f"a {data.subjects[(s + shift) % len(data.subjects)]} in {STYLE_WORDS[TRAIN_SETS[style]]} style"
-                for s, style in picks
+            lines = [
+                f"a {subjects[(s + shift) % len(subjects)]} in {STYLE_WORDS[TRAIN_SETS[k]]} style"
+                for s, k in zip(subject.tolist(), style.tolist(), strict=True)
             ]
-            tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            tokens = tokenizer(lines, padding="max_length", truncation=True, return_tensors="pt").input_ids
             losses.append(v_loss(net, Batch(clean, noise, torch.full((n,), t), tokens, sizes), levels).item())
         gains[t] = (losses[1] - losses[0]) / losses[0]
     return gains

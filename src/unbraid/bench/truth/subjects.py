@@ -29,13 +29,10 @@ def concrete() -> tuple[str, ...]:
 
 @cache
 def held_out() -> tuple[str, ...]:
-    """The subjects that neither base nor judge was trained on, in any style."""
+    """The subjects that the judge was not trained on, in any style. The base was not trained on the first 100."""
     return tuple(sorted(random.Random(SEED).sample(concrete(), HELD_OUT)))
 
 
-def trained(every: tuple[str, ...], limit: int | None) -> tuple[str, ...]:
-    """The subjects to train on: concrete ones first (seeded order), then the rest of `every`."""
-    kept = [name for name in concrete() if name not in held_out()]
-    random.Random(SEED).shuffle(kept)
-    rest = [name for name in every if name not in held_out() and name not in concrete()]
-    return tuple((kept + rest)[:limit])
+def trained(every: tuple[str, ...]) -> tuple[str, ...]:
+    """The subjects among `every` that the judge is trained on."""
+    return tuple(name for name in every if name not in held_out())
