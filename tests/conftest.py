@@ -37,16 +37,19 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+# The sizes of the bases with random weights.
+TINY = config.Sizes(pixels=32, vae=(8, 16, 16), latent=4, unet=(32, 64, 64), text=32)
+
+
 def _save_base(out: Path, tokenizer_folder: Path, prediction: str) -> Path:
     from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    tiny = config.Config(32, config.Vae((8, 16, 16), latent=4), config.UNet((32, 64, 64), text=32))
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = model.pipeline(
-            model.build_unet(tiny), model.build_text_encoders(tiny, tokenizer), vae.build(tiny), tokenizer
+            model.build_unet(TINY), model.build_text_encoders(TINY, tokenizer), vae.build(TINY), tokenizer
         )
         if prediction == "epsilon":
             pipe.scheduler.register_to_config(prediction_type="epsilon", rescale_betas_zero_snr=False)
@@ -74,7 +77,6 @@ def sd15_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     from transformers import CLIPTokenizer
 
     torch.manual_seed(0)
-    tiny = config.Config(32, config.Vae((8, 16, 16), latent=4), config.UNet((32, 64, 64), text=32))
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -89,8 +91,8 @@ def sd15_base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts: dict[str, Any] = {
-            "vae": vae.build(tiny),
-            "text_encoder": model.build_text_encoders(tiny, tokenizer)[0],
+            "vae": vae.build(TINY),
+            "text_encoder": model.build_text_encoders(TINY, tokenizer)[0],
             "tokenizer": tokenizer,
             "unet": unet,
             "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),

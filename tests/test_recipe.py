@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from recorder import Recorder
 from safetensors.torch import load_file
 from torch import nn
@@ -25,8 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = config.Sizes(vae=(8, 16, 16), latent=4, unet=(32, 64, 64), text=32)
-    monkeypatch.setattr(config, "SIZES", sizes)
+    monkeypatch.setattr(config, "SIZES", TINY)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_batch_is_drawn_from_the_tables() -> None:
     share = [(batch.tokens[:, 0] // 100 == subject).float().mean().item() for subject in range(3)]
     assert share == pytest.approx([0.5, 0.25, 0.25], abs=0.04)
     assert (batch.tokens[:, 0] % 100 < 4).float().mean().item() == pytest.approx(0.5, abs=0.04)
-    usual = (batch.sizes == torch.tensor([128.0, 128, 0, 0, 128, 128])).all(1)
+    usual = (batch.sizes == torch.tensor([32.0, 32, 0, 0, 32, 32])).all(1)
     assert usual.float().mean().item() == pytest.approx(0.9, abs=0.03) and batch.sizes[~usual, :2].unique().numel() > 50
 
 

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from tools import judge_validation
 from tools.recipe import art, captions, card, judge, latents, model, sheet, unet, vae, words
-from tools.recipe.config import PRESETS, SIZE
+from tools.recipe.config import PRESETS, SIZES
 from unbraid.bench.truth import art as bench_art
 from unbraid.bench.truth import subjects
 from unbraid.bench.truth.judge import load_judge
@@ -35,7 +35,7 @@ def make(
     work.mkdir(parents=True, exist_ok=True)
     schedules = PRESETS["further" if start else "fresh"]
     art.fetch(work)
-    pictures, names = art.rasterise(work, SIZE)
+    pictures, names = art.rasterise(work, SIZES.pixels)
     tokenizer = _tokenizer(work, names, start)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     workers = workers if device.type == "cpu" else 1
@@ -55,7 +55,7 @@ def make(
 @app.command()
 def save(work: Work, out: Path = ICONS) -> None:
     """Write the diffusers folder from the latest checkpoints."""
-    _, names = art.rasterise(work, SIZE)
+    _, names = art.rasterise(work, SIZES.pixels)
     model.save(sheet.load(work), out)
     words.write(words.trained(names), out)
     print(f"saved {out}")
@@ -64,7 +64,7 @@ def save(work: Work, out: Path = ICONS) -> None:
 @app.command(name="sheet")
 def sample_sheet(work: Work, out: Path = Path("sheet.png")) -> None:
     """Draw samples from the latest checkpoint, and print the subject gain."""
-    _, names = art.rasterise(work, SIZE)
+    _, names = art.rasterise(work, SIZES.pixels)
     sheet.draw(work, words.trained(names), out)
 
 
@@ -79,7 +79,7 @@ def model_card(
 ) -> None:
     """Measure a base with the judge, and write its card. Takes about 15 minutes of one core."""
     torch.set_num_threads(1)
-    pictures, names = art.rasterise(work, SIZE)
+    pictures, names = art.rasterise(work, SIZES.pixels)
     chosen = words.trained(names)
     known = _pick(pictures, names, chosen)
     figures = card.measure(base, known, chosen, drawn)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 TOKENS = 24  # longest prompt, in tokens; captions need at most 14
 SIZE_IDS = 32  # sinusoidal width of each of SDXL's six size and crop numbers
-SIZE = 128  # pixels
 
 
 @dataclass(frozen=True)
 class Sizes:
+    pixels: int = 128
     vae: tuple[int, ...] = (32, 64, 128, 128)  # channels of four levels: 8× downsampling
     latent: int = 16  # channels: with four, line art would lose its lines
     unet: tuple[int, int, int] = (64, 128, 256)  # attention at 8×8 and 4×4 cells

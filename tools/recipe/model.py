@@ -12,22 +12,21 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tools.recipe import config
-from tools.recipe.config import SIZE, SIZE_IDS, TOKENS
+from tools.recipe.config import SIZE_IDS, TOKENS, Sizes
 
 
-def build_unet() -> UNet2DConditionModel:
-    channels, width = config.SIZES.unet, 2 * config.SIZES.text
+def build_unet(sizes: Sizes) -> UNet2DConditionModel:
+    channels, width = sizes.unet, 2 * sizes.text
     settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
-        "in_channels": config.SIZES.latent,
-        "out_channels": config.SIZES.latent,
-        "sample_size": SIZE // 2 ** (len(config.SIZES.vae) - 1),
+        "in_channels": sizes.latent,
+        "out_channels": sizes.latent,
+        "sample_size": sizes.pixels // 2 ** (len(sizes.vae) - 1),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "block_out_channels": channels,
         "layers_per_block": 2,
-        "transformer_layers_per_block": config.SIZES.depth,
-        "attention_head_dim": tuple(max(1, c // config.SIZES.head) for c in channels),  # SDXL's name for the head count
+        "transformer_layers_per_block": sizes.depth,
+        "attention_head_dim": tuple(max(1, c // sizes.head) for c in channels),  # SDXL's name for the head count
         "cross_attention_dim": width,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -38,10 +37,10 @@ def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(**settings)
 
 
-def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+def build_text_encoders(sizes: Sizes, tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Two small CLIP text models. At the start the second one's pooled output is nearly the mean of its
     tokens, so that a subject reaches the time embedding within the first minutes of training."""
-    width = config.SIZES.text
+    width = sizes.text
     settings = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,

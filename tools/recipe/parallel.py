@@ -159,7 +159,12 @@ class _Share:
             torch.zeros((), device=state["weights"].device) for _ in range(2)
         )  # read by a captured step
         self.adam = torch.optim.AdamW(
-            [{"params": rest}], lr=torch.zeros_like(self.now), betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=on_gpu
+            [{"params": rest}],
+            lr=torch.zeros_like(self.now),
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            fused=True,
+            capturable=on_gpu,
         )
         self.muon = defaultdict[torch.Size, list[tuple[nn.Parameter, Tensor]]](list)  # by shape
         for (_, _, where), p, is_one in zip(mine, self.own, inner, strict=True):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from tools.recipe import latents, model, unet, vae
-from tools.recipe.config import SIZE
+from tools.recipe.config import SIZES
 
 SUBJECTS = (
     "panda",
@@ -25,6 +25,7 @@ SUBJECTS = (
 )
 STYLES = ("cartoon", "flat", "glossy", "minimal", "blueprint", "noir")
 STEPS, GUIDANCE = 25, 4.0
+SIZE = SIZES.pixels
 
 
 def load(work: Path) -> StableDiffusionXLPipeline:

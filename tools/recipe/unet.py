@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tools.recipe import model, parallel
-from tools.recipe.config import SIZE, Schedule
+from tools.recipe import config, model, parallel
+from tools.recipe.config import Schedule
 from tools.recipe.latents import Tables
 from unbraid.bench.truth.subjects import STYLE_WORDS, TRAIN_SETS
 
@@ -33,8 +33,8 @@ class Net(nn.Module):
     def __init__(self, tokenizer: CLIPTokenizer, start: Path | None = None) -> None:
         super().__init__()
         if start is None:
-            self.unet = model.build_unet()
-            self.text, self.text_2 = model.build_text_encoders(tokenizer)
+            self.unet = model.build_unet(config.SIZES)
+            self.text, self.text_2 = model.build_text_encoders(config.SIZES, tokenizer)
             return
         self.unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
         self.text = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
@@ -118,7 +118,8 @@ def draw(tables: Tables, count: int, rng: torch.Generator) -> Batch:
 def _sizes(rolls: Tensor) -> Tensor:
     """Original size, crop corner, target size `[n, 6]`, from `[n, 5]` in 0..1. Icons have no native size: one in ten is random, so
     that the base takes any user's picture in its stride."""
-    usual = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], dtype=torch.float32, device=rolls.device).expand(len(rolls), 6)
+    side = config.SIZES.pixels
+    usual = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=rolls.device).expand(len(rolls), 6)
     limits = torch.tensor([2016.0, 2016.0, 64.0, 64.0], device=rolls.device)
     least = torch.tensor([32.0, 32.0, 0.0, 0.0], device=rolls.device)
     other = torch.cat([(rolls[:, :4] * limits + least).floor(), usual[:, 4:]], 1)

@@ -10,22 +10,22 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from tools.recipe import config, parallel
-from tools.recipe.config import ANCHOR, DECODER_NOISE, KL, NOISE, SIZE, Schedule
+from tools.recipe.config import ANCHOR, DECODER_NOISE, KL, NOISE, Schedule, Sizes
 from unbraid.bench.truth.filters import TRAIN_FILTERS, edges
 
 FILE, DECODER = "vae.safetensors", "decoder.safetensors"
 
 
-def build() -> AutoencoderKL:
-    levels = len(config.SIZES.vae)
+def build(sizes: Sizes) -> AutoencoderKL:
+    levels = len(sizes.vae)
     settings: dict[str, Any] = {  # diffusers' annotations allow less than it does
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": config.SIZES.vae,
+        "block_out_channels": sizes.vae,
         "layers_per_block": 1,
-        "latent_channels": config.SIZES.latent,
+        "latent_channels": sizes.latent,
         "norm_num_groups": 8,
-        "sample_size": SIZE,
+        "sample_size": sizes.pixels,
         "force_upcast": False,
         "mid_block_add_attention": False,
     }
@@ -35,7 +35,7 @@ def build() -> AutoencoderKL:
 def read(start: Path | None) -> AutoencoderKL:
     """The autoencoder of the diffusers folder `start` in fp32; without one, random weights."""
     if start is None:
-        return build()
+        return build(config.SIZES)
     return AutoencoderKL.from_pretrained(start / "vae", torch_dtype=torch.float32)
 
 
@@ -47,14 +47,14 @@ def train(
     torch.manual_seed(0)
     state = parallel.start_state(read(start), work / FILE, workers, device, parallel.half(device))
     parallel.spawn(_worker, state, pictures.share_memory_(), schedule, work, start)
-    return parallel.smoothed(build(), work / FILE)[0].to(device)
+    return parallel.smoothed(build(config.SIZES), work / FILE)[0].to(device)
 
 
 def _worker(
     rank: int, barrier: Any, state: parallel.State, pictures: Tensor, schedule: Schedule, work: Path, start: Path | None
 ) -> None:
     device, dtype = state["weights"].device, state["compute"].dtype
-    model: Any = build().to(device)  # type: ignore[arg-type]
+    model: Any = build(config.SIZES).to(device)  # type: ignore[arg-type]
     old = read(start).to(device).eval().requires_grad_(False) if start else None  # type: ignore[arg-type]
     cells = pictures.shape[-1] // 2 ** (len(config.SIZES.vae) - 1)
 
@@ -80,7 +80,7 @@ def _worker(
 def harden(pictures: Tensor, schedule: Schedule, work: Path, workers: int, device: torch.device) -> None:
     """Train the decoder further, alone, on latents with noise. A UNet's latents are not an encoder's: what it cannot predict
     stays as noise in them, and a decoder that has never seen any draws it as texture."""
-    model, _ = parallel.smoothed(build(), work / FILE)
+    model, _ = parallel.smoothed(build(config.SIZES), work / FILE)
     part = decoder(model).requires_grad_(True)
     state = parallel.start_state(part, work / DECODER, workers, device, parallel.half(device))
     parallel.spawn(_hardener, state, pictures.share_memory_(), schedule, work)
@@ -88,7 +88,7 @@ def harden(pictures: Tensor, schedule: Schedule, work: Path, workers: int, devic
 
 def _hardener(rank: int, barrier: Any, state: parallel.State, pictures: Tensor, schedule: Schedule, work: Path) -> None:
     device = state["weights"].device
-    model: Any = parallel.smoothed(build(), work / FILE)[0].to(device)
+    model: Any = parallel.smoothed(build(config.SIZES), work / FILE)[0].to(device)
     part = decoder(model).requires_grad_(True)
     cells = pictures.shape[-1] // 2 ** (len(config.SIZES.vae) - 1)
 
@@ -114,7 +114,7 @@ def decoder(model: AutoencoderKL) -> nn.ModuleDict:
 
 def load(work: Path) -> AutoencoderKL:
     """The finished autoencoder, or what there is of it."""
-    model, _ = parallel.smoothed(build(), work / FILE)
+    model, _ = parallel.smoothed(build(config.SIZES), work / FILE)
     if (work / DECODER).exists():
         parallel.smoothed(decoder(model), work / DECODER)
     return model
