@@ -165,7 +165,7 @@ def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"])  # fmt: skip
 def test_every_mode_of_pillow(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flat picture, also in strips, and of modes that no file has: those are handed to the door as a file would."""
-    from unbraid.images import opening as image_files
+    from unbraid.images import opening
 
     grey = Image.new("L", (40, 30), 128)
     sixteen = Image.fromarray(np.full((30, 40), 128 * 257, np.uint16))
@@ -177,9 +177,9 @@ def test_every_mode_of_pillow(mode: str, tmp_path: Path, monkeypatch: pytest.Mon
     image = sixteen if mode.startswith("I;16") else made.get(mode, lambda: grey.convert("RGB").convert(mode))()
     if mode in ("I;16B", "I;16N"):
         image = Image.frombuffer(mode, (40, 30), np.full((30, 40), 128 * 257, ">u2" if mode == "I;16B" else "=u2").tobytes(), "raw", mode, 0, 1)  # fmt: skip
-    monkeypatch.setattr(image_files, "STRIP", 8)
+    monkeypatch.setattr(opening, "STRIP", 8)
     for fraction in (1, 4):
-        out = image_files._reduced(image, fraction)
+        out = opening._reduced(image, fraction)
         assert out.mode == "RGBA" and out.size == (-(-40 // fraction), -(-30 // fraction))
         wanted = (255, 255, 255, 255) if mode == "1" else (128, 128, 128, 255)
         out = out if mode != "P" else out.resize((1, 1), Image.Resampling.BOX)  # dithered

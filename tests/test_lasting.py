@@ -47,13 +47,13 @@ FAULTS = [OSError(28, "No space left on device"), ValueError("multiline"), Usage
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda one: type(one).__name__)
 def test_nothing_trained_is_lost_to_a_drawing(fault: Exception, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever drawing fails with: previews and sheet are missing, the LoRAs are not, and each is said."""
-    from unbraid.images import sheets as pictures
+    from unbraid.images import sheets
 
     def fail(*_: object) -> Image.Image:
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "contact_sheet", fail)
+        patch.setattr(sheets, "contact_sheet", fail)
         events = list(run(job, device="cpu"))
     told = [event.warning for event in events if event.undone]
     assert [one.partition(" could")[0] for one in told] == [

@@ -14,7 +14,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.files.formats.metadata import card
 from unbraid.files.lora_file import read, write
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.captions import captions_of
 from unbraid.images.folders import Found, look
 from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
@@ -211,7 +211,7 @@ def matrix(
             (image,) = render(model, together(first, second), [Use(file)], seeds=(seed,))
             row.append((name, image))
         rows.append((_name(opened(content)), row))
-    yield pictures.save_image(pictures.contact_sheet(rows), out / "matrix.png")
+    yield sheets.save_image(sheets.contact_sheet(rows), out / "matrix.png")
 
 
 def _name(module: Module) -> str:

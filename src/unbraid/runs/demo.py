@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from unbraid.bases.base import load
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.runs.api import split_job
 from unbraid.runs.job import RARE, Job
@@ -57,4 +57,4 @@ def sheet(out: Path) -> Path:
             ],
         ),
     ]
-    return pictures.save_image(pictures.contact_sheet(rows, cell=192), out / "demo.png")
+    return sheets.save_image(sheets.contact_sheet(rows, cell=192), out / "demo.png")

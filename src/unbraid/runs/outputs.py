@@ -10,7 +10,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Lora
 from unbraid.files.lora_file import write
 from unbraid.files.merge import merge
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.methods import METHODS
 from unbraid.methods.entry import Output
 from unbraid.runs import folder, pace
@@ -25,8 +25,8 @@ SHOWN = 8  # the most input pictures in a row of the sheet
 def preview(ready: Ready) -> Path:
     """Draw a preview sheet, one picture per use (see `_uses`), always at the same seed. Returns its file."""
     cells = [(name, images[0]) for name, images in _uses(ready, (0,), pace.PREVIEW_STEPS)]
-    sheet = pictures.contact_sheet([(f"step {ready.state.step}", cells)])
-    return pictures.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
+    sheet = sheets.contact_sheet([(f"step {ready.state.step}", cells)])
+    return sheets.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
 
 
 def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
@@ -79,7 +79,7 @@ def drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], P
     job, out = ready.job, dict[str, Callable[[], Path]]()
     if events := folder.read_events(job.out):
         losses = [event["loss"] for event in events]
-        out["loss.png"] = lambda: pictures.loss_plot(losses, job.out / "loss.png")
+        out["loss.png"] = lambda: sheets.loss_plot(losses, job.out / "loss.png")
     part = ready.base.family.network.part
     found = {
         name: {f"{part}.{layer}": value for layer, value in mergers.values(ready.adapters, name).items()}
@@ -114,7 +114,7 @@ def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
         (name, [(f"seed {i}", image) for i, image in enumerate(images)])
         for name, images in _uses(ready, (0, 1, 2, 3), pace.SHEET_STEPS)
     ]
-    return pictures.save_image(pictures.contact_sheet(rows), job.out / "sheet.png")
+    return sheets.save_image(sheets.contact_sheet(rows), job.out / "sheet.png")
 
 
 def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:

@@ -14,7 +14,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core import mergers
 from unbraid.core.recipe import ForwardRequest, TrainingCoroutine, go_on
 from unbraid.core.train import precomputed_targets, run_one, training_coroutine
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.opening import moves
 from unbraid.methods import METHODS
 from unbraid.runs import folder, pace
@@ -77,7 +77,7 @@ def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCo
     for role in ready.images.keys() - job.images.keys():
         for i, image in enumerate(ready.images[role]):
             path = job.out / "drawn" / f"{role}_{i}.png"
-            if (event := _errand(ready, path.name, partial(pictures.save_image, image, path))).undone:
+            if (event := _errand(ready, path.name, partial(sheets.save_image, image, path))).undone:
                 yield event
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):

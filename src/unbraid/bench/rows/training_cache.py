@@ -20,7 +20,7 @@ from unbraid.bench.rows.version import DRAWING, MERGING, base_digest, versions
 from unbraid.bench.truth.tasks import Cell, Item, Scale, content_prompt, joint_prompt, style_prompt
 from unbraid.bench.truth.truths import TRAINED, Truth
 from unbraid.common.atomic import atomic, sha256
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
 from unbraid.runs.api import learn_job, split_job, zip_job
@@ -56,7 +56,7 @@ class TrainingCache:
         file = self.work / "inputs" / f"{name or slug(str(truth))}.png"
         with self._lock(file.with_suffix(".lock")):
             if not file.exists():
-                pictures.save_image(truth.image, file)
+                sheets.save_image(truth.image, file)
         return file
 
     def captioned(self, truths: Sequence[tuple[Truth, str]], name: str) -> Path:
@@ -129,7 +129,7 @@ class TrainingCache:
             if not file.exists():
                 options = {"guidance": self.scale.guidance, "steps": self.scale.steps}
                 (drawn,) = render(self.base, item.prompt, seeds=(seed,), **options)
-                pictures.save_image(drawn, file)
+                sheets.save_image(drawn, file)
         return open_image(file)
 
     def learnt(self, cell: Cell) -> tuple[Path, Path]:
