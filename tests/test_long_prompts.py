@@ -11,7 +11,7 @@ from tiny_bases import Tiny
 from torch import Tensor
 
 from unbraid.bases.base import Base, load
-from unbraid.bases.long_prompts import chunks, remarks
+from unbraid.bases.families.long_prompts import chunks, remarks
 from unbraid.common.errors import UsageError
 from unbraid.runs.api import learn_job
 from unbraid.runs.batch import run_many

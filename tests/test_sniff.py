@@ -11,7 +11,8 @@ from tiny_bases import Tiny
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from unbraid.bases.clip_tokenizer import clip_tokenizer
-from unbraid.bases.single_file import configs, empty_unet
+from unbraid.bases.families.unet import UNet
+from unbraid.bases.single_file import configs
 from unbraid.bases.sniff import sniff
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import read_header
@@ -96,7 +97,7 @@ def test_real_sizes_give_the_stock_configurations(kind: str, tmp_path: Path) -> 
     found = configs(checkpoint)
     unet = found["unet/config.json"]
     assert {key: unet[key] for key in STOCK[kind]} == STOCK[kind]
-    assert sum(p.numel() for p in empty_unet(unet).parameters()) == PARAMETERS[kind]
+    assert sum(p.numel() for p in UNet().empty(unet).parameters()) == PARAMETERS[kind]
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(found["vae/config.json"])
         texts = [found[name] for name in ("text_encoder/config.json", "text_encoder_2/config.json") if name in found]

@@ -12,7 +12,7 @@ from torch import Tensor
 from unbraid.bases.compiling import compile_blocks
 from unbraid.bases.families import family_of
 from unbraid.bases.families.family import Family, Prompt
-from unbraid.bases.noising import Diffusion
+from unbraid.bases.families.noising import Diffusion
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.savings import save_memory

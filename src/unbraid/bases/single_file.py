@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -25,6 +24,7 @@ from unbraid.bases.checkpoint_config import (
     vae_config,
 )
 from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
+from unbraid.bases.families.unet import UNet
 from unbraid.bases.sniff import VAE, Checkpoint, Kind, sniff
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import Shape, read_header
@@ -64,16 +64,10 @@ def configs(checkpoint: Checkpoint) -> dict[str, Config]:
     return found | texts
 
 
-def empty_unet(config: Config) -> UNet2DConditionModel:
-    """A UNet without weights, for its shapes."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)  # type: ignore[return-value]
-
-
 def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
     """Every weight of the UNet must be in the file, in the size that the others ask for."""
     try:
-        parameters = dict(empty_unet(config).named_parameters())
+        parameters = dict(UNet().empty(config).named_parameters())
     except ValueError as error:
         raise UsageError(
             f"not a UNet that can be built ({error})", checkpoint.path, "Give a diffusers folder of it."

@@ -178,7 +178,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
 def _opened(name: str, loading: Any, *prompts: str) -> Any:
     """Load the base, and print a note if a prompt is long, about how it is encoded."""
     from unbraid.bases.base import load
-    from unbraid.bases.long_prompts import remarks
+    from unbraid.bases.families.long_prompts import remarks
 
     base = load(name, loading=loading)
     for told in remarks(base.pipe, prompts):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from unbraid.bases.base import Base, load
-from unbraid.bases.long_prompts import remarks as long_prompts
+from unbraid.bases.families.long_prompts import remarks as long_prompts
 from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers

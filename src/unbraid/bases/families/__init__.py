@@ -1,4 +1,4 @@
-"""The kinds of base models, one file each. Training, drawing and the memory estimate ask a base's family and contain no `if` about it.
+"""The kinds of base models, one file each, and what they have in common. Training, drawing and the memory estimate ask a base's family and contain no `if` about it.
 
 A new family: a file with its `Family`, and a line below. What it must give is described in `family.py`.
 """

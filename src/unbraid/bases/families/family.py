@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from unbraid.bases.noising import Diffusion
+from unbraid.bases.families.noising import Diffusion
 from unbraid.files.formats.blocks import Family as FileFamily
 
 
