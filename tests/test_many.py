@@ -112,7 +112,16 @@ def test_methods_step_counts_and_ranks_mixed(unet_base: Base) -> None:
     (cut,) = blora(BLOCKS["sdxl"], rank=4, steps=4)
     (broken,) = break_(BLOCKS["sdxl"], rank=4, steps=4, partner_count=1)
     (learned,) = dreambooth(BLOCKS["sdxl"], rank=2, steps=2, targets="transformers", prior_weight=0.5)
-    recipes = [split(4), split(7, rank=2), pairs, replace(pairs, in_turn=True), slid, cut, broken, learned]
+    recipes = [
+        split(4),
+        split(7, rank=2),
+        pairs,
+        replace(pairs, passes=replace(pairs.passes, in_turn=True)),
+        slid,
+        cut,
+        broken,
+        learned,
+    ]
     starts = [start(unet_base, recipe, seed) for seed, recipe in enumerate(recipes)]
     check([*starts, start(unet_base, zipped, 9, loras=2)])
 
@@ -153,7 +162,9 @@ def test_a_failing_job_leaves_the_others_alone(unet_base: Base) -> None:
         up = adapters.pieces_of("content")[0].up
         return up.sum() * float("nan") if step == 1 else None
 
-    starts = [start(unet_base, split(4), 0), start(unet_base, replace(split(4), penalty=poison), 1)]
+    fine = split(4)
+    poisoned = replace(fine, hooks=replace(fine.hooks, penalty=poison))
+    starts = [start(unet_base, fine, 0), start(unet_base, poisoned, 1)]
     ((_, end),), jobs = alone(starts[:1]), prepared(starts)
     events = list(train_many(jobs, joined, 2))
     failed = [event for which, event in events if which == 1]

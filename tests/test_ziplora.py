@@ -141,8 +141,8 @@ def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(run_data: RunDa
     for similarity, pulls in (("cos", False), ("dot", True), ("product", True)):
         (recipe,) = ziplora(BLOCKS["sdxl"], similarity=similarity, granularity="column")  # type: ignore[arg-type]
         recipe.prepare(adapters, torch.Generator())
-        assert recipe.penalty
-        penalty = recipe.penalty(adapters, 0)
+        assert recipe.hooks.penalty
+        penalty = recipe.hooks.penalty(adapters, 0)
         assert penalty is not None
         penalty.backward()
         gradient = max(float(one.columns.grad.abs().max()) for one in adapters.of("content").values())  # type: ignore[union-attr]

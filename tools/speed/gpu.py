@@ -78,7 +78,7 @@ def _steps(name: str, world: World, recipe: Recipe, graphs: bool) -> Iterator[It
 
 
 def _training(run_data: RunData, recipe: Recipe, state: State, adapters: Adapters) -> Iterator[Step]:
-    taught = precomputed_targets(run_data, recipe, adapters, state.rng) if recipe.fixed_teachers else None
+    taught = precomputed_targets(run_data, recipe, adapters, state.rng) if recipe.passes.fixed_teachers else None
     return train(run_data, recipe, state, MAX.at_once, taught)
 
 

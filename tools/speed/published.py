@@ -120,7 +120,7 @@ def published(
     """One step per item, for ever. `encode` is called at every step."""
     groups = [
         {key: group[key] for key in ("params", "lr", "weight_decay")}
-        for group in recipe.optimizer(adapters, recipe.rates).param_groups
+        for group in recipe.optimization.optimizer(adapters, recipe.rates).param_groups
     ]
     optimizer, rng = torch.optim.AdamW(groups, fused=True), torch.Generator().manual_seed(0)
     parameters = [p for group in groups for p in group["params"]]
@@ -130,19 +130,19 @@ def published(
                 factors.requires_grad_(True)
 
     def update() -> None:
-        if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        if recipe.optimization.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, recipe.optimization.clip)
         optimizer.step()
         optimizer.zero_grad()
 
-    embeds = {role: prompt.embeds for role, prompt in prompts.items()}
+    hooks, embeds = recipe.hooks, {role: prompt.embeds for role, prompt in prompts.items()}
     latents = next(iter(encode().values()))[0].mean
     small = latents.device.type == "cpu" and latents[0].numel() <= SMALL
     channels_last(base.denoiser, small)  # its calls are of single rows, and that is their quicker order, as in ours
     with formulas(base.denoiser, adapters, form, embeds) as activate:
         for i in count():
             run_data, branches = RunData(base, encode(), prompts), recipe.branches(i)
-            samples = run_data.draw([branch.image for branch in branches], recipe.shared, rng)
+            samples = run_data.draw([branch.image for branch in branches], recipe.passes.shared, rng)
             losses = []
             for branch, sample in zip(branches, samples, strict=True):
                 activate(branch.active)
@@ -157,16 +157,16 @@ def published(
                 losses.append(branch.weight * F.mse_loss(out, target.to(out.dtype)))
                 if not branch.teacher:  # ZipLoRA alone keeps its graphs until all losses are there
                     losses.pop().backward()
-                    if recipe.in_turn and branch is not branches[-1]:
+                    if recipe.passes.in_turn and branch is not branches[-1]:
                         update()
             activate(branches[0].active)  # checkpoints run again in the backward pass
-            penalty = recipe.penalty(adapters, i) if recipe.penalty else None
+            penalty = hooks.penalty(adapters, i) if hooks.penalty else None
             losses += [] if penalty is None else [penalty]
             if losses:
                 torch.stack(losses).sum().backward()
-            if recipe.after_backward:
-                recipe.after_backward(adapters, i)
+            if hooks.after_backward:
+                hooks.after_backward(adapters, i)
             update()
-            if recipe.after_step:
-                recipe.after_step(adapters, i)
+            if hooks.after_step:
+                hooks.after_step(adapters, i)
             yield

@@ -34,7 +34,7 @@ def timed(name: str, world: World, steps: int, rounds: int, warm: int = WARM) ->
     if case.checkpointing:
         ways["published, no gradient checkpointing"] = _theirs(case, world, theirs, steps, warm, False)
     ways["ours"] = _ours(case, world, recipe, steps, warm)
-    if recipe.fixed_teachers:
+    if recipe.passes.fixed_teachers:
         ways["ours, teachers asked ahead"] = _ours(case, world, recipe, steps, warm, ahead=True)
     return side_by_side(ways, steps, rounds)
 

@@ -42,7 +42,9 @@ def save_memory(denoiser: Any, device: torch.device, preset: Preset) -> None:
 
 def with_8bit_optimizer(recipe: Recipe, preset: Preset) -> Recipe:
     """The recipe with 8-bit moments, where the preset wants them and its optimiser is AdamW."""
-    return replace(recipe, optimizer=adamw8) if preset.adam8 and recipe.optimizer is adamw else recipe
+    if not preset.adam8 or recipe.optimization.optimizer is not adamw:
+        return recipe
+    return replace(recipe, optimization=replace(recipe.optimization, optimizer=adamw8))
 
 
 def drop_foreign_moments(saved: Mapping[str, Tensor], preset: Preset) -> tuple[dict[str, Tensor], list[str]]:

@@ -58,7 +58,7 @@ class State:
         adapters.pack()
         if not recipe.steps:  # done when it is prepared
             return cls(adapters, torch.optim.AdamW([{"params": []}]), rng)
-        return cls(adapters, recipe.optimizer(adapters, recipe.rates), rng)
+        return cls(adapters, recipe.optimization.optimizer(adapters, recipe.rates), rng)
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""

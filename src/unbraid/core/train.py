@@ -65,7 +65,7 @@ def precomputed_targets(
     """The samples of every step as a run would draw them, each with its teacher's answer as its target; for recipes with
     `fixed_teachers`. Teachers are asked in batches of `at_once`; those of steps before `begin` are not asked."""
     plan = [recipe.branches(i) for i in range(recipe.steps)]
-    drawn = [model.draw([branch.image for branch in branches], recipe.shared, rng) for branches in plan]
+    drawn = [model.draw([branch.image for branch in branches], recipe.passes.shared, rng) for branches in plan]
     asked = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
     for chunk in chunks([drawn[i][j] for i, j in asked], at_once):
         places = [asked[k] for k in chunk]
@@ -79,36 +79,36 @@ def precomputed_targets(
 def _step(
     model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None
 ) -> Generator[ForwardRequest, list[Tensor], Step]:
-    adapters, index = state.adapters, state.step
+    adapters, index, hooks = state.adapters, state.step, recipe.hooks
     branches = recipe.branches(index)
     samples = (
         precomputed_targets[index]
         if precomputed_targets
-        else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
+        else model.draw([branch.image for branch in branches], recipe.passes.shared, state.rng)
     )
     losses: list[Tensor] = []
-    size = 1 if recipe.in_turn else max(len(branches), 1)
+    size = 1 if recipe.passes.in_turn else max(len(branches), 1)
     for i in range(0, len(branches), size):
         losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
         if i + size < len(branches):
-            _clip(state.optimizer, recipe.clip)
+            _clip(state.optimizer, recipe.optimization.clip)
             state.optimizer.step()
             state.optimizer.zero_grad()
     total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
-    penalty = recipe.penalty(adapters, index) if recipe.penalty else None
+    penalty = hooks.penalty(adapters, index) if hooks.penalty else None
     if penalty is not None:
         penalty.backward()
         total = total + penalty.detach()
-    if recipe.after_backward:
-        recipe.after_backward(adapters, index)
-    norm = _clip(state.optimizer, recipe.clip)
+    if hooks.after_backward:
+        hooks.after_backward(adapters, index)
+    norm = _clip(state.optimizer, recipe.optimization.clip)
     assert isinstance(total, Tensor)
     done = Step(index, torch.stack([total, norm.to(total), *losses]))
     state.saw(done)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    if recipe.after_step and recipe.after_step(adapters, index):
+    if hooks.after_step and hooks.after_step(adapters, index):
         state.step = recipe.steps
     if state.step == recipe.steps:
         state.raise_if_not_finite()
@@ -121,7 +121,7 @@ def _goes_on(
     """Early stopping's look at the mean loss of its branches."""
     rng = torch.Generator().manual_seed(0)
     branches = [branch for branch in stop.branches for _ in range(stop.samples)]
-    samples = [model.draw([branch.image], recipe.shared, rng)[0] for branch in branches]
+    samples = [model.draw([branch.image], recipe.passes.shared, rng)[0] for branch in branches]
     losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
     return state.judged(float(torch.stack(losses).mean()), stop.patience)
 

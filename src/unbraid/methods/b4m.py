@@ -25,7 +25,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
-from unbraid.core.recipe import Recipe, Stop
+from unbraid.core.recipe import Hooks, Optimization, Passes, Recipe, Stop
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, two
 from unbraid.methods.pair import rows
 
@@ -34,6 +34,7 @@ Halves = Literal["heads", "first"]
 KINDS: tuple[Kind, ...] = ("content", "style")
 OWN: Mapping[str, Part] = {"content": "down", "style": "up"}
 basis = cache(rows)  # the same for every layer of a width
+PASSES = Passes(shared=frozenset(("noise", "timestep")))
 CUT = ("rank", "split", "halves", "interaction", "orthogonal")  # what two modules must have in common
 
 
@@ -81,10 +82,9 @@ def break_(
     rates: dict[tuple[str, Part], Rate] = {("module", own): Rate(lr)}
     if partner_count:
         rates["module", other] = Rate(partner_lr)
-    shared = frozenset(("noise", "timestep"))
-    last = partial(_last, steps, other)
     # no clipping: a common norm would let the partners' loss scale the module's gradient
-    return (Recipe(prepare, lambda step: tuple(branches), rates, steps, shared, clip=None, after_step=last),)
+    optimization, hooks = Optimization(clip=None), Hooks(after_step=partial(_last, steps, other))
+    return (Recipe(prepare, lambda step: tuple(branches), rates, steps, PASSES, optimization, hooks),)
 
 
 def make(
@@ -128,11 +128,11 @@ def make(
 
     stop = Stop(tuple(Branch(role, "both", active) for role in roles), every, patience)
     rates: Rates = {("merged", part): Rate(lr) for part in parts}
-    shared = frozenset(("noise", "timestep"))
-    way = partial(riemannian, delta=delta) if optimizer == "riemannian" else adamw
-    # one norm over all factors would make the step depend again on how a product is shared out
-    clip = None if optimizer == "riemannian" else 1.0
-    return (Recipe(prepare, lambda step: branches, rates, fine_tune, shared, clip=clip, optimizer=way, stop=stop),)
+    optimization = Optimization(adamw)
+    if optimizer == "riemannian":
+        # no clipping: one norm over all factors would make the step depend again on how a product is shared out
+        optimization = Optimization(partial(riemannian, delta=delta), clip=None)
+    return (Recipe(prepare, lambda step: branches, rates, fine_tune, PASSES, optimization, stop=stop),)
 
 
 class Cut:

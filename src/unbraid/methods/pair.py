@@ -21,7 +21,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
@@ -85,9 +85,9 @@ def pair(
     rates: dict[tuple[str, Part], Rate] = {
         (name, part): Rate(lr, weight_decay) for name in [*contents, "style"] for part in parts
     }
-    shared = frozenset(("crop", "noise", "timestep"))
+    passes = Passes(frozenset(("crop", "noise", "timestep")), in_turn=compat == "official")
     # no clipping, as published: a common norm would let the one loss scale the other's gradient
-    return (Recipe(prepare, branches, rates, steps, shared, clip=None, in_turn=compat == "official"),)
+    return (Recipe(prepare, branches, rates, steps, passes, Optimization(clip=None)),)
 
 
 def numbered(pairs: int) -> list[str]:

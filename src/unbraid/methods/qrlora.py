@@ -15,7 +15,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate, Rates
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.dreambooth import TARGETS
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
@@ -51,7 +51,14 @@ def qrlora(
     branch = Branch("image", "both", (Active("lora", trains=frozenset({"down"})),))
     rates: Rates = {("lora", "down"): Rate(lr, weight_decay)}
     return (
-        Recipe(prepare, lambda step: (branch,), rates, steps, after_backward=after_backward, targets=TARGETS[targets]),
+        Recipe(
+            prepare,
+            lambda step: (branch,),
+            rates,
+            steps,
+            hooks=Hooks(after_backward=after_backward),
+            targets=TARGETS[targets],
+        ),
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Passes, Recipe
 from unbraid.methods.entry import Blocks, Entry, Output
 from unbraid.methods.pair import PAIRS, numbered
 
@@ -41,7 +41,8 @@ def slider(
         )
 
     rates: dict[tuple[str, Part], Rate] = {("style", part): Rate(lr, weight_decay) for part in parts}
-    return (Recipe(prepare, branches, rates, steps, frozenset(("crop", "noise", "timestep")), targets=SELF_ATTENTION),)
+    passes = Passes(shared=frozenset(("crop", "noise", "timestep")))
+    return (Recipe(prepare, branches, rates, steps, passes, targets=SELF_ATTENTION),)
 
 
 ENTRIES = (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
 from unbraid.methods.unziplora_official import official
@@ -86,9 +86,11 @@ def separated(recipe: Recipe, columns: Columns, merger_lr: float, overlap: float
     return replace(
         recipe,
         rates={**recipe.rates, **{(role, "merger"): Rate(merger_lr) for role in ROLES}},
-        penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
-        after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
-        after_step=lambda adapters, step: clamp_gates(adapters),
+        hooks=Hooks(
+            penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
+            after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+            after_step=lambda adapters, step: clamp_gates(adapters),
+        ),
     )
 
 

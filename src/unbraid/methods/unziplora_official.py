@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
 from unbraid.methods.entry import ROLES
 
@@ -47,9 +47,11 @@ def official(
         branches,
         rates,
         columns.steps,
-        penalty=lambda adapters, step: _penalty(adapters, overlap) if _gated(columns, step) else None,
-        after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
-        after_step=lambda adapters, step: _after_step(adapters, columns, step),
+        hooks=Hooks(
+            penalty=lambda adapters, step: _penalty(adapters, overlap) if _gated(columns, step) else None,
+            after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+            after_step=lambda adapters, step: _after_step(adapters, columns, step),
+        ),
     )
 
 

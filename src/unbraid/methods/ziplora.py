@@ -24,7 +24,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Passes, Recipe
 from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
 Similarity = Literal["cos", "dot", "product"]
@@ -88,10 +88,11 @@ def ziplora(
             lambda step: branches,
             {(role, "merger"): Rate(lr, weight_decay) for role in roles},
             steps,
-            shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(),
-            penalty=penalty,
-            after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance),
-            fixed_teachers=True,
+            Passes(shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(), fixed_teachers=True),
+            hooks=Hooks(
+                penalty=penalty,
+                after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance),
+            ),
         ),
     )
 

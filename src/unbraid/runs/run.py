@@ -119,7 +119,7 @@ def remarks(job: Job) -> list[str]:
 def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> TrainingCoroutine[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     taught = None
-    if ready.recipe.fixed_teachers:
+    if ready.recipe.passes.fixed_teachers:
         at_once = max(4, 2 * job.loading.preset.at_once)
         taught = precomputed_targets(ready.run_data, ready.recipe, state.adapters, begin, state.step, at_once)
     preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
