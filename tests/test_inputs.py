@@ -73,7 +73,7 @@ def test_several_captions_are_drawn_in_turn(v_base: Path, tmp_path: Path) -> Non
     (tmp_path / "a.txt").write_text("a sks cat\na cat on a mat\na dog\n")
     options = {"out": tmp_path / "r", "base": str(v_base), "rank": 2, "steps": 2, "previews": 1}
     job = learn_job(tmp_path / "a.png", prompt="a sks thing", **options)
-    assert job.captions == {tmp_path / "a.png": "a sks cat\na cat on a mat\na dog"}
+    assert job.data.captions == {tmp_path / "a.png": "a sks cat\na cat on a mat\na dog"}
     files = [event.file.name for event in run(job, device="cpu") if event.file]
     assert "lora.safetensors" in files and "sheet.png" in files
     assert recorded(tmp_path / "r" / "run.toml") == job

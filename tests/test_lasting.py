@@ -35,7 +35,7 @@ def job(v_base: Path, picture: Path, tmp_path: Path) -> Job:
 
 
 def arguments(job: Job, *more: str) -> list[str]:
-    (file,) = job.images["image"]
+    (file,) = job.data.images["image"]
     known = ["learn", str(file), "--prompt", "a sks cat", "--base", job.base, "--out", str(job.out), "--quiet"]
     return [*known, *(f"--set={key}={job.settings[key]}" for key in ("rank", "steps", "lr")), *more]
 
@@ -109,7 +109,7 @@ def test_in_a_batch_a_fault_is_that_run_s_alone(
 def test_the_training_picture_may_go_while_it_trains(job: Job, tmp_path: Path) -> None:
     """The thumbnail is of what was opened at the start."""
     copy = tmp_path / "copy.png"
-    Image.open(job.images["image"][0]).save(copy)
+    Image.open(job.data.images["image"][0]).save(copy)
     options: dict[str, Any] = {"base": job.base, "rank": 2, "steps": 2, "previews": 0}
     todo = learn_job(copy, prompt="a cat", out=tmp_path / "o", **options)
     events = run(todo, device="cpu")
@@ -139,9 +139,9 @@ def test_no_paths_in_the_metadata_and_less_if_wanted(job: Job, tmp_path: Path) -
     assert bare["ss_network_module"] and bare["ss_base_model_version"], "what loaders need stays"
     weights = [load_file(tmp_path / name / "lora.safetensors") for name in ("all", "bare")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert recorded(tmp_path / "bare" / "run.toml").metadata is False
+    assert recorded(tmp_path / "bare" / "run.toml").extras.metadata is False
     with pytest.raises(UsageError, match="a module needs its metadata"):
-        unbraid.break_job(job.images["image"][0], kind="content", prompt="a cat", metadata=False)
+        unbraid.break_job(job.data.images["image"][0], kind="content", prompt="a cat", metadata=False)
     assert base64.b64decode(every["modelspec.thumbnail"].partition(",")[2])[:2] == b"\xff\xd8"
 
 
@@ -154,7 +154,7 @@ def test_a_finished_run_is_not_trained_again(job: Job) -> None:
     assert code == 0 and "done already" in text
     assert {path: path.stat().st_mtime_ns for path in job.out.rglob("*")} == before
     other = learn_job(
-        job.images["image"][0], prompt="a sks cat", out=job.out, base=job.base, rank=3, steps=4, previews=2
+        job.data.images["image"][0], prompt="a sks cat", out=job.out, base=job.base, rank=3, steps=4, previews=2
     )
     with pytest.raises(UsageError, match=r"other settings: rank: 2 there, 3 here"):
         list(run(other, resume=True, device="cpu"))

@@ -174,7 +174,7 @@ def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], 
     (tmp_path / "plain" / "b.txt").write_text("dog")
     options = {"out": tmp_path / "run", "base": str(v_base), "previews": 0, **QUICK}
     job = pair_job(tmp_path / "plain", tmp_path / "ink", subject="cat", style="line", **options)
-    assert set(job.captions.values()) == {"a sks dog", "a sks dog in line style"} and job.settings["pairs"] == 2
+    assert set(job.data.captions.values()) == {"a sks dog", "a sks dog in line style"} and job.settings["pairs"] == 2
     list(run(job, device="cpu"))
     assert [file.name for file in (tmp_path / "run").glob("*.safetensors")] == ["style.safetensors"]
 

@@ -91,7 +91,7 @@ def _adapted(job: Job, recipe: Recipe, network: Network, make: Callable[[], Any]
 
     Some methods read values when they prepare adapters, and fail there: on the meta device there are none. Then as many
     plain adapters of the run's rank are attached instead."""
-    files = {role: (path, read(path).modules) for role, path in job.loras.items()}
+    files = {role: (path, read(path).modules) for role, path in job.data.loras.items()}
     with quiet(), torch.device("meta"):
         denoiser, rng = make(), torch.Generator("cpu")
         adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(denoiser, recipe.targets)

@@ -56,7 +56,7 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
 def written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
     """Write the LoRA files, and yield their paths."""
     job = ready.job
-    shown = next((ready.images[role][0] for role in job.images), None)
+    shown = next((ready.images[role][0] for role in job.data.images), None)
     for stem, output in METHODS[job.method].outputs(job.settings).items():
         modules = {
             f"{ready.base.family.network.part}.{name}": lora for name, lora in _folded(ready.adapters, output).items()
@@ -85,9 +85,9 @@ def drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], P
         name: {f"{part}.{layer}": value for layer, value in mergers.values(ready.adapters, name).items()}
         for name in ready.adapters.names
     }
-    if job.loras and any(found.values()):
+    if job.data.loras and any(found.values()):
         out["coefficients.png"] = lambda: mergers_plot(events, found, job.out / "coefficients.png")
-    if job.previews:
+    if job.extras.previews:
         out["sheet.png"] = lambda: _sheet(ready, texts)
     return out
 
@@ -102,7 +102,7 @@ def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
     """Draw the final sheet: the inputs, and every use at four seeds. Returns its file."""
     job = ready.job
     said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
-    captioned = {role for role, files in job.images.items() if all(file in job.captions for file in files)}
+    captioned = {role for role, files in job.data.images.items() if all(file in job.data.captions for file in files)}
     rows = [
         (
             "input, under its own prompt" if role in captioned else f"input: {said.get(role, role)}",
@@ -119,6 +119,6 @@ def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
 
 def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:
     """The text under each picture: its own prompt, else its file name, else the name of the LoRA that drew it."""
-    return [job.captions.get(path, path.name) for path in job.images.get(role, ())] or [
+    return [job.data.captions.get(path, path.name) for path in job.data.images.get(role, ())] or [
         f"drawn by {source(job, role).name}"
     ] * len(images)

@@ -57,10 +57,12 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
             pass
         yield Progress(1, 1, warning="this run is done already: nothing is trained")
         return
-    warnings = [*job.told, *remarks(job), *METHODS[job.method].inputs.check(opened, job.images)]
+    warnings = [*job.notes, *remarks(job), *METHODS[job.method].inputs.check(opened, job.data.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
-        warnings += long_prompts(ready.base.pipe, [*texts.values(), *"\n".join(job.captions.values()).splitlines()])
+        warnings += long_prompts(
+            ready.base.pipe, [*texts.values(), *"\n".join(job.data.captions.values()).splitlines()]
+        )
         ready.base.release(tiles=job.loading.preset.fp8)
         warnings += notes(ready.base.device, job.loading.preset)
         with folder.locked(job.out):
@@ -74,7 +76,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
 
 def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCoroutine[Progress]:
     job, total = ready.job, ready.recipe.steps
-    for role in ready.images.keys() - job.images.keys():
+    for role in ready.images.keys() - job.data.images.keys():
         for i, image in enumerate(ready.images[role]):
             path = job.out / "drawn" / f"{role}_{i}.png"
             if (event := _errand(ready, path.name, partial(sheets.save_image, image, path))).undone:
@@ -112,7 +114,7 @@ def _errand(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
 
 def remarks(job: Job) -> list[str]:
     """Warnings about the pictures: a file that holds several is used for its first one only."""
-    files = dict.fromkeys(path for paths in job.images.values() for path in paths)
+    files = dict.fromkeys(path for paths in job.data.images.values() for path in paths)
     return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
 
 
@@ -122,7 +124,7 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Train
     if ready.recipe.passes.fixed_teachers:
         at_once = max(4, 2 * job.loading.preset.at_once)
         taught = precomputed_targets(ready.run_data, ready.recipe, state.adapters, begin, state.step, at_once)
-    preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
+    preview_at = {round(steps * (i + 1) / job.extras.previews) for i in range(job.extras.previews)}
     saved, training = time.monotonic(), training_coroutine(ready.run_data, ready.recipe, state, taught)
     said = next(training, None)
     while said:

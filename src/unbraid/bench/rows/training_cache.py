@@ -77,7 +77,8 @@ class TrainingCache:
 
     def train(self, job: Job) -> Path:
         """Run a job to its end, or resume it, and return its folder. `job.out` is ignored: the folder is in this cache."""
-        job = replace(job, settings={**job.settings, **self.scale.training.get(job.method, {})}, previews=0)
+        settings = {**job.settings, **self.scale.training.get(job.method, {})}
+        job = replace(job, settings=settings, extras=replace(job.extras, previews=0))
         out = self.work / "made" / f"{job.method}-{self._key(job)}"
         cost_file = out / "cost.json"
         with self._lock(out.with_suffix(".lock")):
@@ -174,7 +175,7 @@ class TrainingCache:
 
     def _counted(self, job: Job) -> Cost:
         """FLOPs and trained parameters. They do not depend on the content of the pictures, so equal jobs share one count."""
-        shapes = {role: len(some) for role, some in job.images.items()}
+        shapes = {role: len(some) for role, some in job.data.images.items()}
         file = self.work / "counts" / f"{job.method}-{short(shapes, dict(job.settings), versions([job.method]))}.json"
         if not file.exists():
             write_json(file, asdict(counted(job)))
@@ -182,10 +183,10 @@ class TrainingCache:
 
     def _key(self, job: Job) -> str:
         """A hash of everything that the training's result depends on."""
-        images = {role: [sha256(file) for file in files] for role, files in job.images.items()}
-        loras = {role: sha256(file) for role, file in job.loras.items()}
-        texts = [text for files in job.images.values() for file in files if (text := job.captions.get(file))]
-        inputs = (job.method, dict(job.words), images, loras, texts, dict(job.settings), job.seed)
+        images = {role: [sha256(file) for file in files] for role, files in job.data.images.items()}
+        loras = {role: sha256(file) for role, file in job.data.loras.items()}
+        texts = [text for files in job.data.images.values() for file in files if (text := job.data.captions.get(file))]
+        inputs = (job.method, dict(job.data.words), images, loras, texts, dict(job.settings), job.seed)
         return short(inputs, base_digest(self.base_name), METHODS[job.method].version)
 
     def _lock(self, file: Path) -> FileLock:
