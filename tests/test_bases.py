@@ -24,13 +24,13 @@ from unbraid.runs import run as running
 from unbraid.runs.api import learn_job
 from unbraid.runs.job import opened_images, prompts_of
 from unbraid.runs.prepare import prepare
-from unbraid.sampling.render import render
+from unbraid.sampling.render import Sampling, render
 
 KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
 
 
 def drawn(base: Base) -> np.ndarray:
-    return np.asarray(render(base, "a cat in ink style", negative="dark", steps=3)[0]).astype(int)
+    return np.asarray(render(base, "a cat in ink style", sampling=Sampling(negative="dark", steps=3))[0]).astype(int)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from unbraid.runs import shortest
 from unbraid.runs.batch import batch
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, Use, render
 
 
 class Broken(Exception):
@@ -110,7 +110,7 @@ def test_runs_together_that_break(call: int, base: Base, loras: list[Path], pict
 @pytest.mark.parametrize("combine", ["sum", "k-lora", "switch", "composite"])
 def test_a_drawing_that_breaks(combine: Any, base: Base, loras: list[Path]) -> None:
     with broken(base.denoiser, 2, Broken), pytest.raises(Broken):
-        render(base, "a cat", [Use(file) for file in loras], combine=combine, steps=3)
+        render(base, "a cat", [Use(file) for file in loras], combine=combine, sampling=Sampling(steps=3))
     assert bare(base)
 
 

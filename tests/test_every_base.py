@@ -25,7 +25,7 @@ from unbraid.runs import run as running
 from unbraid.runs import shortest
 from unbraid.runs.job import Job
 from unbraid.runs.memory import estimate
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, Use, render
 
 pytestmark = pytest.mark.slow
 
@@ -143,5 +143,5 @@ def test_every_method_on_every_base(
     with loaded(pipe, file):
         theirs = stock_picture(pipe)
     base = load(str(getattr(tiny, which)), "cpu")
-    ours = render(base, "a sks cat in ink style", [Use(file)], steps=2)[0]
+    ours = render(base, "a sks cat in ink style", [Use(file)], sampling=Sampling(steps=2))[0]
     assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 2

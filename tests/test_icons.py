@@ -16,7 +16,7 @@ from unbraid.bench.truth.art import held_out_art, known_art
 from unbraid.bench.truth.filters import TRAIN_FILTERS
 from unbraid.bench.truth.judge import load_judge
 from unbraid.bench.truth.subjects import SETS, STYLE_WORDS, TRAIN_SETS
-from unbraid.sampling.render import render
+from unbraid.sampling.render import Sampling, render
 
 ICONS = Path(str(files("unbraid.bases").joinpath("icons")))
 
@@ -68,7 +68,7 @@ def top1(embedded: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def drawn(base: Base, prompts: list[str], seed: int) -> torch.Tensor:
-    images = [render(base, prompt, seeds=(seed,), steps=15)[0] for prompt in prompts]
+    images = [render(base, prompt, sampling=Sampling(seeds=(seed,), steps=15))[0] for prompt in prompts]
     return torch.stack([torch.from_numpy(np.array(image, np.float32) / 255).permute(2, 0, 1) for image in images])
 
 

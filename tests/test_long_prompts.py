@@ -17,7 +17,7 @@ from unbraid.runs.api import learn_job
 from unbraid.runs.batch import run_many
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
-from unbraid.sampling.render import render
+from unbraid.sampling.render import Sampling, render
 
 KINDS = ["tiny_sdxl", "tiny_sd15", "tiny_sd21", "v_base", "sd15_base"]
 
@@ -93,9 +93,12 @@ def test_shorter_ones_are_followed_by_empty_chunks(request: pytest.FixtureReques
 def test_they_are_drawn_and_their_end_counts(request: pytest.FixtureRequest) -> None:
     base = opened("v_base", request)
     text = words(base, base.pipe.tokenizer.model_max_length + 20)
-    pictures = [render(base, one, steps=2)[0].tobytes() for one in (text, text + " teapot", text)]
+    pictures = [render(base, one, sampling=Sampling(steps=2))[0].tobytes() for one in (text, text + " teapot", text)]
     assert pictures[0] == pictures[2] != pictures[1]
-    assert render(base, "a cat", negative=text, steps=2)[0].tobytes() != render(base, "a cat", steps=2)[0].tobytes()
+    plain, negative = (
+        render(base, "a cat", sampling=Sampling(steps=2, negative=words))[0].tobytes() for words in ("", text)
+    )
+    assert plain != negative
 
 
 def long_job(base: Path, picture: Path, out: Path, many: int) -> Job:

@@ -30,7 +30,7 @@ from unbraid.methods.pair import pair, rows
 from unbraid.runs.api import pair_job
 from unbraid.runs.run import run
 from unbraid.sampling.invert import invert, reconstruct
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 from unbraid.sampling.sample import NEGATIVE, Guided, Style, Term, style_guidance
 from unbraid.sampling.samplers import with_sampler
 from unbraid.sampling.sweep import parse_sweep, sweep_sheet
@@ -160,9 +160,12 @@ def test_a_pair_makes_a_style_and_a_content_lora(v_base: Path, couple: tuple[Pat
     assert product.abs().max() < 1e-3 * delta(content.modules[name]).norm() * delta(style.modules[name]).norm()
     base = bases.load(str(v_base), "cpu")
     plain, guided = (
-        render(base, "a dog", styles=[Use(out / "style.safetensors", scale)], steps=2)[0] for scale in (0.0, 3.0)
+        render(
+            base, "a dog", styles=StyleGuidance([Use(out / "style.safetensors", scale)]), sampling=Sampling(steps=2)
+        )[0]
+        for scale in (0.0, 3.0)
     )
-    assert plain.tobytes() == render(base, "a dog", steps=2)[0].tobytes() != guided.tobytes()
+    assert plain.tobytes() == render(base, "a dog", sampling=Sampling(steps=2))[0].tobytes() != guided.tobytes()
 
 
 def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
@@ -319,11 +322,11 @@ def test_an_edit_at_strength_zero_gives_the_picture_back(couple: tuple[Path, Pat
     base, file = bases.load("icons", "cpu"), tmp_path / "wide.png"
     Image.open(couple[0]).resize((64, 48)).save(file)
     best = reconstruct(base, fit(open_image(file), base.size**2, base.step))
-    (back,) = render(base, "a ball", edit=file, steps=50)
-    (other,) = render(base, "a ball", steps=5, height=best.height, width=best.width)
+    (back,) = render(base, "a ball", inputs=ImageInputs(edit=file), sampling=Sampling(steps=50))
+    (other,) = render(base, "a ball", sampling=Sampling(steps=5, height=best.height, width=best.width))
     assert back.size == best.size and psnr(back, best) > 30 > psnr(other, best)
     with pytest.raises(UsageError, match="keeps what it is"):
-        render(base, "a ball", edit=file, seeds=(0, 1))
+        render(base, "a ball", inputs=ImageInputs(edit=file), sampling=Sampling(seeds=(0, 1)))
 
 
 @pytest.mark.parametrize("kind", ["v_base", "eps_base", "sd15_base"])
@@ -361,15 +364,17 @@ def test_a_sweep_is_one_sheet(v_base: Path, couple: tuple[Path, Path], tmp_path:
             pair_job(*couple, subject="cat", style="line", out=out, base=str(v_base), previews=0, **QUICK), device="cpu"
         )
     )
-    base, style = bases.load(str(v_base), "cpu"), [Use(out / "style.safetensors")]
-    sheet = sweep_sheet(base, "a dog", parse_sweep("style=0:6:3"), (), style, (0, 1), steps=2)
+    base, styles = bases.load(str(v_base), "cpu"), StyleGuidance([Use(out / "style.safetensors")])
+    sheet = sweep_sheet(
+        base, "a dog", parse_sweep("style=0:6:3"), styles=styles, sampling=Sampling(steps=2, seeds=(0, 1))
+    )
     cells = [sheet.crop((x, 28, x + 100, 128)).tobytes() for x in (6, 140, 274)]
     assert len(set(cells)) == 3 and sheet.width > 3 * 128 and sheet.height > 2 * 128
     for wrong in ("style", "style=0:1", "style=0:1:1", "seed=0:1:3", "style=0:nan:3", "lora=0:1:2.5"):
         with pytest.raises(UsageError, match="is no sweep"):
             parse_sweep(wrong)
     with pytest.raises(UsageError, match="nothing to vary"):
-        sweep_sheet(base, "a dog", parse_sweep("lora=0:1:2"), (), style, (0,))
+        sweep_sheet(base, "a dog", parse_sweep("lora=0:1:2"), styles=styles)
 
 
 def test_frozen_rows_have_no_optimiser_state() -> None:

@@ -34,7 +34,7 @@ from unbraid.runs.batch import batch
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
 from unbraid.sampling.canvas import Control, Start
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 
 pytestmark = pytest.mark.slow
 
@@ -241,10 +241,10 @@ def mask(tmp_path: Path) -> Path:
     return tmp_path / "mask.png"
 
 
-def same_picture(drawn: Any, **asked: Any) -> None:
+def same_picture(drawn: Any, **settings: Any) -> None:
     here, there, _ = drawn
-    told = {"steps": 2, **asked}
-    ours, theirs = (np.asarray(render(base, "a cat", **told)[0]).astype(int) for base in (there, here))
+    settings = {"sampling": Sampling(steps=2), **settings}
+    ours, theirs = (np.asarray(render(base, "a cat", **settings)[0]).astype(int) for base in (there, here))
     assert theirs.std() > 1 and np.abs(ours - theirs).max() <= 2
 
 
@@ -252,9 +252,15 @@ FORMULAS: dict[str, Callable[[Use, Use], dict[str, Any]]] = {
     "classifier-free": lambda content, style: {},
     "a LoRA": lambda content, style: {"uses": [content]},
     "its own prompt": lambda content, style: {"uses": [content, Use(style.file, 0.5, prompt="own")]},
-    "style guidance": lambda content, style: {"styles": [style]},
-    "several styles": lambda content, style: {"uses": [content], "styles": [style, Use(content.file, 0.5)]},
-    "style from 0.6": lambda content, style: {"styles": [style], "style_from": 0.6, "negative": "blurry"},
+    "style guidance": lambda content, style: {"styles": StyleGuidance([style])},
+    "several styles": lambda content, style: {
+        "uses": [content],
+        "styles": StyleGuidance([style, Use(content.file, 0.5)]),
+    },
+    "style from 0.6": lambda content, style: {
+        "styles": StyleGuidance([style], begin=0.6),
+        "sampling": Sampling(steps=2, negative="blurry"),
+    },
     "k-lora": lambda content, style: {"uses": [content, style], "combine": "k-lora"},
     "switch": lambda content, style: {"uses": [content, style], "combine": "switch"},
     "composite": lambda content, style: {"uses": [content, style], "combine": "composite"},
@@ -269,22 +275,24 @@ def test_every_formula(drawn: Any, name: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm++", "ddim"])
 def test_samplers(drawn: Any, sampler: str) -> None:
-    same_picture(drawn, sampler=sampler)
+    same_picture(drawn, sampling=Sampling(steps=2, sampler=sampler))
 
 
 def test_drawing_on_a_picture_and_on_a_part_of_it(drawn: Any, picture: Path, mask: Path) -> None:
     content = Use(drawn[2][0])
-    same_picture(drawn, uses=[content], start=Start(picture, 0.7))
-    same_picture(drawn, uses=[content], start=Start(picture, 0.7, mask))
+    same_picture(drawn, uses=[content], inputs=ImageInputs(Start(picture, 0.7)))
+    same_picture(drawn, uses=[content], inputs=ImageInputs(Start(picture, 0.7, mask)))
 
 
 def test_drawing_after_a_map(drawn: Any, picture: Path, tmp_path: Path) -> None:
     net = controlnet(drawn[0], tmp_path / "net")
-    same_picture(drawn, styles=[Use(drawn[2][1])], control=Control(str(net), picture, 0.8))
+    inputs = ImageInputs(control=Control(str(net), picture, 0.8))
+    same_picture(drawn, styles=StyleGuidance([Use(drawn[2][1])]), inputs=inputs)
 
 
 def test_editing(drawn: Any, picture: Path) -> None:
-    same_picture(drawn, styles=[Use(drawn[2][1])], edit=picture, steps=3)
+    styles = StyleGuidance([Use(drawn[2][1])])
+    same_picture(drawn, styles=styles, inputs=ImageInputs(edit=picture), sampling=Sampling(steps=3))
 
 
 def test_the_autoencoder_comes_and_goes(drawn: Any) -> None:

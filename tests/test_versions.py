@@ -28,7 +28,7 @@ from unbraid.files.merge import Size
 from unbraid.files.merge_methods import METHODS as MERGES
 from unbraid.files.tools import Source, merge_files
 from unbraid.methods import METHODS
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, Use, render
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def found(tiny_sdxl: Tiny, picture: Path, tmp_path_factory: pytest.TempPathFacto
         merged[name] = [of_file(work / f"{name}.safetensors")]
     base, drawn = load(str(tiny_sdxl.folder), "cpu"), {}
     for combine in ("sum", "k-lora", "switch", "composite"):
-        (image,) = render(base, "a sks cat", [Use(content), Use(style)], combine=combine, steps=2)
+        (image,) = render(base, "a sks cat", [Use(content), Use(style)], combine=combine, sampling=Sampling(steps=2))
         drawn[combine] = (np.asarray(image).mean((0, 1)) / 255).tolist()
     art = known_art()
     shown = torch.stack([art.picture(name, "noto") for name in ("dog", "violin")])

@@ -2,10 +2,10 @@
 
 import builtins
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, Unpack
+from typing import ParamSpec, Unpack
 
 from PIL import Image
 
@@ -16,12 +16,14 @@ from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
 from unbraid.methods.pair import free_slot, numbered
-from unbraid.runs.job import RARE, Extras, Job, Progress, TrainingData
+from unbraid.runs.job import RARE, Extras, Job, TrainingData
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.run import run
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
-from unbraid.sampling.render import Use, own_prompt, render
+from unbraid.sampling.canvas import Control, Start
+from unbraid.sampling.combine import Combine
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, own_prompt, render
 
 P = ParamSpec("P")
 
@@ -183,22 +185,40 @@ def generate(
     prompt: str,
     loras: Sequence[Use | str | Path] = (),
     *,
+    combine: Combine = "sum",
+    styles: Sequence[Use] = (),
+    style_from: float = 1.0,
+    negative: str = "",
+    guidance: float = 4.0,
+    seeds: Sequence[int] = (0,),
+    steps: int = 25,
+    sampler: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    start: Start | None = None,
+    control: Control | None = None,
+    edit: Path | None = None,
     base: str = "icons",
     vae: str = "",
     prediction: str = "",
     graphs: bool = True,
     device: str = "",
-    **options: Any,
 ) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files; `vae`, `prediction`, `graphs` and `device` as in `presets.Loading`, options as in `render.render`."""
+    """Pictures of a prompt with LoRA files, one per seed.
+
+    `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
+    `render.StyleGuidance`. `negative` to `width`: those of `render.Sampling`. `start`, `control`, `edit`: those of
+    `render.ImageInputs`. `vae`, `prediction`, `graphs` and `device`: those of `presets.Loading`."""
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    loading = Loading(vae, prediction, graphs=graphs, device=device)
-    return render(load(base, loading=loading), prompt, uses, **options)
-
-
-def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
-    """Run a job; yields its steps and files as they come."""
-    return run(todo, resume=resume)
+    return render(
+        load(base, loading=Loading(vae, prediction, graphs=graphs, device=device)),
+        prompt,
+        uses,
+        combine=combine,
+        styles=StyleGuidance(styles, style_from),
+        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative),
+        inputs=ImageInputs(start, control, edit),
+    )
 
 
 def finish(todo: Job) -> Path:

@@ -23,7 +23,7 @@ from unbraid.runs.job import Job
 from unbraid.runs.options import BreakOptions, MakeOptions
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import documented
-from unbraid.sampling.render import Use, own_prompt, render
+from unbraid.sampling.render import Sampling, Use, own_prompt, render
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def matrix(
             name = f"{_name(first)}+{_name(second)}"
             file = join(content, style, out / f"{name}.safetensors")
             yield file
-            (image,) = render(model, together(first, second), [Use(file)], seeds=(seed,))
+            (image,) = render(model, together(first, second), [Use(file)], sampling=Sampling(seeds=(seed,)))
             row.append((name, image))
         rows.append((_name(opened(content)), row))
     yield sheets.save_image(sheets.contact_sheet(rows), out / "matrix.png")

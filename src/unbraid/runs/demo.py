@@ -10,7 +10,7 @@ from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.runs.api import split_job
 from unbraid.runs.job import RARE, Job
-from unbraid.sampling.render import OWN, Use, render
+from unbraid.sampling.render import OWN, Sampling, Use, render
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
@@ -52,7 +52,12 @@ def sheet(out: Path) -> Path:
             [
                 (f"seed {i}", picture)
                 for i, picture in enumerate(
-                    render(base, both, (Use(content, prompt=OWN), Use(style, prompt=OWN)), seeds=range(4))
+                    render(
+                        base,
+                        both,
+                        (Use(content, prompt=OWN), Use(style, prompt=OWN)),
+                        sampling=Sampling(seeds=range(4)),
+                    )
                 )
             ],
         ),

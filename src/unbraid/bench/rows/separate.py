@@ -21,7 +21,7 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 
 def separated(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The two LoRAs of a split; drawn together, each reads its own prompt. The published code has extra files for drawing both."""
-    content, style = (cache.split(picture, cell.seed, **settings) for picture in (cell.content, cell.style))
+    content, style = (cache.split(picture, seed=cell.seed, **settings) for picture in (cell.content, cell.style))
     end = "_joint" if settings.get("compat") == "official" else ""
     both = [Use(content / f"content{end}.safetensors", prompt=OWN), Use(style / f"style{end}.safetensors", prompt=OWN)]
     alone = {"content": Use(content / "content.safetensors"), "style": Use(style / "style.safetensors")}
@@ -30,16 +30,16 @@ def separated(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 
 def blora(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """B-LoRA, which separates content and style by the block of the UNet."""
-    content = cache.split(cell.content, cell.seed, "blora", **settings) / "content.safetensors"
-    style = cache.split(cell.style, cell.seed, "blora", **settings) / "style.safetensors"
+    content = cache.split(cell.content, "blora", seed=cell.seed, **settings) / "content.safetensors"
+    style = cache.split(cell.style, "blora", seed=cell.seed, **settings) / "style.safetensors"
     alone = {"content": cache.drawer(Use(content)), "style": cache.drawer(Use(style))}
     return {**alone, "both": cache.drawer(Use(content), Use(style))}
 
 
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split and the style LoRA of another, merged by `zip`."""
-    content = cache.split(cell.content, cell.seed) / "content.safetensors"
-    style = cache.split(cell.style, cell.seed) / "style.safetensors"
+    content = cache.split(cell.content, seed=cell.seed) / "content.safetensors"
+    style = cache.split(cell.style, seed=cell.seed) / "style.safetensors"
     images = {"content": cache.picture(cell.content), "style": cache.picture(cell.style)}
     return {"both": cache.drawer(*cache.zipped(cell, content, style, images, **settings))}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from filelock import FileLock
 from PIL import Image
@@ -25,9 +25,10 @@ from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
 from unbraid.runs.api import learn_job, split_job, zip_job
 from unbraid.runs.job import Job
+from unbraid.runs.options import SplitOptions, ZipOptions
 from unbraid.runs.run import run
 from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, StyleGuidance, Use, render
 
 Drawer = Callable[[Item, Sequence[int]], list[Image.Image]]  # (item, seeds) → one picture per seed
 
@@ -128,8 +129,7 @@ class TrainingCache:
         file = self.work / "plain" / f"{key}.png"
         with self._lock(file.with_suffix(".lock")):
             if not file.exists():
-                options = {"guidance": self.scale.guidance, "steps": self.scale.steps}
-                (drawn,) = render(self.base, item.prompt, seeds=(seed,), **options)
+                (drawn,) = render(self.base, item.prompt, sampling=self._sampling((seed,)))
                 sheets.save_image(drawn, file)
         return open_image(file)
 
@@ -140,32 +140,34 @@ class TrainingCache:
         style = learn_job(self.picture(cell.style), prompt=style_prompt(cell.style), **options)
         return self.train(content) / "lora.safetensors", self.train(style) / "lora.safetensors"
 
-    def split(self, picture: Truth, seed: int, method: str = "unziplora", **settings: Any) -> Path:
+    def split(self, picture: Truth, method: str = "unziplora", **options: Unpack[SplitOptions]) -> Path:
         """The folder of a split of one picture."""
+        options.setdefault("base", self.base_name)
         words = {"subject": picture.subject, "style": picture.style}
-        options = {"method": method, "seed": seed, "base": self.base_name, **settings}
-        return self.train(split_job(self.picture(picture), **words, **options))
+        return self.train(split_job(self.picture(picture), method=method, **words, **options))
 
     def zipped(
-        self, cell: Cell, content: Path, style: Path, images: Mapping[str, Path], **settings: Any
+        self, cell: Cell, content: Path, style: Path, images: Mapping[str, Path], **options: Unpack[ZipOptions]
     ) -> tuple[Use, Use]:
         """A content LoRA and a style LoRA, merged by `zip`, ready to be drawn with."""
         prompts = {"both": joint_prompt(cell.subject, cell.style.style)}
-        options = {"prompts": prompts, "seed": cell.seed, "base": self.base_name, **settings}
-        folder = self.train(zip_job(content, style, images=images, **options))
+        options.setdefault("seed", cell.seed)
+        options.setdefault("base", self.base_name)
+        folder = self.train(zip_job(content, style, images=images, prompts=prompts, **options))
         return Use(folder / "content.safetensors"), Use(folder / "style.safetensors")
 
-    def drawer(
-        self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "", **options: Any
-    ) -> Drawer:
-        """A function that draws with these LoRA files. `suffix` is appended to the prompt; `options` are passed to `render`."""
+    def drawer(self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "") -> Drawer:
+        """A function that draws with these LoRA files. `styles`: files for style guidance. `suffix` is appended to the prompt."""
         self.used |= {use.file: Cost(file=use.file.stat().st_size) for use in (*uses, *styles)}
 
         def draw(item: Item, seeds: Sequence[int]) -> list[Image.Image]:
-            given = {"guidance": self.scale.guidance, "steps": self.scale.steps, **options}
-            return render(self.base, item.prompt + suffix, uses, styles=styles, combine=combine, seeds=seeds, **given)
+            prompt, sampling = item.prompt + suffix, self._sampling(seeds)
+            return render(self.base, prompt, uses, combine=combine, styles=StyleGuidance(styles), sampling=sampling)
 
         return draw
+
+    def _sampling(self, seeds: Sequence[int]) -> Sampling:
+        return Sampling(self.scale.guidance, self.scale.steps, seeds=seeds)
 
     def spent(self) -> Cost:
         """The cost of everything in `used`, which is then emptied."""
