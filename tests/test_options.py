@@ -30,6 +30,7 @@ unbraid.zip(run, run, images={"content": "a.png"}, similarity="dot")
 unbraid.zip_job(run, run, method="np-lora", mu=2.0)
 module = unbraid.break_module("a.png", kind="style", prompt="a cat in ink style", partner_count=0)
 unbraid.make(module, module, fine_tune=5, optimizer="adamw", device="cpu")
+unbraid.generate("a fox", [run / "style.safetensors"], combine="switch", steps=10, seeds=range(4), height=64, device="cpu")
 """
 BAD = (
     'unbraid.split("a.png", subject="fox", style="ink", rnk=8)',
@@ -41,6 +42,9 @@ BAD = (
     'unbraid.zip("a", "b", method="np-lora", steps=3)',
     'unbraid.break_module("a.png", kind="both", prompt="x")',
     'unbraid.make_job("a", "b", rank=4)',
+    'unbraid.generate("a fox", stepps=10)',
+    'unbraid.generate("a fox", seeds=3)',
+    'unbraid.generate("a fox", combine="product")',
 )
 
 

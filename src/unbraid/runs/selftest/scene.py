@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from unbraid.methods.entry import ROLES
 from unbraid.runs import demo, pace, shortest
 from unbraid.runs.break_make import join
 from unbraid.runs.job import Job
+from unbraid.runs.options import SplitOptions
 from unbraid.runs.run import run
 from unbraid.runs.selftest.compare import changes, differs, pixels
 from unbraid.sampling.combine import Combine
@@ -85,8 +86,10 @@ class Scene:
         )
         return shortest.jobs(method, material, self.folder, **{**self.common, **options})
 
-    def split_job(self, out: str, **options: Any) -> Job:
-        (job,) = self.jobs(shortest.FIRST, out=self.folder / out, **options)
+    def split_job(self, name: str, **options: Unpack[SplitOptions]) -> Job:
+        """The shortest split, in a folder of that name."""
+        options["out"] = self.folder / name
+        (job,) = self.jobs(shortest.FIRST, **options)
         return job
 
     def loras(self, method: str) -> list[Path]:
