@@ -117,8 +117,8 @@ def _opened(name: str, loading: Any, *prompts: str) -> Any:
     from unbraid.bases.families.long_prompts import remarks
 
     base = load(name, loading=loading)
-    for told in remarks(base.pipe, prompts):
-        console.print(f"  {told}", markup=False, highlight=False, soft_wrap=True)
+    for remark in remarks(base.pipe, prompts):
+        console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
     return base
 
 

@@ -146,14 +146,14 @@ def join(content: str | Path, style: str | Path, out: Path) -> Path:
         raise UsageError("only one of the modules has this layer", name, "Break both on one base.")
     joined = {name: cut.joined(first[name], second[name], name) for name in first}
     prompt = together(*pair)
-    told = {
+    metadata = {
         **card(out.parent.name, prompt, "Content and style"),
         "unbraid.method": "make",
         "unbraid.prompt": prompt,
         "unbraid.base": pair[0].base,
         "modelspec.merged_from": ", ".join(module.path.parent.name for module in pair),
     }
-    write(out, joined, family=pair[0].family, metadata=told)
+    write(out, joined, family=pair[0].family, metadata=metadata)
     return out
 
 
