@@ -56,7 +56,7 @@ def test_every_sampler_equals_the_stock_pipeline(sampler: str, v_model: Base) ->
 
 
 def test_an_unknown_sampler_is_one_clear_line(v_model: Base) -> None:
-    with pytest.raises(UsageError, match="Did you mean euler"):
+    with pytest.raises(UsageError, match="Did you mean 'euler'"):
         render(v_model, "a cat", sampler="eular")
 
 

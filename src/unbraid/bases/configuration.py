@@ -9,7 +9,7 @@ from unbraid.bases.families.family import Family
 from unbraid.bases.pipeline import location
 from unbraid.bases.single_file import configs
 from unbraid.bases.sniff import sniff
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 
 
 def denoiser_config(base: str) -> tuple[Family, Mapping[str, Any]]:
@@ -30,6 +30,6 @@ def _of_folder(base: str) -> Mapping[str, Any]:
         try:
             return network.folder_config(path)
         except (OSError, ValueError) as error:
-            failed = failed or str(error).strip().splitlines()[0]
+            failed = failed or first_line(error)
     fix = "Give icons, a complete diffusers folder, a checkpoint, or a hub id (a first download needs a network)."
     raise UsageError(f"the base cannot be loaded: {failed}", base, fix)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from unbraid.bases.families import PIPELINES, family_of
 from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 
 Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline  # what `PIPELINES` are, to a type checker
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
@@ -71,7 +71,7 @@ def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None)
         )
     except (OSError, ValueError, KeyError) as error:
         fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
-        raise UsageError(f"the base cannot be loaded: {_first_line(error)}", name, fix) from error
+        raise UsageError(f"the base cannot be loaded: {first_line(error)}", name, fix) from error
 
 
 def _open_vae(name: str, base: str) -> AutoencoderKL:
@@ -85,7 +85,7 @@ def _open_vae(name: str, base: str) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
     except (OSError, ValueError, KeyError) as error:
         fix = "Give a complete diffusers folder with .safetensors weights, a file, or a hub id."
-        raise UsageError(f"the VAE cannot be loaded: {_first_line(error)}", name, fix) from error
+        raise UsageError(f"the VAE cannot be loaded: {first_line(error)}", name, fix) from error
 
 
 def _kind(base: str) -> Kind:
@@ -95,9 +95,7 @@ def _kind(base: str) -> Kind:
     try:
         index: Any = DiffusionPipeline.load_config(base)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the base cannot be loaded: {_first_line(error)}", base, "Give a diffusers folder."
-        ) from error
+        raise UsageError(f"the base cannot be loaded: {first_line(error)}", base, "Give a diffusers folder.") from error
     return "sdxl" if "XL" in str(index.get("_class_name")) else "sd15"
 
 
@@ -140,7 +138,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -26,7 +26,7 @@ from unbraid.bases.checkpoint_config import (
 )
 from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
 from unbraid.bases.sniff import VAE, Checkpoint, Kind, sniff
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 from unbraid.files.formats.header import Shape, read_header
 
 PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
@@ -104,7 +104,7 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) 
             load: Any = PIPELINES[checkpoint.kind].from_single_file  # type: ignore[attr-defined]
             pipe = load(str(path), config=name, local_files_only=True, torch_dtype=dtype, vae=given, **tokenizers)
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {_line(error)}", path, "Get the full checkpoint.") from error
+            raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get the full checkpoint.") from error
     _check_whole(pipe, path)
     return pipe
 
@@ -121,7 +121,7 @@ def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
         try:
             vae = _vae(path, _write(Path(name), {"vae/config.json": config}))
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {_line(error)}", path, "Get another copy of it.") from error
+            raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get another copy of it.") from error
     _check_whole({"vae": vae}, path)
     return vae
 
@@ -156,7 +156,6 @@ def _check_whole(pipe: Any, path: Path) -> None:
             )
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, NotImplementedError):  # torch's, of a weight that has no values
-        return "weights are missing"
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+def _reason(error: BaseException) -> str:
+    """Why loading failed, in one line. torch raises NotImplementedError for a weight that has no values."""
+    return "weights are missing" if isinstance(error, NotImplementedError) else first_line(error)

@@ -1,6 +1,5 @@
 """Does unbraid work here? Everything that it does, on the base and the device at hand, in the shortest runs that there are."""
 
-import difflib
 import platform
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import torch
 
 from unbraid.bases.base import pick_device
 from unbraid.bases.pipeline import location, quiet
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line, suggestion
 from unbraid.runs.selftest.checks import Check, checks
 from unbraid.runs.selftest.scene import Scene
 
@@ -54,7 +53,7 @@ def pick(device: str | None) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # torch's, of a build without that kind of device too
-        what = f"there is no such device ({str(error).splitlines()[0]})"
+        what = f"there is no such device ({first_line(error)})"
         raise UsageError(what, f"--device {name}", f"Leave it out for {pick_device()}.") from error
     return name
 
@@ -65,9 +64,7 @@ def choose(device: str, only: Sequence[str] = ()) -> tuple[Check, ...]:
     names = [check.name for check in all_of_them]
     for name in only:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            fix = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
-            raise UsageError(f"there is no row {name!r} on {device}", "--only", fix)
+            raise UsageError(f"there is no row {name!r} on {device}", "--only", suggestion(name, names))
     return tuple(check for check in all_of_them if not only or check.name in only)
 
 
@@ -107,7 +104,7 @@ def _row(check: Check, scene: Scene) -> Row:
     except UsageError as error:
         return Row(check.name, False, time.perf_counter() - begin, _line(str(error)), trace=traceback.format_exc())
     except Exception as error:  # noqa: BLE001  # whatever a strange driver or library raises is what this command is to report
-        reason = _line(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        reason = _line(f"{type(error).__name__}: {first_line(error)}")
         return Row(check.name, False, time.perf_counter() - begin, reason, trace=traceback.format_exc())
     peak = torch.cuda.max_memory_allocated(scene.device) if on_cuda and found.peak is None else found.peak
     return Row(check.name, True, time.perf_counter() - begin, found.note, peak, found.estimate)
