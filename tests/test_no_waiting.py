@@ -13,7 +13,7 @@ from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Factors
-from unbraid.core.state import LOOK, State, Step
+from unbraid.core.state import CHECK_EVERY, State, Step
 from unbraid.core.train import train
 
 pytestmark = pytest.mark.slow
@@ -52,12 +52,12 @@ def test_figures_are_looked_at_once_in_a_while(second: str, v_base: Path) -> Non
     """A loss that is not finite ends the run, names its own step, and no state is saved meanwhile."""
     adapters = Adapters.attach(load(str(v_base), second).denoiser)
     state = State(adapters, torch.optim.AdamW([torch.zeros(1)]), torch.Generator())
-    for i in range(LOOK - 1):
-        state.saw(Step(i, torch.tensor([1.0, 1.0 if i != 5 else float("nan"), 1.0], device=second)))
+    for i in range(CHECK_EVERY - 1):
+        state.record(Step(i, torch.tensor([1.0, 1.0 if i != 5 else float("nan"), 1.0], device=second)))
     with pytest.raises(UsageError, match="step 5"):
         state.tensors()
-    for i in range(LOOK - 1):
-        state.saw(Step(i, torch.ones(3, device=second)))
-    with pytest.raises(UsageError, match=f"step {LOOK - 1}: the loss is inf"):
-        state.saw(Step(LOOK - 1, torch.tensor([float("inf"), 1.0, 1.0], device=second)))
+    for i in range(CHECK_EVERY - 1):
+        state.record(Step(i, torch.ones(3, device=second)))
+    with pytest.raises(UsageError, match=f"step {CHECK_EVERY - 1}: the loss is inf"):
+        state.record(Step(CHECK_EVERY - 1, torch.tensor([float("inf"), 1.0, 1.0], device=second)))
     adapters.detach()
