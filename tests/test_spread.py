@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from test_run import cli_in_process
 
-from unbraid.bases.base import found_device, load
+from unbraid.bases.base import load
+from unbraid.bases.devices import found_device
 from unbraid.bases.presets import Loading
 from unbraid.common.errors import UsageError
 from unbraid.runs.api import learn_job, split_job

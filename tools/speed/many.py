@@ -15,7 +15,8 @@ import typer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from unbraid.bases.base import Base, Picture, RunData, joined, load, pick_device
+from unbraid.bases.base import Base, Picture, RunData, joined, load
+from unbraid.bases.devices import pick_device
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.bench.measure import SDXL

@@ -1,4 +1,5 @@
-"""Single-file checkpoints (Civitai's kind, LDM names) of SDXL, SD1.5 and SD2.1, and VAEs: to diffusers, without a network."""
+"""Opening single-file checkpoints of SDXL, SD1.5 and SD2.1 (LDM names, as on Civitai) and VAE files with diffusers,
+offline."""
 
 import json
 from collections.abc import Mapping
@@ -34,12 +35,13 @@ PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
     "sd15": StableDiffusionPipeline,
     "sd21": StableDiffusionPipeline,
 }
-PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # OpenCLIP's pad is token 0
+PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # padding tokens
 UNFIT = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SingleFileComponentError)
 
 
 def configs(checkpoint: Checkpoint) -> dict[str, Config]:
-    """File of a diffusers folder → what stands in it. UsageError if the UNet's shapes do not fit together."""
+    """Name of a JSON file in a diffusers folder → its contents. Raises UsageError if tensors are missing or the UNet's
+    shapes do not fit together."""
     try:
         scheduler = scheduler_config(checkpoint.kind, checkpoint.prediction, checkpoint.zero_snr)
         found = {
@@ -71,7 +73,7 @@ def empty_unet(config: Config) -> UNet2DConditionModel:
 
 
 def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
-    """Every weight of the UNet must be in the file, in the size that the others ask for."""
+    """Raise UsageError unless the file has every weight of the UNet in the shape that follows from the configuration."""
     try:
         parameters = dict(empty_unet(config).named_parameters())
     except ValueError as error:
@@ -86,12 +88,13 @@ def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
                 if key in checkpoint.shapes
                 else "is not there"
             )
-            fix = "It is not whole, or of another make than the stock models: give a diffusers folder of it."
+            fix = "It is incomplete, or differs from the stock models: give a diffusers folder of it."
             raise UsageError(f"{key} {there}", checkpoint.path, fix)
 
 
 def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
-    """The pipeline of a checkpoint, its UNet and text encoders in `dtype`, its VAE in full precision, or the `vae` given."""
+    """The pipeline of a checkpoint: its UNet and text encoders in `dtype`; its VAE in full precision, or `vae` if one is
+    given. Raises UsageError if the checkpoint cannot be loaded or lacks weights."""
     checkpoint = sniff(path)
     if vae is None and not checkpoint.has_vae:
         fix = "Add --vae FOLDER or FILE (for SDXL, an fp16-safe one)."
@@ -110,12 +113,13 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) 
 
 
 def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
-    """A VAE from a file of its own, or from a checkpoint; the scaling factor is that of the kind."""
+    """A VAE from its own file or from a checkpoint. `kind` gives the scaling factor. Raises UsageError if it cannot be
+    loaded."""
     shapes = read_header(path).shapes
     prefix = VAE if f"{VAE}decoder.conv_in.weight" in shapes else ""
     if f"{prefix}encoder.down.0.block.0.conv2.weight" not in shapes:
         fix = "Give a VAE with LDM names, or a diffusers folder or hub id of one."
-        raise UsageError("there is no VAE in this file that is known", path, fix)
+        raise UsageError("there is no known kind of VAE in this file", path, fix)
     with TemporaryDirectory() as name:
         config = _vae_config(shapes, kind, prefix, path)
         try:
@@ -146,7 +150,7 @@ def _write(folder: Path, found: Mapping[str, Config]) -> Path:
 
 
 def _check_whole(pipe: Any, path: Path) -> None:
-    """Weights that the file lacks stay without values."""
+    """Raise UsageError if some weights have no values, because the file lacks them."""
     parts = pipe if isinstance(pipe, dict) else pipe.components
     for part, model in parts.items():
         empty = [name for name, p in model.named_parameters() if p.is_meta] if isinstance(model, nn.Module) else []

@@ -117,7 +117,7 @@ def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> lis
 
 
 def _processes() -> int:
-    from unbraid.bases.base import pick_device
+    from unbraid.bases.devices import pick_device
 
     return 1 if pick_device() != "cpu" else os.cpu_count() or 1
 

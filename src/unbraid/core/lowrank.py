@@ -179,10 +179,8 @@ def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) ->
         exact = torch.equal(scaled.to(up.dtype).double(), scaled)
         up = scaled.to(up.dtype) if exact else scaled.float() if up.dtype != torch.float64 else scaled
     if not finite(up) or (bool(lora.up.any()) and not bool(up.any())):
-        size = "large" if abs(factor) > 1 else "small"
-        raise UsageError(
-            f"the strength is so {size} that no weight is a number of use any more", where, "Give another one."
-        )
+        effect = "large that weights overflow" if abs(factor) > 1 else "small that all weights become 0"
+        raise UsageError(f"the strength is so {effect}", where, "Give another one.")
     if dtype is not None:
         down, up = _cast(down, up, dtype)
     return Lora(down.contiguous(), up.contiguous(), alpha)

@@ -104,7 +104,7 @@ class Guided(nn.Module):
         inputs = [sample, t, self._sizes(sample, len(terms), given), *_flat(residuals)]
         if self.graphs is None:
             return (self._predict(terms, residuals, *inputs),)
-        keep = lambda: (self.base._told.copy(), self.adapters and self.adapters.constants())  # noqa: E731
+        keep = lambda: (self.base.embeddings.copy(), self.adapters and self.adapters.constants())  # noqa: E731
         key = (tuple(terms), tuple((name, len(_flat({name: one}))) for name, one in residuals.items()))
         return (self.graphs(key, lambda *static: self._predict(terms, residuals, *static), inputs, keep=keep),)
 

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from unbraid.bases.base import pick_device
+from unbraid.bases.devices import pick_device
 from unbraid.bases.pipeline import known_model
 from unbraid.bench.field import csd as csd_files
 from unbraid.common.errors import UsageError, first_line

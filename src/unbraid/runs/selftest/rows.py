@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from unbraid.bases.base import pick_device
+from unbraid.bases.devices import pick_device
 from unbraid.bases.pipeline import location, quiet
 from unbraid.common.errors import UsageError, first_line, suggestion
 from unbraid.runs.selftest.checks import Check, checks
