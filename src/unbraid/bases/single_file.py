@@ -119,7 +119,7 @@ def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
     prefix = VAE if f"{VAE}decoder.conv_in.weight" in shapes else ""
     if f"{prefix}encoder.down.0.block.0.conv2.weight" not in shapes:
         fix = "Give a VAE with LDM names, or a diffusers folder or hub id of one."
-        raise UsageError("there is no known kind of VAE in this file", path, fix)
+        raise UsageError("there is no VAE in this file whose names are known", path, fix)
     with TemporaryDirectory() as name:
         config = _vae_config(shapes, kind, prefix, path)
         try:
