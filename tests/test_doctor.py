@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from tools.loader_table import markdown, mended, written
+from tools.loader_table import converted, markdown, written
 from unbraid.cli.files import app
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
@@ -185,7 +185,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_docs_tables_are_what_the_command_prints() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
-    mending, writing = list(mended()), list(written())
+    mending, writing = list(converted()), list(written())
     assert markdown(mending, "read") in docs and markdown(writing, "written") in docs
     assert all(set(row.tools.values()) == {"yes"} for row in mending), "every dialect in, every tool served"
     families = ["sdxl", "sd15", "flux", "flux2", "sd3", "qwen-image", "z-image"]

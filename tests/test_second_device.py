@@ -20,7 +20,7 @@ from tiny_bases import Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.speed.time import timed
-from tools.speed.world import World
+from tools.speed.workload import Workload
 from unbraid.bases.base import Base, load
 from unbraid.bases.presets import PRESETS, Loading
 from unbraid.core.adapters import Adapters
@@ -199,8 +199,8 @@ def test_the_published_steps_of_the_bench(second: str, name: str, tiny_sdxl: Tin
     pixels = torch.rand(3, base.size, base.size) * 2 - 1
     picture, roles = base.encode_picture(pixels, (64, 64, 0, 0, 64, 64)), ("both", "content", "style")
     prompts = {role: base.encode_prompt(f"a {role}") for role in roles}
-    world = World(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
-    assert all(seconds > 0 for _, seconds in timed(name, world, 2, 1, 0))
+    workload = Workload(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
+    assert all(seconds > 0 for _, seconds in timed(name, workload, 2, 1, 0))
 
 
 # ---- drawing
