@@ -1,4 +1,4 @@
-"""Rooms (sub-packages) import one way; rooms on one floor do not import each other, and no circle of modules exists."""
+"""Rooms (sub-packages) import in one direction only; rooms of one floor do not import each other; no modules import in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -38,7 +38,7 @@ def test_no_circles() -> None:
 
 
 def test_no_circles_of_folders_in_the_benchmark() -> None:
-    """`truth` imports no other folder of the benchmark; no two folders, the top one included, import each other."""
+    """`truth` imports no other folder of the benchmark, and no two folders (the top one included) import each other."""
     top = SOURCE / "bench"
     folders = {path.name for path in top.iterdir() if path.is_dir() and path.name != "__pycache__"}
     graph: dict[str, set[str]] = {name: set() for name in (*folders, "")}

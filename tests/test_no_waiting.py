@@ -1,4 +1,4 @@
-"""Nothing in a step waits for the device: counted on one that is not the CPU, for every method."""
+"""No step waits for the device, for every method. Waits are counted on a second device that is not the CPU."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ __all__ = ["second"]  # a fixture
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
-    """No value goes to the host in any step after the first, channels being granted and a style joining included. To the device go the draws
-    alone: of each branch its latent's noise, its timestep and its noise."""
+    """After the first step, no value is copied to the host, also when channels are granted or the style adapter begins to train. Only random
+    numbers are copied to the device: for each branch, the latent's noise, the timestep and the noise."""
     recipe, loras, _ = METHODS[name]
     base, rng = load(str(v_base), second), torch.Generator().manual_seed(0)
 
@@ -38,18 +38,18 @@ def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
         sizes = {layer: one.base.weight.shape for layer, one in adapters.layers.items()}
         adapters.add(lora, {layer: Factors(rand(4, k) / 8, rand(d, 4) / 8) for layer, (d, k) in sizes.items()})
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    going, told = train(RunData(base, pictures, prompts), recipe, state), []
+    going, waits = train(RunData(base, pictures, prompts), recipe, state), []
     next(going)
-    for i in range(1, min(recipe.steps, STEPS + 3) - 1):  # the last one looks at the figures of all
+    for i in range(1, min(recipe.steps, STEPS + 3) - 1):  # the last step checks the figures of all
         with host_copies() as found:
             next(going)
-        told.append((i, found.to_host, found.from_host <= 3 * len(recipe.branches(i))))
+        waits.append((i, found.to_host, found.from_host <= 3 * len(recipe.branches(i))))
     adapters.detach()
-    assert told and all(to_host == 0 and draws_alone for _, to_host, draws_alone in told), told
+    assert waits and all(to_host == 0 and draws_alone for _, to_host, draws_alone in waits), waits
 
 
 def test_figures_are_looked_at_once_in_a_while(second: str, v_base: Path) -> None:
-    """A loss that is not finite ends the run, names its own step, and no state is saved meanwhile."""
+    """A loss that is not finite ends the run; the error names the step, and no state is saved in between."""
     adapters = Adapters.attach(load(str(v_base), second).denoiser)
     state = State(adapters, torch.optim.AdamW([torch.zeros(1)]), torch.Generator())
     for i in range(CHECK_EVERY - 1):

@@ -1,4 +1,4 @@
-"""Files, functions and dataclasses stay small. The limits hold in all of src/unbraid; TODO lists what still exceeds them."""
+"""Files, functions and dataclasses are small. The limits are for all of src/unbraid; TODO lists what still exceeds them."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The published forms that `tools.speed` measures against compute what ours computes, in double precision."""
+"""In double precision, the published forms in `tools.speed` compute the same as ours."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -91,7 +91,7 @@ def test_the_published_loop_equals_ours(run_data: RunData, name: str, checkpoint
 
 @pytest.mark.slow
 def test_every_case_says_what_a_run_is_made_of() -> None:
-    """Two kinds of step in `pair`, a third of them without the style; one kind in the others."""
+    """`pair` has two kinds of steps, a third of them without the style adapter; the others have one kind."""
     for name, case in CASES.items():
         kinds = _kinds(case.ours(4, case.steps).branches(i) for i in range(case.steps))
         assert [round(share, 3) for _, share in kinds] == ([0.333, 0.667] if name == "pair" else [1.0])
@@ -99,7 +99,7 @@ def test_every_case_says_what_a_run_is_made_of() -> None:
 
 @pytest.mark.slow
 def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the embedded base, a few steps each; what is timed leaves the base as it was."""
+    """On the embedded base, with a few steps each. The measurements do not change the base."""
     workload = icons("cpu")
     before = {key: value.clone() for key, value in workload.base.denoiser.state_dict().items()}
     ways = [way for way, _ in timed("zip", workload, 1, 1)]
@@ -113,7 +113,7 @@ def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["split", "zip", "learn"])
 def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: weights and activations in bf16, targets in fp32. CUDA takes no loss of two dtypes; a CPU does."""
+    """As on a GPU: weights and activations in bf16, targets in fp32. On CUDA a loss of two dtypes fails; on a CPU it does not."""
     unet: Any = v_model.denoiser
     unet.to(torch.bfloat16)
     prompts = {role: Prompt(torch.randn(24, 64).bfloat16(), torch.randn(64).bfloat16()) for role in WORDS}
