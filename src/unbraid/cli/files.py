@@ -59,7 +59,7 @@ def merge(
 
 @app.command()
 def convert(source: In, out: Out, to: To = None, dtype: Dtype = None, base: Base = None) -> None:
-    """Write a LoRA in another dialect, lossless unless a dtype is asked for; LoHa, LoKr, DoRA and full changes as a LoRA."""
+    """Write a LoRA in another dialect, without loss unless you give a dtype; LoHa, LoKr, DoRA and full changes as a LoRA."""
     from unbraid.files.tools import convert as run
 
     _say(run(source, out, to, dtype_of(dtype), base))

@@ -72,8 +72,8 @@ def break_job(
             what = "a partner image without a prompt of its own"
             raise UsageError(what, file, f"Write it to {file.with_suffix('.txt').name}: a fish in ink style.")
     roles = {f"partner{i + 1}": tuple(files[i::wanted]) for i in range(wanted)}
-    told = {file: text for file, text in captions.items() if text and wanted}
-    return replace(todo, images={**todo.images, **roles}, captions=told, told=todo.told + found.unused)
+    prompts = {file: text for file, text in captions.items() if text and wanted}
+    return replace(todo, images={**todo.images, **roles}, captions=prompts, told=todo.told + found.unused)
 
 
 break_module = finished(break_job)
@@ -144,14 +144,14 @@ def join(content: str | Path, style: str | Path, out: Path) -> Path:
         raise UsageError("only one of the modules has this layer", name, "Break both on one base.")
     joined = {name: cut.joined(first[name], second[name], name) for name in first}
     prompt = together(*pair)
-    told = {
+    metadata = {
         **card(out.parent.name, prompt, "Content and style"),
         "unbraid.method": "make",
         "unbraid.prompt": prompt,
         "unbraid.base": pair[0].base,
         "modelspec.merged_from": ", ".join(module.path.parent.name for module in pair),
     }
-    write(out, joined, family=pair[0].family, metadata=told)
+    write(out, joined, family=pair[0].family, metadata=metadata)
     return out
 
 

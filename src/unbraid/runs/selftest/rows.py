@@ -118,12 +118,12 @@ def _line(text: str) -> str:
 def about(base: str, device: str) -> dict[str, str]:
     """What somebody who is to help has to know."""
     kind = torch.device(device).type
-    told = {name: _version(name) for name in LIBRARIES}
-    told |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    told |= {"device": f"{device} ({_device_name(device)})"}
+    facts = {name: _version(name) for name in LIBRARIES}
+    facts |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    facts |= {"device": f"{device} ({_device_name(device)})"}
     if kind == "cuda":
-        told |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": _driver()}
-    return told | {"base": base}
+        facts |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": _driver()}
+    return facts | {"base": base}
 
 
 def _version(name: str) -> str:
@@ -143,9 +143,9 @@ def _driver() -> str:
     tool = shutil.which("nvidia-smi")
     if not tool:
         return "unknown"
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return (done.stdout.splitlines() or ["unknown"])[0].strip()
