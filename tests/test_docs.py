@@ -79,3 +79,9 @@ def test_wrong_names_are_found() -> None:
     for name in ("unbraid.bench.speed", "unbraid.core.train.nothing", "unbraid.nothing"):
         with pytest.raises((AttributeError, ImportError)):
             resolve_name(name)
+
+
+def test_the_glossary_is_sorted() -> None:
+    lines = (ROOT / "docs" / "glossary.md").read_text("utf-8").splitlines()
+    words = [re.sub(r"[\W_]", "", line.split("**")[1]).lower() for line in lines if line.startswith("| **")]
+    assert len(words) > 50 and words == sorted(words)
