@@ -1,4 +1,4 @@
-"""Tiny random bases of every kind, built once from configs; no network, no weights."""
+"""Tiny random bases of every kind, built once from configurations, without downloads."""
 
 import warnings
 from pathlib import Path
@@ -18,14 +18,14 @@ WORDS = ("dog", "cat", "line", "teapot")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A device that autograd does not know at its first backward pass, it never knows."""
+    """Load the second device before any test: autograd only knows devices that exist at the first backward pass."""
     if any("second" in getattr(item, "fixturenames", ()) for item in session.items):
         second_device.available()
 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs on random weights draw nothing but noise: two sampling steps show that they draw."""
+    """Draw with two sampling steps: random weights draw only noise, so more steps would show nothing more."""
     monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 2)
     monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 2)
 

@@ -1,4 +1,4 @@
-"""`unbraid batch`: whole runs together equal the same runs alone, and one that fails is one line."""
+"""`unbraid batch`: runs together equal the same runs alone, and a failing run is reported in one line."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def pictures(picture: Path, tmp_path: Path) -> list[Path]:
 
 
 def jobs(out: Path, base: Path, pictures: list[Path]) -> list[Job]:
-    """Two splits, a pair, a LoRA; other shapes, seeds and lengths."""
+    """Two splits, a pair and a LoRA, with different shapes, seeds and lengths."""
     common: dict[str, Any] = {"base": str(base), "previews": 0}
     words = {"subject": "cat", "style": "line"}
     longer: dict[str, Any] = {**SPLIT, "steps": 9}
@@ -52,7 +52,7 @@ def jobs(out: Path, base: Path, pictures: list[Path]) -> list[Job]:
 
 
 def same(one: Path, other: Path) -> None:
-    """The same LoRAs but for rounding. AdamW can make a whole step of a gradient that is nothing but rounding."""
+    """Check that LoRAs are the same up to rounding. AdamW can turn a gradient that is only rounding into a full step."""
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
     assert (one / "run.toml").read_text() == (other / "run.toml").read_text()
     for path in one.glob("*.safetensors"):
@@ -133,7 +133,7 @@ out = {str(tmp_path / "none")!r}
 
 @pytest.mark.slow
 def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None:
-    """SIGKILL while some runs are at work and others wait; what is done stays as it is."""
+    """SIGKILL while some runs train and others wait; finished runs are not changed."""
     run_tables = "".join(
         f"[[run]]\nverb = 'split'\nout = {str(tmp_path / 'OUT' / str(i))!r}\nseed = {i}\n"
         f"set = {{ rank = 4, steps = {steps}, window = 1 }}\n"
@@ -185,7 +185,7 @@ def test_run_toml_is_a_run_of_a_batch(v_base: Path, pictures: list[Path], tmp_pa
 def test_more_memory_is_not_taken_than_there_is(
     v_base: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without --at-once the first step of the first run says how many fit: with half the memory, half as many."""
+    """Without --at-once, the first step of the first run decides how many fit: with half the memory, half as many."""
     from unbraid.core import many
 
     counts = []

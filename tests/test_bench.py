@@ -1,4 +1,4 @@
-"""The benchmark: it resumes, its sanity rows hold, its statistics are right, and rows of other packages join."""
+"""The benchmark: it resumes, its sanity rows score as expected, its statistics are right, and other packages can add rows."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
 
 @pytest.mark.slow
 def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
-    """SIGKILL to a run of two processes; the second start repeats no unit that was finished, and no finished training."""
+    """SIGKILL to a run with two processes; the second start repeats no finished unit and no finished training."""
     names = (BASE, "DreamBooth-LoRA", "B-LoRA")
     whole = table(list(grid.run(tiny(tmp_path / "whole", v_base, *names))))
     work = tmp_path / "cut"
@@ -81,14 +81,14 @@ def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: 
     )
     script = tmp_path / "go.py"
     script.write_text(code)
-    told = [sys.executable, str(script), str(work), str(v_base), str(Path(__file__).parent)]
-    process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [sys.executable, str(script), str(work), str(v_base), str(Path(__file__).parent)]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 600
     while not list(work.glob("units/*separate-dreambooth*/unit.json")) and time.monotonic() < until:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(2.5)  # its workers notice and end
+    time.sleep(2.5)  # time for its workers to notice and exit
     finished = {
         file: file.stat().st_mtime_ns for file in [*work.glob("units/*/unit.json"), *work.glob("made/*/cost.json")]
     }
@@ -183,7 +183,7 @@ def test_seeds_of_one_problem_are_one_value() -> None:
 
 
 def test_a_sheet_shows_the_first_seed_whose_pictures_are_there(tmp_path: Path) -> None:
-    """Results that were made elsewhere come without pictures."""
+    """Results that were made elsewhere have no pictures."""
     elsewhere, here = unit("a", "x", 0, 0.2, 0.2), unit("a", "x", 1, 0.6, 0.6)
     here = replace(here, drawings=(replace(here.drawings[0], file="here.png"),))
     sheet = tmp_path / "sheet.webp"
@@ -205,7 +205,7 @@ def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:
 
 
 def test_a_lead_is_paired() -> None:
-    """Problems differ far more than rows do: only a paired test sees the lead."""
+    """Problems differ much more than rows, so only a paired test finds the lead."""
     rng = np.random.default_rng(1)
     level = rng.uniform(0.1, 0.9, 16)
     units = [unit("a", str(i), 0, x + 0.02 + 0.005 * rng.normal(), x) for i, x in enumerate(level)]
@@ -245,7 +245,7 @@ def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The example of docs/benchmark.md, installed as a package with its entry point."""
+    """The example of docs/benchmark.md, installed as a package with an entry point."""
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     (point,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.S)
     place = tmp_path / "site"
@@ -296,7 +296,7 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("arguments", "expected"),
     [
         (["--task", "paint"], "there is no task 'paint'"),
         (["--only", "ZipLora"], "there is no row 'ZipLora'"),
@@ -307,13 +307,17 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
     ],
 )
 def test_bad_input_is_one_line(
-    told: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", "--work", str(tmp_path / "w"), *told])
+    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", "--work", str(tmp_path / "w"), *arguments])
     with pytest.raises(SystemExit) as end:
         main()
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 1 and expected in said and len(said.splitlines()) == 1
+    printed = capsys.readouterr().err.strip()
+    assert end.value.code == 1 and expected in printed and len(printed.splitlines()) == 1
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:
@@ -332,8 +336,8 @@ def test_the_command_runs_and_reports(
         "unbraid.bench.truth.tasks.QUICK", Scale(("fox",), ("line art",), ("stencil",), others=1, steps=2)
     )
     rows = [argument for row in (BASE, COPY) for argument in ("--only", row)]
-    told = ["--work", str(tmp_path), "--processes", "1", "--quiet", *rows]
-    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", *told])
+    arguments = ["--work", str(tmp_path), "--processes", "1", "--quiet", *rows]
+    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", *arguments])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
@@ -345,5 +349,5 @@ def test_flops_grow_with_steps_and_truth_is_itself(tmp_path: Path, v_base: Path)
 
     picture = tmp_path / "fox.png"
     Truth("fox", "line art").image.save(picture)
-    told = [cost.counted(learn_job(picture, prompt="a fox", base=str(v_base), rank=4, steps=n)) for n in (2, 6)]
-    assert told[1].flops == pytest.approx(3 * told[0].flops) and told[0].parameters == told[1].parameters > 0
+    costs = [cost.counted(learn_job(picture, prompt="a fox", base=str(v_base), rank=4, steps=n)) for n in (2, 6)]
+    assert costs[1].flops == pytest.approx(3 * costs[0].flops) and costs[0].parameters == costs[1].parameters > 0

@@ -1,4 +1,4 @@
-"""Drawing on pictures and maps: diffusers' own pipelines are the oracle."""
+"""Drawing on pictures and maps, compared with diffusers' own pipelines."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ STEPS, GUIDANCE = 6, 5.0
 
 
 def controlnet(base: Base, out: Path) -> Path:
-    """A small ControlNet that matters: its last layers, which begin at zero, at random."""
+    """A small ControlNet with an effect: its last layers, normally initialised with zeros, are random."""
     torch.manual_seed(0)
     channels = (8, 8, 16, 16)[: base.pipe.vae_scale_factor.bit_length()]
     model = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=channels)
@@ -93,7 +93,7 @@ def style_file(base: Base, out: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["image", "part", "controlnet"])
 def test_styles_guide_on_every_canvas(what: str, v_model: Base, picture: Path, mask: Path, tmp_path: Path) -> None:
-    """A style at 0 changes nothing, at 1 it costs what plain guidance costs and changes the picture where it may."""
+    """A style at 0 changes nothing; at 1 it needs as many evaluations as plain guidance, and changes the picture where allowed."""
     net = controlnet(v_model, tmp_path / "net")
     start = None if what == "controlnet" else Start(picture, 0.8, mask if what == "part" else None)
     control = Control(str(net), picture) if what == "controlnet" else None
@@ -121,7 +121,7 @@ def test_inpainting_keeps_what_is_black(v_model: Base, picture: Path, mask: Path
 
 
 def test_the_embedded_base_inpaints(picture: Path, mask: Path) -> None:
-    """Its latents have 32 channels, which the stock pipeline would take for channels of a mask."""
+    """Its latents have 32 channels; the stock pipeline would take some of them for channels of a mask."""
     base = bases.load("icons", "cpu")
     (image,) = render(base, "a cat", sampling=Sampling(steps=2), inputs=ImageInputs(start=Start(picture, 1.0, mask)))
     assert image.size == (64, 64) and np.asarray(image).std() > 1

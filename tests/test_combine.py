@@ -1,4 +1,4 @@
-"""LoRAs that take turns: schedules against their definitions, and pictures."""
+"""LoRAs that take turns: schedules, compared with their definitions, and pictures."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_switch_and_composite() -> None:
 
 
 def test_k_lora_is_its_formula() -> None:
-    """arXiv 2502.18461, written out anew: dense entries, step by step."""
+    """Compared with another implementation of arXiv 2502.18461: dense entries, step by step."""
     content = {"x": lora(0), "y": lora(1, 3.0), "mine": lora(2)}
     style = {"x": lora(3), "y": lora(4, rank=2), "yours": lora(5)}
     turns = k_lora(content, style, STEPS)
@@ -90,7 +90,7 @@ def test_k_lora_is_its_formula() -> None:
 
 
 def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
-    """A LoRA beside one of strength 0 is itself under sum; taking turns with it is another picture."""
+    """With a second LoRA of strength 0, the sum draws what the first draws alone; taking turns draws another picture."""
     base = load(str(v_base), "cpu")
     files = []
     for i in range(2):

@@ -1,4 +1,4 @@
-"""The embedded base as it is committed: small, loadable by stock diffusers, and able to draw what it is asked."""
+"""The committed embedded base: it is small, stock diffusers loads it, and it draws what the prompt says."""
 
 import json
 from importlib.resources import files
@@ -54,16 +54,16 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
 
 @pytest.mark.slow
 def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:
-    """On the committed 100 of the 156 held-out subjects; the card's figures are over all."""
-    said, pictures = json.loads((ICONS / "figures.json").read_text()), held_out_art().values[::3]
+    """On the 100 committed of the 156 held-out subjects; the card's figures are for all of them."""
+    figures, pictures = json.loads((ICONS / "figures.json").read_text()), held_out_art().values[::3]
     measured = [psnr(base.vae, pictures[:, i]) for i in range(len(SETS))]
     for name, value in zip(SETS, measured, strict=True):
-        assert value == pytest.approx(said[f"psnr {name}"], abs=1.5)
+        assert value == pytest.approx(figures[f"psnr {name}"], abs=1.5)
     assert np.mean(measured) >= 26
 
 
 def top1(embedded: torch.Tensor, truth: torch.Tensor) -> float:
-    """How often drawing i is nearest to truth i, among all of `truth`."""
+    """How often drawing i is more similar to truth i than to all others."""
     return float(((embedded @ F.normalize(truth, dim=1).T).argmax(1) == torch.arange(len(truth))).float().mean())
 
 
@@ -74,7 +74,7 @@ def drawn(base: Base, prompts: list[str], seed: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
-    """Four known subjects in two art styles; by chance 0.25."""
+    """Four known subjects in two art styles; chance is 0.25."""
     judge, art = load_judge(), known_art()
     truth = judge.embed(art.values[:, : len(TRAIN_SETS)].flatten(0, 1))[0].unflatten(0, (-1, len(TRAIN_SETS))).mean(1)
     for of in TRAIN_SETS[:2]:
@@ -84,7 +84,7 @@ def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
 
 @pytest.mark.slow
 def test_it_draws_in_the_style_that_it_is_asked_for(base: Base) -> None:
-    """Filter styles, by chance 0.25. The four art styles it tells apart only half of the time yet (its card)."""
+    """Filter styles; chance is 0.25. Of the four art styles, it draws the right one only about half of the time (see its card)."""
     judge, plain = load_judge(), known_art().values[:, 0]
     names = ("sepia", "night", "pastel", "blueprint")
     truth = torch.stack([judge.embed(TRAIN_FILTERS[name](plain).expand_as(plain))[1].mean(0) for name in names])

@@ -1,4 +1,4 @@
-"""Many jobs over one base equal the same jobs alone, in double precision."""
+"""In double precision, many jobs at once on one base equal the same jobs alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from unbraid.methods.unziplora import unziplora
 from unbraid.methods.ziplora import ziplora
 
 ROLES = ("image", "before", "after", "content", "style", "both", "own", "partner1", "prior")
-Start = Callable[[], tuple[RunData, Recipe, State]]  # a job, ready to go; its adapters are in the model
+Start = Callable[[], tuple[RunData, Recipe, State]]  # starts a job, whose adapters are attached to the model
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def start(base: Base, recipe: Recipe, seed: int, size: tuple[int, int] = (8, 8),
 
 
 def alone(starts: Sequence[Start]) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
-    """Losses and final state of every job by itself."""
+    """The losses and final state of every job, trained alone."""
     out = []
     for begin in starts:
         run_data, recipe, state = begin()
@@ -144,7 +144,7 @@ def test_other_shapes_are_grouped(unet_base: Base) -> None:
 
 @pytest.mark.slow
 def test_early_stopping(unet_base: Base) -> None:
-    """One of two stops: at a rate of nothing its loss on fixed samples gets no better."""
+    """One of two jobs stops early: with a learning rate of 0 its validation loss does not improve."""
 
     def recipe(lr: float) -> Recipe:
         (one,) = dreambooth(BLOCKS["sdxl"], rank=4, steps=6, lr=lr)
@@ -175,7 +175,7 @@ def test_a_failing_job_leaves_the_others_alone(unet_base: Base) -> None:
 
 @pytest.mark.slow
 def test_nan_in_one_row_stays_in_it(unet_base: Base) -> None:
-    """Not only the penalty: a picture that is NaN runs through the shared passes."""
+    """Tested with a NaN penalty, and with a NaN picture in the shared passes."""
     starts = [start(unet_base, split(3), 0), start(unet_base, split(3), 1)]
     ((_, end),), jobs = alone(starts[:1]), prepared(starts)
     jobs[1][0].pictures["image"][0].mean.fill_(float("nan"))  # type: ignore[index]
@@ -220,8 +220,8 @@ def test_the_model_is_left_as_it_was(unet_base: Base) -> None:
 
 @pytest.mark.slow
 def test_one_product_for_all_jobs(unet_base: Base) -> None:
-    """The number of matrix products in a layer does not grow with the jobs. (What each job's adapters read from their own prompts is a
-    product for all layers of a shape.)"""
+    """The number of matrix products in a layer does not depend on the number of jobs. (What adapters read from their own prompts is one
+    product per job for all layers of a shape.)"""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The typed Python API: made from the methods' entries, and what a type checker finds with it."""
+"""The typed Python API: it is made from the methods' entries, and type checkers find errors with it."""
 
 import inspect
 import json
@@ -49,7 +49,7 @@ BAD = (
 
 
 def pyright(file: Path) -> list[dict[str, Any]]:
-    """Its errors. Skips where it cannot run: it needs node, or downloads it."""
+    """The errors that pyright finds. Skips the test if it cannot run: it needs node, or downloads it."""
     found = Path(sys.executable).with_name("pyright")
     command = str(found) if found.exists() else shutil.which("pyright")
     if not command:
@@ -79,7 +79,7 @@ def test_every_option_of_a_run_has_its_type() -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=METHODS)
 def test_every_setting_is_described(entry: Entry) -> None:
-    """By its method, and in `help(unbraid.split)`."""
+    """In the method's docstring, and in `help(unbraid.split)`."""
     assert descriptions(entry).keys() == schema(entry).keys() and all(descriptions(entry).values())
     assert set(entry.inputs.set_by_verb) <= schema(entry).keys()
     for name in (options.VERBS[entry.verb], options.JOBS[entry.verb]):

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny base: files, resume after a kill, and every kind of bad input."""
+"""Whole runs on a tiny base: files, resuming after a kill, and all kinds of bad input."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_learn_takes_several_images(v_base: Path, picture: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_learn_preserves_the_prior_and_reads_captions(v_base: Path, picture: Path, tmp_path: Path) -> None:
-    """The class is drawn by the base where no pictures are given; each picture's caption takes its prompt's place."""
+    """The base draws the class pictures if none are given; a picture's caption replaces its prompt."""
     image = Image.open(picture)
     for name in ("a", "b"):
         image.save(tmp_path / f"{name}.png")
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(v_base: Path, picture: Path, t
 
 
 def cli_in_process(arguments: list[str]) -> tuple[int, str]:
-    """The command line without the seconds that a new interpreter takes."""
+    """Run the command line in this process, because starting Python takes seconds."""
     import contextlib
     import io
 
@@ -234,7 +234,7 @@ def test_an_unwritable_or_full_folder(v_base: Path, picture: Path, tmp_path: Pat
 
 
 def test_a_full_disk_while_saving(v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file system says ENOSPC while the state is written: one clear error, and no half-written file."""
+    """Writing the state fails with ENOSPC: one clear error, and no half-written file."""
     import resource
 
     out = tmp_path / "run"

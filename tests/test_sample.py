@@ -1,4 +1,4 @@
-"""Sampling: diffusers' own pipelines are the oracle."""
+"""Sampling, compared with diffusers' own pipelines."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_every_sampler_equals_the_stock_pipeline(sampler: str, v_model: Base) ->
 
 
 def test_an_unknown_sampler_is_one_clear_line(v_model: Base) -> None:
-    with pytest.raises(UsageError, match="Did you mean euler"):
+    with pytest.raises(UsageError, match="Did you mean 'euler'"):
         render(v_model, "a cat", sampling=Sampling(sampler="eular"))
 
 
@@ -64,7 +64,7 @@ def test_an_unknown_sampler_is_one_clear_line(v_model: Base) -> None:
 def test_a_lora_file_gives_the_stock_pipelines_picture(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """`load_lora_weights` on our file, and unbraid's own path, agree."""
+    """`load_lora_weights` on our file and unbraid's own sampling give the same picture."""
     base = bases.load(str(request.getfixturevalue(kind)), "cpu")
     rng = torch.Generator().manual_seed(0)
     adapters = Adapters.attach(base.denoiser)
@@ -82,7 +82,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
 
 
 def test_terms_are_a_weighted_sum_in_their_time(v_model: Base) -> None:
-    """A term outside its interval does not count; three passes sum as written."""
+    """A term outside its interval does not count; the other terms are summed with their weights."""
     prompts = {name: v_model.encode_prompt(name) for name in ("a cat", "a dog", "negative")}
     from unbraid.sampling.sample import Guided
 

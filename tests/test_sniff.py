@@ -1,4 +1,4 @@
-"""What a checkpoint's header says: family, prediction type, size; and the configurations made of it, at the real sizes."""
+"""What a checkpoint's header shows (kind, prediction type, size), and the configurations derived from it at the real sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ VAE_PARAMETERS = 83_653_863
 
 
 def real_size(kind: str) -> State:
-    """A whole checkpoint of the real size, without values."""
+    """A complete checkpoint of the real size, without values."""
     with torch.device("meta"):
         state = unet_state(UNet2DConditionModel(**STOCK[kind]))
         state |= vae_state(stock_vae(), "first_stage_model.")
@@ -122,7 +122,7 @@ def test_modelspec_says_what_is_predicted(
     shapes = {key: torch.empty(shape, device="meta") for key, shape in read_header(tiny_sdxl.file).shapes.items()}
     checkpoint = sniff(save_header(shapes, tmp_path / "m.safetensors", **marks))
     assert (checkpoint.prediction, checkpoint.zero_snr) == (prediction, zero_snr)
-    assert checkpoint.side == 1024, "nothing was said of the resolution"
+    assert checkpoint.side == 1024, "the resolution is not stated"
     marked = {**shapes, "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     checkpoint = sniff(save_header(marked, tmp_path / "v.safetensors"))
     assert (checkpoint.prediction, checkpoint.zero_snr) == ("v_prediction", True)
@@ -181,8 +181,8 @@ OTHERS: dict[str, tuple[State, str]] = {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_other_files_are_named(what: str, tmp_path: Path) -> None:
-    state, said = OTHERS[what]
-    with pytest.raises(UsageError, match=said) as error:
+    state, message = OTHERS[what]
+    with pytest.raises(UsageError, match=message) as error:
         sniff(save_header(state, tmp_path / "file.safetensors"))
     assert "\n" not in str(error.value) and error.value.fix
 

@@ -56,7 +56,7 @@ def ready(run_data: RunData, one: Recipe, seed: int = 0) -> State:
 
 
 def gradients(run_data: RunData, at_once: int) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of one step, caught before the optimiser."""
+    """The gradients of one step, taken before the optimiser step."""
     caught: dict[str, torch.Tensor] = {}
 
     def catch(adapters: Adapters, step: int) -> None:
@@ -77,7 +77,7 @@ def test_branches_batched_equal_one_by_one(run_data: RunData) -> None:
     alone, loss = gradients(run_data, 1)
     together, loss_together = gradients(run_data, 3)
     assert loss == pytest.approx(loss_together, abs=1e-14)
-    assert alone.keys() == together.keys() and sum(map(len, alone.values())) > 100  # of as many layers
+    assert alone.keys() == together.keys() and sum(map(len, alone.values())) > 100  # in as many layers
     assert max((alone[key] - together[key]).abs().max().item() for key in alone) < 1e-14
 
 

@@ -1,4 +1,5 @@
-"""Concept Sliders' visual slider: one LoRA that draws the picture after at +1 and the picture before at -1 (arXiv 2311.12092)."""
+"""The visual slider of Concept Sliders: one LoRA that draws the picture after at strength 1 and the picture before at
+strength -1 (arXiv 2311.12092)."""
 
 import torch
 
@@ -23,7 +24,7 @@ def slider(
 ) -> tuple[Recipe, ...]:
     """Learn a slider from pairs.
 
-    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr: AdamW's learning
+    pairs: number of pairs (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr: AdamW's learning
     rate. weight_decay: AdamW's.
     """
     del blocks

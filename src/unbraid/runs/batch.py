@@ -61,7 +61,7 @@ def run_many(
         base.pipe = copy.copy(base.pipe)
         return base
 
-    return _told([_script(job, resume, find) for job in jobs], at_once)
+    return _run_together([_script(job, resume, find) for job in jobs], at_once)
 
 
 def distinct(jobs: Sequence[Job]) -> None:
@@ -72,7 +72,7 @@ def distinct(jobs: Sequence[Job]) -> None:
             raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
 
 
-def _told(
+def _run_together(
     scripts: Sequence[TrainingCoroutine[Progress]], at_once: int | None
 ) -> Generator[tuple[int, Progress | UsageError]]:
     try:

@@ -73,8 +73,8 @@ def break_job(
             what = "a partner image without a prompt of its own"
             raise UsageError(what, file, f"Write it to {file.with_suffix('.txt').name}: a fish in ink style.")
     roles = {f"partner{i + 1}": tuple(files[i::wanted]) for i in range(wanted)}
-    shown = {file: text for file, text in captions.items() if text and wanted}
-    data = replace(todo.data, images={**todo.data.images, **roles}, captions=shown)
+    prompts = {file: text for file, text in captions.items() if text and wanted}
+    data = replace(todo.data, images={**todo.data.images, **roles}, captions=prompts)
     return replace(todo, data=data, notes=todo.notes + found.unused)
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unbraid.bases.base import pick_device
 from unbraid.bases.configuration import denoiser_config
+from unbraid.bases.devices import pick_device
 from unbraid.bases.families.family import Network
 from unbraid.bases.pipeline import quiet
 from unbraid.bases.presets import Preset

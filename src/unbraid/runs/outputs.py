@@ -101,11 +101,11 @@ def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
 def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
     """Draw the final sheet: the inputs, and every use at four seeds. Returns its file."""
     job = ready.job
-    said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
+    prompts = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
     captioned = {role for role, files in job.data.images.items() if all(file in job.data.captions for file in files)}
     rows = [
         (
-            "input, under its own prompt" if role in captioned else f"input: {said.get(role, role)}",
+            "input, under its own prompt" if role in captioned else f"input: {prompts.get(role, role)}",
             list(zip(_labels(job, role, some), some, strict=False))[:SHOWN],
         )
         for role, some in ready.images.items()

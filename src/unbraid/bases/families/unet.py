@@ -15,7 +15,7 @@ from unbraid.common.errors import UsageError
 
 
 class UNet:
-    """See `Network`."""
+    """The `Network` record of the UNet; its methods are documented there."""
 
     title: str = "UNet"
     part: str = "unet"
@@ -64,5 +64,5 @@ class UNet:
 
 
 def encode_text(pipe: Any, text: str, device: torch.device) -> Prompt:
-    """As the pipeline does, longer texts in chunks: `unbraid.bases.families.long_prompts`."""
+    """Encode a text as the pipeline does, longer texts in chunks (`unbraid.bases.families.long_prompts`)."""
     return Prompt(*encode(pipe, text, device))

@@ -133,12 +133,17 @@ class TrainingCache:
                 sheets.save_image(drawn, file)
         return open_image(file)
 
+    def learn(self, images: Path | list[Path], prompt: str, seed: int, **settings: Any) -> Path:
+        """The file of a DreamBooth-LoRA."""
+        return (
+            self.train(learn_job(images, prompt=prompt, seed=seed, base=self.base_name, **settings))
+            / "lora.safetensors"
+        )
+
     def learnt(self, cell: Cell) -> tuple[Path, Path]:
         """The two DreamBooth-LoRAs that most rows of `combine` start from: one of the subject's pictures, one of the style's."""
-        options = {"seed": cell.seed, "base": self.base_name}
-        content = learn_job(self.contents(cell), prompt=content_prompt(cell.subject), **options)
-        style = learn_job(self.picture(cell.style), prompt=style_prompt(cell.style), **options)
-        return self.train(content) / "lora.safetensors", self.train(style) / "lora.safetensors"
+        content = self.learn(self.contents(cell), content_prompt(cell.subject), cell.seed)
+        return content, self.learn(self.picture(cell.style), style_prompt(cell.style), cell.seed)
 
     def split(self, picture: Truth, method: str = "unziplora", **options: Unpack[SplitOptions]) -> Path:
         """The folder of a split of one picture."""

@@ -42,7 +42,7 @@ class Found:
 
 
 class Scene:
-    """One base on one device, and a folder to work in. What several rows need is made once, when it is first asked for."""
+    """One base on one device, and a folder to work in. What several rows need is made once, when it is first needed."""
 
     def __init__(self, base: str, device: str, folder: Path) -> None:
         self.base, self.device, self.folder = base, device, folder
@@ -93,7 +93,7 @@ class Scene:
         return job
 
     def loras(self, method: str) -> list[Path]:
-        """The files of a method. A training that failed is not tried again: the row that asked first says why."""
+        """The files of a method. A training that failed is not repeated: the first row that needed it reports the error."""
         if method not in self._made:
             self._made[method] = []
             self._made[method] = SPECIAL[method](self) if method in SPECIAL else self.trained(*self.jobs(method))
