@@ -1,8 +1,6 @@
 """Rows of `separate` and `recombine`: content and style are each learnt from one picture."""
 
-from functools import partial
-
-from unbraid.bench.rows.row import Drawers, Row, every_use
+from unbraid.bench.rows.row import Drawers, Make, Row, every_use
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
@@ -22,17 +20,22 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     return {"both": cache.drawer(*map(Use, files))}
 
 
-def separated(cache: TrainingCache, cell: Cell, settings: Settings, method: str) -> Drawers:
-    """The content LoRA of one split and the style LoRA of another (or the same) one. Which files they are drawn with, and
-    whether each reads its own prompt when they are drawn together, follows from the method's outputs."""
-    pictures = zip(ROLES, (cell.content, cell.style), strict=True)
-    folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
-    outputs = METHODS[method].outputs(settings)
-    own = OWN if outputs["content"].prompt != outputs["style"].prompt else None
-    alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
-    joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # extra files for both
-    both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=own) for role in ROLES]
-    return {**alone, "both": cache.drawer(*both)}
+def separated(method: str) -> Make:
+    """How rows of a split method are made: from the content LoRA of one split and the style LoRA of another (or the same)
+    one. Which files they are drawn with, and whether each reads its own prompt when they are drawn together, follows from
+    the method's outputs."""
+
+    def make(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+        pictures = zip(ROLES, (cell.content, cell.style), strict=True)
+        folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
+        outputs = METHODS[method].outputs(settings)
+        own = OWN if outputs["content"].prompt != outputs["style"].prompt else None
+        alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
+        joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
+        both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=own) for role in ROLES]
+        return {**alone, "both": cache.drawer(*both)}
+
+    return make
 
 
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -44,7 +47,7 @@ def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Dr
 
 
 # Every method of the verb `split` has a row in both tasks
-MAKERS = {entry.name: partial(separated, method=entry.name) for entry in ENTRIES if entry.verb == "split"}
+MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
 ROWS = [
