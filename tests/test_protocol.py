@@ -396,7 +396,10 @@ def test_killed_and_started_again(
     assert sum(file.name == "unit.json" for file in first) == 1
     way = {"content": (), "style": (), "both": TINY.prompts["both"]}
     monkeypatch.setitem(PROTOCOLS, "tiny", replace(TINY, prompts=way))
-    models, rows = load_models(dino=str(dino_folder), device="cpu"), Selection(["combine"], ["base alone", "direct sum"])
+    models, rows = (
+        load_models(dino=str(dino_folder), device="cpu"),
+        Selection(["combine"], ["base alone", "direct sum"]),
+    )
     training = {"dreambooth": {"rank": 2, "steps": 8}}
     again = protocol(work, str(v_base), given_folder, models, name="tiny", selection=rows, training=training)
     assert [(one.todo.row, one.error) for one in again] == [("base alone", ""), ("direct sum", "")] * 2
