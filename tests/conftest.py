@@ -31,9 +31,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs on random weights draw nothing but noise: two sampling steps show that they draw."""
-    monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 2)
-    monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 2)
+    """Runs on random weights draw nothing but noise: one sampling step shows that they draw."""
+    monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 1)
+    monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 1)
 
 
 @cache

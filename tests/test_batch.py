@@ -23,7 +23,7 @@ from unbraid.runs.batch import recorded, run_many
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
 
-SPLIT = {"rank": 4, "steps": 6, "window": 1, "content_lr": 1e-3, "style_lr": 1e-3}
+SPLIT = {"rank": 4, "steps": 4, "window": 1, "content_lr": 1e-3, "style_lr": 1e-3}
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def jobs(out: Path, base: Path, pictures: list[Path]) -> list[Job]:
     """Two splits, a pair, a LoRA; other shapes, seeds and lengths."""
     common: dict[str, Any] = {"base": str(base), "previews": 0}
     words = {"subject": "cat", "style": "line"}
-    longer: dict[str, Any] = {**SPLIT, "steps": 9}
+    longer: dict[str, Any] = {**SPLIT, "steps": 6}
     after = pictures[0].with_name("other.png")
     Image.open(pictures[0]).convert("L").save(after)
     return [
         split_job(pictures[0], **words, out=out / "a", seed=1, **common, **SPLIT),
         split_job(pictures[1], **words, out=out / "b", seed=2, **common, **longer),
-        pair_job(pictures[0], after, **words, out=out / "c", rank=4, steps=5, style_from=2, lr=1e-3, **common),
-        learn_job(pictures[2], prompt="a sks cat", out=out / "d", rank=2, steps=4, **common),
+        pair_job(pictures[0], after, **words, out=out / "c", rank=4, steps=3, style_from=1, lr=1e-3, **common),
+        learn_job(pictures[2], prompt="a sks cat", out=out / "d", rank=2, steps=3, **common),
     ]
 
 
@@ -68,7 +68,7 @@ def test_runs_together_equal_runs_alone(v_base: Path, pictures: list[Path], tmp_
         list(run(job, device="cpu"))
     loras = [tmp_path / "alone" / name / "content.safetensors" for name in "ab"]
     zipped = [
-        zip_job(*loras, out=tmp_path / name / "z", base=str(v_base), previews=0, steps=3) for name in ("alone", "many")
+        zip_job(*loras, out=tmp_path / name / "z", base=str(v_base), previews=0, steps=2) for name in ("alone", "many")
     ]
     list(run(zipped[0], device="cpu"))
     many = [*jobs(tmp_path / "many", v_base, pictures), zipped[1]]
