@@ -27,6 +27,7 @@ from unbraid.bench.truth.tasks import FULL, QUICK, TASKS, Scale, cells, items
 from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
+from unbraid.runs.job import Job
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
 FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
@@ -39,6 +40,18 @@ def draw_less(put: Callable[[object, str, object], None] = setattr) -> None:
     """One style of a content and one subject of a style in `separate`, not four."""
     put(tasks, "TRAINED", tasks.TRAINED[:1])
     put(tasks, "SHOWN", tasks.SHOWN[:1])
+
+
+def count_once(patch: pytest.MonkeyPatch) -> None:
+    """FLOPs are counted once per method: for every row it would be a third of the time of these short trainings."""
+    counts: dict[str, cost.Cost] = {}
+
+    def counted(job: Job) -> cost.Cost:
+        if job.method not in counts:
+            counts[job.method] = cost.counted(job)
+        return counts[job.method]
+
+    patch.setattr(training_cache, "counted", counted)
 
 
 @pytest.fixture
@@ -64,14 +77,7 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
     used: set[str] = set()
     train = TrainingCache.train
     monkeypatch.setattr(TrainingCache, "train", lambda cache, job: used.add(job.method) or train(cache, job))
-    counts: dict[
-        str, cost.Cost
-    ] = {}  # of each method once: counting is a third of the time, and depends on few settings
-    monkeypatch.setattr(
-        training_cache,
-        "counted",
-        lambda job: counts.get(job.method) or counts.setdefault(job.method, cost.counted(job)),
-    )
+    count_once(monkeypatch)
     done = []
     for todo in grid.plan(tmp_path, TINY, all_rows(), str(v_base)):
         used.clear()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from test_bench import count_once
 from tiny_models import save_clip, save_dino
 
 from unbraid.bench import results
@@ -43,7 +44,7 @@ TINY = Protocol(
 TRAINING: dict[str, Any] = {
     "dreambooth": {"rank": 2, "steps": 2},
     "blora": {"rank": 2, "steps": 2},
-    "unziplora": {"rank": 2, "steps": 4, "sample_times": 1, "window": 1},
+    "unziplora": {"rank": 2, "steps": 3, "sample_times": 1, "window": 1},
     "ziplora": {"steps": 2},
     "break": {"rank": 4, "steps": 2},
     "make": {"fine_tune": 2, "rank": 4},
@@ -187,6 +188,7 @@ def run_once(
     shutil.copytree(given_folder, images, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROTOCOLS, "tiny", TINY)
+        count_once(patch)
         (images / "styles" / "teapot in noir style.png").unlink()
         done = list(
             protocol(
