@@ -58,6 +58,12 @@ def bases_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bases, "open_pipeline", copied)
 
 
+@pytest.fixture
+def bases_from_disk(bases_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For results that another process must give bit for bit: sums can depend on where weights lie in memory."""
+    monkeypatch.setattr(bases, "open_pipeline", open_pipeline)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer")

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from unbraid.bases.pipeline import open_pipeline
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.runs.api import learn_job, split_job
@@ -70,12 +69,9 @@ def test_seeds_reproduce_and_differ(v_base: Path, picture: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGKILL at a random step, in a process of its own. The others read the base from the disk as it does, since sums
-    can depend on where weights lie in memory."""
-    monkeypatch.setattr("unbraid.bases.base.open_pipeline", open_pipeline)
+@pytest.mark.usefixtures("bases_from_disk")
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random step, in a process of its own."""
     arguments = ["split", str(picture), "--subject=cat", "--style=line", f"--base={v_base}", "--previews=0", "--quiet"]
     arguments += [f"--set={key}={value}" for key, value in {**QUICK, "steps": 16}.items()]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
