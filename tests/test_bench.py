@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,19 +19,44 @@ from unbraid.bench import grid, registry, results
 from unbraid.bench.registry import all_rows, chosen
 from unbraid.bench.reports import claims, plots, report, stats, tables
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.rows import combine, cost, sanity
+from unbraid.bench.rows import combine, cost, sanity, training_cache
 from unbraid.bench.rows.row import BASE, CEILING, COPY, Row
 from unbraid.bench.rows.training_cache import TrainingCache
+from unbraid.bench.truth import tasks
 from unbraid.bench.truth.tasks import FULL, QUICK, TASKS, Scale, cells, items
 from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
+from unbraid.runs.job import Job
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
-FEW = {method: {"steps": 4, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
-FEW |= {"unziplora": {"steps": 4, "rank": 4, "window": 1}, "ziplora": {"steps": 4}, "make": {"fine_tune": 2}}
-FEW |= {"pair": {"steps": 4, "rank": 4, "style_from": 2}}
+FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
+FEW |= {"unziplora": {"steps": 3, "rank": 4, "window": 1}, "ziplora": {"steps": 2}, "make": {"fine_tune": 1}}
+FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}}
 TINY = replace(QUICK, others=1, steps=2, training=FEW)
+
+
+def draw_less(put: Callable[[object, str, object], None] = setattr) -> None:
+    """One style of a content and one subject of a style in `separate`, not four."""
+    put(tasks, "TRAINED", tasks.TRAINED[:1])
+    put(tasks, "SHOWN", tasks.SHOWN[:1])
+
+
+def count_once(patch: pytest.MonkeyPatch) -> None:
+    """FLOPs are counted once per method: for every row it would be a third of the time of these short trainings."""
+    counts: dict[str, cost.Cost] = {}
+
+    def counted(job: Job) -> cost.Cost:
+        if job.method not in counts:
+            counts[job.method] = cost.counted(job)
+        return counts[job.method]
+
+    patch.setattr(training_cache, "counted", counted)
+
+
+@pytest.fixture
+def less_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_less(monkeypatch.setattr)
 
 
 def tiny(work: Path, base: Path, *names: str, task: str = "") -> list[grid.Todo]:
@@ -45,12 +70,14 @@ def table(done: list[grid.Done]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(combine, "WEIGHTS", (0.5, 1.0))
     monkeypatch.setattr(combine, "TUNING", ("horse",))
     used: set[str] = set()
     train = TrainingCache.train
     monkeypatch.setattr(TrainingCache, "train", lambda cache, job: used.add(job.method) or train(cache, job))
+    count_once(monkeypatch)
     done = []
     for todo in grid.plan(tmp_path, TINY, all_rows(), str(v_base)):
         used.clear()
@@ -70,6 +97,7 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
     """SIGKILL to a run with two processes; the second start repeats no finished unit and no finished training."""
     names = (BASE, "DreamBooth-LoRA", "B-LoRA")
@@ -77,6 +105,7 @@ def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: 
     work = tmp_path / "cut"
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3]); import test_bench as t; from unbraid.bench import grid\n"
+        "t.draw_less()\n"
         f"if __name__ == '__main__': list(grid.run(t.tiny(Path(sys.argv[1]), Path(sys.argv[2]), *{names!r}), 2))"
     )
     script = tmp_path / "go.py"
@@ -110,8 +139,9 @@ def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base: Path) -> None:
-    scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 4, "rank": 4, "lr": 1e30}})
+    scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 3, "rank": 4, "lr": 1e30}})
     todos = grid.plan(tmp_path, scale, chosen(("separate",), (BASE, "DreamBooth-LoRA")), str(v_base))
     done = {one.todo.row: one for one in grid.run(todos)}
     assert done[BASE].unit and done["DreamBooth-LoRA"].unit is None and "loss" in done["DreamBooth-LoRA"].error
@@ -120,7 +150,7 @@ def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base
 @pytest.fixture(scope="module")
 def sane(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
     """The three sanity rows on the embedded base."""
-    scale = replace(QUICK, others=3, steps=4)
+    scale = replace(QUICK, others=2, steps=2)
     return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, sanity.ROWS)) if one.unit]
 
 
@@ -328,6 +358,7 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,11 +16,11 @@ import json, sys
 import torch
 from torch._dynamo.utils import counters
 from unbraid.bases import compiling
-from unbraid.runs import run
+from unbraid.runs import pace, run
 from unbraid.runs.api import split_job
 compiling.BACKEND = "aot_eager"
 torch.set_num_threads(1)
-run.SHEET_STEPS = run.PREVIEW_STEPS = 2
+pace.SHEET_STEPS = pace.PREVIEW_STEPS = 2
 base, picture, out, vram = sys.argv[1:]
 found = []
 for compile in (False, True):

@@ -61,15 +61,23 @@ def base(eps_base: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     return found
 
 
+@pytest.fixture(scope="module")
+def files(eps_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Method → two random files of it, for the base."""
+    base, made = load(str(eps_base), "cpu"), {}
+    for method in ("dreambooth", "break"):
+        made[method] = random_loras(base, tmp_path_factory.mktemp(method), method)
+    return made
+
+
 @pytest.fixture
-def loras(base: Base, tmp_path: Path) -> list[Path]:
-    return random_loras(base, tmp_path)
+def loras(files: dict[str, list[Path]]) -> list[Path]:
+    return files["dreambooth"]
 
 
-def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) -> Job:
+def job(method: str, base: Base, files: dict[str, list[Path]], picture: Path, out: Path) -> Job:
     """A job with previews. If its LoRAs are trained on pictures, they draw these themselves."""
-    (out / "modules").mkdir()
-    modules = random_loras(base, out / "modules", "break")
+    loras, modules = files["dreambooth"], files["break"]
     given = replace(
         material(picture, out),
         loras=dict(zip(ROLES, loras, strict=True)),
@@ -86,10 +94,17 @@ def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) ->
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_breaks(
-    method: str, part: str, call: int, error: Any, base: Base, loras: list[Path], picture: Path, tmp_path: Path
+    method: str,
+    part: str,
+    call: int,
+    error: Any,
+    base: Base,
+    files: dict[str, list[Path]],
+    picture: Path,
+    tmp_path: Path,
 ) -> None:
     """The error comes while pictures are encoded or drawn by the LoRAs, in a step, in a preview, or on the sheet."""
-    measure = job(method, base, loras, picture, tmp_path)
+    measure = job(method, base, files, picture, tmp_path)
     module: Any = base.denoiser if part == "unet" else base.vae.encoder
     with (
         suppress(Broken, KeyboardInterrupt, UsageError),
@@ -100,11 +115,13 @@ def test_a_run_that_breaks(
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_runs_together_that_break(call: int, base: Base, loras: list[Path], picture: Path, tmp_path: Path) -> None:
+def test_runs_together_that_break(
+    call: int, base: Base, files: dict[str, list[Path]], picture: Path, tmp_path: Path
+) -> None:
     jobs = []
     for method in ("unziplora", "dreambooth"):
         (tmp_path / method).mkdir()
-        jobs.append(job(method, base, loras, picture, tmp_path / method))
+        jobs.append(job(method, base, files, picture, tmp_path / method))
     with broken(base.denoiser, call, Broken), pytest.raises(Broken):
         batch(jobs, device="cpu")
     assert bare(base)

@@ -1,6 +1,7 @@
 """The committed embedded base: it is small, stock diffusers loads it, and it draws what the prompt says."""
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:
     assert np.mean(measured) >= 26
 
 
-def top1(embedded: torch.Tensor, truth: torch.Tensor) -> float:
-    """How often drawing i is more similar to truth i than to all others."""
-    return float(((embedded @ F.normalize(truth, dim=1).T).argmax(1) == torch.arange(len(truth))).float().mean())
+def top1(embedded: torch.Tensor, truth: torch.Tensor, asked: Sequence[int]) -> float:
+    """How often a drawing is more similar to the truth that was asked for, an index into `truth`, than to all others."""
+    return float(((embedded @ F.normalize(truth, dim=1).T).argmax(1) == torch.tensor(asked)).float().mean())
 
 
 def drawn(base: Base, prompts: list[str], seed: int) -> torch.Tensor:
@@ -74,12 +75,13 @@ def drawn(base: Base, prompts: list[str], seed: int) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
-    """Four known subjects in two art styles; chance is 0.25."""
+    """Every third known subject in two art styles, to be found among all 24; chance is 0.04."""
     judge, art = load_judge(), known_art()
     truth = judge.embed(art.values[:, : len(TRAIN_SETS)].flatten(0, 1))[0].unflatten(0, (-1, len(TRAIN_SETS))).mean(1)
+    asked = range(0, len(art.names), 3)
     for of in TRAIN_SETS[:2]:
-        content, _ = judge.embed(drawn(base, [f"a {name} in {STYLE_WORDS[of]} style" for name in art.names], 0))
-        assert top1(content, truth) >= 0.75
+        content, _ = judge.embed(drawn(base, [f"a {art.names[i]} in {STYLE_WORDS[of]} style" for i in asked], 0))
+        assert top1(content, truth, asked) >= 0.75
 
 
 @pytest.mark.slow
@@ -90,4 +92,4 @@ def test_it_draws_in_the_style_that_it_is_asked_for(base: Base) -> None:
     truth = torch.stack([judge.embed(TRAIN_FILTERS[name](plain).expand_as(plain))[1].mean(0) for name in names])
     for subject in ("dog", "strawberry"):
         _, style = judge.embed(drawn(base, [f"a {subject} in {name} style" for name in names], 0))
-        assert top1(style, truth) >= 0.75
+        assert top1(style, truth, range(len(names))) >= 0.75

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,14 @@ def test_a_finished_run_is_not_trained_again(job: Job) -> None:
 
 @pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
+    job = replace(job, previews=0)
     events = run(job, device="cpu")
     next(events)
     with pytest.raises(UsageError, match="another run is at work"):
         list(run(job, resume=True, device="cpu"))
     script = "import sys; from unbraid.cli.main import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
-    command = [sys.executable, "-c", script, *arguments(job, "--previews=2", "--resume")]
+    command = [sys.executable, "-c", script, *arguments(job, "--previews=0", "--resume")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and "another run is at work" in done.stderr and len(done.stderr.splitlines()) == 1
     list(events)
@@ -177,6 +179,7 @@ def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
 
 @pytest.mark.slow
 def test_a_lock_left_by_a_killed_run_is_no_lock(job: Job) -> None:
+    job = replace(job, previews=0)
     events = run(job, device="cpu")
     next(events)
     events.close()  # type: ignore[attr-defined]
@@ -220,6 +223,7 @@ def stopped(job: Job) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", range(6))
 def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> None:
+    job = replace(job, previews=0)
     file = stopped(job)
     data = bytearray(file.read_bytes())
     at = 8 + place * (len(data) - 9) // 5
@@ -234,6 +238,7 @@ def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> No
 @pytest.mark.slow
 def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
     """The checksum is right, as in a file made by an attacker."""
+    job = replace(job, extras=replace(job.extras, previews=0))
     file = stopped(job)
     whole = folder.load_state(job.out)
     assert whole
@@ -263,6 +268,7 @@ def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
 
 @pytest.mark.slow
 def test_damaged_lines_of_events_are_passed_over(job: Job) -> None:
+    job = replace(job, previews=0)
     stopped(job)
     events = job.out / folder.EVENTS
     lines = events.read_bytes().splitlines(keepends=True)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from test_bench import count_once
 from tiny_models import save_clip, save_dino
 
 from unbraid.bench import results
@@ -42,7 +44,7 @@ TINY = Protocol(
 TRAINING: dict[str, Any] = {
     "dreambooth": {"rank": 2, "steps": 2},
     "blora": {"rank": 2, "steps": 2},
-    "unziplora": {"rank": 2, "steps": 4, "sample_times": 1, "window": 1},
+    "unziplora": {"rank": 2, "steps": 3, "sample_times": 1, "window": 1},
     "ziplora": {"steps": 2},
     "break": {"rank": 4, "steps": 2},
     "make": {"fine_tune": 2, "rank": 4},
@@ -186,6 +188,7 @@ def run_once(
     shutil.copytree(given_folder, images, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROTOCOLS, "tiny", TINY)
+        count_once(patch)
         (images / "styles" / "teapot in noir style.png").unlink()
         done = list(
             protocol(
@@ -376,13 +379,15 @@ for one in p.protocol(Path(work), base, Path(images), models, name="tiny", selec
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(v_base: Path, given_folder: Path, dino_folder: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again(
+    v_base: Path, given_folder: Path, dino_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real kill in the middle of a training; the second start continues, and repeats no unit."""
     work = tmp_path / "work"
     command = [sys.executable, "-c", SCRIPT, str(work), str(v_base), str(given_folder), str(dino_folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
-        process.stdin.write("20\n")
+        process.stdin.write("8\n")
         process.stdin.flush()
         assert process.stdout.readline() == "base alone \n"
         while not list(work.glob("made/*/run.toml")):
@@ -391,8 +396,15 @@ def test_killed_and_started_again(v_base: Path, given_folder: Path, dino_folder:
         process.send_signal(signal.SIGKILL)
     first = {file: file.stat().st_mtime_ns for file in work.glob("units/*/*")}
     assert sum(file.name == "unit.json" for file in first) == 1
-    out = subprocess.run(command, input="20\n", capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == ["base alone ", "direct sum "] * 2
+    way = {"content": (), "style": (), "both": TINY.prompts["both"]}
+    monkeypatch.setitem(PROTOCOLS, "tiny", replace(TINY, prompts=way))
+    models, rows = (
+        load_models(dino=str(dino_folder), device="cpu"),
+        Selection(["combine"], ["base alone", "direct sum"]),
+    )
+    training = {"dreambooth": {"rank": 2, "steps": 8}}
+    again = protocol(work, str(v_base), given_folder, models, name="tiny", selection=rows, training=training)
+    assert [(one.todo.row, one.error) for one in again] == [("base alone", ""), ("direct sum", "")] * 2
     assert {file: file.stat().st_mtime_ns for file in first} == first, "nothing was repeated"
     found = results.collect(work)
     assert len(found) == 4 and all(len(unit.drawings) == 2 for unit in found)

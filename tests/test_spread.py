@@ -28,6 +28,7 @@ def job(out: Path, base: Path, picture: Path, seed: int, steps: int = 3) -> Job:
     return learn_job(picture, prompt="a sks cat", base=str(base), rank=2, steps=steps, seed=seed, previews=0, out=out)
 
 
+@pytest.mark.usefixtures("bases_from_disk")
 def test_each_process_has_its_share(v_base: Path, picture: Path, tmp_path: Path) -> None:
     """All LoRAs are written and equal those of single runs; errors are reported for the run that failed."""
     jobs = [job(tmp_path / f"{i}", v_base, picture, i) for i in range(3)]
