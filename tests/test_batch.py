@@ -132,6 +132,7 @@ out = {str(tmp_path / "none")!r}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("bases_from_disk")
 def test_killed_and_resumed(v_base: Path, picture: Path, tmp_path: Path) -> None:
     """SIGKILL while some runs train and others wait; finished runs are not changed."""
     run_tables = "".join(

@@ -97,7 +97,7 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("less_drawn")
+@pytest.mark.usefixtures("less_drawn", "bases_from_disk")
 def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
     """SIGKILL to a run with two processes; the second start repeats no finished unit and no finished training."""
     names = (BASE, "DreamBooth-LoRA", "B-LoRA")

@@ -163,7 +163,7 @@ def test_a_finished_run_is_not_trained_again(job: Job) -> None:
 
 @pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
-    job = replace(job, previews=0)
+    job = replace(job, extras=replace(job.extras, previews=0))
     events = run(job, device="cpu")
     next(events)
     with pytest.raises(UsageError, match="another run is at work"):
@@ -179,7 +179,7 @@ def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
 
 @pytest.mark.slow
 def test_a_lock_left_by_a_killed_run_is_no_lock(job: Job) -> None:
-    job = replace(job, previews=0)
+    job = replace(job, extras=replace(job.extras, previews=0))
     events = run(job, device="cpu")
     next(events)
     events.close()  # type: ignore[attr-defined]
@@ -223,7 +223,7 @@ def stopped(job: Job) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", range(6))
 def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> None:
-    job = replace(job, previews=0)
+    job = replace(job, extras=replace(job.extras, previews=0))
     file = stopped(job)
     data = bytearray(file.read_bytes())
     at = 8 + place * (len(data) - 9) // 5
@@ -268,7 +268,7 @@ def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
 
 @pytest.mark.slow
 def test_damaged_lines_of_events_are_passed_over(job: Job) -> None:
-    job = replace(job, previews=0)
+    job = replace(job, extras=replace(job.extras, previews=0))
     stopped(job)
     events = job.out / folder.EVENTS
     lines = events.read_bytes().splitlines(keepends=True)

@@ -379,6 +379,7 @@ for one in p.protocol(Path(work), base, Path(images), models, name="tiny", selec
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("bases_from_disk")
 def test_killed_and_started_again(
     v_base: Path, given_folder: Path, dino_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
-from unbraid.core.optim import Rate
+from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Passes, Recipe
 from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
@@ -82,19 +82,10 @@ def ziplora(
         total = weight * similarities(adapters, similarity).sum()
         return total if total.requires_grad else None
 
-    return (
-        Recipe(
-            prepare,
-            lambda step: branches,
-            {(role, "merger"): Rate(lr, weight_decay) for role in roles},
-            steps,
-            Passes(shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(), fixed_teachers=True),
-            hooks=Hooks(
-                penalty=penalty,
-                after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance),
-            ),
-        ),
-    )
+    rates: Rates = {(role, "merger"): Rate(lr, weight_decay) for role in roles}
+    passes = Passes(shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(), fixed_teachers=True)
+    hooks = Hooks(penalty, after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance))
+    return (Recipe(prepare, lambda step: branches, rates, steps, passes, hooks=hooks),)
 
 
 @torch.no_grad()
