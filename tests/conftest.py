@@ -1,33 +1,67 @@
-"""Tiny random bases of every kind, built once from configs; no network, no weights."""
+"""Tiny random bases of every kind, built once from configurations, without downloads."""
 
+import copy
+import gc
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import second_device
 import torch
+import type_checks  # noqa: F401
 from PIL import Image, ImageDraw
 from tiny_bases import Tiny, save_both, sd15, sd21, sdxl
 
 from tools.recipe import captions, config, model, vae
 from unbraid.bases import base as bases
+from unbraid.bases.pipeline import Pipeline, location, open_pipeline
 
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
 WORDS = ("dog", "cat", "line", "teapot")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A device that autograd does not know at its first backward pass, it never knows."""
+    """Load the second device before any test: autograd only knows devices that exist at the first backward pass."""
     if any("second" in getattr(item, "fixturenames", ()) for item in session.items):
         second_device.available()
+    gc.freeze()  # the libraries are there to stay: collections need not walk through them
 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs on random weights draw nothing but noise: two sampling steps show that they draw."""
-    monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 2)
-    monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 2)
+    """Draw with one sampling step: random weights draw only noise, so more steps would show nothing more."""
+    monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 1)
+    monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 1)
+
+
+@cache
+def opened(state: tuple[tuple[Path, int], ...], *arguments: Any) -> Pipeline:
+    """A base as it is on the disk; `state` has its files and when they were changed."""
+    del state
+    return open_pipeline(*arguments)
+
+
+@pytest.fixture(autouse=True)
+def bases_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base is read from the disk once in a process; each test that loads it has a copy of its own."""
+
+    def copied(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "") -> Pipeline:
+        places = [Path(place) for place in (location(name), vae) if place]
+        files = [file for place in places for file in (place, *place.rglob("*"))]
+        state = tuple((file, file.stat().st_mtime_ns) for file in sorted(files) if file.exists())
+        pipe = opened(state, name, dtype, vae, prediction)
+        kept = {id(part): part for key, part in pipe.components.items() if key.startswith("tokenizer")}
+        return copy.deepcopy(pipe, kept)
+
+    monkeypatch.setattr(bases, "open_pipeline", copied)
+
+
+@pytest.fixture
+def bases_from_disk(bases_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For results that another process must repeat bit for bit: sums can depend on where weights lie in memory."""
+    monkeypatch.setattr(bases, "open_pipeline", open_pipeline)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Double precision, in which two ways to the same result can be told from two results."""
+"""Double precision, so that rounding cannot hide a difference between two results."""
 
 from dataclasses import replace
 

@@ -1,6 +1,7 @@
-"""Measures bake and extract on a synthetic SDXL checkpoint of full size (6.9 GB in fp16), beside `cp`: python tests/full_size.py FOLDER [fp32].
+"""Measures bake and extract on a synthetic SDXL checkpoint of full size (6.9 GB in fp16), and `cp` for comparison:
+python tests/full_size.py FOLDER [fp32].
 
-Needs three times the checkpoint's size on the disk, and deletes what it made. Not a test: minutes, and gigabytes.
+It needs three times the checkpoint's size on the disk, and deletes its files. It is no test, because it takes minutes.
 """
 
 import json
@@ -42,9 +43,9 @@ VAE: dict[str, Any] = {
     "layers_per_block": 2,
 }
 ROUNDS = 1
-BLOCK = 1 << 24  # random numbers, used again and again from another place
-SPREAD = 0.03  # of weights, about SDXL's
-RANK, CHANGE = 16, 0.02  # the LoRA's; its change relative to the weights
+BLOCK = 1 << 24  # random numbers, which are reused from different offsets
+SPREAD = 0.03  # standard deviation of weights, about that of SDXL
+RANK, CHANGE = 16, 0.02  # the rank of the LoRA; the size of its change relative to the weights
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -75,7 +76,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(path: Path, dtype: str) -> None:
-    """Normal numbers, written as they are drawn."""
+    """Write a checkpoint of normally distributed numbers, piece by piece."""
     width = {"F16": 2, "F32": 4}[dtype]
     noise = (np.random.default_rng(0).standard_normal(BLOCK, np.float32) * SPREAD).astype(f"<f{width}")
     header, end = {}, 0
@@ -105,16 +106,18 @@ def make_lora(checkpoint: Path, path: Path) -> None:
 
 
 def timed(*command: object) -> tuple[float, float]:
-    """Seconds, and the peak memory in GiB, of a process; on its own, so that no other's peak is counted."""
+    """Seconds and peak memory in GiB of a command, in its own process, so that no other peak is counted."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     start = perf_counter()
-    said = subprocess.run([sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True)
-    print(said.stdout.strip().rpartition("\n")[0])
-    return perf_counter() - start, int(said.stdout.split()[-1]) / 2**20
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)], check=True, capture_output=True, text=True
+    )
+    print(result.stdout.strip().rpartition("\n")[0])
+    return perf_counter() - start, int(result.stdout.split()[-1]) / 2**20
 
 
 def off(first: Path, second: Path) -> tuple[float, float]:
-    """‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, and of the worst: from factors."""
+    """‖ΔW − ΔW'‖ / ‖ΔW‖ over all layers, and of the worst layer, computed from factors."""
     one, other = read(first).modules, read(second).modules
     squares, worst = [0.0, 0.0], 0.0
     for name, lora in one.items():

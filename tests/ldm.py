@@ -33,16 +33,16 @@ def save_single_file(pipe: Any, path: Path, *, size: int, leave_out: str = "-", 
     else:
         state |= clip_state(pipe.text_encoder, "cond_stage_model.transformer.text_model.")
     state |= {key: torch.zeros(0) for key, value in marks.items() if not value}
-    told = {"modelspec.resolution": f"{size}x{size}"} | {
+    given_metadata = {"modelspec.resolution": f"{size}x{size}"} | {
         key.replace("__", "."): value for key, value in marks.items() if value
     }
     kept = {key: value.contiguous() for key, value in state.items() if not key.startswith(leave_out)}
-    save_file(kept, path, told)
+    save_file(kept, path, given_metadata)
     return path
 
 
 def save_header(state: State, path: Path, **metadata: str) -> Path:
-    """A file of the tensors' names, shapes and size in fp16, with nothing written behind the header: takes no room on the disk."""
+    """Write a file with a header of these tensors in fp16 and a hole in place of the data, so it takes no disk space."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key, value in state.items():
@@ -87,7 +87,7 @@ def clip_state(encoder: Any, prefix: str) -> State:
 
 
 def open_clip_state(encoder: Any, prefix: str) -> State:
-    """OpenCLIP's: q, k and v in one matrix, the projection transposed."""
+    """A state dict in OpenCLIP's form: q, k and v in one matrix, the projection transposed."""
     state = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
     out = {
         "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),

@@ -1,4 +1,5 @@
-"""What a CUDA graph does, on any device: operators are recorded once with the tensors they had, then done again on the same memory."""
+"""The behaviour of a CUDA graph on any device: operators are recorded once, with their tensors, then repeated on the same
+memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh"
 
 
 class _Recording(TorchDispatchMode):
-    """Refuses what would wait for a GPU: values asked for in Python, and constants sent to the device (`torch.tensor`)."""
+    """Fails if code would wait for a GPU: by reading values in Python, or by sending constants to it (`torch.tensor`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class _Recording(TorchDispatchMode):
 
 
 class Recorder:
-    """An executor of `unbraid.core.graphs`. Python runs once, while it records: whatever it decided then is decided for good."""
+    """An executor of `unbraid.core.graphs`. Python code runs only while it records, so its decisions are fixed then."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails, self.eager_calls, self.captures, self.replays = fails, 0, 0, 0
@@ -56,7 +57,7 @@ class Recorder:
 
 
 def _again(func: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-    """Into the memory of the first time; views, and what is done in place, are there already."""
+    """Repeat an operator, and copy the result into the memory of the recording. Views and in-place results are there already."""
     given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
     for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
         if isinstance(old, Tensor) and old.untyped_storage()._cdata not in given:

@@ -1,7 +1,7 @@
-"""`second`: a device in host memory that is not the CPU, built from second_device.cpp on first use.
+"""`second`: a torch device that is not the CPU but uses host memory, built from second_device.cpp on first use.
 
-On it every forgotten `.cpu()`, `.numpy()` of a tensor on the device, mixture of devices and generator of the CPU fails as on CUDA. It
-counts what makes the host wait.
+A forgotten `.cpu()`, `.numpy()` of a tensor on the device, mixed devices and a CPU generator fail on it as on CUDA. It
+counts the operations that make the host wait.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ import pytest
 import torch
 from filelock import FileLock
 
-NAME = "second_device"  # not a name that an adapter has somewhere: it becomes a method of every module
+NAME = "second_device"  # no adapter may have this name, because torch adds a method of this name to every module
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 @dataclass
 class Copies:
-    """Since a moment: how often the host had to wait for a value, and how often it handed one over."""
+    """Since it was created: how often the host waited for a value, and how often it sent one."""
 
     to_host: int = 0
     from_host: int = 0
@@ -34,7 +34,8 @@ class Copies:
 
 @cache
 def available() -> str:
-    """Build, load and register the device. Empty, or why it cannot be had: where there is a compiler, an error is an error."""
+    """Build, load and register the device. Returns an empty string, or the reason if there is no compiler; other errors are
+    raised."""
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
@@ -51,7 +52,7 @@ def available() -> str:
 
 @pytest.fixture(scope="session")
 def second() -> str:
-    """The device's name; skips with the reason where no compiler works."""
+    """The device's name. Skips the test if no compiler works."""
     if reason := available():
         pytest.skip(reason)
     return NAME
@@ -59,7 +60,7 @@ def second() -> str:
 
 @contextmanager
 def host_copies() -> Iterator[Copies]:
-    """Counts within; read it after."""
+    """Counts copies inside the `with` block; read the result after it."""
     made, found = _built(), Copies()
     begin = made.to_host(), made.from_host()
     yield found
@@ -68,7 +69,7 @@ def host_copies() -> Iterator[Copies]:
 
 @cache
 def _built() -> Any:
-    """Compiled once per source and torch; workers wait for each other."""
+    """Compile once per source and version of torch. Test workers wait for each other."""
     from torch.utils import cpp_extension
 
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
@@ -82,7 +83,7 @@ def _built() -> Any:
 
 
 def _module(made: Any) -> types.ModuleType:
-    """`torch.second`: what torch's own code asks a device's module for."""
+    """`torch.second`: the functions that torch's code expects from a device's module."""
     module = types.ModuleType(f"torch.{NAME}")
     answers: dict[str, Any] = {
         "is_available": lambda: True,

@@ -1,4 +1,4 @@
-"""Random LoRAs, and files of them."""
+"""Random LoRAs, and files with them."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def some(dtype: torch.dtype = torch.float64) -> dict[str, Lora]:
 
 
 def same(first: dict[str, Lora], second: dict[str, Lora]) -> float:
-    """The largest difference of the changes, relative to the change."""
+    """The relative difference of the changes that two LoRAs make; the largest over modules."""
     assert set(first) == set(second)
     return max(
         float((delta(first[n]).double() - delta(second[n]).double()).norm() / delta(first[n]).double().norm())

@@ -1,4 +1,4 @@
-"""Break-for-Make: blocks that stay apart, modules that fit, an optimiser that does not mind how a product is shared out."""
+"""Break-for-Make: separated blocks, matching modules, and an optimiser that does not depend on how ΔW is factored."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_nothing_changes_at_the_start_and_everything_can(
     with adapters.activate([recipe.branches(0)[0].active], model.prompts):
         model.predict(samples, ["both"]).square().mean().backward()
     live = {name: one for name, one in adapters.of("module").items() if "to_q" not in name and "to_k" not in name}
-    for one in live.values():  # (at the deepest level there is one position, and nothing to attend to)
+    for one in live.values():  # (the deepest level has one position, so attention there has no gradient)
         assert one.gradient("down").any() and one.gradient("up").any()
 
 
@@ -94,7 +94,7 @@ def test_halves_spread_over_heads() -> None:
 
 
 def test_every_shape_of_sdxl_is_cut() -> None:
-    """Square layers and others, at rank 64: what the published code left out."""
+    """Square and other layers, at rank 64. The published code left the others out."""
     cut = Cut(64, 0.5, "heads", False, True)
     for d, k in ((1280, 1280), (1280, 2048), (640, 640), (640, 2048)):
         (layer,) = Adapters.attach_named(nn.Sequential(nn.Linear(k, d)), ["0"]).layers.values()
@@ -104,7 +104,7 @@ def test_every_shape_of_sdxl_is_cut() -> None:
 
 
 class Alone:
-    """One kind of picture gives no gradient: its prediction is its target."""
+    """A denoiser for which one role gives no gradient, because its predictions equal its targets."""
 
     graphs: Graphs | None = None
 
@@ -126,19 +126,19 @@ class Alone:
 
 @pytest.mark.parametrize("kind", ["content", "style"])
 def test_each_picture_trains_its_own_factor_and_the_frozen_halves_stay(v_model: Base, kind: str) -> None:
-    """The loss on the own picture leaves the other factor as it is, bit for bit, and the partners' loss the own one."""
-    for silent in ("own", "partner1"):
+    """The loss on the module's own picture does not change the other factor, bit for bit, and the partners' loss not its own."""
+    for quiet in ("own", "partner1"):
         adapters, recipe, state = begun(v_model, kind=kind, steps=5)
         before = [(one.fixed.down.clone(), one.fixed.up.clone()) for one in parts(adapters) if one.fixed]
-        for _, _ in zip(range(4), train(Alone(run_data(v_model), silent), recipe, state, at_once=2), strict=False):
-            pass  # not the last step, which throws the partners' factor away
+        for _, _ in zip(range(4), train(Alone(run_data(v_model), quiet), recipe, state, at_once=2), strict=False):
+            pass  # without the last step, which discards the partners' factor
         moved = {
             "down": any(one.down.any() for one in parts(adapters)),
             "up": any(one.up.any() for one in parts(adapters)),
         }
         own = "down" if kind == "content" else "up"
         assert [part for part, did in moved.items() if did] == [
-            part for part in ("down", "up") if (part == own) == (silent == "partner1")
+            part for part in ("down", "up") if (part == own) == (quiet == "partner1")
         ]
         for one, (down, up) in zip(parts(adapters), before, strict=True):
             assert one.fixed and torch.equal(one.fixed.down, down) and torch.equal(one.fixed.up, up)
@@ -151,7 +151,7 @@ def test_each_picture_trains_its_own_factor_and_the_frozen_halves_stay(v_model: 
 
 @pytest.fixture(scope="module")
 def modules(v_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two contents and a style, and a style that may meet the content."""
+    """Modules of two contents and a style, and of a style with interaction."""
     folder = tmp_path_factory.mktemp("modules")
     for name, colour in (("fox", "orange"), ("cat", "grey"), ("ink", "black")):
         Image.new("RGB", (32, 32), colour).save(folder / f"{name}.png")
@@ -208,7 +208,7 @@ def test_fine_tuning_starts_from_the_graft_in_every_layer(
 def test_making_fine_tunes_by_default_where_there_are_pictures(
     modules: dict[str, Path], v_base: Path, tmp_path: Path
 ) -> None:
-    """By the benchmark it is the better way (docs/benchmark.md); without pictures nothing is trained."""
+    """Fine-tuning is better according to docs/benchmark.md; without pictures nothing is trained."""
     config = tmp_path / "few.toml"
     config.write_text("[make]\nfine_tune = 2\n")
     images = {"content": modules["folder"] / "fox.png", "style": modules["folder"] / "ink.png"}
@@ -274,7 +274,7 @@ def test_bad_modules_are_one_clear_line(modules: dict[str, Path], v_base: Path, 
 
 
 def product(scale: float, way: str, steps: int = 20) -> tuple[Tensor, list[float]]:
-    """Fit B A to a matrix from (c B, A / c)."""
+    """Fit B A to a matrix, starting from (c B, A / c)."""
     rng = torch.Generator().manual_seed(0)
     truth = torch.randn(12, 3, generator=rng).double() @ torch.randn(3, 10, generator=rng).double()
     down, up = torch.randn(3, 10, generator=rng).double(), torch.randn(12, 3, generator=rng).double() * 0.1
@@ -301,7 +301,7 @@ def test_the_preconditioned_step_does_not_mind_how_a_product_is_shared_out() -> 
 
 
 class Bowl(nn.Module):
-    """The validation loss falls, and rises again, as the one number moves."""
+    """A denoiser with one trained number: as it grows, the validation loss falls and then rises."""
 
     prompts: Mapping[str, Tensor] = {}
     graphs: Graphs | None = None
@@ -355,7 +355,7 @@ def test_early_stopping_keeps_the_best() -> None:
 
 
 def test_the_embedded_base_takes_modules() -> None:
-    """Every attention layer of it, the square ones and the others."""
+    """A module has every attention layer of the base, square ones and others."""
     adapters, cut = Adapters.attach(bases.load("icons", "cpu").denoiser), Cut(8, 0.5, "heads", False, True)
     assert len({d == k for d, k in (layer.base.weight.shape for layer in adapters.layers.values())}) == 2
     for layer in adapters.layers.values():

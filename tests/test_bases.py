@@ -1,4 +1,4 @@
-"""Bases as people have them: folders and single files of SDXL, SD1.5, SD2.1, with other VAEs; and what is no base."""
+"""Bases of all kinds: folders and single files of SDXL, SD1.5, SD2.1, with other VAEs; and files that are no bases."""
 
 import pickle
 import sys
@@ -24,13 +24,13 @@ from unbraid.runs import run as running
 from unbraid.runs.api import learn_job
 from unbraid.runs.job import opened_images, prompts_of
 from unbraid.runs.prepare import prepare
-from unbraid.sampling.render import render
+from unbraid.sampling.render import Sampling, render
 
 KINDS = ("tiny_sdxl", "tiny_v", "tiny_sd15", "tiny_sd21")
 
 
 def drawn(base: Base) -> np.ndarray:
-    return np.asarray(render(base, "a cat in ink style", negative="dark", steps=3)[0]).astype(int)
+    return np.asarray(render(base, "a cat in ink style", sampling=Sampling(negative="dark", steps=3))[0]).astype(int)
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_prediction_can_be_said(tiny_sdxl: Tiny) -> None:
 
 @pytest.mark.slow
 def test_another_vae(tiny_sdxl: Tiny, tiny_sd15: Tiny, tmp_path: Path) -> None:
-    """A folder of its own, a whole model's folder, a file with LDM names, a checkpoint: the same VAE every time."""
+    """Its own folder, a complete model's folder, a file with LDM names and a checkpoint all give the same VAE."""
     other = load(str(tiny_sd15.folder), "cpu")
     file = tmp_path / "vae.safetensors"
     save_file({key: value.contiguous() for key, value in vae_state(other.vae).items()}, file)
@@ -102,7 +102,7 @@ def test_a_checkpoint_without_vae_wants_one(tiny_sdxl: Tiny, tmp_path: Path) -> 
 
 
 def spoiled(what: str, tiny: Tiny, out: Path) -> Path:
-    """A file that is no whole checkpoint."""
+    """A file that is no complete checkpoint."""
     path, data = out / "bad.safetensors", tiny.file.read_bytes()
     if what == "truncated":
         path.write_bytes(data[: len(data) // 2])
@@ -176,7 +176,7 @@ def test_folders_that_are_no_text_to_image_model(tiny_sd15: Tiny, tmp_path: Path
 
 @pytest.mark.slow
 def test_inpainting_bases_are_refused(tmp_path: Path) -> None:
-    """Nine channels, as a folder and as a file."""
+    """A UNet with nine input channels, as a folder and as a file."""
     pipe: Any = sd15()
     pipe.unet.conv_in = torch.nn.Conv2d(9, 32, 3, padding=1)
     pipe.unet.register_to_config(in_channels=9)
@@ -188,7 +188,7 @@ def test_inpainting_bases_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> None:
-    """A base of 512 px or more: the UNet hears of the original size, of where the crop begins, and of what it got."""
+    """For a base of 512 px or more, the UNet gets the original size, the position of the crop, and the final size."""
     pipe: Any = sdxl()
     pipe.unet.register_to_config(sample_size=64)
     pipe.save_pretrained(tmp_path / "base")
@@ -196,10 +196,12 @@ def test_aspect_is_kept_in_steps_of_64_and_the_size_is_told(tmp_path: Path) -> N
     job = learn_job(tmp_path / "wide.png", prompt="a cat", base=str(tmp_path / "base"), rank=2, steps=1)
     ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading))
     assert (ready.base.size, ready.base.step) == (512, 64)
-    told: list[Any] = []
-    ready.base.denoiser.register_forward_pre_hook(lambda m, args, given: told.append((args, given)), with_kwargs=True)
+    received: list[Any] = []
+    ready.base.denoiser.register_forward_pre_hook(
+        lambda m, args, given: received.append((args, given)), with_kwargs=True
+    )
     next(train(ready.run_data, ready.recipe, ready.state, 1))
-    ((noisy, _), given) = told[0]
+    ((noisy, _), given) = received[0]
     assert noisy.shape == (1, 4, 448 // 8, 576 // 8)
     assert given["added_cond_kwargs"]["time_ids"].tolist() == [[500, 700, 0, 25, 448, 576]]
 
@@ -213,10 +215,10 @@ def test_small_bases_take_what_they_can(tiny_sdxl: Tiny, tiny_sd15: Tiny) -> Non
 def test_the_command_line_takes_files_and_says_what_they_need(
     tiny_v: Tiny, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint that does not say that it predicts v, with another VAE, on a small card: all of it is in run.toml."""
+    """A checkpoint that does not state its prediction type, another VAE, and a small card: run.toml records all of it."""
     state = {key: value for key, value in load_file(tiny_v.file).items() if key not in ("v_pred", "ztsnr")}
-    silent = str(tmp_path / "silent.safetensors")
-    save_file(state, silent, {"modelspec.resolution": "64x64"})
+    unlabelled = str(tmp_path / "silent.safetensors")
+    save_file(state, unlabelled, {"modelspec.resolution": "64x64"})
     words = [
         "split",
         str(picture),
@@ -229,23 +231,27 @@ def test_the_command_line_takes_files_and_says_what_they_need(
         "--previews",
         "0",
     ]
-    words += ["--base", silent, "--prediction", "v", "--vae", str(tiny_v.folder / "vae")]
+    words += ["--base", unlabelled, "--prediction", "v", "--vae", str(tiny_v.folder / "vae")]
     words += ["--vram", "16", *(f"--set={one}" for one in ("rank=2", "steps=2", "window=1", "sample_times=1"))]
     assert called(*words) == 0
-    said = capsys.readouterr().err
-    assert "memory, estimated: " in said and "with --vram 16" in said and "half precision takes less memory" in said
+    printed = capsys.readouterr().err
+    assert (
+        "memory, estimated: " in printed
+        and "with --vram 16" in printed
+        and "half precision takes less memory" in printed
+    )
     record = tomllib.loads((tmp_path / "r" / "run.toml").read_text())
     assert (record["prediction"], record["vram"], record["vae"]) == ("v", "16", str(tiny_v.folder / "vae"))
-    drawn = ["generate", "--prompt", "a cat", "--steps", "2", "--out", str(tmp_path / "x.png"), "--base", silent]
+    drawn = ["generate", "--prompt", "a cat", "--steps", "2", "--out", str(tmp_path / "x.png"), "--base", unlabelled]
     assert called(*drawn, "--prediction", "v", "--vae", str(tiny_v.folder)) == 0 and (tmp_path / "x.png").exists()
     capsys.readouterr()
     assert called(*drawn[:-1], str(tmp_path / "r" / "style.safetensors")) == 1
-    said = capsys.readouterr().err
-    assert len(said.strip().splitlines()) == 1 and "this is a LoRA, not a base model" in said
+    printed = capsys.readouterr().err
+    assert len(printed.strip().splitlines()) == 1 and "this is a LoRA, not a base model" in printed
 
 
 def called(*words: str) -> int:
-    """The command line, in this process."""
+    """Run the command line in this process."""
     argv, sys.argv = sys.argv, ["unbraid", *words]
     try:
         with pytest.raises(SystemExit) as stop:
@@ -259,8 +265,8 @@ def called(*words: str) -> int:
 def test_loras_say_that_they_are_for_sd21(tiny_sd21: Tiny, picture: Path, tmp_path: Path) -> None:
     job = learn_job(picture, prompt="a cat", base=str(tiny_sd21.file), rank=2, steps=1, previews=0, out=tmp_path / "r")
     list(running.run(job, device="cpu"))
-    told = load(str(tiny_sd21.file), "cpu").lora_metadata
-    assert told["ss_v2"] == "True" and told["ss_base_model_version"] == "sd_v2_v"
-    assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    received = load(str(tiny_sd21.file), "cpu").lora_metadata
+    assert received["ss_v2"] == "True" and received["ss_base_model_version"] == "sd_v2_v"
+    assert received["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
     written = read(tmp_path / "r" / "lora.safetensors").metadata
     assert written["ss_v2"] == "True" and written["ss_base_model_version"].endswith("-other"), "it is not SD2.1's size"

@@ -1,4 +1,4 @@
-"""The benchmark: it resumes, its sanity rows hold, its statistics are right, and rows of other packages join."""
+"""The benchmark: it resumes, its sanity rows score as expected, its statistics are right, and other packages can add rows."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,19 +19,44 @@ from unbraid.bench import grid, registry, results
 from unbraid.bench.registry import all_rows, chosen
 from unbraid.bench.reports import claims, plots, report, stats, tables
 from unbraid.bench.results import Drawing, Unit
-from unbraid.bench.rows import combine, cost, sanity
+from unbraid.bench.rows import combine, cost, sanity, training_cache
 from unbraid.bench.rows.row import BASE, CEILING, COPY, Row
 from unbraid.bench.rows.training_cache import TrainingCache
+from unbraid.bench.truth import tasks
 from unbraid.bench.truth.tasks import FULL, QUICK, TASKS, Scale, cells, items
 from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
+from unbraid.runs.job import Job
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
-FEW = {method: {"steps": 4, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
-FEW |= {"unziplora": {"steps": 4, "rank": 4, "window": 1}, "ziplora": {"steps": 4}, "make": {"fine_tune": 2}}
-FEW |= {"pair": {"steps": 4, "rank": 4, "style_from": 2}}
+FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
+FEW |= {"unziplora": {"steps": 3, "rank": 4, "window": 1}, "ziplora": {"steps": 2}, "make": {"fine_tune": 1}}
+FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}}
 TINY = replace(QUICK, others=1, steps=2, training=FEW)
+
+
+def draw_less(put: Callable[[object, str, object], None] = setattr) -> None:
+    """One style of a content and one subject of a style in `separate`, not four."""
+    put(tasks, "TRAINED", tasks.TRAINED[:1])
+    put(tasks, "SHOWN", tasks.SHOWN[:1])
+
+
+def count_once(patch: pytest.MonkeyPatch) -> None:
+    """FLOPs are counted once per method: for every row it would be a third of the time of these short trainings."""
+    counts: dict[str, cost.Cost] = {}
+
+    def counted(job: Job) -> cost.Cost:
+        if job.method not in counts:
+            counts[job.method] = cost.counted(job)
+        return counts[job.method]
+
+    patch.setattr(training_cache, "counted", counted)
+
+
+@pytest.fixture
+def less_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_less(monkeypatch.setattr)
 
 
 def tiny(work: Path, base: Path, *names: str, task: str = "") -> list[grid.Todo]:
@@ -45,12 +70,14 @@ def table(done: list[grid.Done]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(combine, "WEIGHTS", (0.5, 1.0))
     monkeypatch.setattr(combine, "TUNING", ("horse",))
     used: set[str] = set()
     train = TrainingCache.train
     monkeypatch.setattr(TrainingCache, "train", lambda cache, job: used.add(job.method) or train(cache, job))
+    count_once(monkeypatch)
     done = []
     for todo in grid.plan(tmp_path, TINY, all_rows(), str(v_base)):
         used.clear()
@@ -70,25 +97,27 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn", "bases_from_disk")
 def test_a_cut_run_goes_on_and_ends_with_the_same_table(tmp_path: Path, v_base: Path) -> None:
-    """SIGKILL to a run of two processes; the second start repeats no unit that was finished, and no finished training."""
+    """SIGKILL to a run with two processes; the second start repeats no finished unit and no finished training."""
     names = (BASE, "DreamBooth-LoRA", "B-LoRA")
     whole = table(list(grid.run(tiny(tmp_path / "whole", v_base, *names))))
     work = tmp_path / "cut"
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3]); import test_bench as t; from unbraid.bench import grid\n"
+        "t.draw_less()\n"
         f"if __name__ == '__main__': list(grid.run(t.tiny(Path(sys.argv[1]), Path(sys.argv[2]), *{names!r}), 2))"
     )
     script = tmp_path / "go.py"
     script.write_text(code)
-    told = [sys.executable, str(script), str(work), str(v_base), str(Path(__file__).parent)]
-    process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [sys.executable, str(script), str(work), str(v_base), str(Path(__file__).parent)]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 600
     while not list(work.glob("units/*separate-dreambooth*/unit.json")) and time.monotonic() < until:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(2.5)  # its workers notice and end
+    time.sleep(2.5)  # time for its workers to notice and exit
     finished = {
         file: file.stat().st_mtime_ns for file in [*work.glob("units/*/unit.json"), *work.glob("made/*/cost.json")]
     }
@@ -110,8 +139,9 @@ def test_units_made_elsewhere_are_done(tmp_path: Path, v_base: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base: Path) -> None:
-    scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 4, "rank": 4, "lr": 1e30}})
+    scale = replace(TINY, training={**FEW, "dreambooth": {"steps": 3, "rank": 4, "lr": 1e30}})
     todos = grid.plan(tmp_path, scale, chosen(("separate",), (BASE, "DreamBooth-LoRA")), str(v_base))
     done = {one.todo.row: one for one in grid.run(todos)}
     assert done[BASE].unit and done["DreamBooth-LoRA"].unit is None and "loss" in done["DreamBooth-LoRA"].error
@@ -120,7 +150,7 @@ def test_a_unit_that_fails_does_not_take_the_others_along(tmp_path: Path, v_base
 @pytest.fixture(scope="module")
 def sane(tmp_path_factory: pytest.TempPathFactory) -> list[Unit]:
     """The three sanity rows on the embedded base."""
-    scale = replace(QUICK, others=3, steps=4)
+    scale = replace(QUICK, others=2, steps=2)
     return [one.unit for one in grid.run(grid.plan(tmp_path_factory.mktemp("sane"), scale, sanity.ROWS)) if one.unit]
 
 
@@ -183,7 +213,7 @@ def test_seeds_of_one_problem_are_one_value() -> None:
 
 
 def test_a_sheet_shows_the_first_seed_whose_pictures_are_there(tmp_path: Path) -> None:
-    """Results that were made elsewhere come without pictures."""
+    """Results that were made elsewhere have no pictures."""
     elsewhere, here = unit("a", "x", 0, 0.2, 0.2), unit("a", "x", 1, 0.6, 0.6)
     here = replace(here, drawings=(replace(here.drawings[0], file="here.png"),))
     sheet = tmp_path / "sheet.webp"
@@ -205,7 +235,7 @@ def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:
 
 
 def test_a_lead_is_paired() -> None:
-    """Problems differ far more than rows do: only a paired test sees the lead."""
+    """Problems differ much more than rows, so only a paired test finds the lead."""
     rng = np.random.default_rng(1)
     level = rng.uniform(0.1, 0.9, 16)
     units = [unit("a", str(i), 0, x + 0.02 + 0.005 * rng.normal(), x) for i, x in enumerate(level)]
@@ -245,7 +275,7 @@ def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The example of docs/benchmark.md, installed as a package with its entry point."""
+    """The example of docs/benchmark.md, installed as a package with an entry point."""
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     (point,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.S)
     place = tmp_path / "site"
@@ -296,7 +326,7 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("arguments", "expected"),
     [
         (["--task", "paint"], "there is no task 'paint'"),
         (["--only", "ZipLora"], "there is no row 'ZipLora'"),
@@ -307,13 +337,17 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
     ],
 )
 def test_bad_input_is_one_line(
-    told: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", "--work", str(tmp_path / "w"), *told])
+    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", "--work", str(tmp_path / "w"), *arguments])
     with pytest.raises(SystemExit) as end:
         main()
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 1 and expected in said and len(said.splitlines()) == 1
+    printed = capsys.readouterr().err.strip()
+    assert end.value.code == 1 and expected in printed and len(printed.splitlines()) == 1
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:
@@ -324,6 +358,7 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("less_drawn")
 def test_the_command_runs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -332,8 +367,8 @@ def test_the_command_runs_and_reports(
         "unbraid.bench.truth.tasks.QUICK", Scale(("fox",), ("line art",), ("stencil",), others=1, steps=2)
     )
     rows = [argument for row in (BASE, COPY) for argument in ("--only", row)]
-    told = ["--work", str(tmp_path), "--processes", "1", "--quiet", *rows]
-    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", *told])
+    arguments = ["--work", str(tmp_path), "--processes", "1", "--quiet", *rows]
+    monkeypatch.setattr(sys, "argv", ["unbraid", "bench", *arguments])
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
@@ -345,5 +380,5 @@ def test_flops_grow_with_steps_and_truth_is_itself(tmp_path: Path, v_base: Path)
 
     picture = tmp_path / "fox.png"
     Truth("fox", "line art").image.save(picture)
-    told = [cost.counted(learn_job(picture, prompt="a fox", base=str(v_base), rank=4, steps=n)) for n in (2, 6)]
-    assert told[1].flops == pytest.approx(3 * told[0].flops) and told[0].parameters == told[1].parameters > 0
+    costs = [cost.counted(learn_job(picture, prompt="a fox", base=str(v_base), rank=4, steps=n)) for n in (2, 6)]
+    assert costs[1].flops == pytest.approx(3 * costs[0].flops) and costs[0].parameters == costs[1].parameters > 0

@@ -1,4 +1,4 @@
-"""What bake and extract refuse: one line, and nothing is left behind."""
+"""What bake and extract refuse: the error is one line, and no file is left behind."""
 
 import os
 import resource
@@ -60,7 +60,7 @@ def faults(tiny: Tiny, other: Tiny, tmp_path: Path) -> dict[str, Any]:
 
 
 def _wide(tiny: Tiny, tmp_path: Path) -> Path:
-    """A LoRA of all of SDXL's layers, the second text encoder's too."""
+    """A LoRA on all layers of SDXL, including the second text encoder."""
     write(tmp_path / "all.safetensors", random_lora(layers(tiny)), family="sdxl")
     return tmp_path / "all.safetensors"
 
@@ -77,7 +77,7 @@ def test_faults_are_one_line_and_leave_nothing(tiny_sdxl: Tiny, tiny_sd15: Tiny,
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tiny_sdxl: Tiny, tmp_path: Path) -> None:
-    """A header of a checkpoint larger than any disk; no byte of it is there."""
+    """The checkpoint's header claims more bytes than any disk has; the file has none of them."""
     write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
     state = {key: value.to("meta") for key, value in load_file(tiny_sdxl.file).items()}
     free = shutil.disk_usage(tmp_path).free
@@ -93,7 +93,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tiny_sdxl: Tiny, tmp_pat
 
 def test_a_disk_that_fills_meanwhile_leaves_nothing(tiny_sdxl: Tiny, tmp_path: Path) -> None:
     write(tmp_path / "l.safetensors", {TO_Q: random_lora(layers(tiny_sdxl))[TO_Q]}, family="sdxl")
-    pid = os.fork()  # a limit on the size of files cannot be taken back
+    pid = os.fork()  # in its own process, because a limit on file sizes cannot be lifted again
     if not pid:
         import signal
 

@@ -1,4 +1,4 @@
-"""bake and extract on tiny checkpoints of every kind: against dense arithmetic, diffusers' own loading, and each other."""
+"""bake and extract on tiny checkpoints of every kind, compared with dense arithmetic, diffusers' own loading, and each other."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def pipeline(path: Path) -> Any:
 
 
 def weights(pipe: Any) -> dict[str, Tensor]:
-    """Module with its component in front → weight; as LoRAs name modules, whichever transformers is there."""
+    """Module, named as in LoRA files → weight. Works with every version of transformers."""
     out = {}
     for component in ("unet", "text_encoder", "text_encoder_2"):
         model = getattr(pipe, component, None)
@@ -92,9 +92,9 @@ def test_header_order_and_untouched_bytes_stay(tiny_sdxl: Tiny, tmp_path: Path) 
     for path in (base, tmp_path / "out.safetensors"):
         with path.open("rb") as file:
             heads.append(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
-    told = heads[1].pop("__metadata__")
-    assert told["modelspec.title"] == "Ä" and "modelspec.hash_sha256" not in told
-    assert json.loads(told["unbraid.baked"]) == [{"name": "l", "weight": 2.0, "blocks": []}]
+    metadata = heads[1].pop("__metadata__")
+    assert metadata["modelspec.title"] == "Ä" and "modelspec.hash_sha256" not in metadata
+    assert json.loads(metadata["unbraid.baked"]) == [{"name": "l", "weight": 2.0, "blocks": []}]
     assert heads[0].pop("__metadata__") and heads[0] == heads[1]
     new = load_file(tmp_path / "out.safetensors")
     key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
@@ -121,7 +121,7 @@ def test_every_dtype_is_kept(dtype: torch.dtype, tiny_sdxl: Tiny, tmp_path: Path
 
 
 def test_dora_norms_and_biases_are_baked(tiny_sdxl: Tiny, tmp_path: Path) -> None:
-    """All kinds at once; DoRA is one of this checkpoint's weights, whatever else is baked."""
+    """All kinds at once; the change of a DoRA depends on the checkpoint's weights only, whatever else is baked."""
     old = load_file(tiny_sdxl.file)
     stem = "model.diffusion_model.input_blocks.4.1."
     weight, lora = (
@@ -178,7 +178,7 @@ def test_a_diffusers_unet_file_is_baked(tiny_sdxl: Tiny, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_extract_gives_a_baked_lora_back(tiny: Tiny, tmp_path: Path) -> None:
-    """To 1e-3, on a checkpoint in fp32, in which the change is not rounded away."""
+    """With an error of at most 1e-3, on a checkpoint in fp32, where the change is not lost in rounding."""
     lora = random_lora(layers(tiny))
     write(tmp_path / "l.safetensors", lora, family=family(tiny), dtype=torch.float32)
     bake(tiny.file, [Source(tmp_path / "l.safetensors", 0.8)], tmp_path / "tuned.safetensors")
@@ -229,9 +229,9 @@ def call(*words: object) -> str:
 def test_the_commands(tiny_sdxl: Tiny, tmp_path: Path) -> None:
     write(tmp_path / "l.safetensors", random_lora(layers(tiny_sdxl)), family="sdxl")
     tuned, again = tmp_path / "tuned.safetensors", tmp_path / "again.safetensors"
-    said = call("bake", tiny_sdxl.file, f"{tmp_path / 'l.safetensors'}:0.5", "--out", tuned, "--quiet")
-    assert "tensors changed, by" in said
-    said = call("extract", tiny_sdxl.file, tuned, "--rank", 2, "--out", again, "--quiet")
-    assert "rank 2, off by 0.0" in said and "warning" not in said
+    printed = call("bake", tiny_sdxl.file, f"{tmp_path / 'l.safetensors'}:0.5", "--out", tuned, "--quiet")
+    assert "tensors changed, by" in printed
+    printed = call("extract", tiny_sdxl.file, tuned, "--rank", 2, "--out", again, "--quiet")
+    assert "rank 2, off by 0.0" in printed and "warning" not in printed
     with safe_open(again, "np") as handle:
         assert json.loads(handle.metadata()["unbraid.extracted"])["tuned"] == "tuned.safetensors"

@@ -1,4 +1,4 @@
-"""The commands, through the command line."""
+"""The file commands, called through the command line."""
 
 from pathlib import Path
 
@@ -39,8 +39,8 @@ def call(*words: object) -> str:
 
 def test_merge_is_stacking(files: Path) -> None:
     a, b, out = (files / f"{name}.safetensors" for name in ("a", "b", "out"))
-    said = call("merge", f"{a}:0.7", f"{b}:-0.4:OUT01=0.5", "--out", out)
-    assert "2 modules for sdxl, rank 8" in said
+    printed = call("merge", f"{a}:0.7", f"{b}:-0.4:OUT01=0.5", "--out", out)
+    assert "2 modules for sdxl, rank 8" in printed
     first, second, made = read(a).modules, read(b).modules, read(out)
     for name, weight in zip(NAMES, (-0.4, -0.2), strict=True):
         want = 0.7 * delta(first[name]) + weight * delta(second[name])
@@ -79,11 +79,11 @@ def test_edit_convert_and_metadata(files: Path) -> None:
 def test_doctor_and_inspect_speak(files: Path) -> None:
     a, b = files / "a.safetensors", files / "b.safetensors"
     call("convert", a, files / "d.safetensors", "--to", "diffusers")
-    said = call("doctor", files / "d.safetensors", "--for", "a1111")
-    assert "A1111: loads 0 of 2" in said and "unbraid convert" in said
+    printed = call("doctor", files / "d.safetensors", "--for", "a1111")
+    assert "A1111: loads 0 of 2" in printed and "unbraid convert" in printed
     assert "ComfyUI: loads 2 of 2 modules" in call("doctor", a)
-    said = call("inspect", a, b, "--plot", files / "x.png")
-    assert "OUT01" in said and "overlap" in said and (files / "x.png").exists()
+    printed = call("inspect", a, b, "--plot", files / "x.png")
+    assert "OUT01" in printed and "overlap" in printed and (files / "x.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LoRAs that take turns: schedules against their definitions, and pictures."""
+"""LoRAs that take turns: schedules, compared with their definitions, and pictures."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +12,18 @@ from unbraid.common.errors import UsageError
 from unbraid.core.lora import Active, Lora
 from unbraid.core.lowrank import delta
 from unbraid.files.lora_file import write
-from unbraid.sampling.combine import ALPHA, BETA, composite, k_lora, k_lora_terms, sampling_times, scheduled, switch
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.combine import (
+    ALPHA,
+    BETA,
+    Combine,
+    composite,
+    k_lora,
+    k_lora_terms,
+    sampling_times,
+    scheduled,
+    switch,
+)
+from unbraid.sampling.render import Sampling, Use, render
 from unbraid.sampling.sample import Term
 
 STEPS = 8
@@ -49,7 +59,7 @@ def test_switch_and_composite() -> None:
 
 
 def test_k_lora_is_its_formula() -> None:
-    """arXiv 2502.18461, written out anew: dense entries, step by step."""
+    """Compared with another implementation of arXiv 2502.18461: dense entries, step by step."""
     content = {"x": lora(0), "y": lora(1, 3.0), "mine": lora(2)}
     style = {"x": lora(3), "y": lora(4, rank=2), "yours": lora(5)}
     turns = k_lora(content, style, STEPS)
@@ -80,7 +90,7 @@ def test_k_lora_is_its_formula() -> None:
 
 
 def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
-    """A LoRA beside one of strength 0 is itself under sum; taking turns with it is another picture."""
+    """With a second LoRA of strength 0, the sum draws what the first draws alone; taking turns draws another picture."""
     base = load(str(v_base), "cpu")
     files = []
     for i in range(2):
@@ -95,11 +105,12 @@ def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
     times = sampling_times(base.pipe.scheduler, 4)
     assert len(times) == 4 and all(a > b for a, b in pairwise(times)) and max(times) <= 1
 
-    def draw(combine: str, second: float) -> np.ndarray:
-        (image,) = render(base, "a cat", [Use(files[0]), Use(files[1], second)], combine=combine, steps=4)  # type: ignore[arg-type]
+    def draw(combine: Combine, second: float) -> np.ndarray:
+        uses = [Use(files[0]), Use(files[1], second)]
+        (image,) = render(base, "a cat", uses, combine=combine, sampling=Sampling(steps=4))
         return np.asarray(image, np.int16)
 
-    (alone,) = render(base, "a cat", [Use(files[0])], steps=4)
+    (alone,) = render(base, "a cat", [Use(files[0])], sampling=Sampling(steps=4))
     assert np.abs(draw("sum", 0.0) - np.asarray(alone, np.int16)).max() == 0
     pictures = [draw(combine, 1.0) for combine in ("sum", "switch", "composite", "k-lora")]
     assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(pictures) for b in pictures[:i])

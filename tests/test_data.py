@@ -1,4 +1,4 @@
-"""Pictures as users have them, good and bad."""
+"""Good and bad pictures."""
 
 from pathlib import Path
 

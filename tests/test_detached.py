@@ -1,4 +1,4 @@
-"""Whatever is raised in the middle of whatever verb: the base has no adapters left."""
+"""After any error in the middle of any verb, the base has no adapters attached."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +14,7 @@ from torch import nn
 
 from tools.speed.gpu import whole_run
 from tools.speed.time import timed
-from tools.speed.world import World
+from tools.speed.workload import Workload
 from unbraid.bases.base import Base, load
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import AdaptedLinear
@@ -24,16 +24,16 @@ from unbraid.runs import shortest
 from unbraid.runs.batch import batch
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, Use, render
 
 
 class Broken(Exception):
-    """Nothing that unbraid knows of."""
+    """An error that unbraid does not expect."""
 
 
 @contextmanager
 def broken(module: nn.Module, call: int, error: type[BaseException]) -> Iterator[None]:
-    """The module's n-th call raises."""
+    """The n-th call of the function raises."""
     left = [call]
 
     def hook(*_: Any) -> None:
@@ -54,22 +54,30 @@ def bare(base: Base) -> bool:
 
 @pytest.fixture
 def base(eps_base: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
-    """The one that every run of the test gets."""
+    """The base that all runs of a test use."""
     found = load(str(eps_base), "cpu")
     for module in ("unbraid.runs.run", "unbraid.runs.batch"):
         monkeypatch.setattr(f"{module}.load", lambda *_: found)
     return found
 
 
+@pytest.fixture(scope="module")
+def files(eps_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Method → two random files of it, for the base."""
+    base, made = load(str(eps_base), "cpu"), {}
+    for method in ("dreambooth", "break"):
+        made[method] = random_loras(base, tmp_path_factory.mktemp(method), method)
+    return made
+
+
 @pytest.fixture
-def loras(base: Base, tmp_path: Path) -> list[Path]:
-    return random_loras(base, tmp_path)
+def loras(files: dict[str, list[Path]]) -> list[Path]:
+    return files["dreambooth"]
 
 
-def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) -> Job:
-    """One with previews; LoRAs that are not only projected draw their own pictures."""
-    (out / "modules").mkdir()
-    modules = random_loras(base, out / "modules", "break")
+def job(method: str, base: Base, files: dict[str, list[Path]], picture: Path, out: Path) -> Job:
+    """A job with previews. If its LoRAs are trained on pictures, they draw these themselves."""
+    loras, modules = files["dreambooth"], files["break"]
     given = replace(
         material(picture, out),
         loras=dict(zip(ROLES, loras, strict=True)),
@@ -86,22 +94,34 @@ def job(method: str, base: Base, loras: list[Path], picture: Path, out: Path) ->
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_breaks(
-    method: str, part: str, call: int, error: Any, base: Base, loras: list[Path], picture: Path, tmp_path: Path
+    method: str,
+    part: str,
+    call: int,
+    error: Any,
+    base: Base,
+    files: dict[str, list[Path]],
+    picture: Path,
+    tmp_path: Path,
 ) -> None:
-    """While pictures are encoded, while the LoRAs draw their own, in a step, in a preview, on the sheet."""
-    asked = job(method, base, loras, picture, tmp_path)
+    """The error comes while pictures are encoded or drawn by the LoRAs, in a step, in a preview, or on the sheet."""
+    measure = job(method, base, files, picture, tmp_path)
     module: Any = base.denoiser if part == "unet" else base.vae.encoder
-    with suppress(Broken, KeyboardInterrupt, UsageError), broken(module, call, error):  # some runs have fewer calls
-        list(run(asked, device="cpu"))
+    with (
+        suppress(Broken, KeyboardInterrupt, UsageError),
+        broken(module, call, error),
+    ):  # runs with fewer calls end normally
+        list(run(measure, device="cpu"))
     assert bare(base)
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_runs_together_that_break(call: int, base: Base, loras: list[Path], picture: Path, tmp_path: Path) -> None:
+def test_runs_together_that_break(
+    call: int, base: Base, files: dict[str, list[Path]], picture: Path, tmp_path: Path
+) -> None:
     jobs = []
     for method in ("unziplora", "dreambooth"):
         (tmp_path / method).mkdir()
-        jobs.append(job(method, base, loras, picture, tmp_path / method))
+        jobs.append(job(method, base, files, picture, tmp_path / method))
     with broken(base.denoiser, call, Broken), pytest.raises(Broken):
         batch(jobs, device="cpu")
     assert bare(base)
@@ -110,7 +130,7 @@ def test_runs_together_that_break(call: int, base: Base, loras: list[Path], pict
 @pytest.mark.parametrize("combine", ["sum", "k-lora", "switch", "composite"])
 def test_a_drawing_that_breaks(combine: Any, base: Base, loras: list[Path]) -> None:
     with broken(base.denoiser, 2, Broken), pytest.raises(Broken):
-        render(base, "a cat", [Use(file) for file in loras], combine=combine, steps=3)
+        render(base, "a cat", [Use(file) for file in loras], combine=combine, sampling=Sampling(steps=3))
     assert bare(base)
 
 
@@ -120,9 +140,9 @@ def test_a_bench_that_breaks(base: Base, call: int) -> None:
     pixels = torch.rand(3, base.size, base.size)
     picture = base.encode_picture(pixels, (32, 32, 0, 0, 32, 32))
     prompts = {role: base.encode_prompt(f"a {role}") for role in ("both", "content", "style")}
-    world = World(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
+    workload = Workload(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
     before = base.denoiser.training
-    for asked in (lambda: timed("zip", world, 2, 1, 0), lambda: whole_run("pair", world)):
+    for measure in (lambda: timed("zip", workload, 2, 1, 0), lambda: whole_run("pair", workload)):
         with broken(base.denoiser, call, Broken), pytest.raises(Broken):
-            asked()
+            measure()
         assert bare(base) and not base.denoiser.is_gradient_checkpointing and base.denoiser.training == before

@@ -1,4 +1,4 @@
-"""The docs name what exists: files, modules, functions, and the options of commands."""
+"""Files, modules, functions and options that the docs name exist."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from unbraid.methods import METHODS
 ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "README.md", "examples/README.md")),
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "LOG.md"),  # a diary: it keeps old names
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "LOG.md"),  # a diary, which keeps old names
 ]
 PATH = re.compile(r"(?<![\w/.])(?:src|tests|tools|docs|examples)/[\w./*-]*\w\*?")
 DOTTED = re.compile(r"(?<![\w./\"])(?:unbraid|tools)(?:\.[A-Za-z_]\w*)+(?!\w)(?!/)")
@@ -25,7 +25,7 @@ RECORDED = {"unbraid.toml", "unbraid.baked", "unbraid.bench"}  # a file, a key i
 
 
 def fenced(page: Path, language: str) -> Iterator[str]:
-    """The fenced blocks of a page in a language, continued lines joined."""
+    """The fenced code blocks of a page in this language, with continued lines joined."""
     for block in re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL):
         yield block.replace("\\\n", " ")
 
@@ -79,3 +79,9 @@ def test_wrong_names_are_found() -> None:
     for name in ("unbraid.bench.speed", "unbraid.core.train.nothing", "unbraid.nothing"):
         with pytest.raises((AttributeError, ImportError)):
             resolve_name(name)
+
+
+def test_the_glossary_is_sorted() -> None:
+    lines = (ROOT / "docs" / "glossary.md").read_text("utf-8").splitlines()
+    words = [re.sub(r"[\W_]", "", line.split("**")[1]).lower() for line in lines if line.startswith("| **")]
+    assert len(words) > 50 and words == sorted(words)

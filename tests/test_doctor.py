@@ -1,4 +1,4 @@
-"""What doctor and inspect say, in words and in numbers, without torch."""
+"""The reports of doctor and inspect, in words and numbers, without torch."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from tools.loader_table import markdown, mended, written
+from tools.loader_table import converted, markdown, written
 from unbraid.cli.files import app
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
@@ -185,7 +185,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_docs_tables_are_what_the_command_prints() -> None:
     docs = (Path(__file__).parent.parent / "docs" / "files.md").read_text()
-    mending, writing = list(mended()), list(written())
+    mending, writing = list(converted()), list(written())
     assert markdown(mending, "read") in docs and markdown(writing, "written") in docs
     assert all(set(row.tools.values()) == {"yes"} for row in mending), "every dialect in, every tool served"
     families = ["sdxl", "sd15", "flux", "flux2", "sd3", "qwen-image", "z-image"]
@@ -215,15 +215,15 @@ def inspected(path: Path) -> str:
 @pytest.mark.parametrize("side", ["down", "up"])
 @pytest.mark.parametrize("owner", [TO_K, TO_Q])
 def test_a_factors_bias_is_its_modules(owner: str, side: str, tmp_path: Path) -> None:
-    """No module of its own that no table knows; one without its factors is said to be incomplete."""
+    """It does not count as an unknown module. If the factors are missing, the module is reported as incomplete."""
     path = tmp_path / "a.safetensors"
     save_file(LORA | {f"{owner}.lora_{side}.bias": torch.ones(640)}, path)
-    found, said = diagnose(path, "comfyui"), inspected(path)
-    assert "1 tensors of biases: not shown" in said and "no table knows" not in said
+    found, printed = diagnose(path, "comfyui"), inspected(path)
+    assert "1 tensors of biases: not shown" in printed and "no table knows" not in printed
     assert any(warning.startswith("1 tensors of biases") for warning in found.warnings) and not found.dropped
     assert (found.modules, found.loads) == ((1, 1) if owner == TO_K else (2, 1))
     alone = any("attn1.to_q has no lora_down and no lora_up" in warning for warning in found.warnings)
-    assert alone == (owner == TO_Q) == ("1 modules are incomplete" in said)
+    assert alone == (owner == TO_Q) == ("1 modules are incomplete" in printed)
     with pytest.raises(UsageError, match="biases"):
         read(path)
 
@@ -240,14 +240,14 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("told", UNREAD)
+@pytest.mark.parametrize("expected", UNREAD)
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr"])
-def test_inspect_shows_what_is_read_and_says_what_is_not(kind: str, told: str, tmp_path: Path) -> None:
+def test_inspect_shows_what_is_read_and_says_what_is_not(kind: str, expected: str, tmp_path: Path) -> None:
     tensors, path = {"LoRA": LORA, "LoHa": LOHA, "LoKr": LOKR}[kind], tmp_path / "a.safetensors"
     save_file(tensors, path)
     want = report(path).blocks
-    save_file(tensors | UNREAD[told], path)
-    said = inspected(path)
-    assert report(path).blocks == want and want[0].norm > 0 and told in said
-    assert kind == "LoRA" or f"tensors of {kind}" in said
+    save_file(tensors | UNREAD[expected], path)
+    printed = inspected(path)
+    assert report(path).blocks == want and want[0].norm > 0 and expected in printed
+    assert kind == "LoRA" or f"tensors of {kind}" in printed
     assert interference(path, path)[0].cosine == pytest.approx(1, abs=1e-5)

@@ -1,4 +1,5 @@
-"""Every method on every kind of base, end to end; the stock pipeline of that base loads what comes out, and draws otherwise with it."""
+"""Every method on every kind of base, end to end. The stock pipeline of the base loads the LoRAs and draws something else
+with them."""
 
 import copy
 import warnings
@@ -25,7 +26,7 @@ from unbraid.runs import run as running
 from unbraid.runs import shortest
 from unbraid.runs.job import Job
 from unbraid.runs.memory import estimate
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, Use, render
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ BASES = (
 
 
 def stock(tiny: Tiny, which: str, sdxl: bool) -> Any:
-    """The base in diffusers alone."""
+    """The base, opened by diffusers alone."""
     kind: Any = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -69,11 +70,9 @@ def loaded(pipe: Any, file: Path) -> Iterator[None]:
 
 
 def done(job: Job, device: str = "cpu") -> list[Path]:
-    """The LoRAs of a run: those that its method declares."""
+    """Run a job and return its LoRA files. Checks that they are those that the method declares."""
     entry = METHODS[job.method]
-    if "tiny_sdxl" in job.base and job.base.endswith(
-        ".safetensors"
-    ):  # one base is enough: `unbraid` prints it of every run
+    if "tiny_sdxl" in job.base and job.base.endswith(".safetensors"):  # one base is enough
         found, (recipe,) = estimate(job, "cpu"), entry.make(BLOCKS["sdxl"], **job.settings)
         assert found.weights > 0 and found.adapters > 0 and (found.activations > 0) == (recipe.steps > 0)
     list(running.run(job, device=device))
@@ -83,7 +82,7 @@ def done(job: Job, device: str = "cpu") -> list[Path]:
 
 
 def material(picture: Path, out: Path) -> shortest.Material:
-    """A picture, another one in its place, and partners for the modules."""
+    """A picture, a second version of it, and partners for modules."""
     after, partners = out / "after.png", {}
     with Image.open(picture) as image:
         ImageOps.invert(image.convert("RGB")).save(after)
@@ -96,7 +95,7 @@ def material(picture: Path, out: Path) -> shortest.Material:
 
 
 def everything(base: str, picture: Path, out: Path, device: str = "cpu") -> dict[str, list[Path]]:
-    """Method → the files that it made, by the shortest runs that there are."""
+    """Method → the files that its shortest run made."""
     given, made = material(picture, out), dict[str, list[Path]]()
     for method in shortest.in_order():
         if shortest.needs(method):
@@ -109,7 +108,7 @@ def everything(base: str, picture: Path, out: Path, device: str = "cpu") -> dict
 
 @pytest.fixture
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run has a base of its own, but the files are read once."""
+    """Every run gets its own base, but the files are read only once."""
     kept: dict[tuple[str, str], Base] = {}
 
     def copied(name: str, device: str, loading: Loading) -> Base:
@@ -143,5 +142,5 @@ def test_every_method_on_every_base(
     with loaded(pipe, file):
         theirs = stock_picture(pipe)
     base = load(str(getattr(tiny, which)), "cpu")
-    ours = render(base, "a sks cat in ink style", [Use(file)], steps=2)[0]
+    ours = render(base, "a sks cat in ink style", [Use(file)], sampling=Sampling(steps=2))[0]
     assert np.abs(np.asarray(ours).astype(int) - theirs).max() <= 2

@@ -1,4 +1,4 @@
-"""The field's scores, on tiny random models of the real kinds, against transformers' and torchmetrics' own results."""
+"""The papers' metrics, on tiny random models of the real kinds, compared with results of transformers and torchmetrics."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """CLIP's vision tower as the paper describes it, on torch's own attention, with the names that CSD's checkpoints use."""
+    """CLIP's vision tower, written from the paper on torch's own attention, with the names of CSD's checkpoints."""
 
     def __init__(self, width: int = 128, layers: int = 2, patch: int = 7) -> None:
         super().__init__()
@@ -121,7 +121,9 @@ def csd(tmp_path_factory: pytest.TempPathFactory) -> Csd:
     torch.manual_seed(3)
     tower, style, content = Tower().eval(), torch.randn(128, 24), torch.randn(128, 24)
     for block in (module for module in tower.modules() if isinstance(module, Block)):
-        nn.init.normal_(block.attn.in_proj_weight, std=0.3)  # else all pictures look alike
+        nn.init.normal_(
+            block.attn.in_proj_weight, std=0.3
+        )  # otherwise all pictures would have nearly the same embedding
     for norm in (module for module in tower.modules() if isinstance(module, nn.LayerNorm)):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
@@ -138,7 +140,7 @@ def models(clip_folder: Path, dino_folder: Path, csd: Csd) -> FieldModels:
 
 
 def transformers_logits(folder: Path, images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """Cosines of pictures and texts, by CLIPModel's own forward pass."""
+    """Cosines of pictures and texts, from CLIPModel's own forward pass."""
     model = CLIPModel.from_pretrained(folder).eval()
     pixels = CLIPImageProcessorPil.from_pretrained(folder)(list(images), return_tensors="pt")
     tokens = CLIPTokenizer.from_pretrained(folder)(list(texts), padding=True, return_tensors="pt")
@@ -158,7 +160,7 @@ def test_clip_i_is_torchmetrics_clip_score(models: FieldModels, clip_folder: Pat
     from torchmetrics.multimodal.clip_score import CLIPScore
 
     class AsBefore5(nn.Module):
-        """torchmetrics expects transformers 4's plain tensors."""
+        """Returns plain tensors as transformers 4 does, which torchmetrics expects."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -380,7 +382,7 @@ def test_a_style_folder_as_transformers_saves_it(tmp_path: Path, pictures: list[
 def test_lpips_takes_a_local_backbone(
     net: str, name: str, tmp_path: Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against torchmetrics' own metric, given the same backbone where it would have downloaded one."""
+    """Compared with torchmetrics' own metric, which gets the same backbone in place of a download."""
     torchvision = pytest.importorskip("torchvision")
     from torchmetrics.functional.image import lpips as theirs
 

@@ -1,4 +1,5 @@
-"""Every dialect in, two out: read, write, read again; and diffusers loads what we write to the same effect."""
+"""All dialects are read and two are written; files are the same after writing and reading, and have the same effect in
+diffusers."""
 
 import hashlib
 import json
@@ -134,9 +135,9 @@ def test_the_block_table_is_diffusers_own_unet() -> None:
 
 
 def test_written_kohya_files_have_what_the_tools_look_for(tmp_path: Path) -> None:
-    told = card("Octopus", trigger="octopus in ink", tags="Style")
+    given_metadata = card("Octopus", trigger="octopus in ink", tags="Style")
     modules = {n: Lora(torch.ones(len(o.down), width("sdxl", n) or 5), o.up, o.alpha) for n, o in some().items()}
-    write(tmp_path / "a.safetensors", modules, family="sdxl", metadata=told)
+    write(tmp_path / "a.safetensors", modules, family="sdxl", metadata=given_metadata)
     tensors = load_file(tmp_path / "a.safetensors")
     alphas = {float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}
     assert len(alphas) == 1 and all(t.shape == () for key, t in tensors.items() if key.endswith(".alpha"))
@@ -226,7 +227,7 @@ class TestFlux:
         fused = fuse(modules, family)
         again = {name: one for module, lora_ in fused.items() for name, one in split(module, lora_, family).items()}
         assert same(modules, again) < 1e-14
-        assert all(len(again[name].down) == len(modules[name].down) for name in modules)  # no rank is gained
+        assert all(len(again[name].down) == len(modules[name].down) for name in modules)  # the ranks do not grow
         for dialect in ("kohya", "diffusers"):
             write(tmp_path / "a.safetensors", modules, family=family, dialect=dialect, dtype=None)
             back = read(tmp_path / "a.safetensors")
@@ -277,7 +278,7 @@ def test_reading_keeps_the_metadata(tmp_path: Path) -> None:
 
 
 def test_the_header_has_the_hash_of_the_tensors(tmp_path: Path) -> None:
-    """As webui's additional networks count it: everything behind the header."""
+    """Computed as in webui's additional networks: over everything after the header."""
     write(tmp_path / "a.safetensors", some(torch.float32), family="sdxl")
     raw, metadata = (tmp_path / "a.safetensors").read_bytes(), read(tmp_path / "a.safetensors").metadata
     digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()

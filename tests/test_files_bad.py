@@ -1,4 +1,4 @@
-"""What is refused, and how: one clear line, and never half a file."""
+"""Bad files are refused in one clear line, and no file is half-written."""
 
 import os
 from collections.abc import Callable

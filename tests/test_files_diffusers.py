@@ -1,4 +1,4 @@
-"""Whole pipelines: diffusers loads our SDXL and SD1.5 files, text encoders included, to the effect that they have here."""
+"""Complete pipelines: diffusers loads our SDXL and SD1.5 files, with text encoders, and they have the same effect there."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ from unbraid.files.lora_file import read, write
 
 
 def loras(pipe: StableDiffusionXLPipeline | StableDiffusionPipeline) -> dict[str, Lora]:
-    """Every linear layer of the UNet's attention and of the text encoders; mixed ranks and alphas."""
+    """LoRAs on every linear layer of the UNet's attention and of the text encoders, with different ranks and alphas."""
     rng = torch.Generator().manual_seed(1)
     out: dict[str, Lora] = {}
     for component in ("unet", "text_encoder", "text_encoder_2"):
@@ -90,7 +90,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def everywhere(unet: UNet2DConditionModel, conv: bool) -> dict[str, Lora]:
-    """Mixed ranks and alphas on every linear layer, and on the convolutions if wanted."""
+    """LoRAs with different ranks and alphas on every linear layer, and on convolutions if wanted."""
     rng = torch.Generator().manual_seed(1)
     out = {}
     for i, (name, module) in enumerate(unet.named_modules()):

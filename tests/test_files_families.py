@@ -1,4 +1,4 @@
-"""The transformers of 2026: no module is lost or renamed, whatever is done to its LoRA; diffusers loads as much after as before."""
+"""LoRAs of transformers: no file command loses or renames a module, and diffusers loads as much after as before."""
 
 import random
 import warnings
@@ -78,7 +78,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"out_channels": 4, "rope_axes_dim": (4, 4, 8)},
     ),
 }
-ORIGINAL = {  # names that trainers of these models write, which nobody's tables turn into others
+ORIGINAL = {  # names that trainers of these models write and that no tool converts
     "wan": ("diffusion_model.blocks.3.self_attn.q", "diffusion_model.blocks.3.ffn.0"),
     "hunyuan-video": ("diffusion_model.double_blocks.1.img_attn_qkv", "diffusion_model.single_blocks.0.linear1"),
     "anima": ("diffusion_model.blocks.3.self_attn.q_proj", "diffusion_model.blocks.3.adaln_modulation_mlp.1"),
@@ -124,8 +124,8 @@ def test_no_module_is_lost(family: str, seed: int, tmp_path: Path) -> None:
     for i, name in enumerate(names):
         one = lora(i, *every[name], rank=rng.choice((2, 3)), dtype=torch.float32)
         tensors |= {f"transformer.{name}.lora_A.weight": one.down, f"transformer.{name}.lora_B.weight": one.up}
-    told = {"modelspec.architecture": f"{DESIGNS[family].architecture}/lora"}  # type: ignore[index]
-    source, out = save(tmp_path / "a.safetensors", tensors, told), tmp_path / "b.safetensors"
+    given_metadata = {"modelspec.architecture": f"{DESIGNS[family].architecture}/lora"}  # type: ignore[index]
+    source, out = save(tmp_path / "a.safetensors", tensors, given_metadata), tmp_path / "b.safetensors"
     before = loaded(family, source)
     merge_files([Source(source, 0.7), Source(source, 0.3)], out)
     assert set(load_file(out)) == set(tensors) and loaded(family, out) == before == len(names)

@@ -1,4 +1,4 @@
-"""Broken and hostile files: never a crash, a hang or a blow-up; a LoRA, or one clear line."""
+"""Broken and hostile files are read as a LoRA or refused in one line; no crash, no hang, no excess of memory."""
 
 import json
 import os
@@ -170,7 +170,7 @@ TOLD = [
 
 
 def strange(rng: random.Random) -> bytes:
-    """One LoRA module whose names, dtypes, shapes, values, alpha or settings are not as they should be."""
+    """One LoRA module with wrong names, dtypes, shapes, values, alpha or settings."""
     name, (down, up) = rng.choice(NAMES), rng.choice([("lora_down", "lora_up"), ("lora_A", "lora_B")])
     rank, k, d = (rng.choice([1, 2, 5, 16, 3000]) for _ in range(3))
     shapes = {f"{name}.{down}.weight": [rank, k], f"{name}.{up}.weight": [d, rng.choice([rank, rank, rank, k])]}

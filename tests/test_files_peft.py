@@ -1,4 +1,4 @@
-"""PEFT's settings: every module at the strength that peft itself gives it."""
+"""PEFT's settings: every module gets the strength that peft itself gives it."""
 
 import json
 import warnings
@@ -65,7 +65,7 @@ def test_the_first_match_is_pefts(keys: list[str], path: str) -> None:
 
 
 class Net(nn.Module):
-    """A few linear layers under UNet names."""
+    """A few linear layers with the names of UNet modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,8 +113,10 @@ def test_every_module_at_pefts_own_scale(
         model = get_peft_model(Net(), config)
         model.save_pretrained(str(folder))
         try:
-            model = PeftModel.from_pretrained(Net(), str(folder))  # as it is loaded: saving sorts the patterns
-        except RuntimeError as error:  # by which ranks that overlap change, so that PEFT cannot load its own file
+            model = PeftModel.from_pretrained(
+                Net(), str(folder)
+            )  # loaded, not as it was made: saving sorts the patterns
+        except RuntimeError as error:  # this changes ranks whose patterns overlap, so PEFT cannot load its own file
             assert "size mismatch" in str(error)
             reject()
     file = read(folder / "adapter_model.safetensors")
@@ -127,7 +129,7 @@ def test_every_module_at_pefts_own_scale(
 
 
 @pytest.mark.parametrize(
-    "told",
+    "settings",
     [
         {"unet.r": 3, "unet.lora_alpha": 10**400},
         {"unet.lora_alpha": float("nan")},
@@ -137,8 +139,8 @@ def test_every_module_at_pefts_own_scale(
         {"unet.alpha_pattern": {"a" * 600 + "*": 1}},
     ],
 )
-def test_settings_that_do_harm(told: dict[str, object], tmp_path: Path) -> None:
+def test_settings_that_do_harm(settings: dict[str, object], tmp_path: Path) -> None:
     one, name = lora(0), "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     keys = {f"{name}.lora_A.weight": one.down, f"{name}.lora_B.weight": one.up}
     with pytest.raises(UsageError):
-        read(save(tmp_path / "a.safetensors", keys, {"lora_adapter_metadata": json.dumps(told)}))
+        read(save(tmp_path / "a.safetensors", keys, {"lora_adapter_metadata": json.dumps(settings)}))

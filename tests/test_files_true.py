@@ -1,4 +1,4 @@
-"""What the file tools say and keep: numbers of any type, embeddings, metadata, other bases, printable messages."""
+"""What the file tools report and keep: numbers of any type, embeddings, metadata, other bases, printable messages."""
 
 import json
 from collections.abc import Callable
@@ -77,9 +77,9 @@ def test_embeddings_come_along(tmp_path: Path) -> None:
 
 
 def test_a_merge_keeps_what_its_sources_say(tmp_path: Path) -> None:
-    told = {"modelspec.trigger_phrase": "sks octopus", "modelspec.prediction_type": "v", "ss_clip_skip": "2"}
-    one = told | {"ss_tag_frequency": json.dumps({"a": {"octopus": 5}}), "ss_sd_model_name": "pony"}
-    two = told | {"ss_tag_frequency": json.dumps({"b": {"ink": 7}}), "ss_sd_model_name": "other"}
+    given_metadata = {"modelspec.trigger_phrase": "sks octopus", "modelspec.prediction_type": "v", "ss_clip_skip": "2"}
+    one = given_metadata | {"ss_tag_frequency": json.dumps({"a": {"octopus": 5}}), "ss_sd_model_name": "pony"}
+    two = given_metadata | {"ss_tag_frequency": json.dumps({"b": {"ink": 7}}), "ss_sd_model_name": "other"}
     two["modelspec.trigger_phrase"] = "in ink"
     files = [save(tmp_path / f"{i}.safetensors", kohya(), meta) for i, meta in enumerate((one, two, {}))]
     merge_files([Source(file) for file in files], tmp_path / "out.safetensors")
@@ -98,15 +98,21 @@ def test_sd21_has_its_own_label(tmp_path: Path) -> None:
         {"ss_base_model_version": "sd_v1"},
     )
     convert(path, tmp_path / "b.safetensors")
-    told = read_header(tmp_path / "b.safetensors").metadata
-    assert read(path).family == "sd21" and told["ss_base_model_version"] == "sd_v2" and told["ss_v2"] == "True"
+    given_metadata = read_header(tmp_path / "b.safetensors").metadata
+    assert (
+        read(path).family == "sd21"
+        and given_metadata["ss_base_model_version"] == "sd_v2"
+        and given_metadata["ss_v2"] == "True"
+    )
 
 
 def test_a_lora_of_another_base_is_not_said_to_load(tmp_path: Path) -> None:
     path, out = save(tmp_path / "a.safetensors", kohya(k=128)), tmp_path / "b.safetensors"
     convert(path, out)
-    told = read_header(out).metadata
-    assert read(out).family == "sdxl" and not any("xl-v1" in value or "sdxl_" in value for value in told.values())
+    given_metadata = read_header(out).metadata
+    assert read(out).family == "sdxl" and not any(
+        "xl-v1" in value or "sdxl_" in value for value in given_metadata.values()
+    )
     found = {tool: diagnose(out, tool) for tool in TOOLS}
     assert all("128" in one.refused and not one.loads for tool, one in found.items() if tool != "diffusers")
     assert not any(one.mend for one in found.values()) and "128" in found["diffusers"].warnings[0]

@@ -1,4 +1,4 @@
-"""`learn --from FILE`: training goes on from a LoRA, whoever wrote it."""
+"""`learn --from FILE`: training starts from a LoRA, which may have been written by any tool."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Captured steps: which forms there are, and that what is replayed equals what runs step by step, for every method."""
+"""Captured steps: which forms are captured, and that replayed steps equal normal ones, for every method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +79,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_steps_are_the_steps(unet_base: Base, name: str) -> None:
-    """Losses, adapters, moments and masks, bit for bit, whatever happens between steps: channels granted, mergers, a style joining."""
+    """Losses, adapters, moments and masks are equal bit for bit, also with mergers, and when channels are granted or the style
+    adapter begins to train."""
     recipe, loras, forms = METHODS[name]
     begin = start(unet_base, recipe, 0, loras=loras)
     figures, saved = trained(begin, None)
@@ -114,7 +115,7 @@ def test_forms_beyond_the_most_stay_as_they_are() -> None:
 
 
 def test_gradients_add_up_over_the_calls_of_a_step() -> None:
-    """Of two captured calls, and of one that is not, beside what is there already; other parameters keep none."""
+    """Gradients of two captured calls and an uncaptured one add to existing gradients; other parameters get none."""
     weight, other = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor(1.0))
     graphs = Graphs(Recorder())
 
@@ -143,7 +144,7 @@ def test_without_capture_it_goes_on_and_says_why(unet_base: Base) -> None:
 
 
 def test_a_step_that_asks_for_a_value_is_found_out() -> None:
-    """What the tests above rest on."""
+    """The tests above rely on this."""
     graphs = Graphs(Recorder())
     with pytest.raises(AssertionError, match="_local_scalar_dense in a captured call"):
         for _ in range(WARM + 1):
@@ -168,7 +169,7 @@ def test_teachers_asked_ahead_are_captured(unet_base: Base) -> None:
 
 
 def test_early_stopping_looks_through_graphs(unet_base: Base) -> None:
-    """A look learns nothing, in graphs either, and is a form of its own."""
+    """Validation trains nothing, with graphs either, and is captured as its own form."""
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         adapters.new("a", 4, rng, up_std=0.1)
@@ -184,7 +185,7 @@ def test_early_stopping_looks_through_graphs(unet_base: Base) -> None:
 
 @pytest.mark.slow
 def test_jobs_side_by_side_are_captured(unet_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The joint passes of several jobs; another form when one of them is done."""
+    """The shared passes of several jobs are captured, and captured again when one job is done."""
     starts = [start(unet_base, blora(SDXL, rank=4, steps=8 + 8 * seed)[0], seed) for seed in (0, 1)]
     apart = [trained(begin, None)[1] for begin in starts]
     recorder, jobs = Recorder(), []
@@ -217,7 +218,7 @@ def drawn(base: Base, adapters: Adapters, graphs: Callable[[], Graphs | None]) -
 
 @pytest.mark.slow
 def test_drawings_are_the_same_through_graphs(v_model: Base) -> None:
-    """Style guidance that begins in mid-course, and LoRAs in turn: one graph for each set of terms."""
+    """With style guidance that begins late, and LoRAs that take turns: one graph for each set of terms."""
     adapters, rng, recorder = Adapters.attach(v_model.denoiser), torch.Generator().manual_seed(0), Recorder()
     for name in "ab":
         adapters.new(name, 4, rng, up_std=0.3)

@@ -1,4 +1,4 @@
-"""One picture in every form that people have gives the same pixels; what cannot be one is one line."""
+"""One picture in every file format gives the same pixels; files that are no pictures are refused in one line."""
 
 import io
 import os
@@ -41,7 +41,7 @@ Form = tuple[
 
 
 def few() -> Image.Image:
-    """The picture in 256 colours; what a palette's picture must give is what these are."""
+    """The picture in 256 colours, the expected pixels for files with a palette."""
     return REF.quantize(255)
 
 
@@ -60,7 +60,7 @@ def see_through_palette() -> tuple[Image.Image, np.ndarray]:
 
 
 def wide_gamut() -> tuple[Image.Image, bytes]:
-    """The same colours in another profile's numbers: red and blue change places, which no sRGB reader would guess."""
+    """The same colours under another profile, in which red and blue are exchanged. Without the profile, colours would be wrong."""
     profile = bytearray(ImageCms.ImageCmsProfile(SRGB).tobytes())
     red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
     profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
@@ -75,7 +75,7 @@ def as_lab(image: Image.Image) -> Image.Image:
 
 
 def png16(values: np.ndarray) -> bytes:
-    """A 16-bit colour PNG, which Pillow cannot write."""
+    """The bytes of a 16-bit colour PNG, which Pillow cannot write."""
     height, width, channels = values.shape
     raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
@@ -88,7 +88,7 @@ def png16(values: np.ndarray) -> bytes:
 
 SOFT = Image.blend(
     REF, GREY.convert("RGB"), 0.7
-)  # LAB's 8 bits, and half of the pixels' colours, are coarse where those are strong
+)  # LAB with 8 bits and chroma subsampling are inexact for strong colours
 FORMS: list[Form] = [
     ("rgb.png", REF, RGB, 0, {}),
     ("rgb.bmp", REF, RGB, 0, {}),
@@ -164,8 +164,8 @@ def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"])  # fmt: skip
 def test_every_mode_of_pillow(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flat picture, also in strips, and of modes that no file has: those are handed to the door as a file would."""
-    from unbraid.images import opening as image_files
+    """A picture of one colour, also read in strips. Modes that no file format has are passed in as if a file had them."""
+    from unbraid.images import opening
 
     grey = Image.new("L", (40, 30), 128)
     sixteen = Image.fromarray(np.full((30, 40), 128 * 257, np.uint16))
@@ -177,9 +177,9 @@ def test_every_mode_of_pillow(mode: str, tmp_path: Path, monkeypatch: pytest.Mon
     image = sixteen if mode.startswith("I;16") else made.get(mode, lambda: grey.convert("RGB").convert(mode))()
     if mode in ("I;16B", "I;16N"):
         image = Image.frombuffer(mode, (40, 30), np.full((30, 40), 128 * 257, ">u2" if mode == "I;16B" else "=u2").tobytes(), "raw", mode, 0, 1)  # fmt: skip
-    monkeypatch.setattr(image_files, "STRIP", 8)
+    monkeypatch.setattr(opening, "STRIP", 8)
     for fraction in (1, 4):
-        out = image_files._reduced(image, fraction)
+        out = opening._reduced(image, fraction)
         assert out.mode == "RGBA" and out.size == (-(-40 // fraction), -(-30 // fraction))
         wanted = (255, 255, 255, 255) if mode == "1" else (128, 128, 128, 255)
         out = out if mode != "P" else out.resize((1, 1), Image.Resampling.BOX)  # dithered
@@ -209,7 +209,7 @@ def test_of_several_pictures_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_large_pictures_cost_what_is_needed(tmp_path: Path) -> None:
-    """100 megapixels of one bit: read at a whole fraction, in strips; the file's size is remembered."""
+    """100 megapixels of one bit are read at a whole fraction of the size, in strips; the original size is kept."""
     Image.new("1", (10000, 10000), 1).save(tmp_path / "a.png")
     tracemalloc.start()
     begin = time.monotonic()
@@ -230,7 +230,7 @@ def test_large_pictures_cost_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_bombs_are_one_line(tmp_path: Path) -> None:
-    """What a header claims is looked at before anything is decoded."""
+    """The size in the header is checked before anything is decoded."""
     Image.new("1", (14000, 14000)).save(tmp_path / "large.png")
     small = io.BytesIO()
     REF.save(small, "PNG")
@@ -251,7 +251,7 @@ def test_bombs_are_one_line(tmp_path: Path) -> None:
 
 
 def test_texts_in_a_png_are_passed_over(tmp_path: Path) -> None:
-    """A workflow of 2 MB, compressed or not, does no harm; a text that turns the picture counts."""
+    """A text of 2 MB, compressed or not, is ignored; EXIF data that rotate the picture are used."""
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * 2_000_000, zip=True)
     info.add_text("prompt", "y" * 300_000)
@@ -270,13 +270,13 @@ def test_what_is_no_picture_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(tmp_path / "nan.tif")
     for name in ("pipe.png", "a.eps", "empty.png", "nan.tif", "n" * 300 + ".png", ""):
-        with pytest.raises(UsageError) as told:
+        with pytest.raises(UsageError) as raised:
             open_image(tmp_path / name)
-        assert "\n" not in str(told.value) and told.value.fix
+        assert "\n" not in str(raised.value) and raised.value.fix
 
 
 def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
-    """Bytes changed, cut and repeated in files of every kind: pixels, or one line."""
+    """Files of every format with changed, removed and repeated bytes give pixels or an error of one line."""
     rng, file = random.Random(0), tmp_path / "file"
     kinds: list[tuple[str, dict[str, Any]]] = [
         ("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {"compression": "tiff_lzw"}), ("TGA", {}),

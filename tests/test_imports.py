@@ -1,53 +1,38 @@
-"""Rooms (sub-packages) import one way; rooms on one floor do not import each other, and no circle of modules exists."""
+"""Imports go one way: rooms (sub-packages) import from lower floors, and there is no circle of files or of folders."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
-FLOORS = ({"common"}, {"core", "images"}, {"files", "methods"}, {"bases"}, {"sampling"}, {"runs"}, {"bench", "cli"})
-ALLOWED = {("cli", "bench")}  # the command line runs the benchmark
-LIBRARIES = {"diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "numpy", "typer", "rich"}
+TOP = Path(__file__).parent.parent / "src" / "unbraid"
+FLOORS = "common | core images | files methods | bases | sampling | runs | bench | cli".split("|")  # the lowest first
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+CORE = {"torch", "jaxtyping", "psutil", "unbraid"}  # what core may import beside the standard library
 
 
 def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    """The names that a file imports: a for `import a`, a.b for `from a import b`."""
+    nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom))
+    return {f"{getattr(node, 'module', '')}.{alias.name}".strip(".") for node in nodes for alias in node.names}
 
 
-def test_rooms_import_one_way() -> None:
-    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-    assert floor.keys() == {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    for path in SOURCE.glob("*/**/*.py"):
-        room = path.relative_to(SOURCE).parts[0]
-        for name in imports(path):
-            other = name.split(".")[1] if name.startswith("unbraid.") else room
-            assert other == room or floor[other] < floor[room] or (room, other) in ALLOWED, f"{path}: {name}"
-            assert room != "core" or name.split(".")[0] not in LIBRARIES, f"{path}: {name}: core is torch alone"
+NAMES = {path: imports(path) for path in TOP.rglob("*.py")}
+MODULES = {".".join(path.relative_to(TOP.parent).with_suffix("").parts): path for path in NAMES}
+MODULES |= {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
+FOUND = {(path, one) for path, names in NAMES.items() for name in names for one in (name, name.rpartition(".")[0])}
+EDGES = {(path, MODULES[name]) for path, name in FOUND if name in MODULES}
 
 
-def test_no_circles() -> None:
-    names = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
-    known = {name: {m for one in imports(path) for m in (one, one.rpartition(".")[0])} for name, path in names.items()}
-    TopologicalSorter({name: some & names.keys() - {name} for name, some in known.items()}).prepare()
+def test_rooms_import_from_lower_floors_and_core_is_torch_alone() -> None:
+    assert FLOOR.keys() == {path.parent.name for path in TOP.glob("*/__init__.py")}
+    for path, other in EDGES:
+        room, below = (one.relative_to(TOP).parts[0] for one in (path, other))
+        assert room in (below, "__init__.py", "__main__.py") or FLOOR[below] < FLOOR[room], f"{path} imports {other}"
+    assert {n.split(".")[0] for path in TOP.glob("core/*.py") for n in NAMES[path]} - sys.stdlib_module_names <= CORE
 
 
-def test_no_circles_of_folders_in_the_benchmark() -> None:
-    """`truth` imports no other folder of the benchmark; no two folders, the top one included, import each other."""
-    top = SOURCE / "bench"
-    folders = {path.name for path in top.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    graph: dict[str, set[str]] = {name: set() for name in (*folders, "")}
-    for path in top.rglob("*.py"):
-        mine = path.relative_to(top).parts[0] if path.parent != top else ""
-        for name in imports(path):
-            if name.startswith("unbraid.bench."):
-                other = name.split(".")[2]
-                graph[mine].add(other if other in folders else "")
-    graph = {name: others - {name} for name, others in graph.items()}
-    assert not graph["truth"]
-    TopologicalSorter(graph).prepare()
+def test_no_circles_of_files_or_folders() -> None:
+    for edges in (EDGES, {(path.parent, other.parent) for path, other in EDGES}):
+        graph = {path: {other for one, other in edges if one == path != other} for path, _ in edges}
+        TopologicalSorter(graph).prepare()

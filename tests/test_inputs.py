@@ -1,4 +1,4 @@
-"""Captions and folders as people have them: read, or refused in one line; what is not used is said."""
+"""Captions and folders are read or refused in one line, and unused files are reported."""
 
 import tomllib
 from pathlib import Path
@@ -63,9 +63,9 @@ def test_captions_are_read(name: str, tmp_path: Path) -> None:
 def test_what_is_no_caption_is_one_line(name: str, tmp_path: Path) -> None:
     data, what = REFUSED[name]
     (tmp_path / "p.txt").write_bytes(data)
-    with pytest.raises(UsageError, match=what) as told:
+    with pytest.raises(UsageError, match=what) as raised:
         captions_of(tmp_path / "p.png")
-    assert str(told.value).isprintable() and len(str(told.value)) < 300 + len(str(tmp_path))
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 300 + len(str(tmp_path))
 
 
 def test_several_captions_are_drawn_in_turn(v_base: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_several_captions_are_drawn_in_turn(v_base: Path, tmp_path: Path) -> Non
     (tmp_path / "a.txt").write_text("a sks cat\na cat on a mat\na dog\n")
     options = {"out": tmp_path / "r", "base": str(v_base), "rank": 2, "steps": 2, "previews": 1}
     job = learn_job(tmp_path / "a.png", prompt="a sks thing", **options)
-    assert job.captions == {tmp_path / "a.png": "a sks cat\na cat on a mat\na dog"}
+    assert job.data.captions == {tmp_path / "a.png": "a sks cat\na cat on a mat\na dog"}
     files = [event.file.name for event in run(job, device="cpu") if event.file]
     assert "lora.safetensors" in files and "sheet.png" in files
     assert recorded(tmp_path / "r" / "run.toml") == job
@@ -96,12 +96,12 @@ def test_a_folder_says_what_of_it_is_not_used(v_base: Path, tmp_path: Path) -> N
     (folder / "old").mkdir()
     found = look(folder)
     assert {one.name for one in found.files} == {*names, "f.jfif", "G.JPG"}
-    (told,) = found.unused
-    assert all(name in told for name in ("h.txt (no picture of that name)", "notes.md", "x.heic", "old/"))
-    assert not any(name in told for name in ("a.txt", "b.caption", "DS_Store", "Thumbs"))
+    (raised,) = found.unused
+    assert all(name in raised for name in ("h.txt (no picture of that name)", "notes.md", "x.heic", "old/"))
+    assert not any(name in raised for name in ("a.txt", "b.caption", "DS_Store", "Thumbs"))
     options = {"out": tmp_path / "r", "base": str(v_base), "rank": 2, "steps": 1, "previews": 0}
     job = learn_job(folder, prompt="a sks thing", **options)
-    assert [event.warning for event in run(job, device="cpu") if event.warning] == [told]
+    assert [event.warning for event in run(job, device="cpu") if event.warning] == [raised]
 
 
 def test_an_animation_is_said(v_base: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_an_animation_is_said(v_base: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_a_run_is_no_folder_of_pictures(v_base: Path, picture: Path, tmp_path: Path) -> None:
-    """The README's commands in order: what the first one drew is not what the next one learns from."""
+    """The README's commands in order: the pictures that one command drew are no training pictures for the next."""
     out = tmp_path / "octopus"
     options = {"out": out, "base": str(v_base), "rank": 2, "steps": 1, "previews": 1}
     list(run(learn_job(picture, prompt="a sks cat", **options), device="cpu"))
@@ -131,7 +131,7 @@ def test_pairs_go_by_name(tmp_path: Path) -> None:
         draw(before / f"{i}.{one}")
         draw(after / f"{i}.{other}")
     assert [(a.stem, b.stem) for a, b in matched(before, after)] == [("0", "0"), ("1", "1"), ("2", "2")]
-    for i in range(12):  # in name order 10 comes before 2
+    for i in range(12):  # as text, 10 comes before 2
         draw(tmp_path / "photos" / f"cat-{i}.png")
         draw(tmp_path / "drawn" / f"cat-{i}-ink.png")
     couples = matched(tmp_path / "photos", tmp_path / "drawn")

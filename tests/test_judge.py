@@ -1,4 +1,4 @@
-"""The measuring instrument, measured: on committed real icons of subjects and sets that it was never trained on."""
+"""The judge, validated on committed real icons of subjects and sets that it was not trained on."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_content_survives_alteration(figures: dict[str, float], prefix: str) -> 
 
 @pytest.mark.parametrize(("prefix", "bar"), [("", 0.90), ("shifted/", 0.90), ("blurred/", 0.78)])
 def test_style_is_found_among_other_subjects(figures: dict[str, float], prefix: str, bar: float) -> None:
-    """Blurred copies miss the aim of 0.90 (docs/judge.md, limits): their bar only keeps them from getting worse."""
+    """Blurred copies miss the goal of 0.90 (docs/judge.md, limits); the limit here only keeps them from getting worse."""
     assert figures[f"{prefix}style_top1"] >= bar
     assert figures[f"{prefix}style_auc"] >= 0.90
 
@@ -71,7 +71,7 @@ def test_held_out_sets_are_judged_too(figures: dict[str, float]) -> None:
 
 
 def test_content_ignores_style_and_style_ignores_content(judge: Judge, art: tuple[Tensor, tuple[str, ...]]) -> None:
-    """The heads are not one embedding under two names: on each other's task they do far worse."""
+    """The two heads are different embeddings: each is much worse at the other's task."""
     pictures = art[0][:, : len(TRAIN_SETS)]
     content, style = (t.unflatten(0, pictures.shape[:2]) for t in judge.embed(pictures.flatten(0, 1)))
     labels = torch.arange(len(pictures))

@@ -1,4 +1,4 @@
-"""What was trained is never lost, whatever fails beside it; a folder has one run at a time; saved states are trusted only whole."""
+"""Training results are never lost if something else fails; a folder has one run at a time; damaged states are refused."""
 
 import base64
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def job(v_base: Path, picture: Path, tmp_path: Path) -> Job:
 
 
 def arguments(job: Job, *more: str) -> list[str]:
-    (file,) = job.images["image"]
+    (file,) = job.data.images["image"]
     known = ["learn", str(file), "--prompt", "a sks cat", "--base", job.base, "--out", str(job.out), "--quiet"]
     return [*known, *(f"--set={key}={job.settings[key]}" for key in ("rank", "steps", "lr")), *more]
 
@@ -46,17 +47,17 @@ FAULTS = [OSError(28, "No space left on device"), ValueError("multiline"), Usage
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda one: type(one).__name__)
 def test_nothing_trained_is_lost_to_a_drawing(fault: Exception, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever drawing fails with: previews and sheet are missing, the LoRAs are not, and each is said."""
-    from unbraid.images import sheets as pictures
+    """Whatever error drawing raises, the LoRAs are written, previews and sheet are missing, and each failure is reported."""
+    from unbraid.images import sheets
 
     def fail(*_: object) -> Image.Image:
         raise fault
 
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "contact_sheet", fail)
+        patch.setattr(sheets, "contact_sheet", fail)
         events = list(run(job, device="cpu"))
-    told = [event.warning for event in events if event.undone]
-    assert [one.partition(" could")[0] for one in told] == [
+    warnings = [event.warning for event in events if event.undone]
+    assert [one.partition(" could")[0] for one in warnings] == [
         "the preview of step 2",
         "the preview of step 4",
         "sheet.png",
@@ -67,7 +68,7 @@ def test_nothing_trained_is_lost_to_a_drawing(fault: Exception, job: Job, monkey
 
 @pytest.mark.slow
 def test_exit_status_3(job: Job, v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in the place of sheet.png: the real failure of a real write."""
+    """sheet.png is a folder, so writing it really fails."""
     (job.out / "sheet.png").mkdir(parents=True)
     code, text = cli_in_process(arguments(job, "--previews=1"))
     assert code == 3 and text.count("could not be made") == 1 and "sheet.png" in text and finished(job)
@@ -88,7 +89,7 @@ def test_exit_status_3(job: Job, v_base: Path, picture: Path, tmp_path: Path, mo
 def test_in_a_batch_a_fault_is_that_run_s_alone(
     v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that nobody foresaw."""
+    """This includes unexpected errors."""
     from unbraid.runs import run as runs
 
     prepare = runs.prepare
@@ -107,9 +108,9 @@ def test_in_a_batch_a_fault_is_that_run_s_alone(
 
 
 def test_the_training_picture_may_go_while_it_trains(job: Job, tmp_path: Path) -> None:
-    """The thumbnail is of what was opened at the start."""
+    """The thumbnail is made from the picture that was opened at the start."""
     copy = tmp_path / "copy.png"
-    Image.open(job.images["image"][0]).save(copy)
+    Image.open(job.data.images["image"][0]).save(copy)
     options: dict[str, Any] = {"base": job.base, "rank": 2, "steps": 2, "previews": 0}
     todo = learn_job(copy, prompt="a cat", out=tmp_path / "o", **options)
     events = run(todo, device="cpu")
@@ -139,9 +140,9 @@ def test_no_paths_in_the_metadata_and_less_if_wanted(job: Job, tmp_path: Path) -
     assert bare["ss_network_module"] and bare["ss_base_model_version"], "what loaders need stays"
     weights = [load_file(tmp_path / name / "lora.safetensors") for name in ("all", "bare")]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-    assert recorded(tmp_path / "bare" / "run.toml").metadata is False
+    assert recorded(tmp_path / "bare" / "run.toml").extras.metadata is False
     with pytest.raises(UsageError, match="a module needs its metadata"):
-        unbraid.break_job(job.images["image"][0], kind="content", prompt="a cat", metadata=False)
+        unbraid.break_job(job.data.images["image"][0], kind="content", prompt="a cat", metadata=False)
     assert base64.b64decode(every["modelspec.thumbnail"].partition(",")[2])[:2] == b"\xff\xd8"
 
 
@@ -154,7 +155,7 @@ def test_a_finished_run_is_not_trained_again(job: Job) -> None:
     assert code == 0 and "done already" in text
     assert {path: path.stat().st_mtime_ns for path in job.out.rglob("*")} == before
     other = learn_job(
-        job.images["image"][0], prompt="a sks cat", out=job.out, base=job.base, rank=3, steps=4, previews=2
+        job.data.images["image"][0], prompt="a sks cat", out=job.out, base=job.base, rank=3, steps=4, previews=2
     )
     with pytest.raises(UsageError, match=r"other settings: rank: 2 there, 3 here"):
         list(run(other, resume=True, device="cpu"))
@@ -162,13 +163,14 @@ def test_a_finished_run_is_not_trained_again(job: Job) -> None:
 
 @pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
+    job = replace(job, extras=replace(job.extras, previews=0))
     events = run(job, device="cpu")
     next(events)
     with pytest.raises(UsageError, match="another run is at work"):
         list(run(job, resume=True, device="cpu"))
     script = "import sys; from unbraid.cli.main import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
-    command = [sys.executable, "-c", script, *arguments(job, "--previews=2", "--resume")]
+    command = [sys.executable, "-c", script, *arguments(job, "--previews=0", "--resume")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and "another run is at work" in done.stderr and len(done.stderr.splitlines()) == 1
     list(events)
@@ -177,6 +179,7 @@ def test_one_run_at_a_time_in_a_folder(job: Job) -> None:
 
 @pytest.mark.slow
 def test_a_lock_left_by_a_killed_run_is_no_lock(job: Job) -> None:
+    job = replace(job, extras=replace(job.extras, previews=0))
     events = run(job, device="cpu")
     next(events)
     events.close()  # type: ignore[attr-defined]
@@ -187,7 +190,7 @@ def test_a_lock_left_by_a_killed_run_is_no_lock(job: Job) -> None:
 
 
 def test_many_writers_of_one_file(tmp_path: Path) -> None:
-    """The last one wins, the file is whole, no temporary name meets another."""
+    """The last writer wins, the file is complete, and temporary names do not collide."""
     errors: list[BaseException] = []
 
     def write(i: int) -> None:
@@ -208,7 +211,7 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
 
 
 def stopped(job: Job) -> Path:
-    """A run that was stopped before it was finished: its saved state is there."""
+    """A run that was stopped before it was finished, with its saved state."""
     events = run(job, device="cpu")
     for event in events:
         if event.file and event.file.suffix == ".safetensors":
@@ -220,6 +223,7 @@ def stopped(job: Job) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("place", range(6))
 def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> None:
+    job = replace(job, extras=replace(job.extras, previews=0))
     file = stopped(job)
     data = bytearray(file.read_bytes())
     at = 8 + place * (len(data) - 9) // 5
@@ -233,7 +237,8 @@ def test_one_flipped_bit_of_a_saved_state_is_noticed(place: int, job: Job) -> No
 
 @pytest.mark.slow
 def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
-    """With a right checksum, as a hostile one could have."""
+    """The checksum is right, as in a file made by an attacker."""
+    job = replace(job, extras=replace(job.extras, previews=0))
     file = stopped(job)
     whole = folder.load_state(job.out)
     assert whole
@@ -249,10 +254,10 @@ def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
     for name, change in changes.items():
         tensors = {key: value for key, value in {**whole, **change}.items() if value is not None}
         folder.save_state(job.out, tensors)
-        with pytest.raises(UsageError) as told:
+        with pytest.raises(UsageError) as raised:
             list(run(job, resume=True, device="cpu"))
             pytest.fail(name)
-        assert str(told.value).isprintable(), name
+        assert str(raised.value).isprintable(), name
     save_file(whole, file)
     with pytest.raises(UsageError, match="no checksum"):
         list(run(job, resume=True, device="cpu"))
@@ -263,6 +268,7 @@ def test_saved_states_of_other_contents_are_one_line(job: Job) -> None:
 
 @pytest.mark.slow
 def test_damaged_lines_of_events_are_passed_over(job: Job) -> None:
+    job = replace(job, extras=replace(job.extras, previews=0))
     stopped(job)
     events = job.out / folder.EVENTS
     lines = events.read_bytes().splitlines(keepends=True)
@@ -327,9 +333,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:30])
 def test_hostile_settings_are_one_line(text: str, picture: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=HOSTILE[text]) as told:
+    with pytest.raises(UsageError, match=HOSTILE[text]) as raised:
         learn_job(picture, prompt="a cat", config=config(tmp_path, text))
-    assert str(told.value).isprintable() and len(str(told.value)) < 400 + len(str(tmp_path))
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 400 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -354,9 +360,9 @@ def test_hostile_options_are_one_line(option: str, what: str, job: Job) -> None:
     ],
 )
 def test_hostile_batches_are_one_line(text: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as raised:
         read_batch(config(tmp_path, text))
-    assert str(told.value).isprintable()
+    assert str(raised.value).isprintable()
 
 
 @pytest.mark.parametrize("change", [{"seed": "x"}, {"seed": -1}, {"previews": 10**9}, {"images": [1]}, {"captions": [1]}, {"words": {"prompt": 1}}, {"loras": {"a": 1}}, {"base": 3}])  # fmt: skip
@@ -364,6 +370,6 @@ def test_hostile_records_are_one_line(change: dict[str, Any], job: Job, tmp_path
     next(run(job, device="cpu"))
     record = tomllib.loads((job.out / "run.toml").read_text())
     (tmp_path / "run.toml").write_text(folder.to_toml({**record, **change}))
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as raised:
         recorded(tmp_path / "run.toml")
-    assert str(told.value).isprintable()
+    assert str(raised.value).isprintable()

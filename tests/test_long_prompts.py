@@ -1,4 +1,4 @@
-"""Prompts of any length, in chunks: those of one chunk as the pipeline has them, longer ones by an oracle of their own."""
+"""Prompts of any length, in chunks. Those of one chunk are compared with the pipeline, longer ones with a reference below."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,19 @@ from tiny_bases import Tiny
 from torch import Tensor
 
 from unbraid.bases.base import Base, load
-from unbraid.bases.long_prompts import chunks, remarks
+from unbraid.bases.families.long_prompts import chunks, remarks
 from unbraid.common.errors import UsageError
 from unbraid.runs.api import learn_job
 from unbraid.runs.batch import run_many
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
-from unbraid.sampling.render import render
+from unbraid.sampling.render import Sampling, render
 
 KINDS = ["tiny_sdxl", "tiny_sd15", "tiny_sd21", "v_base", "sd15_base"]
 
 
 def words(base: Base, count: int) -> str:
-    """A text of so many tokens."""
+    """A text with this number of tokens."""
     text = " ".join(["cat"] * count)
     while len(base.pipe.tokenizer(text, add_special_tokens=False).input_ids) > count:
         text = text.rpartition(" ")[0]
@@ -37,7 +37,7 @@ def opened(kind: str, request: pytest.FixtureRequest) -> Base:
 
 @torch.no_grad()
 def by_hand(base: Base, text: str) -> tuple[Tensor, Tensor | None]:
-    """Chunk by chunk, each through the text encoder by itself, with what transformers itself puts around it."""
+    """The reference: each chunk alone through the text encoder, framed by transformers itself."""
     rows, pooled = [], None
     for name in ("", "_2") if base.family.name == "sdxl" else ("",):
         tokenizer, encoder = getattr(base.pipe, f"tokenizer{name}"), getattr(base.pipe, f"text_encoder{name}")
@@ -58,21 +58,21 @@ def test_prompts_of_every_length(kind: str, request: pytest.FixtureRequest) -> N
     base = opened(kind, request)
     room, full = base.pipe.tokenizer.model_max_length - 2, base.pipe.tokenizer.model_max_length
     for text in ("", "a cat", words(base, room)):
-        told: Any = base.pipe.encode_prompt(
+        expected: Any = base.pipe.encode_prompt(
             text, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         got = base.encode_prompt(text)
-        assert torch.equal(got.embeds, told[0][0]) and not remarks(base.pipe, [text])
+        assert torch.equal(got.embeds, expected[0][0]) and not remarks(base.pipe, [text])
         assert (got.pooled is None) == (base.family.name != "sdxl")
-        assert got.pooled is None or torch.equal(got.pooled, told[2][0])
+        assert got.pooled is None or torch.equal(got.pooled, expected[2][0])
     for count, most in ((room + 1, 2), (2 * room, 2), (2 * room + 5, 3)):
         text = words(base, count)
         got, (embeds, pooled) = base.encode_prompt(text), by_hand(base, text)
         assert got.embeds.shape[0] == most * full and len(chunks(base.pipe.tokenizer, text)) == most
         assert torch.allclose(got.embeds, embeds, atol=1e-5)
         assert pooled is None or (got.pooled is not None and torch.allclose(got.pooled, pooled, atol=1e-5))
-        (said,) = remarks(base.pipe, [text, text])
-        assert f"{count} tokens, is read in {most} chunks of {room}" in said
+        (remark,) = remarks(base.pipe, [text, text])
+        assert f"{count} tokens, is read in {most} chunks of {room}" in remark
 
 
 def test_shorter_ones_are_followed_by_empty_chunks(request: pytest.FixtureRequest) -> None:
@@ -93,9 +93,12 @@ def test_shorter_ones_are_followed_by_empty_chunks(request: pytest.FixtureReques
 def test_they_are_drawn_and_their_end_counts(request: pytest.FixtureRequest) -> None:
     base = opened("v_base", request)
     text = words(base, base.pipe.tokenizer.model_max_length + 20)
-    pictures = [render(base, one, steps=2)[0].tobytes() for one in (text, text + " teapot", text)]
+    pictures = [render(base, one, sampling=Sampling(steps=2))[0].tobytes() for one in (text, text + " teapot", text)]
     assert pictures[0] == pictures[2] != pictures[1]
-    assert render(base, "a cat", negative=text, steps=2)[0].tobytes() != render(base, "a cat", steps=2)[0].tobytes()
+    plain, negative = (
+        render(base, "a cat", sampling=Sampling(steps=2, negative=words))[0].tobytes() for words in ("", text)
+    )
+    assert plain != negative
 
 
 def long_job(base: Path, picture: Path, out: Path, many: int) -> Job:
@@ -112,8 +115,8 @@ def test_they_are_trained_alone_and_beside_short_ones(v_base: Path, picture: Pat
     from safetensors.torch import load_file
 
     alone = long_job(v_base, picture, tmp_path / "alone", 300)
-    told = [event.warning for event in run(alone, device="cpu") if event.warning]
-    assert len(told) == 1 and "tokens, is read in" in told[0]
+    warnings = [event.warning for event in run(alone, device="cpu") if event.warning]
+    assert len(warnings) == 1 and "tokens, is read in" in warnings[0]
     many = [long_job(v_base, picture, tmp_path / "a", 300), long_job(v_base, picture, tmp_path / "b", 0)]
     assert not [event for _, event in run_many(many, 2, device="cpu") if isinstance(event, UsageError) or event.undone]
     one, other = (load_file(job.out / "lora.safetensors") for job in (alone, many[0]))

@@ -1,4 +1,4 @@
-"""The layer's equations, in double precision, against dense matrices written out here."""
+"""The equations of the adapted layer in double precision, compared with dense matrices."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ D, K, R, N = 6, 5, 3, 4
 
 
 class Toy(nn.Module):
-    """Just enough of a UNet's names: a self-attention query and a cross-attention key."""
+    """Two layers with the names of a UNet: a self-attention query and a cross-attention key."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_factorised_equals_dense_forward_and_gradients(mergers: bool) -> None:
 
 
 def test_own_prompt_enters_keys_and_values_only() -> None:
-    """y = W0 x + Da(xa) + Db(xb) in cross-attention keys; self-attention sees the same x for all."""
+    """y = W0 x + Da(xa) + Db(xb) in cross-attention keys; in self-attention, all adapters get the same x."""
     model, adapters = toy()
     x, text, own_a, own_b = rand(2, N, K), rand(2, N, K), rand(N, K), 2 * rand(N, K)
     with adapters.activate([(Active("a", prompt="pa"), Active("b", prompt="pb"))] * 2, {"pa": own_a, "pb": own_b}):
@@ -109,7 +109,7 @@ def test_rows_have_their_own_adapters() -> None:
 
 
 def test_stop_gradient_is_on_parameters_not_on_outputs() -> None:
-    """What does not train gets no gradient, but the gradient still flows through it to x."""
+    """Frozen parts get no gradient, but the gradient still flows through them to x."""
     model, adapters = toy(("a",))
     x = rand(1, N, K).requires_grad_()
     with adapters.activate([(Active("a", trains=frozenset(("up",))),)]):

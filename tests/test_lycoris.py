@@ -1,4 +1,4 @@
-"""LoHa, LoKr, full changes, norms and DoRA against a dense reference in fp64, peft, and LyCORIS itself."""
+"""LoHa, LoKr, full changes, norms and DoRA, compared with a dense reference in fp64, with peft, and with LyCORIS itself."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def rnd(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """[r, r, kh, kw], [r, d], [r, k] → [d, k, kh, kw], entry by entry as the paper writes it."""
+    """[r, r, kh, kw], [r, d], [r, k] → [d, k, kh, kw], entry by entry as in the paper."""
     r, d, k = len(core), left.shape[1], right.shape[1]
     out = torch.zeros(d, k, *core.shape[2:], dtype=torch.float64)
     for i in range(r):
@@ -109,7 +109,7 @@ def off(found: Tensor, want: Tensor) -> float:
 
 
 def strength(parts: Parts, alpha: float) -> float:
-    """alpha / r; of a full change, and where both of LoKr's factors are whole, alpha does not count."""
+    """alpha / r. For a full change, and for LoKr with two full factors, alpha does not count."""
     ranks = [len(one) for key, one in parts.items() if key.endswith("_b")]
     return alpha / ranks[0] if ranks else 1.0
 
@@ -255,7 +255,7 @@ def test_damaged_kinds_are_one_line(case: str, tmp_path: Path) -> None:
 
 
 def peft_file(config: Any, path: Path) -> tuple[Path, nn.Module, Tensor]:
-    """A module adapted by peft, saved by peft; with the weight that it computes with."""
+    """A module adapted and saved by peft, and the weight that it computes with."""
     torch.manual_seed(0)
     net = nn.Sequential()
     net.add_module("attn2_to_k", nn.Linear(K, D, bias=False))
@@ -341,7 +341,7 @@ def test_lycoris_own_forward_is_the_oracle(algo: str, conv: bool, core: bool, do
 
 
 def test_a_kind_tells_its_base_by_its_sizes_and_doctor_how_to_make_it_plain(tmp_path: Path) -> None:
-    """2048 columns are those of SDXL's text; what is converted is what the tool then loads."""
+    """2048 columns show that a file is for SDXL. After conversion, the tool loads all of it."""
     path, out = tmp_path / "a.safetensors", tmp_path / "a-fixed.safetensors"
     lokr = {"lokr_w1": rnd(8, 8), "lokr_w2_a": rnd(80, 4), "lokr_w2_b": rnd(4, 256)}
     file_of(path, LINEAR, lokr, 4.0)
@@ -355,7 +355,7 @@ def test_a_kind_tells_its_base_by_its_sizes_and_doctor_how_to_make_it_plain(tmp_
 
 
 def test_a_layer_that_kohyas_files_have_not_keeps_no_bias_in_them(tmp_path: Path) -> None:
-    """Flux's q alone: kohya's files have q, k and v in one layer."""
+    """For example Flux's q alone: kohya's files have q, k and v in one layer."""
     module = "transformer.single_transformer_blocks.0.attn.to_q"
     parts = {"lora_A.weight": rnd(2, 3072), "lora_B.weight": rnd(3072, 2), "diff_b": rnd(3072)}
     path = file_of(tmp_path / "a.safetensors", module, parts)

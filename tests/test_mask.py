@@ -1,4 +1,4 @@
-"""Transparency as a mask: what is transparent has no part in the loss."""
+"""Transparency as a mask: transparent parts do not count in the loss."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ QUICK: dict[str, Any] = {"rank": 2, "steps": 6, "lr": 1e-2, "previews": 0}
 
 
 def cut_out(path: Path, left: str, right: str, opaque: str) -> Path:
-    """Two halves, of which one is opaque."""
+    """A picture with one opaque and one transparent half."""
     image = Image.new("RGBA", (64, 64), left)
     ImageDraw.Draw(image).rectangle((32, 0, 63, 63), fill=right)
     alpha = Image.new("L", image.size, 255)
@@ -56,7 +56,7 @@ def test_a_mask_is_the_opacity_of_each_place(v_base: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
-    """Targets that differ only where the weight is 0 give the same gradients; elsewhere they do not. Captured steps too."""
+    """Targets that differ only where the weight is 0 give the same gradients; other differences do not. Also in captured steps."""
     v_model.denoiser.double()
     begin, found = start(v_model, dreambooth(BLOCKS["sdxl"], rank=4, steps=8)[0], 0), {}
     mask = torch.zeros(1, 8, 8).double()
@@ -85,7 +85,7 @@ def test_what_is_masked_teaches_nothing(v_model: Base) -> None:
 
 @pytest.mark.slow
 def test_from_the_command_to_the_file(v_base: Path, tmp_path: Path) -> None:
-    """A mask changes what is learnt; a picture that is wholly transparent is refused before anything is trained."""
+    """A mask changes what is learnt. A completely transparent picture is refused before training."""
     file = cut_out(tmp_path / "a.png", "red", "blue", "right")
     for name in ("alpha", "none"):
         list(

@@ -1,4 +1,4 @@
-"""Memory presets: the estimate against what is really alive, equal gradients, whole runs, and what happens when it is not enough."""
+"""Memory presets: the estimate compared with real use, equal gradients, whole runs, and the error when memory is full."""
 
 import gc
 import weakref
@@ -34,7 +34,7 @@ QUICK = {"rank": 2, "steps": 4, "window": 1, "sample_times": 1, "content_lr": 1e
 
 
 class Live(TorchDispatchMode):
-    """Bytes of storages that operations made and that are still alive: now, and at most."""
+    """Counts the bytes of storages that operations made and that are alive: now, and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SDXL for pictures of 512 px, where activations are most of the memory."""
+    """A tiny SDXL for pictures of 512 px, so that activations are most of the memory."""
     pipe: Any = sdxl()
     pipe.unet.register_to_config(sample_size=64)
     out = tmp_path_factory.mktemp("wide")
@@ -71,22 +71,22 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("vram", ["max", "16"])
 def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path) -> None:
-    """Every storage that a real step makes on the CPU is counted: the highest sum is activations and gradients."""
+    """The peak of all storages in a real step on the CPU is that of activations and gradients."""
     Image.new("RGB", (512, 512), "red").save(tmp_path / "x.png")
     options = {**QUICK, "rank": 8, "base": str(wide), "vram": vram}
     job = split_job(tmp_path / "x.png", subject="cat", style="ink", **options)
-    told = estimate(job, "cpu")
+    estimated = estimate(job, "cpu")
     ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading))
     assert ready.base.denoiser.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
     trained = [p for name in ready.adapters.names for one in ready.adapters.of(name).values() for _, p in one.parts()]
     frozen = [p for p in ready.base.denoiser.parameters() if not any(p is one for one in trained)]
-    assert told.weights == sum(p.numel() * p.element_size() for p in frozen)
+    assert estimated.weights == sum(p.numel() * p.element_size() for p in frozen)
     size = sum(4 * p.numel() for p in trained)
-    assert told.adapters == 4 * size
+    assert estimated.adapters == 4 * size
     with Live() as live:
         next(train(ready.run_data, ready.recipe, ready.state, 1))
     assert live.peak > 5 * size, "activations must be most of it, or this shows nothing"
-    assert 0.85 < (told.activations + size) / live.peak < 1.35
+    assert 0.85 < (estimated.activations + size) / live.peak < 1.35
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> 
 
 @pytest.mark.slow
 def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
-    """From a header of the real size; ranks as advised. The rest of the card is for the driver, encoding and pictures."""
+    """From a header of the real size, with the advised ranks. The rest of the card is for the driver, encoding and drawing."""
     file = save_header(real_size("sdxl"), tmp_path / "model.safetensors")
     for name in ("24", "8"):
         rank = PRESETS[name].rank
@@ -120,7 +120,7 @@ def test_presets_save_and_advise(tiny_sdxl: Tiny, picture: Path) -> None:
 
 
 def gradients(preset: str, rounded: bool = False) -> Tensor:
-    """Of a tiny SDXL's adapters, in bf16."""
+    """The gradients of a tiny SDXL's adapters, in bf16."""
     unet: Any = sdxl().unet.requires_grad_(False)
     unet.to(torch.bfloat16)
     if rounded:
@@ -148,7 +148,7 @@ def frozen(unet: nn.Module) -> list[Tensor]:
 
 
 def load_rounded(unet: nn.Module) -> dict[str, Tensor]:
-    """The weights as fp8 leaves them, in bf16."""
+    """Load a base in bf16 with weights rounded to fp8."""
     cast: Any = sdxl().unet.to(torch.bfloat16)
     save_memory(cast, torch.device("cpu"), PRESETS["8"])
     return {key: value.to(torch.bfloat16) for key, value in cast.state_dict().items()}
@@ -156,7 +156,7 @@ def load_rounded(unet: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_gradients_are_those_without_savings() -> None:
-    """Checkpointing changes nothing; fp8 is the rounding of its weights and nothing else, through checkpointing too."""
+    """Checkpointing changes nothing; fp8 only rounds the weights, with checkpointing too."""
     plain = gradients("24")
     assert torch.equal(plain, gradients("16")) and bool(plain.any())
     assert torch.equal(gradients("8"), gradients("8", rounded=True)) and not torch.equal(gradients("8"), plain)
@@ -167,8 +167,8 @@ def test_gradients_are_those_without_savings() -> None:
 def test_every_preset_runs(vram: str, tiny_sdxl: Tiny, picture: Path, tmp_path: Path) -> None:
     options = {**QUICK, "previews": int(vram == "8"), "base": str(tiny_sdxl.file), "vram": vram, "out": tmp_path / "r"}
     events = list(running.run(split_job(picture, subject="cat", style="ink", **options), device="cpu"))
-    told = [event.warning for event in events if event.warning]
-    assert told == (
+    warnings = [event.warning for event in events if event.warning]
+    assert warnings == (
         []
         if vram == "max"
         else [f"--vram {vram} on a processor: half precision takes less memory there, and more time"]
@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_another_preset(
     begun: Any = running.run(split_job(picture, subject="cat", style="ink", **options), device="cpu")
     while next(begun).done < 2:
         pass
-    next(begun)  # what was done last is saved when the next step is asked for
+    next(begun)  # the last state is saved when the next step is requested
     begun.close()
     job = split_job(picture, subject="cat", style="ink", vram="12", **options)
     rest = list(running.run(job, resume=True, device="cpu"))
@@ -219,7 +219,7 @@ def test_8_bit_moments_are_used_and_resumed(tiny_sdxl: Tiny, picture: Path) -> N
 def test_a_full_device_names_the_next_preset(
     vram: str, fix: str, tiny_sdxl: Tiny, picture: Path, tmp_path: Path
 ) -> None:
-    """torch's own error, from within the UNet's forward pass of the second step."""
+    """torch's own error is raised in the UNet's forward pass of the second step."""
     calls = 0
 
     def full(module: nn.Module, args: Any) -> None:

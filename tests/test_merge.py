@@ -1,4 +1,4 @@
-"""Merging: exact where it says so, equal to the dense definitions elsewhere, with peft as an oracle."""
+"""Merging: exact methods are exact, others equal their dense definitions, and peft's results where it has the method."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def trim(full: Tensor, density: float) -> Tensor:
 
 
 def ties(changes: list[Tensor], weights: list[float], density: float) -> Tensor:
-    """The paper's three steps, spelled out."""
+    """The three steps of the paper."""
     kept = torch.stack([trim(one, density) * w for one, w in zip(changes, weights, strict=True)])
     agree = (torch.sign(kept) == torch.sign(kept.sum(0))) & (kept != 0)
     return torch.where(agree.any(0), (kept * agree).sum(0) / agree.sum(0).clamp_min(1), 0.0)

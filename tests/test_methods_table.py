@@ -1,4 +1,4 @@
-"""docs/methods.md is made from the methods' entries; what an entry declares is what its recipe uses."""
+"""docs/methods.md is made from the methods' entries, and recipes use the inputs that their entries declare."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_the_table_is_the_entries() -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=METHODS)
 def test_a_method_reads_the_inputs_that_it_declares(entry: Entry) -> None:
-    """`partner2`, `before3`: further ones of a role."""
+    """`partner2` and `before3` are further pictures of a role."""
     pictures = {one.role for one in entry.inputs.of_kind("picture", "pictures")}
     assert pictures and len({one.role for one in entry.inputs.of_kind("LoRA", "module")}) in (0, 2)
     for recipe in entry.make(BLOCKS["sdxl"]):

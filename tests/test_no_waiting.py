@@ -1,4 +1,4 @@
-"""Nothing in a step waits for the device: counted on one that is not the CPU, for every method."""
+"""No step waits for the device, for every method. Waits are counted on a second device that is not the CPU."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Factors
-from unbraid.core.state import LOOK, State, Step
+from unbraid.core.state import CHECK_EVERY, State, Step
 from unbraid.core.train import train
 
 pytestmark = pytest.mark.slow
@@ -23,8 +23,8 @@ __all__ = ["second"]  # a fixture
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
-    """No value goes to the host in any step after the first, channels being granted and a style joining included. To the device go the draws
-    alone: of each branch its latent's noise, its timestep and its noise."""
+    """After the first step, no value is copied to the host, also when channels are granted or the style adapter begins to train. Only random
+    numbers are copied to the device: for each branch, the latent's noise, the timestep and the noise."""
     recipe, loras, _ = METHODS[name]
     base, rng = load(str(v_base), second), torch.Generator().manual_seed(0)
 
@@ -38,26 +38,26 @@ def test_a_step_does_not_wait(name: str, second: str, v_base: Path) -> None:
         sizes = {layer: one.base.weight.shape for layer, one in adapters.layers.items()}
         adapters.add(lora, {layer: Factors(rand(4, k) / 8, rand(d, 4) / 8) for layer, (d, k) in sizes.items()})
     state = State.fresh(adapters, recipe, torch.Generator().manual_seed(0))
-    going, told = train(RunData(base, pictures, prompts), recipe, state), []
+    going, waits = train(RunData(base, pictures, prompts), recipe, state), []
     next(going)
-    for i in range(1, min(recipe.steps, STEPS + 3) - 1):  # the last one looks at the figures of all
+    for i in range(1, min(recipe.steps, STEPS + 3) - 1):  # the last step checks the figures of all
         with host_copies() as found:
             next(going)
-        told.append((i, found.to_host, found.from_host <= 3 * len(recipe.branches(i))))
+        waits.append((i, found.to_host, found.from_host <= 3 * len(recipe.branches(i))))
     adapters.detach()
-    assert told and all(to_host == 0 and draws_alone for _, to_host, draws_alone in told), told
+    assert waits and all(to_host == 0 and draws_alone for _, to_host, draws_alone in waits), waits
 
 
 def test_figures_are_looked_at_once_in_a_while(second: str, v_base: Path) -> None:
-    """A loss that is not finite ends the run, names its own step, and no state is saved meanwhile."""
+    """A loss that is not finite ends the run; the error names the step, and no state is saved in between."""
     adapters = Adapters.attach(load(str(v_base), second).denoiser)
     state = State(adapters, torch.optim.AdamW([torch.zeros(1)]), torch.Generator())
-    for i in range(LOOK - 1):
-        state.saw(Step(i, torch.tensor([1.0, 1.0 if i != 5 else float("nan"), 1.0], device=second)))
+    for i in range(CHECK_EVERY - 1):
+        state.record(Step(i, torch.tensor([1.0, 1.0 if i != 5 else float("nan"), 1.0], device=second)))
     with pytest.raises(UsageError, match="step 5"):
         state.tensors()
-    for i in range(LOOK - 1):
-        state.saw(Step(i, torch.ones(3, device=second)))
-    with pytest.raises(UsageError, match=f"step {LOOK - 1}: the loss is inf"):
-        state.saw(Step(LOOK - 1, torch.tensor([float("inf"), 1.0, 1.0], device=second)))
+    for i in range(CHECK_EVERY - 1):
+        state.record(Step(i, torch.ones(3, device=second)))
+    with pytest.raises(UsageError, match=f"step {CHECK_EVERY - 1}: the loss is inf"):
+        state.record(Step(CHECK_EVERY - 1, torch.tensor([float("inf"), 1.0, 1.0], device=second)))
     adapters.detach()

@@ -1,4 +1,4 @@
-"""8-bit AdamW: codes that are right in the mean, the trajectory of AdamW, two bytes per number, and a resume that is exact."""
+"""8-bit AdamW: codes with the right mean, results close to AdamW, two bytes per number, and exact resuming."""
 
 import copy
 
@@ -20,7 +20,9 @@ def test_codes_are_right_in_the_mean_and_close_every_time() -> None:
             codes, scale = code.write(values, rng, least)
             assert codes.dtype == code.dtype and len(codes) == len(x) and len(scale) == 3
             some.append(code.read(codes, scale))
-        kept = values.abs() > 10 ** (1 - code.decades) * values.abs().max()  # below, a first moment is 0 or the least
+        kept = (
+            values.abs() > 10 ** (1 - code.decades) * values.abs().max()
+        )  # smaller values become 0 or the smallest magnitude
         read, values = torch.stack(some)[:, kept], values[kept]
         assert int(kept.sum()) > 400 and float((read / values - 1).abs().max()) < code.ratio - 1 + 1e-4
         assert float((read.mean(0) / values - 1).abs().max()) < 5 * (code.ratio - 1) / 2000**0.5
@@ -31,7 +33,7 @@ def test_codes_are_right_in_the_mean_and_close_every_time() -> None:
 def problem() -> tuple[nn.Parameter, nn.Parameter, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(1)
     wanted = torch.randn(48, 4, generator=rng) @ torch.randn(4, 64, generator=rng) / 4
-    scales = 10 ** torch.empty(64).uniform_(-2, 0, generator=rng)  # inputs of very unequal size
+    scales = 10 ** torch.empty(64).uniform_(-2, 0, generator=rng)  # inputs with very different magnitudes
     down, up = torch.randn(6, 64, generator=rng) * 0.3, torch.zeros(48, 6)
     return nn.Parameter(down), nn.Parameter(up), wanted, torch.randn(256, 64, generator=rng) * scales
 
@@ -84,7 +86,7 @@ def test_a_resumed_run_is_the_same() -> None:
 
 @pytest.mark.slow
 def test_a_large_tensor_goes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with its own scales; the first update is exact, and the course that of the whole."""
+    """Each part has its own scales. The first update is exact, and later ones are close to those of one part."""
     runs = {}
     for bucket in (optim8.BUCKET, BLOCK):  # `up` is 288 numbers, `down` 384
         monkeypatch.setattr(optim8, "BUCKET", bucket)

@@ -1,4 +1,4 @@
-"""The typed Python API: made from the methods' entries, and what a type checker finds with it."""
+"""The typed Python API: it is made from the methods' entries, and type checkers find errors with it."""
 
 import inspect
 import json
@@ -30,6 +30,7 @@ unbraid.zip(run, run, images={"content": "a.png"}, similarity="dot")
 unbraid.zip_job(run, run, method="np-lora", mu=2.0)
 module = unbraid.break_module("a.png", kind="style", prompt="a cat in ink style", partner_count=0)
 unbraid.make(module, module, fine_tune=5, optimizer="adamw", device="cpu")
+unbraid.generate("a fox", [run / "style.safetensors"], combine="switch", steps=10, seeds=range(4), height=64, device="cpu")
 """
 BAD = (
     'unbraid.split("a.png", subject="fox", style="ink", rnk=8)',
@@ -41,11 +42,14 @@ BAD = (
     'unbraid.zip("a", "b", method="np-lora", steps=3)',
     'unbraid.break_module("a.png", kind="both", prompt="x")',
     'unbraid.make_job("a", "b", rank=4)',
+    'unbraid.generate("a fox", stepps=10)',
+    'unbraid.generate("a fox", seeds=3)',
+    'unbraid.generate("a fox", combine="product")',
 )
 
 
 def pyright(file: Path) -> list[dict[str, Any]]:
-    """Its errors. Skips where it cannot run: it needs node, or downloads it."""
+    """The errors that pyright finds. Skips the test if it cannot run: it needs node, or downloads it."""
     found = Path(sys.executable).with_name("pyright")
     command = str(found) if found.exists() else shutil.which("pyright")
     if not command:
@@ -75,7 +79,7 @@ def test_every_option_of_a_run_has_its_type() -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=METHODS)
 def test_every_setting_is_described(entry: Entry) -> None:
-    """By its method, and in `help(unbraid.split)`."""
+    """In the method's docstring, and in `help(unbraid.split)`."""
     assert descriptions(entry).keys() == schema(entry).keys() and all(descriptions(entry).values())
     assert set(entry.inputs.set_by_verb) <= schema(entry).keys()
     for name in (options.VERBS[entry.verb], options.JOBS[entry.verb]):

@@ -1,4 +1,4 @@
-"""Packed factors are the factors: one memory, one gradient, one state; and what cannot be one is kept apart."""
+"""Packed factors share memory, gradients and state with the stacks; factors of different forms are not packed together."""
 
 import torch
 from test_stacked import K, N, model  # two self-attention layers of one shape, one of another, two of cross-attention
@@ -47,12 +47,12 @@ def test_what_is_written_here_is_there() -> None:
 
 
 def test_training_is_the_same() -> None:
-    """AdamW over stacks, against AdamW over the layers' own factors with the gradients that the stacks got."""
+    """AdamW on stacks gives the same as AdamW on the layers' own factors with the same gradients."""
     whole, adapters = model((2, 2), True)
     for one in ("a", "s"):
         for factors in adapters.of(one).values():
             assert factors.mask is not None
-            factors.mask.fill_(1)  # so that everything moves
+            factors.mask.fill_(1)  # so that everything is trained
     apart = {
         (n, one): torch.nn.ParameterList(p.detach().clone() for _, p in f.parts())
         for n in "as"
@@ -81,7 +81,7 @@ def test_training_is_the_same() -> None:
 
 
 def test_part_of_a_stack() -> None:
-    """As jobs with other groups need it: gradients reach the layers that were asked for, and no others."""
+    """Jobs with different groups need this: gradients reach the selected layers, and no others."""
     _, adapters = model((2, 2), False)
     adapters.pack()
     query, key = adapters.of("a")[Q], adapters.of("a")[KEY]
@@ -94,7 +94,7 @@ def test_part_of_a_stack() -> None:
 
 
 def test_packed_anew() -> None:
-    """A form that has changed, a further adapter: what was trained stays."""
+    """After a change of form, or with a further adapter, trained values are kept."""
     _, adapters = model((2, 2), False)
     adapters.pack()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_packed_anew() -> None:
 
 
 def test_moments_that_were_saved_fit_their_parameters() -> None:
-    """A file keeps tensors row by row, a stack its ups rank by rank; AdamW's kernel looks at memory alone."""
+    """A file stores tensors row by row, a stack stores `up` rank by rank, and AdamW's kernel ignores strides."""
     ends = []
     for cut in (False, True):
         whole, adapters = model((2, 3), False)

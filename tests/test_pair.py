@@ -1,4 +1,4 @@
-"""Pair Customization: what its training keeps apart, and style guidance's identities."""
+"""Pair Customization: separation of content and style in training, and identities of style guidance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ from unbraid.methods.pair import pair, rows
 from unbraid.runs.api import pair_job
 from unbraid.runs.run import run
 from unbraid.sampling.invert import invert, reconstruct
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 from unbraid.sampling.sample import NEGATIVE, Guided, Style, Term, style_guidance
 from unbraid.sampling.samplers import with_sampler
 from unbraid.sampling.sweep import parse_sweep, sweep_sheet
@@ -65,7 +65,7 @@ def trained(base: Base, model: Denoiser | None = None, **settings: object) -> Ad
 
 @pytest.fixture
 def couple(tmp_path: Path) -> tuple[Path, Path]:
-    """A drawing, and the same one in black and white."""
+    """A drawing, and the same drawing in black and white."""
     image = Image.new("RGB", (48, 48), "white")
     ImageDraw.Draw(image).ellipse((8, 12, 40, 40), fill="#e07020", outline="black", width=3)
     image.save(tmp_path / "cat.png")
@@ -101,7 +101,7 @@ def test_without_orthogonality_they_meet(v_model: Base) -> None:
 
 
 class Same:
-    """The same samples at every step."""
+    """A denoiser with the same samples at every step."""
 
     def __init__(self, real: RunData) -> None:
         self.real, self.prompts, self.graphs = real, real.prompts, real.graphs
@@ -120,7 +120,7 @@ class Same:
 
 
 def test_each_loss_trains_its_own_adapter(v_model: Base) -> None:
-    """Before the style joins nothing of it moves, and its loss leaves the content adapter as it is, bit for bit."""
+    """The style adapter does not change before it begins to train, and its loss does not change the content adapter, bit for bit."""
     model = Same(run_data(v_model))
     early, late = (trained(v_model, model, steps=3, style_from=start) for start in (2, 0))
     assert max(float(one.up.detach().abs().max()) for one in early.of("style").values()) < 0.011, "one step at 0.01"
@@ -129,7 +129,7 @@ def test_each_loss_trains_its_own_adapter(v_model: Base) -> None:
 
 
 def test_official_order_is_content_first(v_model: Base) -> None:
-    """One official step = a step on the content alone, then one on the style, on the same samples; not both at once."""
+    """One official step is a step on the content alone, then one on the style, on the same samples."""
     model, found = Same(run_data(v_model)), {}
     for name in ("official", "none", "by hand"):
         adapters = Adapters.attach(v_model.denoiser)
@@ -160,9 +160,12 @@ def test_a_pair_makes_a_style_and_a_content_lora(v_base: Path, couple: tuple[Pat
     assert product.abs().max() < 1e-3 * delta(content.modules[name]).norm() * delta(style.modules[name]).norm()
     base = bases.load(str(v_base), "cpu")
     plain, guided = (
-        render(base, "a dog", styles=[Use(out / "style.safetensors", scale)], steps=2)[0] for scale in (0.0, 3.0)
+        render(
+            base, "a dog", styles=StyleGuidance([Use(out / "style.safetensors", scale)]), sampling=Sampling(steps=2)
+        )[0]
+        for scale in (0.0, 3.0)
     )
-    assert plain.tobytes() == render(base, "a dog", steps=2)[0].tobytes() != guided.tobytes()
+    assert plain.tobytes() == render(base, "a dog", sampling=Sampling(steps=2))[0].tobytes() != guided.tobytes()
 
 
 def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
@@ -174,14 +177,14 @@ def test_several_pairs_share_one_style(v_base: Path, couple: tuple[Path, Path], 
     (tmp_path / "plain" / "b.txt").write_text("dog")
     options = {"out": tmp_path / "run", "base": str(v_base), "previews": 0, **QUICK}
     job = pair_job(tmp_path / "plain", tmp_path / "ink", subject="cat", style="line", **options)
-    assert set(job.captions.values()) == {"a sks dog", "a sks dog in line style"} and job.settings["pairs"] == 2
+    assert set(job.data.captions.values()) == {"a sks dog", "a sks dog in line style"} and job.settings["pairs"] == 2
     list(run(job, device="cpu"))
     assert [file.name for file in (tmp_path / "run").glob("*.safetensors")] == ["style.safetensors"]
 
 
 @pytest.mark.slow
 def test_styles_share_rows_or_keep_apart(v_base: Path, couple: tuple[Path, Path], tmp_path: Path) -> None:
-    """In one slot: their sum has the rank of one. Beside each other: they do not meet, and a claimed slot is refused."""
+    """In one slot, the sum of two styles has the rank of one. In different slots they do not interfere, and a taken slot is refused."""
     options: dict[str, Any] = {"base": str(v_base), "subject": "cat", "previews": 0, **QUICK}
     files, a_style = {}, tmp_path / "a" / "style.safetensors"
     runs: list[tuple[str, dict[str, Any]]] = [
@@ -242,8 +245,8 @@ def test_bad_pairs_are_one_clear_line(v_base: Path, couple: tuple[Path, Path], t
     with pytest.raises(UsageError, match="style_from"):
         list(run(pair_job(before, after, **late), device="cpu"))
     assert not (tmp_path / "x").exists()
-    told = [e.warning for e in run(pair_job(tmp_path / "styled.png", before, **options), device="cpu") if e.warning]
-    assert any("swapped" in warning for warning in told)
+    warnings = [e.warning for e in run(pair_job(tmp_path / "styled.png", before, **options), device="cpu") if e.warning]
+    assert any("swapped" in warning for warning in warnings)
 
 
 def test_alignment_tells_pairs_from_strangers(couple: tuple[Path, Path]) -> None:
@@ -276,11 +279,11 @@ def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest)
     }
     w, a, b = 4.0, Active("a"), Active("b")
 
-    def ask(terms: Sequence[Term], time: float = 0.5) -> Tensor:
+    def predicted(terms: Sequence[Term], time: float = 0.5) -> Tensor:
         return guided(base, terms, adapters, prompts, time)
 
     def one(role: str, *active: Active) -> Tensor:
-        return ask((Term(1.0, role, active),))
+        return predicted((Term(1.0, role, active),))
 
     e_u, e_c, e_a, e_b = one(NEGATIVE), one("main"), one("a", a), one("b", b)
     plain = e_u + w * (e_c - e_u)
@@ -291,21 +294,23 @@ def test_identities_of_style_guidance(kind: str, request: pytest.FixtureRequest)
     def close(x: Tensor, y: Tensor) -> bool:
         return bool((x - y).abs().max() < 1e-12 * y.abs().max())
 
-    assert close(ask(style_guidance(w, "main", [style(3.0)])), plain + 3.0 * (e_a - e_c))
+    assert close(predicted(style_guidance(w, "main", [style(3.0)])), plain + 3.0 * (e_a - e_c))
     both = [style(3.0), Style(b, "b", -1.5)]
-    assert close(ask(style_guidance(w, "main", both)), plain + 3.0 * (e_a - e_c) - 1.5 * (e_b - e_c))
-    assert torch.equal(ask(style_guidance(w, "main", [style(0.0)])), ask(style_guidance(w, "main", [])))
+    assert close(predicted(style_guidance(w, "main", both)), plain + 3.0 * (e_a - e_c) - 1.5 * (e_b - e_c))
+    assert torch.equal(predicted(style_guidance(w, "main", [style(0.0)])), predicted(style_guidance(w, "main", [])))
     two = style_guidance(w, "main", [style(w)])
-    assert len(two) == 2 and close(ask(two), e_u + w * (e_a - e_u))
-    near = ask(style_guidance(w, "main", [style(w + 1e-9)]))
-    assert (near - ask(two)).abs().max() < 1e-7, "no jump where one evaluation falls away"
+    assert len(two) == 2 and close(predicted(two), e_u + w * (e_a - e_u))
+    near = predicted(style_guidance(w, "main", [style(w + 1e-9)]))
+    assert (near - predicted(two)).abs().max() < 1e-7, "no jump where one evaluation falls away"
     late = style_guidance(w, "main", [style(3.0, start=0.8)])
-    assert close(ask(late, 0.9), ask(style_guidance(w, "main", []), 0.9))
-    assert close(ask(late, 0.8), ask(style_guidance(w, "main", [style(3.0)]), 0.8))
+    assert close(predicted(late, 0.9), predicted(style_guidance(w, "main", []), 0.9))
+    assert close(predicted(late, 0.8), predicted(style_guidance(w, "main", [style(3.0)]), 0.8))
     never = style_guidance(w, "main", [style(3.0, start=0.0)])
-    assert all(torch.equal(ask(never, t), ask(style_guidance(w, "main", []), t)) for t in (0.5, 0.0))
+    assert all(torch.equal(predicted(never, t), predicted(style_guidance(w, "main", []), t)) for t in (0.5, 0.0))
     editing = [style_guidance(scale, "main", [style(3.0)], (), "main") for scale in (1.0, 7.0)]
-    assert [len(terms) for terms in editing] == [2, 2] and close(ask(editing[0]), ask(editing[1])), "w cancels"
+    assert [len(terms) for terms in editing] == [2, 2] and close(predicted(editing[0]), predicted(editing[1])), (
+        "w cancels"
+    )
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -315,22 +320,22 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 @pytest.mark.slow
 def test_an_edit_at_strength_zero_gives_the_picture_back(couple: tuple[Path, Path], tmp_path: Path) -> None:
-    """On the embedded base, within 30 dB of what the autoencoder alone makes of it; a drawing from noise is far away."""
+    """On the embedded base, with a PSNR of at least 30 dB to the picture after the autoencoder; a drawing from noise has far less."""
     base, file = bases.load("icons", "cpu"), tmp_path / "wide.png"
     Image.open(couple[0]).resize((64, 48)).save(file)
     best = reconstruct(base, fit(open_image(file), base.size**2, base.step))
-    (back,) = render(base, "a ball", edit=file, steps=50)
-    (other,) = render(base, "a ball", steps=5, height=best.height, width=best.width)
+    (back,) = render(base, "a ball", inputs=ImageInputs(edit=file), sampling=Sampling(steps=50))
+    (other,) = render(base, "a ball", sampling=Sampling(steps=5, height=best.height, width=best.width))
     assert back.size == best.size and psnr(back, best) > 30 > psnr(other, best)
     with pytest.raises(UsageError, match="keeps what it is"):
-        render(base, "a ball", edit=file, seeds=(0, 1))
+        render(base, "a ball", inputs=ImageInputs(edit=file), sampling=Sampling(seeds=(0, 1)))
 
 
 @pytest.mark.parametrize("kind", ["v_base", "eps_base", "sd15_base"])
 def test_inversion_undoes_ddim(
     kind: str, request: pytest.FixtureRequest, couple: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the model is the exact denoiser of Gaussian latents of deviation 1/2, for epsilon and for v."""
+    """With the exact denoiser of Gaussian latents with deviation 1/2, for epsilon and for v."""
     base = with_sampler(bases.load(str(request.getfixturevalue(kind)), "cpu"), "ddim")
     alphas = base.pipe.scheduler.alphas_cumprod
 
@@ -361,15 +366,17 @@ def test_a_sweep_is_one_sheet(v_base: Path, couple: tuple[Path, Path], tmp_path:
             pair_job(*couple, subject="cat", style="line", out=out, base=str(v_base), previews=0, **QUICK), device="cpu"
         )
     )
-    base, style = bases.load(str(v_base), "cpu"), [Use(out / "style.safetensors")]
-    sheet = sweep_sheet(base, "a dog", parse_sweep("style=0:6:3"), (), style, (0, 1), steps=2)
+    base, styles = bases.load(str(v_base), "cpu"), StyleGuidance([Use(out / "style.safetensors")])
+    sheet = sweep_sheet(
+        base, "a dog", parse_sweep("style=0:6:3"), styles=styles, sampling=Sampling(steps=2, seeds=(0, 1))
+    )
     cells = [sheet.crop((x, 28, x + 100, 128)).tobytes() for x in (6, 140, 274)]
     assert len(set(cells)) == 3 and sheet.width > 3 * 128 and sheet.height > 2 * 128
     for wrong in ("style", "style=0:1", "style=0:1:1", "seed=0:1:3", "style=0:nan:3", "lora=0:1:2.5"):
         with pytest.raises(UsageError, match="is no sweep"):
             parse_sweep(wrong)
     with pytest.raises(UsageError, match="nothing to vary"):
-        sweep_sheet(base, "a dog", parse_sweep("lora=0:1:2"), (), style, (0,))
+        sweep_sheet(base, "a dog", parse_sweep("lora=0:1:2"), styles=styles)
 
 
 def test_frozen_rows_have_no_optimiser_state() -> None:

@@ -1,4 +1,4 @@
-"""The benchmark's rows on a user's own pictures: a tiny base, tiny CLIP and DINO, end to end, killed and resumed."""
+"""The benchmark's rows on a user's own pictures, end to end, killed and resumed; with a tiny base, tiny CLIP and DINO."""
 
 import json
 import shutil
@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from test_bench import count_once
 from tiny_models import save_clip, save_dino
 
 from unbraid.bench import results
@@ -42,7 +44,7 @@ TINY = Protocol(
 TRAINING: dict[str, Any] = {
     "dreambooth": {"rank": 2, "steps": 2},
     "blora": {"rank": 2, "steps": 2},
-    "unziplora": {"rank": 2, "steps": 4, "sample_times": 1, "window": 1},
+    "unziplora": {"rank": 2, "steps": 3, "sample_times": 1, "window": 1},
     "ziplora": {"steps": 2},
     "break": {"rank": 4, "steps": 2},
     "make": {"fine_tune": 2, "rank": 4},
@@ -162,8 +164,8 @@ def test_every_content_meets_every_style(given_folder: Path) -> None:
     assert [cell.task for cell in found[:6]] == ["separate"] * 2 + ["combine"] * 2 + ["recombine"] * 2
     assert len(found) == 12 and {cell.seed for cell in found[6:]} == {3}
     assert (found[4].content.subject, found[4].style.style) == ("cat", "noir")
-    asked = items(found[8], TINY)
-    assert [(item.use, item.prompt, item.seeds) for item in asked] == [("both", "a sks red dog in line style", (6, 7))]
+    wanted = items(found[8], TINY)
+    assert [(item.use, item.prompt, item.seeds) for item in wanted] == [("both", "a sks red dog in line style", (6, 7))]
     assert [item.use for item in items(found[0], TINY)] == ["content", "style", "both"]
 
 
@@ -181,11 +183,12 @@ def test_protocols_ask_for_what_they_can(way: Protocol, given_folder: Path) -> N
 def run_once(
     tmp_path_factory: pytest.TempPathFactory, v_base: Path, given_folder: Path, models: FieldModels
 ) -> Iterator[tuple[Path, list[Done]]]:
-    """A row of every kind, on one style and one subject; once for the tests that look at it."""
+    """A row of every kind, on one style and one subject; run once for all tests that use it."""
     work, images = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("less")
     shutil.copytree(given_folder, images, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PROTOCOLS, "tiny", TINY)
+        count_once(patch)
         (images / "styles" / "teapot in noir style.png").unlink()
         done = list(
             protocol(
@@ -199,7 +202,7 @@ def units(done: Iterable[Done]) -> list[Unit]:
     return [one.unit for one in done if one.unit]
 
 
-def told(done: Iterable[Done]) -> list[str]:
+def errors(done: Iterable[Done]) -> list[str]:
     return [results.to_json(unit) for unit in units(done)]
 
 
@@ -213,8 +216,8 @@ def test_every_row_runs_on_a_user_s_pictures(run_once: tuple[Path, list[Done]]) 
         assert unit.drawings, unit.row
         for drawing in unit.drawings:
             assert {"CLIP-T", "CLIP-I diversity"} <= set(drawing.scores)
-            asked = {"content": {"content"}, "style": {"style"}, "both": {"content", "style"}}[drawing.use]
-            assert {name.removeprefix("DINO to ") for name in drawing.scores if name.startswith("DINO to")} == asked
+            wanted = {"content": {"content"}, "style": {"style"}, "both": {"content", "style"}}[drawing.use]
+            assert {name.removeprefix("DINO to ") for name in drawing.scores if name.startswith("DINO to")} == wanted
 
 
 @pytest.mark.slow
@@ -236,7 +239,7 @@ def test_scores_are_those_of_the_saved_pictures(
 
 @pytest.mark.slow
 def test_the_copy_is_what_these_scores_reward(run_once: tuple[Path, list[Done]]) -> None:
-    """Documented in docs/field-metrics.md: a copy of the input wins every similarity to it."""
+    """As docs/field-metrics.md says, a copy of the input has the highest similarity to it by every metric."""
     _, done = run_once
     split = {unit.row: unit for unit in units(done) if unit.task == "separate"}
     for use, column in (("content", "DINO to content"), ("style", "CLIP-I to style")):
@@ -266,13 +269,13 @@ def test_again_repeats_nothing(
     monkeypatch.setattr("unbraid.bench.rows.training_cache.run", never)
     monkeypatch.setattr("unbraid.bench.rows.training_cache.render", never)
     options = {"name": "tiny", "selection": Selection(TASKS, NAMES), "training": TRAINING}
-    again = told(protocol(work, str(v_base), images, models, **options))
-    assert again == told(done)
-    fewer = FieldModels(dino=models.dino)  # other models: scored anew, not drawn anew
-    other = told(protocol(work, str(v_base), images, fewer, **options))
+    again = errors(protocol(work, str(v_base), images, models, **options))
+    assert again == errors(done)
+    fewer = FieldModels(dino=models.dino)  # with other models, drawings are scored again but not drawn again
+    other = errors(protocol(work, str(v_base), images, fewer, **options))
     assert other and not any("CLIP-T" in unit for unit in other)
-    back = told(protocol(work, str(v_base), images, models, **options))
-    assert back == told(done)
+    back = errors(protocol(work, str(v_base), images, models, **options))
+    assert back == errors(done)
 
 
 @pytest.mark.slow
@@ -306,7 +309,7 @@ def test_tables(run_once: tuple[Path, list[Done]]) -> None:
 
 @pytest.mark.parametrize("row", NP_LORA.rows)
 def test_the_harmonic_mean_is_np_lora_s(row: str) -> None:
-    """Its published columns give its published mean, to its two places."""
+    """The published columns give the published mean, to its two decimal places."""
     *four, mean, _ = NP_LORA.rows[row]
     scores: dict[str, float] = dict(zip(ALL_FOUR, four, strict=True))
     drawing = Drawing("both", "a dog", "dog", "ink", 0, "0.png", scores)
@@ -376,13 +379,16 @@ for one in p.protocol(Path(work), base, Path(images), models, name="tiny", selec
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(v_base: Path, given_folder: Path, dino_folder: Path, tmp_path: Path) -> None:
-    """A real kill in the middle of a training; the second start goes on, and repeats no unit."""
+@pytest.mark.usefixtures("bases_from_disk")
+def test_killed_and_started_again(
+    v_base: Path, given_folder: Path, dino_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real kill in the middle of a training; the second start continues, and repeats no unit."""
     work = tmp_path / "work"
     command = [sys.executable, "-c", SCRIPT, str(work), str(v_base), str(given_folder), str(dino_folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
-        process.stdin.write("20\n")
+        process.stdin.write("8\n")
         process.stdin.flush()
         assert process.stdout.readline() == "base alone \n"
         while not list(work.glob("made/*/run.toml")):
@@ -391,8 +397,15 @@ def test_killed_and_started_again(v_base: Path, given_folder: Path, dino_folder:
         process.send_signal(signal.SIGKILL)
     first = {file: file.stat().st_mtime_ns for file in work.glob("units/*/*")}
     assert sum(file.name == "unit.json" for file in first) == 1
-    out = subprocess.run(command, input="20\n", capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == ["base alone ", "direct sum "] * 2
+    way = {"content": (), "style": (), "both": TINY.prompts["both"]}
+    monkeypatch.setitem(PROTOCOLS, "tiny", replace(TINY, prompts=way))
+    models, rows = (
+        load_models(dino=str(dino_folder), device="cpu"),
+        Selection(["combine"], ["base alone", "direct sum"]),
+    )
+    training = {"dreambooth": {"rank": 2, "steps": 8}}
+    again = protocol(work, str(v_base), given_folder, models, name="tiny", selection=rows, training=training)
+    assert [(one.todo.row, one.error) for one in again] == [("base alone", ""), ("direct sum", "")] * 2
     assert {file: file.stat().st_mtime_ns for file in first} == first, "nothing was repeated"
     found = results.collect(work)
     assert len(found) == 4 and all(len(unit.drawings) == 2 for unit in found)

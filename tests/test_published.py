@@ -1,4 +1,4 @@
-"""Published tables: well-formed, sourced, and the values that papers are known for."""
+"""Published tables: they are well-formed, have sources, and contain some known values."""
 
 import math
 import re
@@ -94,7 +94,7 @@ def test_the_report_shows_every_table_as_not_comparable(tmp_path: Path) -> None:
 
 
 def test_results_without_a_digest_of_judge_and_art_are_reported(tmp_path: Path) -> None:
-    """As written before units were known by versions."""
+    """Such results were written before keys had versions."""
     drawing = Drawing("both", "p", "fox", "line art", 0, "f.png", {"content": 0.5, "style": 0.5})
     made = {"code": "10394e8c5413", "base": "c2cacf301c8c"}
     old = Unit("", "combine", "a row", "a cell, seed 0", 0, (drawing,), None, Cost(), made)

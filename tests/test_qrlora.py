@@ -1,4 +1,4 @@
-"""QR-LoRA: the same function as the paper's residual form, and an upper triangle that stays one through training."""
+"""QR-LoRA equals the paper's residual form, and only the upper triangle is trained."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The recipe of the embedded base, at a tiny size: what it holds out, what it says, and that a kill costs nothing."""
+"""The training recipe of the embedded base, at a tiny size: held-out data, captions, and resuming after a kill."""
 
 import copy
 import random
@@ -58,16 +58,16 @@ def test_concrete_nouns_come_up_more_often() -> None:
 
 
 def test_captions_name_what_is_drawn_or_say_nothing() -> None:
-    """One in ten is empty; now and then a word that stands for nothing is in the place of the subject or style, or names the subject."""
+    """One caption in ten is empty. Some have a meaningless word in place of the subject or style, or as a name of the subject."""
     rng = random.Random(0)
     texts = [captions.caption("fire-engine", "flat", rng, ("owl", "line art")) for _ in range(4000)]
     assert 0.07 < texts.count("") / len(texts) < 0.13
     assert {"a fire engine in flat style", "a fire engine", "flat style"} <= set(texts)
     assert {"a sks fire engine in flat style", "a owl in flat style", "a fire engine in line art style"} <= set(texts)
-    said = [text for text in texts if text]
+    with_text = [text for text in texts if text]
     assert (
         0.75
-        < sum(not {"owl", "sks", "monadikos", "unb", "art"} & set(text.split()) for text in said) / len(said)
+        < sum(not {"owl", "sks", "monadikos", "unb", "art"} & set(text.split()) for text in with_text) / len(with_text)
         < 0.85
     )
 
@@ -78,7 +78,7 @@ def test_words_that_stand_for_nothing_are_never_trained_with_a_meaning() -> None
 
 
 def test_a_tokenizer_that_is_there_stays(tmp_path: Path) -> None:
-    """Its trainer breaks ties at random: a resumed UNet would meet its words under other numbers."""
+    """The trainer of the tokenizer breaks ties at random, so a new one would give words other numbers than the UNet has learnt."""
     captions.train_tokenizer(("dog", "cat"), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     captions.train_tokenizer(("dog", "teapot"), tmp_path)
@@ -245,7 +245,7 @@ def test_hardening_changes_the_decoder_alone(tmp_path: Path) -> None:
 
 
 def test_workers_share_the_work(tmp_path: Path) -> None:
-    """Two workers with one example each take the step of the mean of their gradients, in shared weights."""
+    """Two workers with one example each take one step with the mean of their gradients, on shared weights."""
     schedule = config.Schedule(batch=1, steps=5, rate=0.1, warmup=1, ema=0.9, muon=0.1)
     torch.manual_seed(0)
     start = torch.nn.ModuleDict(
@@ -307,7 +307,7 @@ def test_muon_steps_are_near_orthogonal(dtype: torch.dtype) -> None:
 
 
 def test_half_precision_keeps_full_precision_weights(tmp_path: Path) -> None:
-    """Steps far below bfloat16's resolution must add up: the master copy is float32."""
+    """Steps far below the resolution of bfloat16 must add up, because the master copy is float32."""
     linear, device = torch.nn.Linear(4, 4, bias=False), torch.device("cpu")
     torch.nn.init.ones_(linear.weight)
     state = parallel.start_state(linear, tmp_path / "x", 1, device, torch.bfloat16)

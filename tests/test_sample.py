@@ -1,4 +1,4 @@
-"""Sampling: diffusers' own pipelines are the oracle."""
+"""Sampling, compared with diffusers' own pipelines."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Lora
 from unbraid.files.lora_file import write
-from unbraid.sampling.render import OWN, Use, render
+from unbraid.sampling.render import OWN, Sampling, Use, render
 from unbraid.sampling.sample import Term, classifier_free, generate
 from unbraid.sampling.samplers import SAMPLERS, with_sampler
 
@@ -50,21 +50,21 @@ def test_classifier_free_guidance_equals_the_stock_pipeline(kind: str, request: 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_equals_the_stock_pipeline(sampler: str, v_model: Base) -> None:
-    (ours,) = render(v_model, "a cat", guidance=5.0, seeds=(3,), steps=4, sampler=sampler)
+    (ours,) = render(v_model, "a cat", sampling=Sampling(guidance=5.0, seeds=(3,), steps=4, sampler=sampler))
     expected = stock(with_sampler(v_model, sampler), "a cat", 3, 5.0)
     assert expected.std() > 1 and np.abs(as_array(ours) - expected).max() <= 1
 
 
 def test_an_unknown_sampler_is_one_clear_line(v_model: Base) -> None:
-    with pytest.raises(UsageError, match="Did you mean euler"):
-        render(v_model, "a cat", sampler="eular")
+    with pytest.raises(UsageError, match="Did you mean 'euler'"):
+        render(v_model, "a cat", sampling=Sampling(sampler="eular"))
 
 
 @pytest.mark.parametrize("kind", ["v_base", "eps_base"])
 def test_a_lora_file_gives_the_stock_pipelines_picture(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """`load_lora_weights` on our file, and unbraid's own path, agree."""
+    """`load_lora_weights` on our file and unbraid's own sampling give the same picture."""
     base = bases.load(str(request.getfixturevalue(kind)), "cpu")
     rng = torch.Generator().manual_seed(0)
     adapters = Adapters.attach(base.denoiser)
@@ -74,7 +74,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
     path = tmp_path / "a.safetensors"
     write(path, modules, family="sdxl", dtype=torch.float32)
     plain = stock(base, "a cat", 1, 3.0)
-    (ours,) = render(base, "a cat", [Use(path)], guidance=3.0, seeds=(1,), steps=4)
+    (ours,) = render(base, "a cat", [Use(path)], sampling=Sampling(guidance=3.0, seeds=(1,), steps=4))
     base.pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
     theirs = stock(base, "a cat", 1, 3.0)
     assert np.abs(theirs - plain).max() > 10, "the LoRA must matter"
@@ -82,7 +82,7 @@ def test_a_lora_file_gives_the_stock_pipelines_picture(
 
 
 def test_terms_are_a_weighted_sum_in_their_time(v_model: Base) -> None:
-    """A term outside its interval does not count; three passes sum as written."""
+    """A term outside its interval does not count; the other terms are summed with their weights."""
     prompts = {name: v_model.encode_prompt(name) for name in ("a cat", "a dog", "negative")}
     from unbraid.sampling.sample import Guided
 
@@ -120,9 +120,9 @@ def test_own_prompts_come_from_the_file_and_change_the_picture(v_model: Base, tm
     modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
     adapters.detach()
     write(tmp_path / "a.safetensors", modules, family="sdxl", metadata={"unbraid.prompt": "a teapot"})
-    options = {"steps": 3, "height": SIZE, "width": SIZE}
+    sampling = Sampling(steps=3, height=SIZE, width=SIZE)
     pictures = [
-        as_array(render(v_model, "a cat", [Use(tmp_path / "a.safetensors", prompt=prompt)], **options)[0])  # type: ignore[arg-type]
+        as_array(render(v_model, "a cat", [Use(tmp_path / "a.safetensors", prompt=prompt)], sampling=sampling)[0])
         for prompt in (None, OWN, "a teapot", "a cat")
     ]
     assert np.array_equal(pictures[1], pictures[2])

@@ -1,4 +1,4 @@
-"""Everything on a device that is not the CPU: from start to written file, and the same as on the CPU up to rounding."""
+"""Everything on a device that is not the CPU, from start to written file, with the same results as the CPU up to rounding."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from tiny_bases import Tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.speed.time import timed
-from tools.speed.world import World
+from tools.speed.workload import Workload
 from unbraid.bases.base import Base, load
 from unbraid.bases.presets import PRESETS, Loading
 from unbraid.core.adapters import Adapters
@@ -34,7 +34,7 @@ from unbraid.runs.batch import batch
 from unbraid.runs.job import Job
 from unbraid.runs.run import run
 from unbraid.sampling.canvas import Control, Start
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ CUTS = {key: inspect.signature(break_).parameters[key].default for key in CUT}
 
 @pytest.fixture(autouse=True)
 def written_out() -> Iterator[None]:
-    """Attention as it is on the device, so that the CPU's numbers are the same."""
+    """Attention as it is computed on the device, so that numbers on the CPU are the same."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -56,7 +56,7 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 
 
 def close(one: Path, other: Path) -> None:
-    """The same LoRA but for rounding, of which AdamW makes more."""
+    """Check that LoRAs are the same up to rounding, which AdamW amplifies."""
     first, second = load_file(one), load_file(other)
     assert first.keys() == second.keys()
     a, b = (torch.cat([value.flatten().double() for value in some.values()]) for some in (first, second))
@@ -100,7 +100,7 @@ def test_it_counts_what_the_host_waits_for(second: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_numbers_are_the_cpus(second: str, dtype: torch.dtype) -> None:
-    """Forward, backward and an optimiser's step of a net with everything that a UNet has."""
+    """Forward pass, backward pass and optimiser step of a network with all operators of a UNet."""
     torch.manual_seed(0)
     net: Any = torch.nn.ModuleDict(
         {
@@ -133,7 +133,9 @@ def test_its_numbers_are_the_cpus(second: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("loaded_once")
 def test_every_method_from_start_to_file(second: str, tiny: Tiny, picture: Path, tmp_path: Path) -> None:
-    devices = ("cpu", second) if tiny.folder.parent.name.startswith("tiny_sdxl") else (second,)  # once is enough
+    devices = (
+        ("cpu", second) if tiny.folder.parent.name.startswith("tiny_sdxl") else (second,)
+    )  # on the CPU for one base only
     found = {}
     for device in devices:
         (tmp_path / device).mkdir()
@@ -194,39 +196,39 @@ def test_several_runs_at_once(second: str, tiny_sdxl: Tiny, picture: Path, tmp_p
 
 @pytest.mark.parametrize("name", ["split", "zip", "pair"])
 def test_the_published_steps_of_the_bench(second: str, name: str, tiny_sdxl: Tiny) -> None:
-    """In half precision, as on a GPU; and with every picture as it comes from the autoencoder."""
+    """In half precision, as on a GPU, with pictures encoded at every step."""
     base = load(str(tiny_sdxl.folder), second, Loading(vram="24"))
     pixels = torch.rand(3, base.size, base.size) * 2 - 1
     picture, roles = base.encode_picture(pixels, (64, 64, 0, 0, 64, 64)), ("both", "content", "style")
     prompts = {role: base.encode_prompt(f"a {role}") for role in roles}
-    world = World(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
-    assert all(seconds > 0 for _, seconds in timed(name, world, 2, 1, 0))
+    workload = Workload(base, prompts, lambda roles: {role: [picture] for role in roles}, 2, "tiny")
+    assert all(seconds > 0 for _, seconds in timed(name, workload, 2, 1, 0))
 
 
 # ---- drawing
 
 
 def random_loras(base: Base, out: Path, method: str = "dreambooth") -> list[Path]:
-    """Two for the base."""
+    """Two random LoRAs for the base."""
     files, adapters = [], Adapters.attach(copy.deepcopy(base.denoiser))
     for i, name in enumerate(("content", "style")):
         adapters.new(name, 4, torch.Generator().manual_seed(i), up_std=0.1)
         modules: dict[str, Lora] = {f"unet.{layer}": one for layer, one in adapters.folded(name).items()}
-        told = {
+        metadata = {
             "unbraid.prompt": f"a {name}",
             "unbraid.style": "ink",
             "unbraid.method": method,
             "unbraid.base": base.name,
         }
-        told["unbraid.settings"] = json.dumps({**CUTS, "kind": name, "rank": 4})
+        metadata["unbraid.settings"] = json.dumps({**CUTS, "kind": name, "rank": 4})
         files.append(out / f"{name}.safetensors")
-        write(files[-1], modules, family=base.family.name, metadata=told)
+        write(files[-1], modules, family=base.family.name, metadata=metadata)
     return files
 
 
 @pytest.fixture(scope="session", params=KINDS)
 def drawn(request: pytest.FixtureRequest, second: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One base on both devices, and two LoRAs for it."""
+    """The same base on both devices, and two LoRAs for it."""
     tiny: Tiny = request.getfixturevalue(request.param)
     here, there = load(str(tiny.folder), "cpu"), load(str(tiny.folder), second)
     files = random_loras(here, tmp_path_factory.mktemp("loras"))
@@ -241,10 +243,10 @@ def mask(tmp_path: Path) -> Path:
     return tmp_path / "mask.png"
 
 
-def same_picture(drawn: Any, **asked: Any) -> None:
+def same_picture(drawn: Any, **settings: Any) -> None:
     here, there, _ = drawn
-    told = {"steps": 2, **asked}
-    ours, theirs = (np.asarray(render(base, "a cat", **told)[0]).astype(int) for base in (there, here))
+    settings = {"sampling": Sampling(steps=2), **settings}
+    ours, theirs = (np.asarray(render(base, "a cat", **settings)[0]).astype(int) for base in (there, here))
     assert theirs.std() > 1 and np.abs(ours - theirs).max() <= 2
 
 
@@ -252,9 +254,15 @@ FORMULAS: dict[str, Callable[[Use, Use], dict[str, Any]]] = {
     "classifier-free": lambda content, style: {},
     "a LoRA": lambda content, style: {"uses": [content]},
     "its own prompt": lambda content, style: {"uses": [content, Use(style.file, 0.5, prompt="own")]},
-    "style guidance": lambda content, style: {"styles": [style]},
-    "several styles": lambda content, style: {"uses": [content], "styles": [style, Use(content.file, 0.5)]},
-    "style from 0.6": lambda content, style: {"styles": [style], "style_from": 0.6, "negative": "blurry"},
+    "style guidance": lambda content, style: {"styles": StyleGuidance([style])},
+    "several styles": lambda content, style: {
+        "uses": [content],
+        "styles": StyleGuidance([style, Use(content.file, 0.5)]),
+    },
+    "style from 0.6": lambda content, style: {
+        "styles": StyleGuidance([style], begin=0.6),
+        "sampling": Sampling(steps=2, negative="blurry"),
+    },
     "k-lora": lambda content, style: {"uses": [content, style], "combine": "k-lora"},
     "switch": lambda content, style: {"uses": [content, style], "combine": "switch"},
     "composite": lambda content, style: {"uses": [content, style], "combine": "composite"},
@@ -269,26 +277,28 @@ def test_every_formula(drawn: Any, name: str) -> None:
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm++", "ddim"])
 def test_samplers(drawn: Any, sampler: str) -> None:
-    same_picture(drawn, sampler=sampler)
+    same_picture(drawn, sampling=Sampling(steps=2, sampler=sampler))
 
 
 def test_drawing_on_a_picture_and_on_a_part_of_it(drawn: Any, picture: Path, mask: Path) -> None:
     content = Use(drawn[2][0])
-    same_picture(drawn, uses=[content], start=Start(picture, 0.7))
-    same_picture(drawn, uses=[content], start=Start(picture, 0.7, mask))
+    same_picture(drawn, uses=[content], inputs=ImageInputs(Start(picture, 0.7)))
+    same_picture(drawn, uses=[content], inputs=ImageInputs(Start(picture, 0.7, mask)))
 
 
 def test_drawing_after_a_map(drawn: Any, picture: Path, tmp_path: Path) -> None:
     net = controlnet(drawn[0], tmp_path / "net")
-    same_picture(drawn, styles=[Use(drawn[2][1])], control=Control(str(net), picture, 0.8))
+    inputs = ImageInputs(control=Control(str(net), picture, 0.8))
+    same_picture(drawn, styles=StyleGuidance([Use(drawn[2][1])]), inputs=inputs)
 
 
 def test_editing(drawn: Any, picture: Path) -> None:
-    same_picture(drawn, styles=[Use(drawn[2][1])], edit=picture, steps=3)
+    styles = StyleGuidance([Use(drawn[2][1])])
+    same_picture(drawn, styles=styles, inputs=ImageInputs(edit=picture), sampling=Sampling(steps=3))
 
 
 def test_the_autoencoder_comes_and_goes(drawn: Any) -> None:
-    """While training it is not on the device; pictures bring it there."""
+    """The autoencoder is on the device only while pictures are encoded or drawn."""
     there: Base = copy.copy(drawn[1])
     there.pipe = copy.copy(there.pipe)
     there.release()

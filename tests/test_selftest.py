@@ -1,4 +1,4 @@
-"""`unbraid selftest`: every row passes where all is well; what fails is named, and does not stop the others."""
+"""`unbraid selftest`: every row passes if all works; a failing row is named, and does not stop the others."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_sd15_and_a_folder_that_stays(tiny_sd15: Tiny, tmp_path: Path) -> None:
 def test_what_fails_is_named(
     v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Training comes to its end, and dies while it writes."""
+    """Training ends normally, but writing the LoRAs fails."""
 
     def dies(*given: Any, **more: Any) -> None:
         raise TypeError("can't convert a tensor\nof that device")
@@ -80,18 +80,18 @@ def test_what_fails_is_named(
     rows = ("--only", "unziplora", "--only", "k-lora", "--only", "edit", "--only", "image to image")
     assert command(monkeypatch, "--base", str(v_base), *rows) == 1
     out, _ = capsys.readouterr()
-    said = out.splitlines()
-    assert "unziplora: TypeError: can't convert a tensor" in said
-    assert "k-lora: selftest: the LoRAs of unziplora could not be made. See the row unziplora." in said
-    assert "edit: TypeError: can't convert a tensor" in said, "one row does not stop the others"
-    assert "The full tracebacks: selftest.log" in said and said[-1].startswith("0 of 4 pass")
+    lines = out.splitlines()
+    assert "unziplora: TypeError: can't convert a tensor" in lines
+    assert "k-lora: selftest: the LoRAs of unziplora could not be made. See the row unziplora." in lines
+    assert "edit: TypeError: can't convert a tensor" in lines, "one row does not stop the others"
+    assert "The full tracebacks: selftest.log" in lines and lines[-1].startswith("0 of 4 pass")
     log = (tmp_path / "selftest.log").read_text()
     assert "in dies" in log and "of that device" in log and f"torch: {torch.__version__}" in log
 
 
 @pytest.mark.slow
 def test_a_lora_that_is_not_used_whole_fails(v_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers says nothing to a user whose file has layers that the base has not."""
+    """diffusers gives no error if a file has layers that the base does not have."""
     scene = Scene(str(v_base), "cpu", tmp_path)
     (file,) = scene.loras("dreambooth")
     modules = selftest_scene.read(file).modules

@@ -1,4 +1,4 @@
-"""What a checkpoint's header says: family, prediction type, size; and the configurations made of it, at the real sizes."""
+"""What a checkpoint's header shows (kind, prediction type, size), and the configurations derived from it at the real sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from tiny_bases import Tiny
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from unbraid.bases.clip_tokenizer import clip_tokenizer
-from unbraid.bases.single_file import configs, empty_unet
+from unbraid.bases.families.unet import UNet
+from unbraid.bases.single_file import configs
 from unbraid.bases.sniff import sniff
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import read_header
@@ -50,7 +51,7 @@ VAE_PARAMETERS = 83_653_863
 
 
 def real_size(kind: str) -> State:
-    """A whole checkpoint of the real size, without values."""
+    """A complete checkpoint of the real size, without values."""
     with torch.device("meta"):
         state = unet_state(UNet2DConditionModel(**STOCK[kind]))
         state |= vae_state(stock_vae(), "first_stage_model.")
@@ -96,7 +97,7 @@ def test_real_sizes_give_the_stock_configurations(kind: str, tmp_path: Path) -> 
     found = configs(checkpoint)
     unet = found["unet/config.json"]
     assert {key: unet[key] for key in STOCK[kind]} == STOCK[kind]
-    assert sum(p.numel() for p in empty_unet(unet).parameters()) == PARAMETERS[kind]
+    assert sum(p.numel() for p in UNet().empty(unet).parameters()) == PARAMETERS[kind]
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(found["vae/config.json"])
         texts = [found[name] for name in ("text_encoder/config.json", "text_encoder_2/config.json") if name in found]
@@ -121,7 +122,7 @@ def test_modelspec_says_what_is_predicted(
     shapes = {key: torch.empty(shape, device="meta") for key, shape in read_header(tiny_sdxl.file).shapes.items()}
     checkpoint = sniff(save_header(shapes, tmp_path / "m.safetensors", **marks))
     assert (checkpoint.prediction, checkpoint.zero_snr) == (prediction, zero_snr)
-    assert checkpoint.side == 1024, "nothing was said of the resolution"
+    assert checkpoint.side == 1024, "the resolution is not stated"
     marked = {**shapes, "v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     checkpoint = sniff(save_header(marked, tmp_path / "v.safetensors"))
     assert (checkpoint.prediction, checkpoint.zero_snr) == ("v_prediction", True)
@@ -180,8 +181,8 @@ OTHERS: dict[str, tuple[State, str]] = {
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_other_files_are_named(what: str, tmp_path: Path) -> None:
-    state, said = OTHERS[what]
-    with pytest.raises(UsageError, match=said) as error:
+    state, message = OTHERS[what]
+    with pytest.raises(UsageError, match=message) as error:
         sniff(save_header(state, tmp_path / "file.safetensors"))
     assert "\n" not in str(error.value) and error.value.fix
 

@@ -1,4 +1,4 @@
-"""The published forms that `tools.speed` measures against compute what ours computes, in double precision."""
+"""In double precision, the published forms in `tools.speed` compute the same as ours."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tools.speed.count import _kinds
 from tools.speed.gpu import whole_run
 from tools.speed.published import Form, dense_product, factorised, published
 from tools.speed.time import timed
-from tools.speed.world import WORDS, World, icons
+from tools.speed.workload import WORDS, Workload, icons
 from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
 from unbraid.core.adapters import Adapters
@@ -91,7 +91,7 @@ def test_the_published_loop_equals_ours(run_data: RunData, name: str, checkpoint
 
 @pytest.mark.slow
 def test_every_case_says_what_a_run_is_made_of() -> None:
-    """Two kinds of step in `pair`, a third of them without the style; one kind in the others."""
+    """`pair` has two kinds of steps, a third of them without the style adapter; the others have one kind."""
     for name, case in CASES.items():
         kinds = _kinds(case.ours(4, case.steps).branches(i) for i in range(case.steps))
         assert [round(share, 3) for _, share in kinds] == ([0.333, 0.667] if name == "pair" else [1.0])
@@ -99,12 +99,12 @@ def test_every_case_says_what_a_run_is_made_of() -> None:
 
 @pytest.mark.slow
 def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the embedded base, a few steps each; what is timed leaves the base as it was."""
-    world = icons("cpu")
-    before = {key: value.clone() for key, value in world.base.denoiser.state_dict().items()}
-    ways = [way for way, _ in timed("zip", world, 1, 1)]
-    assert ways == ["published", "published, no gradient checkpointing", "ours", "ours, teachers asked ahead"]
-    after = world.base.denoiser.state_dict()
+    """On the embedded base, with a few steps each. The measurements do not change the base."""
+    workload = icons("cpu")
+    before = {key: value.clone() for key, value in workload.base.denoiser.state_dict().items()}
+    ways = [way for way, _ in timed("zip", workload, 1, 1)]
+    assert ways == ["published", "published, no gradient checkpointing", "ours", "ours, teachers precomputed"]
+    after = workload.base.denoiser.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
     gpu(["split"])
     assert torch.cuda.is_available() or "No GPU here" in capsys.readouterr().out
@@ -113,13 +113,13 @@ def test_the_bench_runs_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["split", "zip", "learn"])
 def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: weights and activations in bf16, targets in fp32. CUDA takes no loss of two dtypes; a CPU does."""
+    """As on a GPU: weights and activations in bf16, targets in fp32. On CUDA a loss of two dtypes fails; on a CPU it does not."""
     unet: Any = v_model.denoiser
     unet.to(torch.bfloat16)
     prompts = {role: Prompt(torch.randn(24, 64).bfloat16(), torch.randn(64).bfloat16()) for role in WORDS}
     picture = Picture(torch.randn(4, 8, 8), torch.full((4, 8, 8), 0.1), torch.full((6,), 32.0))
-    world, losses, mse = (
-        World(v_model, prompts, lambda roles: {role: [picture] for role in roles}, 4, "tiny"),
+    workload, losses, mse = (
+        Workload(v_model, prompts, lambda roles: {role: [picture] for role in roles}, 4, "tiny"),
         [],
         F.mse_loss,
     )
@@ -130,11 +130,11 @@ def test_losses_of_half_precision_are_full_precision(v_model: Base, name: str, m
         return losses[-1]
 
     monkeypatch.setattr(F, "mse_loss", loss)
-    assert all(seconds > 0 for _, seconds in timed(name, world, 1, 1, warm=0)) and losses
+    assert all(seconds > 0 for _, seconds in timed(name, workload, 1, 1, warm=0)) and losses
 
 
 def test_a_whole_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = icons("cpu")
+    workload = icons("cpu")
     monkeypatch.setattr("tools.speed.gpu.CASES", {"pair": replace(CASES["pair"], steps=3)})
-    seconds, _ = whole_run("pair", world)
-    assert seconds > 0 and not any("adapters" in name for name, _ in world.base.denoiser.named_modules())
+    seconds, _ = whole_run("pair", workload)
+    assert seconds > 0 and not any("adapters" in name for name, _ in workload.base.denoiser.named_modules())

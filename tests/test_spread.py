@@ -1,4 +1,4 @@
-"""Runs in several processes, each with its share of them."""
+"""Runs in several processes, each with a share of the runs."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from test_run import cli_in_process
 
-from unbraid.bases.base import found_device, load
+from unbraid.bases.base import load
+from unbraid.bases.devices import found_device
 from unbraid.bases.presets import Loading
 from unbraid.common.errors import UsageError
 from unbraid.runs.api import learn_job, split_job
@@ -20,15 +21,16 @@ from unbraid.runs.spread import cards, run_spread
 
 pytestmark = pytest.mark.slow
 
-SLOW = 4000  # steps: more than a test waits for
+SLOW = 4000  # steps: many more than can be done during a test
 
 
 def job(out: Path, base: Path, picture: Path, seed: int, steps: int = 3) -> Job:
     return learn_job(picture, prompt="a sks cat", base=str(base), rank=2, steps=steps, seed=seed, previews=0, out=out)
 
 
+@pytest.mark.usefixtures("bases_from_disk")
 def test_each_process_has_its_share(v_base: Path, picture: Path, tmp_path: Path) -> None:
-    """All LoRAs are there, and are those of runs alone; what fails is said of the run it is about."""
+    """All LoRAs are written and equal those of single runs; errors are reported for the run that failed."""
     jobs = [job(tmp_path / f"{i}", v_base, picture, i) for i in range(3)]
     list(run(job(tmp_path / "alone", v_base, picture, 2), device="cpu"))
     jobs.append(job(tmp_path / "no", tmp_path / "no base", picture, 0))
@@ -44,15 +46,15 @@ def test_each_process_has_its_share(v_base: Path, picture: Path, tmp_path: Path)
 
 def test_a_process_that_is_killed_is_told(v_base: Path, picture: Path, tmp_path: Path) -> None:
     jobs = [job(tmp_path / "long", v_base, picture, 0, SLOW), job(tmp_path / "short", v_base, picture, 1)]
-    told, killed = [], False
+    messages, killed = [], False
     for which, event in run_spread(jobs, 2, at_once=1, device="cpu"):
-        told.append((which, event))
+        messages.append((which, event))
         if not killed and (tmp_path / "long" / "run.toml").exists():
             children = psutil.Process().children()
             holder = next(one for one in children if (tmp_path / "long" / ".lock") in map(Path, _open(one)))
             os.kill(holder.pid, signal.SIGKILL)
             killed = True
-    failed = {which: str(event) for which, event in told if isinstance(event, UsageError)}
+    failed = {which: str(event) for which, event in messages if isinstance(event, UsageError)}
     assert list(failed) == [0] and "its process ended with -9" in failed[0]
     assert (tmp_path / "short" / "lora.safetensors").exists()
 
@@ -76,7 +78,7 @@ def test_a_device_that_is_not_there_is_one_line(name: str, v_base: Path) -> None
 
 
 def test_the_command_line_says_where(v_base: Path, picture: Path, tmp_path: Path) -> None:
-    """A run elsewhere says so in its record, and may go on somewhere else; two processes are one option."""
+    """run.toml records the device, and a run can continue on another one; `--processes 2` is an option."""
     where = ["--base", str(v_base), "--set", "rank=2", "--set", "steps=2", "--previews", "0", "--quiet"]
     one = ["learn", str(picture), "--prompt", "a sks cat", *where, "--out", str(tmp_path / "r")]
     assert cli_in_process([*one, "--device", "cuda:99"])[0] == 1

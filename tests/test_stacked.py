@@ -1,4 +1,4 @@
-"""Stacked factors against the formula, row by row with dense matrices, in double precision: outputs and all gradients."""
+"""Stacked factors compared with the formula, row by row with dense matrices in double precision: outputs and gradients."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def model(ranks: tuple[int, int], mergers: bool) -> tuple[nn.Module, Adapters]:
 def formula(
     layer: nn.Module, adapters: dict[str, Factors], seen: Tensor, row: tuple[Active, ...], own: dict[str, Tensor]
 ) -> Tensor:
-    """y = W0 x + Σ scale · g ⊙ B (n ⊙ A (m ⊙ x_a)) with d×k matrices, of one row."""
+    """y = W0 x + Σ scale · g ⊙ B (n ⊙ A (m ⊙ x_a)) for one row, with d×k matrices."""
     y = layer(seen)
     for active in row:
         factors = adapters[active.adapter]
@@ -116,28 +116,28 @@ def test_an_adapter_that_not_every_layer_has() -> None:
 
 
 def test_the_base_looks_at_a_prompt_once() -> None:
-    """And again when the prompt is another one, or has been changed."""
+    """W0 of a prompt is computed again only for another prompt, or one that was changed in place."""
     _, adapters = model((2, 2), False)
     calls = []
     layer = adapters.layers["block.attn2.to_k"]
     layer.base.register_forward_hook(lambda *_: calls.append(1))
     text = torch.randn(2, N, K).double()
 
-    def ask(text: Tensor) -> Tensor:
+    def compute(text: Tensor) -> Tensor:
         with adapters.activate([(A,)] * len(text)):
             return layer(text)
 
-    first = ask(text)
-    assert torch.equal(ask(text), first) and len(calls) == 1
-    other = ask(text.clone() + 1)
+    first = compute(text)
+    assert torch.equal(compute(text), first) and len(calls) == 1
+    other = compute(text.clone() + 1)
     assert len(calls) == 2 and not torch.equal(other, first)
     text += 1
-    assert torch.equal(ask(text), other) and len(calls) == 3
+    assert torch.equal(compute(text), other) and len(calls) == 3
     for _ in range(2):
-        ask(text[:1].expand(MOST_ROWS + 1, -1, -1))  # many rows: not worth the memory
+        compute(text[:1].expand(MOST_ROWS + 1, -1, -1))  # too many rows to be cached
     assert len(calls) == 5
     for _ in range(20):
-        ask(torch.randn(1, N, K).double())
+        compute(torch.randn(1, N, K).double())
     assert len(layer._known) <= 8
     queries = adapters.layers["block.attn1.to_q"]
     queries(text)
@@ -157,7 +157,7 @@ def test_adamw_is_torchs_bit_for_bit() -> None:
             a.grad = torch.randn(a.shape, generator=rng)
             b.grad = a.grad.clone()
         if i == 2:
-            ours[0].grad = theirs[0].grad = None  # a part that does not train now
+            ours[0].grad = theirs[0].grad = None  # a parameter without a gradient in this step
         one.step()
         other.step()
         one.load_state_dict(one.state_dict())

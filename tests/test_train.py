@@ -13,7 +13,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.core.state import State
 from unbraid.core.train import train
 
@@ -56,7 +56,7 @@ def ready(run_data: RunData, one: Recipe, seed: int = 0) -> State:
 
 
 def gradients(run_data: RunData, at_once: int) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of one step, caught before the optimiser."""
+    """The gradients of one step, taken before the optimiser step."""
     caught: dict[str, torch.Tensor] = {}
 
     def catch(adapters: Adapters, step: int) -> None:
@@ -66,7 +66,7 @@ def gradients(run_data: RunData, at_once: int) -> tuple[dict[str, torch.Tensor],
                     {f"{i}/{name}/{part}": p.grad.clone() for part, p in factors.parts() if p.grad is not None}
                 )
 
-    one = Recipe(prepare, lambda step: BRANCHES, RATES, 1, after_backward=catch)  # type: ignore[arg-type]
+    one = Recipe(prepare, lambda step: BRANCHES, RATES, 1, hooks=Hooks(after_backward=catch))  # type: ignore[arg-type]
     state = ready(run_data, one)
     (step,) = train(run_data, one, state, at_once)
     state.adapters.detach()
@@ -77,7 +77,7 @@ def test_branches_batched_equal_one_by_one(run_data: RunData) -> None:
     alone, loss = gradients(run_data, 1)
     together, loss_together = gradients(run_data, 3)
     assert loss == pytest.approx(loss_together, abs=1e-14)
-    assert alone.keys() == together.keys() and sum(map(len, alone.values())) > 100  # of as many layers
+    assert alone.keys() == together.keys() and sum(map(len, alone.values())) > 100  # in as many layers
     assert max((alone[key] - together[key]).abs().max().item() for key in alone) < 1e-14
 
 
@@ -162,7 +162,7 @@ def test_nan_is_told_with_its_step(run_data: RunData) -> None:
         up = adapters.pieces_of("a")[0].up
         return up.sum() * float("nan") if step == 1 else None
 
-    one = Recipe(prepare, lambda step: BRANCHES, RATES, 3, penalty=poison)  # type: ignore[arg-type]
+    one = Recipe(prepare, lambda step: BRANCHES, RATES, 3, hooks=Hooks(penalty=poison))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"step 1: the loss is nan"):
         list(train(run_data, one, ready(run_data, one)))
 

@@ -87,22 +87,22 @@ def test_every_period_grants_exactly_the_ratio_and_content_chooses_first(run_dat
     assert seen == {None, "content", "style"}
 
 
-def books(scores: list[float], owned: bool = False) -> Ledger:
+def scored_ledger(scores: list[float], owned: bool = False) -> Ledger:
     made = Ledger(torch.zeros(len(scores)), owned)
     made.score += torch.tensor(scores)
     return made
 
 
 def test_content_chooses_first_and_ties_go_to_the_lower_index() -> None:
-    content, style = books([1, 5, 5, 5, 2, 0, 0, 0, 0, 0]), books([1, 9, 9, 1, 8, 8, 0, 0, 0, 0])
+    content, style = scored_ledger([1, 5, 5, 5, 2, 0, 0, 0, 0, 0]), scored_ledger([1, 9, 9, 1, 8, 8, 0, 0, 0, 0])
     grant(content, style, 0.2, None)
     assert content.owned.nonzero().flatten().tolist() == [1, 2] and style.owned.nonzero().flatten().tolist() == [4, 5]
     assert not content.score.any() and not style.score.any(), "a new period starts from zero"
 
 
 def test_a_contested_channel_goes_to_the_one_it_matters_more_to() -> None:
-    """Relative to each adapter's own mean: scale does not decide."""
-    sparse, full = books([8, 6, 1, 1]), books([100, 1000, 100, 100], owned=True)
+    """Scores are relative to each adapter's own mean, so their scale does not matter."""
+    sparse, full = scored_ledger([8, 6, 1, 1]), scored_ledger([100, 1000, 100, 100], owned=True)
     grant(sparse, full, 0.5, "style")
     assert sparse.owned.tolist() == [True, True, False, False] and full.owned.all()
     assert full.losing.tolist() == [True, False, False, False] and sparse.losing.tolist() == [False, True, False, False]
@@ -115,7 +115,7 @@ def test_gates_move_only_for_the_loser_of_a_contested_channel(run_data: RunData)
     for both in pairs(state.adapters).values():
         assert not (ledger(both[0]).losing & ledger(both[1]).losing).any()
         for factors in both:
-            if factors.channels is None:  # never contested
+            if factors.channels is None:  # its channels cannot be contested
                 assert not ledger(factors).losing.any()
                 continue
             assert (factors.channels[~ledger(factors).losing] == 1).all()
@@ -154,7 +154,7 @@ def test_masks_and_scores_resume(run_data: RunData) -> None:
 
 
 def test_sdxl_has_560_targets_in_three_groups() -> None:
-    """By module name, on a meta-device UNet with SDXL's published configuration."""
+    """By module name, on a UNet with SDXL's published configuration on the meta device."""
     from diffusers import UNet2DConditionModel
 
     sdxl: dict[str, Any] = {
@@ -223,7 +223,7 @@ def test_official_score_is_the_thresholded_count() -> None:
 
 
 def test_official_run_keeps_its_defects(run_data: RunData) -> None:
-    """Masks act, exclusive gates leak at period boundaries, weight decay reaches the gates."""
+    """Masks are applied, gates of uncontested channels change at the start of a period, and weight decay applies to gates."""
     state, recipe = start(run_data, compat="official", steps=30, rank=8, merger_lr=0.05)
     assert recipe.rates["content", "merger"] == Rate(5e-3 * 10, 1e-4)
     for step in train(run_data, recipe, state):

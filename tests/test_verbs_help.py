@@ -1,4 +1,4 @@
-"""The help of the training verbs lists their methods, and each shared option is declared once."""
+"""The help of the training verbs lists their methods and settings, and each shared option is declared once."""
 
 import inspect
 

@@ -1,7 +1,7 @@
-"""Results of the benchmark are known by versions: whatever changes a figure must raise the version that stands for it.
+"""The keys of benchmark results have versions: a change that alters a figure must raise the version that stands for it.
 
-tests/versions.json holds what everything with a version gives. After a change that is meant, raise the version that the test names
-and record anew: `RECORD=1 python -m pytest -n 0 tests/test_versions.py`.
+tests/versions.json records the results of everything that has a version. After an intended change, raise the version that the test
+names, and record the new results: `RECORD=1 python -m pytest -n 0 tests/test_versions.py`.
 """
 
 import json
@@ -28,7 +28,7 @@ from unbraid.files.merge import Size
 from unbraid.files.merge_methods import METHODS as MERGES
 from unbraid.files.tools import Source, merge_files
 from unbraid.methods import METHODS
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, Use, render
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ Figures = dict[str, list[float]]
 
 
 def of_file(file: Path) -> float:
-    """Depends on every change of weight in it."""
+    """A figure that changes with every weight in the file."""
     total = 0.0
     for name, lora in read(file).modules.items():
         change = delta(lora).double()
@@ -47,14 +47,14 @@ def of_file(file: Path) -> float:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of every step; none where nothing is trained."""
+    """The loss of every step; empty if nothing is trained."""
     events = folder / "events.jsonl"
     return [json.loads(line)["loss"] for line in events.read_text().splitlines()] if events.exists() else []
 
 
 @pytest.fixture(scope="module")
 def found(tiny_sdxl: Tiny, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
-    """Version → what it stands for gives: losses and LoRAs of every method, brightness of drawings, scores."""
+    """Version → the results that it stands for: losses and LoRAs of every method, brightness of drawings, scores."""
     work = tmp_path_factory.mktemp("versions")
     made = everything(str(tiny_sdxl.folder), picture, work)
     methods = {
@@ -68,7 +68,7 @@ def found(tiny_sdxl: Tiny, picture: Path, tmp_path_factory: pytest.TempPathFacto
         merged[name] = [of_file(work / f"{name}.safetensors")]
     base, drawn = load(str(tiny_sdxl.folder), "cpu"), {}
     for combine in ("sum", "k-lora", "switch", "composite"):
-        (image,) = render(base, "a sks cat", [Use(content), Use(style)], combine=combine, steps=2)
+        (image,) = render(base, "a sks cat", [Use(content), Use(style)], combine=combine, sampling=Sampling(steps=2))
         drawn[combine] = (np.asarray(image).mean((0, 1)) / 255).tolist()
     art = known_art()
     shown = torch.stack([art.picture(name, "noto") for name in ("dog", "violin")])
@@ -99,7 +99,7 @@ def test_what_changes_results_raises_a_version(found: dict[str, Figures]) -> Non
 
 
 def test_a_key_knows_what_it_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not where the code is: a module that is moved, or a function by another name, throws nothing away."""
+    """It does not depend on code: moving a module or renaming a function keeps all results valid."""
     (todo,) = grid.plan(tmp_path, QUICK, chosen(("separate",), ("UnZipLoRA",)))
     key = grid.key(todo)
     row = grid._row(todo)

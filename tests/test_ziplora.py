@@ -1,4 +1,4 @@
-"""ZipLoRA against its dense definition, and `unbraid zip` on a tiny base."""
+"""ZipLoRA, compared with its dense definition, and `unbraid zip` on a tiny base."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ ROLES = ("content", "style")
 
 @pytest.fixture
 def run_data(v_model: Base) -> Iterator[RunData]:
-    """On a UNet of four transformer blocks, an SDXL in small: a hundred steps of it are a few seconds."""
+    """RunData on a small SDXL with four transformer blocks; a hundred steps take a few seconds."""
     torch.manual_seed(0)
     fewer = {"layers_per_block": 1, "block_out_channels": (32, 64), "transformer_layers_per_block": (1, 1)}
     kinds = {
@@ -141,8 +141,8 @@ def test_the_cosine_does_not_pull_at_the_start_and_the_others_do(run_data: RunDa
     for similarity, pulls in (("cos", False), ("dot", True), ("product", True)):
         (recipe,) = ziplora(BLOCKS["sdxl"], similarity=similarity, granularity="column")  # type: ignore[arg-type]
         recipe.prepare(adapters, torch.Generator())
-        assert recipe.penalty
-        penalty = recipe.penalty(adapters, 0)
+        assert recipe.hooks.penalty
+        penalty = recipe.hooks.penalty(adapters, 0)
         assert penalty is not None
         penalty.backward()
         gradient = max(float(one.columns.grad.abs().max()) for one in adapters.of("content").values())  # type: ignore[union-attr]
@@ -160,7 +160,7 @@ def test_the_default_is_per_rank_and_per_column_where_ranks_differ(run_data: Run
 
 
 class Toy(nn.Module):
-    """Six residual layers, wide enough for the forms of similarity to differ; it is its own Denoiser."""
+    """A Denoiser with six residual layers, wide enough for the kinds of similarity to differ."""
 
     WIDTH = 64
     prompts: Mapping[str, Tensor] = {}
@@ -188,7 +188,7 @@ class Toy(nn.Module):
 
 @pytest.mark.slow
 def test_collapse_is_seen() -> None:
-    """The raw dot product shrinks both LoRAs alike; the cosine does not; the public recipe does nothing."""
+    """The raw dot product shrinks both LoRAs in the same way, the cosine does not, and the public recipe changes nothing."""
     found = {}
     for name, settings in {
         "dot": {"similarity": "dot", "weight": 0.1},
@@ -242,7 +242,7 @@ def make(path: Path, base: Base, seed: int, rank: int, dialect: str, prompt: str
 
 @pytest.mark.slow
 def test_zip_makes_two_files_that_every_tool_reads(v_base: Path, picture: Path, tmp_path: Path) -> None:
-    """Data-free for the style, with a picture for the content; and the files are what was trained."""
+    """Without pictures for the style, with a picture for the content; the files contain what was trained."""
     base = load(str(v_base), "cpu")
     content = make(tmp_path / "a.safetensors", base, 0, 4, "kohya", "a sks cat")
     style = make(tmp_path / "b.safetensors", base, 1, 3, "diffusers", "a cat in line style")
@@ -275,7 +275,7 @@ def test_zip_makes_two_files_that_every_tool_reads(v_base: Path, picture: Path, 
 
 
 def test_np_lora_is_the_merge_in_two_files(v_base: Path, tmp_path: Path) -> None:
-    """Nothing is trained or drawn; the two files stacked are what `merge --method np-lora` writes as one."""
+    """Nothing is trained or drawn. The sum of the two files equals the file that `merge --method np-lora` writes."""
     base = load(str(v_base), "cpu")
     files = [make(tmp_path / f"{i}.safetensors", base, i, 4, "kohya", "a cat") for i in range(2)]
     out = tmp_path / "run"
@@ -312,7 +312,7 @@ def test_a_killed_zip_ends_the_same(
         for i, _ in enumerate(events):
             if i == cut:
                 break
-        events.close()  # its folder is its own for as long as it is at work
+        events.close()  # releases the lock on the folder
         if cut:
             list(run(zip_job(*files, **options), resume=True, device="cpu"))
         results.append(load_file(tmp_path / name / "style.safetensors"))
@@ -322,10 +322,10 @@ def test_a_killed_zip_ends_the_same(
 def test_bad_input_is_one_clear_line(v_base: Path, sd15_base: Path, tmp_path: Path) -> None:
     base, other = load(str(v_base), "cpu"), load(str(sd15_base), "cpu")
     good = make(tmp_path / "good.safetensors", base, 0, 4, "kohya", "a cat")
-    silent = make(tmp_path / "silent.safetensors", base, 1, 4, "kohya")
+    unlabelled = make(tmp_path / "silent.safetensors", base, 1, 4, "kohya")
     foreign = make(tmp_path / "foreign.safetensors", other, 1, 4, "kohya", "a cat")
     with pytest.raises(UsageError, match="records no prompt"):
-        zip_job(good, silent)
+        zip_job(good, unlabelled)
     with pytest.raises(UsageError, match=r"another base|wrong shapes"):
         list(run(zip_job(good, foreign, base=str(v_base), out=tmp_path / "x"), device="cpu"))
     with pytest.raises(UsageError):

@@ -1,4 +1,5 @@
-"""Tiny random bases in the proportions of the real ones: four-level VAE, CLIP's own vocabulary, 64-channel heads; as folder and file."""
+"""Tiny random bases with the proportions of the real ones (four-level VAE, CLIP's own vocabulary, 64-channel heads), as folder
+and file."""
 
 import warnings
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @dataclass(frozen=True)
 class Tiny:
-    """The same base twice."""
+    """The same base as a folder and as a file."""
 
     folder: Path
     file: Path
@@ -39,7 +40,7 @@ def save_both(pipe: Any, out: Path, **marks: str) -> Tiny:
 
 
 def sdxl(v: bool = False) -> StableDiffusionXLPipeline:
-    """Epsilon with SDXL's own sampler, or v with zero terminal SNR."""
+    """An SDXL that predicts epsilon, with SDXL's own sampler, or v, with zero terminal SNR."""
     torch.manual_seed(0)
     sampler: Any = EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", steps_offset=1)
     if v:
@@ -77,15 +78,21 @@ def sd15() -> StableDiffusionPipeline:
 
 
 def sd21() -> StableDiffusionPipeline:
-    """v-prediction, linear projections, OpenCLIP's text encoder."""
+    """An SD2.1: v-prediction, linear projections, OpenCLIP's text encoder."""
     torch.manual_seed(0)
     levels = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
     model = unet(levels, cross_attention_dim=64, use_linear_projection=True, upcast_attention=True)
     return sd(model, "gelu", "!", {"prediction_type": "v_prediction"})
 
 
-def sd(model: UNet2DConditionModel, act: str, pad: str, told: dict[str, Any]) -> StableDiffusionPipeline:
-    more = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading", **told}
+def sd(model: UNet2DConditionModel, act: str, pad: str, more_config: dict[str, Any]) -> StableDiffusionPipeline:
+    more = {
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        **more_config,
+    }
     parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     return StableDiffusionPipeline(
         unet=model,

@@ -23,7 +23,7 @@ def save_clip(out: Path, tokenizer_folder: Path) -> Path:
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {**SMALL, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    view = {**VIEW, "initializer_factor": 4.0}  # else all pictures look alike to it
+    view = {**VIEW, "initializer_factor": 4.0}  # otherwise all pictures would have nearly the same embedding
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=view, projection_dim=16)).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,1 +1,2 @@
-"""For developers, not packaged: making the embedded base, speed benchmarks, tables for the docs."""
+"""Programs for developers, which are not part of the package: making the embedded base, measuring speed, tables for the
+docs."""

@@ -1,8 +1,9 @@
-"""What the file commands cost at full size: SDXL LoRAs of 722 modules, rank 64, fp16. `python -m tools.file_cost`
+"""Measures time and memory of the file commands at full size: SDXL LoRAs of 722 modules, rank 64, fp16.
+`python -m tools.file_cost`
 
-Each command runs in a process of its own, as a user runs it. Memory is its peak above that of a process that has only
-imported the same code, as a multiple of its input files' size. Times are the median (and range) of three runs. The last lines set the factorised SVD beside the dense
-one that it replaces, module by module in this same process.
+Each command runs in its own process, as for a user. Memory is its peak above the peak of a process that only imports the
+same code, as a multiple of the size of the input files. Times are the median (and range) of three runs. The second table
+compares the factorised SVD with the dense one that it replaces, in this process.
 """
 
 import os
@@ -24,13 +25,13 @@ from unbraid.files.formats.unets import unet_modules
 from unbraid.files.lora_file import write
 
 RANK, FULL, REPEATS = 64, 722, 3
-WIDTHS = {"down_blocks.1": 640, "up_blocks.1": 640}  # the deepest level, and the rest of SDXL's attention: 1280
-CONTEXT = 2048
+WIDTHS = {"down_blocks.1": 640, "up_blocks.1": 640}  # channels of the transformers; in all other blocks 1280
+CONTEXT = 2048  # channels of the text embeddings
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by the clock, seconds of CPU, peak bytes of resident memory."""
+    """Wall-clock seconds, CPU seconds, peak resident memory in bytes."""
 
     wall: float
     cpu: float
@@ -38,7 +39,7 @@ class Cost:
 
 
 def shape(name: str) -> tuple[int, int]:
-    """d, k of a linear layer of SDXL's transformers."""
+    """(d, k) of a linear layer of SDXL's transformers."""
     width = next((w for block, w in WIDTHS.items() if name.startswith(block)), 1280)
     if name.endswith("ff.net.0.proj"):
         return 8 * width, width
@@ -61,8 +62,8 @@ def synthetic(rank: int, seed: int) -> dict[str, Lora]:
 
 
 def cost(arguments: list[str]) -> Cost:
-    """Run this Python with `arguments`, alone; what earlier runs wrote is on the disk before."""
-    os.sync()
+    """Run Python with `arguments` in a new process and measure it."""
+    os.sync()  # so that writes of earlier runs do not slow this one down
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
@@ -73,13 +74,14 @@ def cost(arguments: list[str]) -> Cost:
 
 
 def commands(folder: Path) -> None:
+    """Print the table of the commands."""
     first, second, wide = (str(folder / f"{name}.safetensors") for name in ("a", "b", "wide"))
     out = str(folder / "out.safetensors")
     write(first, synthetic(RANK, 0), family="sdxl")
     write(second, synthetic(RANK, 1), family="sdxl")
     idle = cost(["-c", "import torch, safetensors.torch, unbraid.files.tools"]).peak
     light = cost(["-c", "import unbraid.cli.files"]).peak
-    todo: dict[str, tuple[list[str], list[str]]] = {  # inputs, then the command's words
+    todo: dict[str, tuple[list[str], list[str]]] = {  # name → input files, arguments of `unbraid`
         "convert --to diffusers": ([first], ["convert", first, out, "--to", "diffusers"]),
         "merge, concat": ([first, second], ["merge", first, second, "--out", wide]),
         "merge, concat, 0.7 and 0.4": ([first, second], ["merge", f"{first}:0.7", f"{second}:0.4", "--out", wide]),
@@ -102,7 +104,7 @@ def commands(folder: Path) -> None:
 
 
 def against_dense() -> None:
-    """Seconds to truncate one module of rank 128 to 64, both ways; they agree."""
+    """Print the seconds to truncate one module from rank 128 to 64, both ways, and check that the results agree."""
     torch.set_num_threads(1)
     print("\n| ΔW, rank 128 | QR and core SVD, s | dense SVD, s | ratio |\n|---|---|---|---|")
     for d, k in ((640, 640), (1280, 1280), (1280, 2048), (1280, 5120)):

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, unattended, the most important things first.
+# Runs all checks that need a GPU, without supervision, the most important ones first.
 #
-#   tools/gpu_check.sh wheels DIR [PYTHON_VERSION]   where there is a network: fetch what the GPU machine lacks (all but torch)
-#   tools/gpu_check.sh run DIR OUT                   on the GPU machine, which needs Python and torch alone: the first three parts in five minutes,
-#                                                    then tests and compilation in ten more; every part has its own time limit and log
+#   tools/gpu_check.sh wheels DIR [PYTHON_VERSION]   on a machine with a network: download all packages except torch
+#   tools/gpu_check.sh run DIR OUT                   on the GPU machine, which needs only Python and torch: three parts in
+#                                                    five minutes, then tests and compilation in ten more minutes; each
+#                                                    part has its own time limit and log
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,5 +50,5 @@ run() {
 
 case "${1:-}" in
   wheels | run) "$@" ;;
-  *) sed -n '2,7p' "$0" && exit 2 ;;
+  *) sed -n '2,8p' "$0" && exit 2 ;;
 esac

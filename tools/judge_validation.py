@@ -1,4 +1,4 @@
-"""Is the judge to be trusted? Retrieval and ROC on real icons of subjects, and sets, that it never saw."""
+"""Validates the judge: retrieval and ROC on real icons of subjects and sets that it was not trained on."""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -17,7 +17,7 @@ HELD_OUT = tuple(SETS.index(name) for name in HELD_OUT_SETS)
 
 
 def shifted(pictures: Tensor) -> Tensor:
-    """Each picture moved by up to ±3 px in both directions (seeded), edges repeated: `[n, 3, h, w]` to the same."""
+    """Shift each picture `[n, 3, h, w]` by up to ±3 px in both directions, at random (seeded). Edges are repeated."""
     rng = torch.Generator().manual_seed(0)
     corners = torch.randint(2 * SHIFT + 1, (len(pictures), 2), generator=rng).tolist()
     padded, (height, width) = F.pad(pictures, (SHIFT,) * 4, mode="replicate"), pictures.shape[-2:]
@@ -25,7 +25,7 @@ def shifted(pictures: Tensor) -> Tensor:
 
 
 def softened(pictures: Tensor) -> Tensor:
-    """Gaussian blur with a deviation of 1 px: `[n, 3, h, w]` to the same."""
+    """Blur pictures `[n, 3, h, w]` with a Gaussian of 1 px."""
     taps = torch.arange(-3, 4, dtype=pictures.dtype)
     kernel = torch.softmax(-(taps**2) / (2 * SIGMA**2), 0)
     weight = (kernel[:, None] * kernel)[None, None].expand(3, 1, -1, -1)
@@ -33,12 +33,12 @@ def softened(pictures: Tensor) -> Tensor:
 
 
 def validate(judge: Judge, art: Tensor, names: tuple[str, ...], vae: Alteration | None = None) -> dict[str, float]:
-    """Every figure of the judge on the held-out subjects among `names`, the first 100 at most.
+    """All figures of the judge on the held-out subjects among `names` (the first 100).
 
     `art`: float `[subject, set, 3, h, w]` in 0..1, sets in the order of `subjects.SETS`. `vae`: reconstructs pictures
     `[n, 3, h, w]` in 0..1. Queries are clean, shifted, blurred or reconstructed; the gallery is always clean.
-    Content top-1: find the subject among all subjects in another set (chance 1 %). Style top-1: the set of the nearest
-    picture of another subject, in all six sets (chance 1/6).
+    Content top-1: how often the nearest picture in another set shows the same subject (chance 1 %). Style top-1: how often
+    the nearest picture of another subject is from the same set (six sets, chance 1/6).
     """
     rows = [i for i, name in enumerate(names) if name in held_out()][:100]
     pictures = art[rows].flatten(0, 1)
@@ -56,10 +56,10 @@ def _figures(queries: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], pre
 
 
 def _content(queries: Tensor, gallery: Tensor) -> dict[str, float]:
-    asked, found = (t.unflatten(0, (-1, len(SETS))) for t in (queries, gallery))
-    labels = torch.arange(len(asked))
+    by_set, found = (t.unflatten(0, (-1, len(SETS))) for t in (queries, gallery))
+    labels = torch.arange(len(by_set))
     top1 = {
-        (a, b): retrieval_top1(asked[:, a], found[:, b], labels, labels) for a, b in permutations(range(len(SETS)), 2)
+        (a, b): retrieval_top1(by_set[:, a], found[:, b], labels, labels) for a, b in permutations(range(len(SETS)), 2)
     }
     unseen = {pair for pair in top1 if set(pair) & set(HELD_OUT)}
     subject, style = _labels(len(queries))

@@ -1,6 +1,7 @@
-"""The tables of the docs: what each tool loads of the files that unbraid writes. `python -m tools.loader_table`
+"""Prints the tables of docs/files.md: how much each tool loads of the files that unbraid writes.
+`python -m tools.loader_table`
 
-Tiny LoRAs on every module of each family are written and judged by `doctor`'s rules; nothing is asserted by hand.
+It writes tiny LoRAs on every module of each family and applies the rules of `unbraid doctor` to the files.
 """
 
 import re
@@ -31,7 +32,8 @@ LEAVES = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "
 
 @dataclass(frozen=True)
 class Row:
-    """A family and a dialect: tool → what it loads (`yes`, `234 of 794`, `no`, `?` where nothing is known)."""
+    """A row of a table. `tools`: tool → how much it loads (`yes`, `234 of 794`, `no`, `?` if unknown, `–` if the tool does
+    not support the family)."""
 
     family: Family
     dialect: str
@@ -40,7 +42,8 @@ class Row:
 
 
 def names(family: Family) -> list[str]:
-    """Every module that a LoRA of the family can hold: the UNet's linears and convolutions and the text encoders'."""
+    """All modules that a LoRA of the family can contain: linear layers and convolutions of the denoiser and the text
+    encoders."""
     if family in DESIGNS:
         return [f"transformer.{name.replace('*', '0')}" for name in DESIGNS[family].diffusers if "*" in name]
     encoders = LAYERS if family == "sdxl" else {"text_encoder": 12}
@@ -51,7 +54,7 @@ def names(family: Family) -> list[str]:
 
 
 def written() -> Iterator[Row]:
-    """Write every family in every dialect and judge each file."""
+    """Rows for every family, written in every dialect."""
     families: tuple[Family, ...] = ("sdxl", "sd15", "flux", "flux2", "sd3", "qwen-image", "z-image")
     dialects: tuple[Dialect, ...] = ("kohya", "diffusers")
     with tempfile.TemporaryDirectory() as folder:
@@ -63,8 +66,8 @@ def written() -> Iterator[Row]:
                 yield Row(family, dialect, len(modules), _verdicts(path, family))
 
 
-def mended() -> Iterator[Row]:
-    """Every SDXL dialect that is read, converted to what unbraid writes unless told otherwise."""
+def converted() -> Iterator[Row]:
+    """Rows for every SDXL dialect that can be read, converted to the dialect that unbraid writes by default."""
     modules = {name: _lora(name, "sdxl") for name in names("sdxl")}
     files = {
         name: spelled({module: one for module, one in modules.items() if re.search(spelling.only, module)}, spelling)
@@ -80,7 +83,7 @@ def mended() -> Iterator[Row]:
 
 
 def markdown(rows: Iterable[Row], what: str) -> str:
-    """A table, as Markdown; `what` heads the column of dialects."""
+    """The rows as a Markdown table. `what`: the heading of the dialect column."""
     lines = [f"| family | {what} | modules | " + " | ".join(tool.name for tool in TOOLS.values()) + " |"]
     lines.append("|---" * (3 + len(TOOLS)) + "|")
     for row in rows:
@@ -89,7 +92,8 @@ def markdown(rows: Iterable[Row], what: str) -> str:
 
 
 def _lora(name: str, family: Family) -> Lora:
-    """Of the widths that are looked at: fused rows must divide (q, k, v and the MLP, 4·6 or 6·6), and families differ in them."""
+    """A LoRA with the input widths by which families are recognised, and output widths that can be split into q, k, v and
+    MLP in fused layers."""
     text = {"sdxl": 2048, "sd15": 768}.get(family, 6) if name.endswith("attn2.to_k") else 6
     rows = {"proj_mlp": 24, "net.0.proj": 24, "linear_in": 36, "to_qkv_mlp_proj": 54}
     tall = next((n for leaf, n in rows.items() if name.endswith(leaf)), 6)
@@ -115,6 +119,6 @@ def _verdicts(path: Path, family: Family) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(markdown(mended(), "read"))
+    print(markdown(converted(), "read"))
     print()
     print(markdown(written(), "written"))

@@ -1,4 +1,5 @@
-"""Estimated memory of training on a CUDA card, on bases of the real sizes, by preset: `python -m tools.memory_table`. Nothing is loaded."""
+"""Prints the estimated training memory on a CUDA card, by preset, for bases of the real sizes: `python -m
+tools.memory_table`. No weights are loaded."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ UNETS: Mapping[str, dict[str, Any]] = {  # as in the models' own configurations
 
 
 def jobs(picture: Path) -> dict[str, Callable[..., Job]]:
+    """Verb → a function that makes its job."""
     words = {"subject": "fox", "style": "ink"}
     return {
         "split": lambda **options: split_job(picture, **words, **options),
@@ -46,6 +48,7 @@ def jobs(picture: Path) -> dict[str, Callable[..., Job]]:
 
 
 def rows(folder: Path) -> list[str]:
+    """The lines of the table: GiB in total and, in brackets, of activations. `folder`: for temporary files."""
     picture = folder / "picture.png"
     Image.new("RGB", (64, 64)).save(picture)
     out = [f"| | {' | '.join(f'`--vram {name}`' for name in PRESETS)} |", "|---" * (len(PRESETS) + 1) + "|"]

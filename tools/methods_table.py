@@ -1,4 +1,4 @@
-"""The table of docs/methods.md, made from the methods' entries: `python -m tools.methods_table` prints the page."""
+"""Makes docs/methods.md from the methods' entries: `python -m tools.methods_table` prints the page."""
 
 from unbraid.methods import ENTRIES
 from unbraid.methods.entry import Entry, Input

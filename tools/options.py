@@ -1,7 +1,8 @@
-"""The typed Python API, made from the methods' entries: `python -m tools.options` writes both files, and a test compares them.
+"""Makes the typed Python API from the methods' entries. `python -m tools.options` writes both files; a test fails if they
+are out of date.
 
-`src/unbraid/runs/options.py` has the settings of every method and every verb; `src/unbraid/__init__.pyi` is what editors and type
-checkers know of `unbraid`: each verb with each of its methods.
+`src/unbraid/runs/options.py` has the settings of every method and every verb. `src/unbraid/__init__.pyi` tells editors and
+type checkers the signatures of the verbs, one for each method.
 """
 
 import ast
@@ -45,7 +46,7 @@ def class_name(entry: Entry) -> str:
 
 
 def type_text(annotation: Any) -> str:
-    """A type as it is written in code."""
+    """A type annotation as source code."""
     if get_origin(annotation) is Literal:
         return "Literal[" + ", ".join(f'"{one}"' for one in get_args(annotation)) + "]"
     return inspect.formatannotation(annotation)
@@ -73,7 +74,7 @@ def _verb(verb: str) -> str:
 
 
 def of(verb: str) -> list[Entry]:
-    """The methods of a verb, its default first."""
+    """The methods of a verb, the default first."""
     return [entry for entry in ENTRIES if entry.verb == verb]
 
 
@@ -88,7 +89,7 @@ def stub() -> str:
 
 
 def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
-    """A function of a verb, for each of its methods."""
+    """Source code of a verb's function, once for each of its methods."""
     methods = of(verb)
     module = break_make if hasattr(break_make, name) and name.startswith(("break", "make")) else api
     doc = (inspect.getdoc(getattr(module, name)) or "").split("\n")[0] + (
@@ -104,7 +105,7 @@ def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
 
 
 def _arguments(verb: str) -> list[str]:
-    """Those of the verb's own, as `VERB_job` declares them."""
+    """The arguments that all methods of a verb share, as source code, from the definition of `VERB_job`."""
     path = Path(inspect.getfile(break_make if verb in ("break", "make") else api))
     (node,) = (one for one in ast.parse(path.read_text()).body if getattr(one, "name", "") == JOBS[verb])
     assert isinstance(node, ast.FunctionDef)

@@ -1,1 +1,1 @@
-"""What a training step costs: `python -m tools.speed`."""
+"""Measures the cost of a training step: `python -m tools.speed`."""

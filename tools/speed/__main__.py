@@ -1,9 +1,9 @@
-"""What a training step costs, ours beside the published form, on one base in one run. `python -m tools.speed`
+"""Measures what a training step costs, and compares it with the published form of the method. `python -m tools.speed`
 
-FLOPs and bytes kept for gradients are counted at SDXL's shapes on fake tensors, so without weights (`count`). Times are taken on the
-embedded base and on an SDXL of half width, the ways in turn (`time`), also by how many branches share a pass (`passes`) and with
-torch.compile (`compile`); on a GPU also steps at full size, eager, as CUDA graphs and compiled, and whole runs, with peak memory (`gpu`).
-Sampling with style guidance: `sampling`. docs/speed.md says what the published step contains.
+`count`: FLOPs and bytes kept for gradients at SDXL's shapes, on fake tensors without weights. `time`: seconds on the
+embedded base and on an SDXL of half width. `passes`: seconds by how many branches share a pass. `compile`: with
+torch.compile. `gpu`: steps at full size (eager, as CUDA graphs, compiled), whole runs, and peak memory. `sampling`:
+sampling with style guidance. docs/speed.md explains what the published step contains.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tools.speed.count import RANK, counted
 from tools.speed.gpu import RUNS, WAYS, product, ways, whole_run
 from tools.speed.sampling import evaluations
 from tools.speed.time import compiled, one_by_one, timed
-from tools.speed.world import full, half, icons
+from tools.speed.workload import full, half, icons
 
 
 def count(names: list[str]) -> None:
@@ -36,10 +36,10 @@ def count(names: list[str]) -> None:
 def clock(names: list[str]) -> None:
     device = _device()
     unit = "s" if device == "cuda" else "processor s"
-    for world, steps, rounds, warm in ((icons(device), 9, 5, 17), (half(device), 3, 3, 2)):
-        print(f"\n| {world.said} | {unit} per step | times as fast |\n|---|---|---|", flush=True)
+    for workload, steps, rounds, warm in ((icons(device), 9, 5, 17), (half(device), 3, 3, 2)):
+        print(f"\n| {workload.title} | {unit} per step | times as fast |\n|---|---|---|", flush=True)
         for name in names:
-            times = timed(name, world, steps, rounds, warm)
+            times = timed(name, workload, steps, rounds, warm)
             for way, seconds in times:
                 print(f"| {name}: {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |", flush=True)
 
@@ -47,22 +47,22 @@ def clock(names: list[str]) -> None:
 def passes(names: list[str]) -> None:
     several, device = [name for name in names if name in ("zip", "pair", "break")], _device()
     print(f"\n| {device}, seconds per step | branches of a step | | times as fast |\n|---|---|---|---|", flush=True)
-    for world, steps, rounds in ((icons(device), 9, 5), (half(device), 3, 3)):
+    for workload, steps, rounds in ((icons(device), 9, 5), (half(device), 3, 3)):
         for name in several:
-            times = one_by_one(name, world, steps, rounds)
+            times = one_by_one(name, workload, steps, rounds)
             for way, seconds in times:
-                print(f"| {name}, {world.said} | {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |", flush=True)
+                print(f"| {name}, {workload.title} | {way} | {seconds:.3f} | {times[0][1] / seconds:.2f} |", flush=True)
 
 
 def compilation(names: list[str]) -> None:
     device = _device()
     print(f"\n| {device} | | s per step | times as fast | s to the first step |\n|---|---|---|---|---|", flush=True)
-    for world, steps, rounds in ((icons(device), 9, 5), (half(device), 3, 3)):
+    for workload, steps, rounds in ((icons(device), 9, 5), (half(device), 3, 3)):
         for name in names:
-            first, times = compiled(name, world, steps, rounds)
+            first, times = compiled(name, workload, steps, rounds)
             for (way, seconds), waited in zip(times, ("", f"{first:.0f}"), strict=True):
                 ratio = times[0][1] / seconds
-                print(f"| {name}, {world.said} | {way} | {seconds:.3f} | {ratio:.2f} | {waited} |", flush=True)
+                print(f"| {name}, {workload.title} | {way} | {seconds:.3f} | {ratio:.2f} | {waited} |", flush=True)
 
 
 def _device() -> str:
@@ -78,8 +78,8 @@ def gpu(names: list[str], chosen: Sequence[str] = tuple(WAYS)) -> None:
     print("| bf16, rank 64 | s per step | times as fast | GPU computes | TFLOP/s | s to the first step | peak GB |")
     print("|---" * 7 + "|", flush=True)
     for name, side in [(name, side) for name, side in RUNS if name in names]:
-        world, eager = full("cuda", side), None
-        for way, one in ways(name, world, chosen):
+        workload, eager = full("cuda", side), None
+        for way, one in ways(name, workload, chosen):
             eager = eager or one.seconds
             figures = f"{one.seconds:.3f} | {eager / one.seconds:.2f} | {one.busy:.0%} | {one.tflop / one.seconds:.0f}"
             print(f"| {name}, {side} px: {way} | {figures} | {one.first:.1f} | {one.peak:.1f} |", flush=True)
@@ -113,14 +113,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.speed", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--method", action="append", choices=list(CASES), help="repeatable; default: all")
-    parser.add_argument("--way", action="append", choices=list(WAYS), help="of `gpu`; repeatable; default: all")
-    asked = parser.parse_args()
-    if unknown := set(asked.parts) - set(PARTS):
+    parser.add_argument(
+        "--way", action="append", choices=list(WAYS), help="how `gpu` runs steps; repeatable; default: all"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    for part in asked.parts or PARTS:
-        names = asked.method or list(CASES)
-        gpu(names, asked.way or tuple(WAYS)) if part == "gpu" else PARTS[part](names)
+    for part in arguments.parts or PARTS:
+        names = arguments.method or list(CASES)
+        gpu(names, arguments.way or tuple(WAYS)) if part == "gpu" else PARTS[part](names)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Methods as `tools.speed` runs them: their published recipe and ours, their adapters, and what the published step contains."""
+"""The methods that `tools.speed` measures: the published recipe and ours, the adapters, and what the published step
+contains."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ SDXL = BLOCKS["sdxl"]
 
 @dataclass(frozen=True)
 class Case:
-    """One method. `parts`: what of its adapters gets gradients in our step; `steps`: of a whole run, as published."""
+    """One method. `form`: how the published code computes an adapter's output. `checkpointing`: whether the published recipe
+    uses gradient checkpointing. `parts`: the parts of adapters that get gradients in our step. `steps`: length of a run, as
+    published."""
 
     published: Make
     ours: Make
     form: Form
-    checkpointing: bool  # in the published recipe
+    checkpointing: bool
     adapters: tuple[str, ...]
     parts: frozenset[Part]
     steps: int
@@ -92,8 +95,8 @@ CASES: Mapping[str, Case] = {
 
 
 def random_adapters(case: Case, adapters: Adapters, rank: int, mergers: bool) -> None:
-    """Random factors on every layer, if wanted with the mergers of the method. (`Adapters.add` moves them to a device, which fake tensors
-    do not take.)"""
+    """Add adapters with random factors to every layer and, if wanted, the mergers of the method. This does not use
+    `Adapters.add`, which moves factors to a device, because that fails on fake tensors."""
     for i, name in enumerate(case.adapters):
         rng = torch.Generator().manual_seed(i)
         for layer in adapters.layers.values():
@@ -108,6 +111,7 @@ def random_adapters(case: Case, adapters: Adapters, rank: int, mergers: bool) ->
 
 
 def train_only(case: Case, adapters: Adapters, parts: frozenset[Part]) -> None:
+    """Let only these parts of the case's adapters get gradients."""
     for name in case.adapters:
         for factors in adapters.of(name).values():
             for part, parameter in factors.parts():

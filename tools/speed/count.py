@@ -1,4 +1,5 @@
-"""FLOPs of a training step, and bytes kept for gradients, at SDXL's shapes: ours and the published form, on fake tensors."""
+"""Counts FLOPs of a training step and bytes kept for gradients, at SDXL's shapes on fake tensors, for our form and the
+published form."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ RANK = 64
 
 @dataclass(frozen=True)
 class Count:
-    """Of one step, on average over a run: TFLOP of all, of what encodes pictures, and GB kept for gradients at most."""
+    """The mean over the steps of a run: TFLOP in total, TFLOP of encoding pictures; and the most GB kept for gradients."""
 
     tflop: float
     encoding: float
@@ -27,7 +28,7 @@ class Count:
 
 
 def counted(name: str) -> Iterator[tuple[str, Count]]:
-    """The published step, with what its recipe has; without what not everybody has; and ours."""
+    """Yield (name, count) of the published step with and without gradient checkpointing, and of our step."""
     case = CASES[name]
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -42,14 +43,14 @@ def counted(name: str) -> Iterator[tuple[str, Count]]:
             if not case.checkpointing:
                 yield "published, with gradient checkpointing", _published(case, True)
             if case.form is not factorised and name == "zip":
-                yield "ours, teachers asked ahead", _ours(case, live=False)
+                yield "ours, teachers precomputed", _ours(case, live=False)
             yield "ours", _ours(case, live=True)
     finally:
         torch.set_default_dtype(default)
 
 
 def _kinds(branches: Iterator[tuple[Branch, ...]]) -> list[tuple[tuple[Branch, ...], float]]:
-    """The different steps of a run, and their shares."""
+    """The different kinds of steps of a run, and their shares."""
     found = Counter(branches)
     return [(one, n / found.total()) for one, n in found.items()]
 
@@ -93,7 +94,7 @@ def _ours(case: Case, live: bool) -> Count:
     for branches, share in _kinds(recipe.branches(i) for i in range(case.steps)):
         meter = Meter(unet)
         with torch.no_grad():
-            call(len(branches))  # so that the prompts' keys and values are there, as in every step but the first
+            call(len(branches))  # fills the cache of the prompts' keys and values, as in every step but the first
         teachers = [branch.teacher for branch in branches if branch.teacher]
         if teachers and live:
             _pass(meter, adapters, call, teachers, prompts, grad=False)

@@ -1,8 +1,9 @@
-"""Many jobs over one base against the same jobs in turn: throughput, and that they are equal. `python -m tools.speed.many`
+"""Compares many jobs at once on one base with the same jobs one after the other: throughput, and whether the results are
+equal. `python -m tools.speed.many`
 
-Each job has its own picture, prompts and random numbers. Rounds of all ways in turn, so that a slow minute slows all of them;
-medians. On a CPU the time is the processor's, of one thread: the same as the clock's where nothing else runs. On a GPU
-(`--device cuda`) also SDXL at full size, with random weights.
+Each job has its own picture, prompts and random numbers. Every round measures all ways, so that a slow minute affects all of
+them; the figures are medians. On a CPU, time is CPU time of one thread. On a GPU (`--device cuda`), SDXL at full size with
+random weights is measured too.
 """
 
 import statistics
@@ -15,7 +16,8 @@ import typer
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from unbraid.bases.base import Base, Picture, RunData, joined, load, pick_device
+from unbraid.bases.base import Base, Picture, RunData, joined, load
+from unbraid.bases.devices import pick_device
 from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.bench.measure import SDXL
@@ -40,10 +42,11 @@ SMALL = {  # SDXL's blocks at a quarter of its width
     "cross_attention_dim": 512,
     "projection_class_embeddings_input_dim": 2816,
 }
-Start = Callable[[int], tuple[RunData, Recipe, State]]
+Start = Callable[[int], tuple[RunData, Recipe, State]]  # number of a job → the job
 
 
 def recipes(rank: int, steps: int) -> dict[str, Recipe]:
+    """Name for `--method` → recipe."""
     (split,) = unziplora(BLOCKS["sdxl"], rank=rank, steps=steps, window=1, sample_times=1, content_alone=0.5)
     (learn,) = dreambooth(BLOCKS["sdxl"], rank=rank, steps=steps)
     (pairs,) = pair(BLOCKS["sdxl"], rank=rank, steps=steps, style_from=0)
@@ -51,7 +54,8 @@ def recipes(rank: int, steps: int) -> dict[str, Recipe]:
 
 
 def random_base(config: Mapping[str, Any], device: str) -> Base:
-    """An SDXL type of UNet with random weights beside the embedded base's other parts, which are not used."""
+    """A base with a UNet of SDXL's type and random weights. Its other parts are those of the embedded base; they are not
+    used."""
     base = load("icons", device)
     torch.manual_seed(0)
     unet: Any = UNet2DConditionModel(**config)
@@ -60,7 +64,7 @@ def random_base(config: Mapping[str, Any], device: str) -> Base:
 
 
 def starter(base: Base, recipe: Recipe) -> Start:
-    """Job i: pictures, prompts and noise of its own; its adapters are not in the model."""
+    """A function that starts job i, with its own pictures, prompts and noise. Its adapters are not attached to the model."""
     config = base.denoiser.config
     size = (config["in_channels"], config["sample_size"], config["sample_size"])
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
@@ -85,7 +89,7 @@ def starter(base: Base, recipe: Recipe) -> Start:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, by the processor's time where it does the work."""
+    """The time in seconds: CPU time if the device is the CPU, else wall-clock time."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -93,7 +97,7 @@ def clock(device: torch.device) -> float:
 
 
 def in_turn(start: Start, jobs: int) -> tuple[float, list[dict[str, Tensor]]]:
-    """Seconds per step, without each job's first, in which memory is asked for; and what came out."""
+    """Seconds per step, without the first step of each job, in which memory is allocated; and the final states."""
     ready, spent = [start(i) for i in range(jobs)], 0.0
     for run_data, recipe, state in ready:
         state.adapters.attach_again()
@@ -110,7 +114,7 @@ def in_turn(start: Start, jobs: int) -> tuple[float, list[dict[str, Tensor]]]:
 
 
 def at_once(start: Start, jobs: int, number: int) -> tuple[float, list[dict[str, Tensor]]]:
-    """The same, without the first step of the first `number` jobs."""
+    """Like `in_turn`, with `number` jobs at once. The first step of the first `number` jobs is not measured."""
     ready = [start(i) for i in range(jobs)]
     events, device = train_many(ready, joined, number), ready[0][0].base.device
     for _ in range(number):
@@ -124,7 +128,7 @@ def at_once(start: Start, jobs: int, number: int) -> tuple[float, list[dict[str,
 
 
 def difference(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float:
-    """The largest relative difference between two jobs' adapters, over jobs."""
+    """The relative difference between the adapters of each job in two runs; the largest over jobs."""
     found = []
     for first, second in zip(one, other, strict=True):
         names = [key for key in first if key.startswith("adapter/") and key.endswith((".up", ".down"))]
@@ -134,7 +138,7 @@ def difference(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> 
 
 
 def compare(title: str, start: Start, jobs: int, steps: int, numbers: list[int], rounds: int) -> None:
-    """Print a table; the first round warms up, and shows whether the results are equal."""
+    """Measure and print a table. The first round is not timed; it is a warm-up."""
     seconds: dict[int, list[float]] = {number: [] for number in (1, *numbers)}
     apart: dict[int, float] = {}
     for i in range(rounds + 1):
@@ -156,11 +160,11 @@ def compare(title: str, start: Start, jobs: int, steps: int, numbers: list[int],
 
 def main(
     jobs: Annotated[int, typer.Option(help="How many jobs.")] = 8,
-    numbers: Annotated[list[int], typer.Option("--at-once", help="How many of them at once; repeatable.")] = [8],  # noqa: B006
+    numbers: Annotated[list[int], typer.Option("--at-once", help="How many jobs at once; repeatable.")] = [8],  # noqa: B006
     steps: int = 8,
     rounds: int = 3,
     rank: int = 16,
-    only: Annotated[str, typer.Option(help="Of icons, small and sdxl, one.")] = "",
+    only: Annotated[str, typer.Option(help="Only this base: icons, small or sdxl.")] = "",
     methods: Annotated[list[str], typer.Option("--method", help="split, learn, pair; repeatable.")] = ["split", "pair"],  # noqa: B006
     device: str = "",
 ) -> None:

@@ -1,8 +1,9 @@
-"""The published way to take a training step, written from the formulas: what `tools.speed` measures against.
+"""Training steps in the published form of each method, written from the formulas. `tools.speed` compares ours with them.
 
-UnZipLoRA forms ΔW = g ⊙ B A of every layer and adapter, `[d, k]`, and applies it. ZipLoRA keeps dense ΔW and forms Σ m ⊙ ΔW at every
-call. The others are factorised, layer by layer, and give every factor a gradient. Each branch and each teacher has a call of its
-own, and all pictures go through the autoencoder at every step. Masks, gates, penalties and calendars are the recipes' own.
+UnZipLoRA computes ΔW = g ⊙ B A, `[d, k]`, for every layer and adapter, and applies it. ZipLoRA keeps dense ΔW and computes
+Σ m ⊙ ΔW in every call. The others are factorised, layer by layer, and every factor gets a gradient. Each branch and each
+teacher is a separate call of the UNet, and all pictures go through the autoencoder at every step. Masks, gates, penalties
+and schedules are those of our recipes.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from unbraid.core.passes import SMALL
 from unbraid.core.recipe import Recipe
 
 Pictures = Mapping[str, Sequence[Picture]]
-Form = Callable[[Tensor, Sequence[tuple[Factors, Active]]], Tensor]  # x and who is active → what is added
+Form = Callable[[Tensor, Sequence[tuple[Factors, Active]]], Tensor]  # x, active adapters → what they add to the output
 
 
 def dense_product(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
-    """UnZipLoRA: W = g · mask ⊙ (B A), formed anew."""
+    """UnZipLoRA: x through W = g · mask ⊙ (B A), which is computed in every call."""
     ((factors, active),) = ours
     weight = factors.up @ factors.down * (factors.scale * active.scale)
     gate = factors.gate(factors.channels)
@@ -34,7 +35,7 @@ def dense_product(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
 
 
 def dense_sum(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
-    """ZipLoRA: Σ m ⊙ ΔW with ΔW kept dense; a teacher's ΔW as it is."""
+    """ZipLoRA: x through Σ m ⊙ ΔW with dense ΔW that are kept; for a teacher, ΔW without m."""
     parts = []
     for factors, active in ours:
         weight = kept_delta(factors)
@@ -46,14 +47,14 @@ def dense_sum(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
 
 
 def kept_delta(factors: Factors) -> Tensor:
-    """ΔW of a LoRA that stays as it is, computed once."""
+    """The dense ΔW of a LoRA that is not trained, computed once."""
     if "dense" not in factors.__dict__:
         factors.__dict__["dense"] = (factors.up @ factors.down).detach() * factors.scale
     return factors.__dict__["dense"]
 
 
 def factorised(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
-    """scale · B (A x), adapter by adapter. What trains nothing gets no gradient, what trains something gets all of them."""
+    """scale · B (A x), adapter by adapter. If an adapter trains any part, all of its parts get gradients, else none."""
     total = x.new_zeros(())
     for factors, active in ours:
         down, up = factors.plain() if active.trains else factors.plain(active.trains)
@@ -62,7 +63,8 @@ def factorised(x: Tensor, ours: Sequence[tuple[Factors, Active]]) -> Tensor:
 
 
 class FormulaLinear(nn.Module):
-    """A frozen linear layer, and what a formula adds. `each`: one adapter after the other, each on its own prompt where it has one."""
+    """A frozen linear layer plus what a formula adds. `each`: call the formula once per adapter, with the adapter's own
+    prompt if it has one."""
 
     def __init__(self, layer: AdaptedLinear, form: Form, each: bool, prompts: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -87,7 +89,8 @@ class FormulaLinear(nn.Module):
 def formulas(
     unet: nn.Module, adapters: Adapters, form: Form, prompts: Mapping[str, Tensor]
 ) -> Iterator[Callable[[tuple[Active, ...]], None]]:
-    """Formula layers in the place of the adapted ones, for a while; what is given says who is active."""
+    """Replace the adapted layers by formula layers inside the `with` block. Gives a function that sets the active
+    adapters."""
     layers = {
         name: FormulaLinear(layer, form, form is dense_product, prompts) for name, layer in adapters.layers.items()
     }
@@ -117,32 +120,32 @@ def published(
     adapters: Adapters,
     form: Form,
 ) -> Generator[None]:
-    """One step per item, for ever. `encode` is called at every step."""
+    """Run training steps without end, one per item. `encode` encodes the pictures and is called at every step."""
     groups = [
         {key: group[key] for key in ("params", "lr", "weight_decay")}
-        for group in recipe.optimizer(adapters, recipe.rates).param_groups
+        for group in recipe.optimization.optimizer(adapters, recipe.rates).param_groups
     ]
     optimizer, rng = torch.optim.AdamW(groups, fused=True), torch.Generator().manual_seed(0)
     parameters = [p for group in groups for p in group["params"]]
-    if form is factorised:  # a down that never moves gets its gradient all the same
+    if form is factorised:  # frozen factors get gradients too
         for name in {name for name, _ in recipe.rates}:
             for factors in adapters.of(name).values():
                 factors.requires_grad_(True)
 
     def update() -> None:
-        if recipe.clip is not None:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        if recipe.optimization.clip is not None:
+            nn.utils.clip_grad_norm_(parameters, recipe.optimization.clip)
         optimizer.step()
         optimizer.zero_grad()
 
-    embeds = {role: prompt.embeds for role, prompt in prompts.items()}
+    hooks, embeds = recipe.hooks, {role: prompt.embeds for role, prompt in prompts.items()}
     latents = next(iter(encode().values()))[0].mean
     small = latents.device.type == "cpu" and latents[0].numel() <= SMALL
-    channels_last(base.denoiser, small)  # its calls are of single rows, and that is their quicker order, as in ours
+    channels_last(base.denoiser, small)  # the faster memory format for single rows, as in our form
     with formulas(base.denoiser, adapters, form, embeds) as activate:
         for i in count():
             run_data, branches = RunData(base, encode(), prompts), recipe.branches(i)
-            samples = run_data.draw([branch.image for branch in branches], recipe.shared, rng)
+            samples = run_data.draw([branch.image for branch in branches], recipe.passes.shared, rng)
             losses = []
             for branch, sample in zip(branches, samples, strict=True):
                 activate(branch.active)
@@ -155,18 +158,18 @@ def published(
                 if out.dtype in (torch.float16, torch.bfloat16):
                     out = out.float()  # as the scripts do
                 losses.append(branch.weight * F.mse_loss(out, target.to(out.dtype)))
-                if not branch.teacher:  # ZipLoRA alone keeps its graphs until all losses are there
+                if not branch.teacher:  # only ZipLoRA adds up all losses before the backward pass
                     losses.pop().backward()
-                    if recipe.in_turn and branch is not branches[-1]:
+                    if recipe.passes.in_turn and branch is not branches[-1]:
                         update()
-            activate(branches[0].active)  # checkpoints run again in the backward pass
-            penalty = recipe.penalty(adapters, i) if recipe.penalty else None
+            activate(branches[0].active)  # gradient checkpointing runs layers again in the backward pass
+            penalty = hooks.penalty(adapters, i) if hooks.penalty else None
             losses += [] if penalty is None else [penalty]
             if losses:
                 torch.stack(losses).sum().backward()
-            if recipe.after_backward:
-                recipe.after_backward(adapters, i)
+            if hooks.after_backward:
+                hooks.after_backward(adapters, i)
             update()
-            if recipe.after_step:
-                recipe.after_step(adapters, i)
+            if hooks.after_step:
+                hooks.after_step(adapters, i)
             yield

@@ -1,4 +1,4 @@
-"""Seconds of a sampling step under style guidance: evaluations that fall away, and those that share a batch."""
+"""Measures a sampling step under style guidance: with separate calls, with one batch, and with fewer evaluations."""
 
 from contextlib import nullcontext
 
@@ -20,7 +20,7 @@ def evaluations(rounds: int = 40) -> list[tuple[str, float]]:
     latent = torch.randn(1, base.denoiser.config["in_channels"], *[base.denoiser.config["sample_size"]] * 2)
     style, w = Active("style"), 4.0
 
-    def ask(*formulas: tuple[Term, ...]) -> Way:
+    def way(*formulas: tuple[Term, ...]) -> Way:
         guided = [Guided(base, terms, prompts, adapters) for terms in formulas]
 
         @torch.no_grad()
@@ -34,9 +34,9 @@ def evaluations(rounds: int = 40) -> list[tuple[str, float]]:
         return (Term(1.0, role, active),)
 
     ways = {
-        "three evaluations, one call each": ask(one(NEGATIVE), one("main"), one("style", style)),
-        "ours, w_L ≠ w: three in one batch": ask(style_guidance(w, "main", [Style(style, "style", w / 2)])),
-        "ours, w_L = w: two in one batch": ask(style_guidance(w, "main", [Style(style, "style", w)])),
-        "plain guidance: two in one batch": ask(style_guidance(w, "main", [])),
+        "three evaluations, one call each": way(one(NEGATIVE), one("main"), one("style", style)),
+        "ours, w_L ≠ w: three in one batch": way(style_guidance(w, "main", [Style(style, "style", w / 2)])),
+        "ours, w_L = w: two in one batch": way(style_guidance(w, "main", [Style(style, "style", w)])),
+        "plain guidance: two in one batch": way(style_guidance(w, "main", [])),
     }
     return side_by_side(ways, 1, rounds)

@@ -1,1 +1,2 @@
-"""Base models: opening them from folders, hub names and single files, and fitting them into memory. Nothing here knows methods or runs."""
+"""Base models: opening them from folders, hub ids and single files, and fitting them into memory. This package does not
+depend on methods or runs."""

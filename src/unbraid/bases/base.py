@@ -1,4 +1,4 @@
-"""Base models: load, encode prompts and images, noise, target, predict, and what is known of their blocks."""
+"""Base models: loading them, encoding prompts and pictures, adding noise, predicting."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.bases.compiling import compile_blocks
+from unbraid.bases.devices import found_device, sent_to
 from unbraid.bases.families import family_of
 from unbraid.bases.families.family import Family, Prompt
-from unbraid.bases.noising import Diffusion
+from unbraid.bases.families.noising import Diffusion
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.savings import save_memory
@@ -20,20 +21,21 @@ from unbraid.common.errors import UsageError
 from unbraid.core.graphs import CudaExecutor, Graphs
 from unbraid.core.recipe import Denoiser, Sample, Shared
 
-TILE = 512  # pixels
-DRAWING = 6 * 2**30  # bytes for a picture of 1024 px: the passes, and the VAE in full precision
-MOST_BATCHES = 16  # of prompts, whose embeddings are kept: 0.3 MB a row in SDXL
+TILE = 512  # pixels: side of the tiles in which the VAE decodes, if it decodes in tiles
+DRAWING = 6 * 2**30  # bytes that drawing a picture of 1024 px needs: the passes, and the VAE in full precision
+MOST_BATCHES = 16  # batches of prompts whose embeddings are cached; 0.3 MB per row in SDXL
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded image: moments of its scaled latent `[c, h, w]`, and SDXL's six size numbers."""
+    """An encoded picture: mean and standard deviation of its scaled latent, `[c, h, w]` each, and SDXL's six size
+    numbers, `[6]`."""
 
     mean: Tensor
     std: Tensor
     sizes: Tensor
-    prompts: tuple[str, ...] = ()  # roles of its own captions, of which one is drawn with it
-    weight: Tensor | None = None  # [1, h, w], of each place of the latent in the loss
+    prompts: tuple[str, ...] = ()  # roles of its own captions; each step chooses one of them at random
+    weight: Tensor | None = None  # [1, h, w]: how much each position of the latent counts in the loss
 
 
 @dataclass
@@ -43,10 +45,10 @@ class Base:
     name: str
     pipe: Pipeline
     device: torch.device
-    graphs: bool = True  # whether passes are captured as CUDA graphs
+    graphs: bool = True  # whether to capture passes as CUDA graphs
     family: Family = field(init=False)
     process: Diffusion = field(init=False)
-    _told: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
+    embeddings: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)  # a cache
 
     def __post_init__(self) -> None:
         self.family = family_of(self.pipe)
@@ -54,7 +56,7 @@ class Base:
 
     @property
     def denoiser(self) -> Any:
-        """The network that is trained: a module of diffusers, with its `config`."""
+        """The network that LoRAs are trained on: a diffusers model with its `config`."""
         return getattr(self.pipe, self.family.network.part)
 
     @property
@@ -63,8 +65,8 @@ class Base:
 
     @property
     def step(self) -> int:
-        """Sides of pictures are multiples of this many pixels: 64, as in the buckets that the large bases were trained in; for smaller
-        ones what they can take: the VAE's factor times the denoiser's."""
+        """The sides of pictures must be multiples of this many pixels. Large bases were trained with multiples of 64. For
+        smaller bases it is the least that they accept: the VAE's factor times the denoiser's."""
         factor = self.pipe.vae_scale_factor * self.family.network.factor(self.denoiser.config)
         return 64 if self.size >= 512 else factor
 
@@ -75,16 +77,17 @@ class Base:
 
     @property
     def lora_metadata(self) -> dict[str, str]:
-        """What a LoRA's metadata says of this base beyond its family."""
+        """Metadata that distinguishes this base's LoRAs from others of the same family."""
         return self.family.lora_metadata(self.pipe)
 
     @torch.no_grad()
     def encode_prompt(self, text: str) -> Prompt:
-        """Encode as the pipeline does; a longer text in chunks."""
+        """Encode a prompt as the pipeline does. Longer texts are encoded in chunks (see `long_prompts`)."""
         return self.family.encode_text(self.pipe, text, self.device)
 
     def alike(self, prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
-        """Prompts that can be in one batch: shorter ones are followed by empty chunks, blank ones by zeros. Text encoders must be there."""
+        """Pad prompts to the same length, so that they can share a batch: with empty chunks, or with zeros if the prompt is
+        all zeros. The text encoders must still be loaded."""
         most = max(len(prompt.embeds) for prompt in prompts.values())
         if all(len(prompt.embeds) == most for prompt in prompts.values()):
             return dict(prompts)
@@ -97,7 +100,8 @@ class Base:
         return out
 
     def encode_negative(self, text: str = "") -> Prompt:
-        """What classifier-free guidance moves away from; where there is no text, zeros if the base wants them (SDXL)."""
+        """Encode the prompt that classifier-free guidance moves away from. Without a text, it is zeros if the base was
+        trained that way (SDXL)."""
         prompt = self.encode_prompt(text)
         if text or not self.pipe.config.get("force_zeros_for_empty_prompt"):
             return prompt
@@ -107,7 +111,8 @@ class Base:
 
     @torch.no_grad()
     def encode_picture(self, pixels: Float[Tensor, "3 h w"], sizes: Sequence[int]) -> Picture:
-        """Moments of the scaled latent of an image in -1..1. The VAE runs in full precision: fp16 ones overflow."""
+        """Encode a picture with values in -1..1; `sizes`: SDXL's six size numbers. The VAE runs in full precision, because
+        some VAEs overflow in fp16. Raises UsageError if the latent is not finite."""
         vae = self.vae.to(self.device, torch.float32)  # type: ignore[call-arg]
         posterior = vae.encode(pixels[None].to(self.device)).latent_dist  # type: ignore[union-attr]
         shift = vae.config.get("shift_factor") or 0.0
@@ -118,8 +123,8 @@ class Base:
         return Picture(mean, std, torch.tensor(sizes, dtype=torch.float32, device=self.device))
 
     def release(self, tiles: bool = False) -> None:
-        """For training, once all prompts and pictures are encoded: the text encoders are dropped, and the VAE leaves the
-        accelerator, to which `sample.generate` brings it back for as long as something is drawn; in `tiles`, if wanted."""
+        """Free memory for training, once all prompts and pictures are encoded: drop the text encoders and move the VAE to
+        the CPU. `sample.generate` moves it back while it draws. With `tiles`, it decodes in tiles from now on."""
         for part in ("text_encoder", "text_encoder_2"):
             if part in self.pipe.components:
                 setattr(self.pipe, part, None)
@@ -131,36 +136,38 @@ class Base:
             torch.cuda.empty_cache()
 
     def new_graphs(self) -> Graphs | None:
-        """A place for captured passes over this base; None on a device that has no CUDA graphs, and where they are not wanted."""
+        """An empty store of captured passes; None if the device has no CUDA graphs or they are switched off."""
         return Graphs(CudaExecutor(self.device)) if self.graphs and self.device.type == "cuda" else None
 
     def short_of_memory(self) -> bool:
-        """Whether drawing might not fit beside captured steps, which keep their activations."""
+        """Whether there may be too little memory to draw beside captured steps, which keep their activations."""
         return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] < DRAWING
 
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
-        """What the denoiser, or a ControlNet, reads beside the noisy latents; `prompts` and `sizes [b, 6]` one per row."""
+        """The arguments of the denoiser, or of a ControlNet, other than latents and timesteps. `prompts` and `sizes
+        [b, 6]`: one per row."""
         dtype = self.denoiser.dtype
         more = self.family.conditions(prompts, sizes, dtype)
         return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), **more}
 
     def _texts(self, key: tuple[object, ...], prompts: Sequence[Prompt]) -> Tensor:
-        """The embeddings of a batch, `[b, tokens, channels]`: for the same prompts the same tensor, by which adapted layers know that
-        they have its keys and values already."""
-        if key not in self._told:
-            if len(self._told) == MOST_BATCHES:
-                self._told.clear()
-            self._told[key] = torch.stack([prompt.embeds for prompt in prompts]).to(self.denoiser.dtype)
-        return self._told[key]
+        """The embeddings of a batch, `[b, tokens, channels]`. The same prompts give the same tensor object, by which
+        adapted layers recognise the prompts whose keys and values they have cached."""
+        if key not in self.embeddings:
+            if len(self.embeddings) == MOST_BATCHES:
+                self.embeddings.clear()
+            self.embeddings[key] = torch.stack([prompt.embeds for prompt in prompts]).to(self.denoiser.dtype)
+        return self.embeddings[key]
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor, **residuals: Any) -> Tensor:
-        """The denoiser's raw prediction for a batch, as `noisy`; `residuals`: a ControlNet's outputs, under the denoiser's names."""
-        told = self.conditions(prompts, sizes)
-        return self.denoiser(noisy.to(self.denoiser.dtype), t, **told, **residuals).sample
+        """The denoiser's raw prediction for a batch, in the shape of `noisy [b, c, h, w]`. `residuals`: outputs of a
+        ControlNet, under the names of the denoiser's arguments."""
+        conditions = self.conditions(prompts, sizes)
+        return self.denoiser(noisy.to(self.denoiser.dtype), t, **conditions, **residuals).sample
 
 
 class RunData:
-    """A base with the pictures and prompts of one run, by role: the trainer's `Denoiser`."""
+    """A base with the pictures and prompts of one run, by role. It is the trainer's `Denoiser`."""
 
     def __init__(self, base: Base, pictures: Mapping[str, Sequence[Picture]], prompts: Mapping[str, Prompt]) -> None:
         self.base, self.pictures, self.encoded = base, pictures, prompts
@@ -168,10 +175,11 @@ class RunData:
         self.graphs = base.new_graphs()
 
     def constants(self) -> list[Tensor]:
-        return list(self.base._told.values())
+        return list(self.base.embeddings.values())
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
-        """One noisy latent per branch: x_t, t and its target, drawn on the CPU so that a seed means the same everywhere."""
+        """One sample per branch: x_t, t and the target. Random numbers are drawn on the CPU, so that a seed gives the same
+        samples on every device."""
         kept: dict[str, Tensor] = {}
         return [self._draw_one(self.pictures[role], shared, kept, rng) for role in images]
 
@@ -180,11 +188,11 @@ class RunData:
     ) -> Sample:
         picture = pictures[int(torch.randint(len(pictures), (), generator=rng))]
         shape, device = picture.mean.shape, self.base.device
-        latent = picture.mean + picture.std * sent(torch.randn(shape, generator=rng), device).to(picture.std)
+        latent = picture.mean + picture.std * sent_to(torch.randn(shape, generator=rng), device).to(picture.std)
         if "timestep" not in shared or "timestep" not in kept:
-            kept["timestep"] = sent(self.base.process.draw_timestep(rng), device)
+            kept["timestep"] = sent_to(self.base.process.draw_timestep(rng), device)
         if "noise" not in shared or "noise" not in kept:
-            kept["noise"] = sent(torch.randn(shape, generator=rng), device).to(picture.mean)
+            kept["noise"] = sent_to(torch.randn(shape, generator=rng), device).to(picture.mean)
         t = kept["timestep"]
         noisy, target = self.base.process.corrupt(latent[None], kept["noise"][None], t)
         some = picture.prompts
@@ -200,21 +208,17 @@ class RunData:
         return self.base.predict(noisy, t, encoded, sizes)
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to a device, without waiting for what the device is doing."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
-
-
 def joined(models: Mapping[str, Denoiser]) -> RunData:
-    """RunData of one base as one, with prompts by KEY/ROLE; it draws nothing."""
+    """Combine the RunData of several jobs on one base, with prompts named KEY/ROLE. The result can predict, but has no
+    pictures to draw samples from."""
     found = {key: model for key, model in models.items() if isinstance(model, RunData)}
     prompts = {f"{key}/{role}": prompt for key, one in found.items() for role, prompt in one.encoded.items()}
     return RunData(next(iter(found.values())).base, {}, prompts)
 
 
 def load(name: str = "icons", device: str | None = None, loading: Loading = AS_IT_IS) -> Base:
-    """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. fp32 on CPU and MPS, bf16 on
-    CUDA, unless `loading` says something else."""
+    """Load a base: `icons` (embedded), a diffusers folder, a hub id, or a single-file checkpoint. Weights are fp32 on CPU
+    and MPS and bf16 on CUDA, unless `loading` says otherwise. Raises UsageError if it cannot be loaded."""
     where = found_device(device or loading.device)
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
@@ -226,23 +230,3 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
         compile_blocks(denoiser)
     pipe.to(where)
     return Base(name, pipe, where, loading.graphs)
-
-
-def found_device(name: str = "") -> torch.device:
-    """A device by its name, or the best that there is. UsageError for one that is not there."""
-    try:
-        device = torch.device(name or pick_device())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's, for a name, a number or a kind that it does not have
-        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        fix = f"There are: {', '.join([*there, 'cpu'])}."
-        raise UsageError(f"there is no device {name!r}", "--device", fix) from error
-    return device
-
-
-def pick_device() -> str:
-    """cuda, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

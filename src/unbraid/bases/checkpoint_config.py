@@ -1,6 +1,7 @@
-"""From the shapes in a checkpoint's header to the configurations of a diffusers pipeline.
+"""The configurations of a diffusers pipeline, derived from the tensor shapes in a checkpoint's header.
 
-What shapes do not say is taken from the stock models: head sizes, activations, the VAE's scaling factor, the noise schedule.
+What shapes do not show is taken from the stock models: head sizes, activations, the VAE's scaling factor, the noise
+schedule.
 """
 
 from collections.abc import Mapping
@@ -13,14 +14,15 @@ from unbraid.files.formats.blocks import to_ldm
 from unbraid.files.formats.header import Shape
 
 Config = dict[str, Any]
-GROUPS = 32  # of every group norm, UNet and VAE
+GROUPS = 32  # groups of every group norm in UNet and VAE
 SCALING = {"sdxl": 0.13025, "sd15": 0.18215, "sd21": 0.18215}
-HEADS = 8  # of SD1.5's UNet at every level; everything else has heads of 64 channels
-HEAD = 64
+HEADS = 8  # attention heads at every level of SD1.5's UNet
+HEAD = 64  # channels of an attention head in all other models
 
 
 def unet_config(checkpoint: Checkpoint) -> Config:
-    """The UNet: two residual blocks per level, as in all of its kind; the rest by shapes."""
+    """The UNet's configuration. Every level has two residual blocks, as in all stock models; the rest follows from
+    shapes. Raises UsageError if the UNet has no attention."""
     shapes, kind = checkpoint.shapes, checkpoint.kind
     names = takewhile(
         lambda name: name in shapes, (f"{UNET}input_blocks.{3 * i + 1}.0.out_layers.3.weight" for i in count())
@@ -29,9 +31,7 @@ def unet_config(checkpoint: Checkpoint) -> Config:
     attention = [f"{UNET}input_blocks.{3 * i + 1}.1." for i in range(len(channels))]
     has = [f"{prefix}norm.weight" in shapes for prefix in attention]
     if not any(has):
-        raise UsageError(
-            "its UNet has no attention where it is looked for", checkpoint.path, "Give a diffusers folder of it."
-        )
+        raise UsageError("no attention layers are found in its UNet", checkpoint.path, "Give a diffusers folder of it.")
     first = attention[has.index(True)]
     config = {
         "sample_size": checkpoint.side // vae_factor(checkpoint),
@@ -56,7 +56,7 @@ def _depth(shapes: Mapping[str, Shape], attention: str) -> int:
 
 
 def _added(shapes: Mapping[str, Shape]) -> Config:
-    """SDXL's second way in: the pooled text and six size numbers."""
+    """SDXL's additional inputs: the pooled text embedding and six size numbers."""
     width = shapes[f"{UNET}label_emb.0.0.weight"][1]
     pooled = shapes[TEXT["sdxl"][1] + "text_projection"][1]
     return {
@@ -74,7 +74,7 @@ def expected_names(name: str, kind: Kind) -> str:
 
 
 def vae_config(shapes: Mapping[str, Shape], kind: Kind, prefix: str = VAE) -> Config:
-    """An autoencoder in LDM names."""
+    """The configuration of an autoencoder whose tensors have LDM names that begin with `prefix`."""
     levels = list(takewhile(lambda i: f"{prefix}encoder.down.{i}.block.0.conv2.weight" in shapes, count()))
     layers = list(takewhile(lambda j: f"{prefix}encoder.down.0.block.{j}.conv2.weight" in shapes, count()))
     return {
@@ -95,14 +95,15 @@ def vae_config(shapes: Mapping[str, Shape], kind: Kind, prefix: str = VAE) -> Co
 
 
 def vae_factor(checkpoint: Checkpoint) -> int:
-    """How many pixels a latent stands for; eight where the checkpoint has no VAE of its own."""
+    """The ratio of the sides of pictures and latents; 8 if the checkpoint has no VAE."""
     if not checkpoint.has_vae:
         return 8
     return 2 ** (len(vae_config(checkpoint.shapes, checkpoint.kind)["block_out_channels"]) - 1)
 
 
 def text_configs(checkpoint: Checkpoint) -> list[Config]:
-    """One or two text encoders: OpenAI's CLIP in its own names, OpenCLIP's with fused projections."""
+    """Configurations of the one or two text encoders. OpenAI's CLIP has the names of transformers; OpenCLIP has names of
+    its own, and fused projections."""
     return [_text(checkpoint, prefix) for prefix in TEXT[checkpoint.kind]]
 
 
@@ -121,20 +122,20 @@ def _text(checkpoint: Checkpoint, prefix: str) -> Config:
         "hidden_size": table[1],
         "intermediate_size": wide,
         "projection_dim": projected,
-        # SD2.1 was trained on the last layer but one: diffusers leaves the 24th out
+        # SD2.1 was trained on the last layer but one, so diffusers leaves the 24th layer out
         "num_hidden_layers": min(layers, 23) if checkpoint.kind == "sd21" else layers,
         "num_attention_heads": max(1, table[1] // HEAD),
         "max_position_embeddings": shapes[prefix + POSITIONS[open_clip]][0],
         "hidden_act": "gelu" if open_clip else "quick_gelu",
         "bos_token_id": 0,
         "pad_token_id": 1,
-        "eos_token_id": 2,  # as in the stock configurations: the pooled vector is taken where the highest token is
+        "eos_token_id": 2,  # as in the stock configurations: with 2, transformers takes the pooled vector at the highest token id
     }
 
 
 def scheduler_config(kind: Kind, prediction: Prediction, zero_snr: bool) -> Config:
-    """Stable Diffusion's noise. The sampler: Euler for SDXL, as in its stock pipeline; with zero terminal SNR, and for the others,
-    DDIM."""
+    """Stable Diffusion's noise schedule, and the sampler: Euler for SDXL, as in its stock pipeline; DDIM for the others
+    and for zero terminal SNR."""
     config = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -151,7 +152,7 @@ def scheduler_config(kind: Kind, prediction: Prediction, zero_snr: bool) -> Conf
 
 
 def model_index(kind: Kind, scheduler: Config) -> Config:
-    """model_index.json."""
+    """The contents of model_index.json."""
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

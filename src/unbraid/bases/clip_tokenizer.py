@@ -1,4 +1,5 @@
-"""CLIP's tokenizer without a download: its byte-pair merges are in the package (openai/CLIP, MIT licence, its first 48,894)."""
+"""CLIP's tokenizer without a download. Its byte-pair merges are in the package (from openai/CLIP, MIT licence; the first
+48,894)."""
 
 import gzip
 from importlib.resources import files
@@ -7,12 +8,12 @@ from transformers import CLIPTokenizer
 
 FILE = "clip_merges.txt.gz"
 TOKENS = 77  # longest prompt
-SIZE = 49_408  # 256 bytes, the same at a word's end, 48,894 merges, start and end
+SIZE = 49_408  # 256 bytes, the same at the end of a word, 48,894 merges, start and end
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
-    """`pad`: what fills a prompt up: OpenAI's CLIP has its end token there, the OpenCLIP models `!`, which is token 0."""
+    """The tokenizer. `pad`: the token that pads prompts; the end token for OpenAI's CLIP, `!` (token 0) for OpenCLIP."""
     lines = gzip.decompress(files("unbraid.bases").joinpath(FILE).read_bytes()).decode("utf-8").splitlines()
     merges = [(first, last) for first, last in (line.split() for line in lines)]
     letters = list(_letters())

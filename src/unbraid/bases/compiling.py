@@ -1,5 +1,5 @@
-"""torch.compile of a model's transformer blocks: there are few different ones, where the adapters and most of the small operators are. Compiling the
-whole model takes many minutes."""
+"""torch.compile for a model's transformer blocks. They contain the adapters and most of the small operators, and few of
+them differ. Compiling the whole model would take many minutes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 BACKEND = "inductor"
-MOST = 64  # forms of a block that are compiled: by width, rows, what gets a gradient
+MOST = 64  # compiled variants of a block: they differ in width, number of rows, and which tensors get a gradient
 
 
 def compile_blocks(model: nn.Module) -> None:
-    import torch._dynamo.config as config  # seconds, for those who ask for it
+    """Let torch compile each transformer block when it is first called."""
+    import torch._dynamo.config as config  # this import takes seconds
 
     config.recompile_limit = MOST
     for block in _blocks(model):
@@ -22,7 +23,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """For passes that are too few to be worth a compilation of their own."""
+    """Run the blocks without compilation, for passes that are too few to be worth it."""
     if all(block._compiled_call_impl is None for block in _blocks(model)):
         yield
         return

@@ -1,4 +1,4 @@
-"""What a base is, from its configuration alone: no weights are loaded."""
+"""The family and the configuration of a base, found without loading weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +9,12 @@ from unbraid.bases.families.family import Family
 from unbraid.bases.pipeline import location
 from unbraid.bases.single_file import configs
 from unbraid.bases.sniff import sniff
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 
 
 def denoiser_config(base: str) -> tuple[Family, Mapping[str, Any]]:
-    """The family of a base and the configuration of its denoiser: of a folder, a hub id (which downloads it), or made from a
-    checkpoint's header. UsageError where there is none."""
+    """The family of a base and the configuration of its denoiser. `base`: a folder, a hub id (the configuration is
+    downloaded), or a checkpoint (it is derived from the header). Raises UsageError if there is none."""
     config = _of_file(Path(base)) if Path(base).is_file() else _of_folder(base)
     return family_of_config(config), config
 
@@ -30,6 +30,6 @@ def _of_folder(base: str) -> Mapping[str, Any]:
         try:
             return network.folder_config(path)
         except (OSError, ValueError) as error:
-            failed = failed or str(error).strip().splitlines()[0]
+            failed = failed or first_line(error)
     fix = "Give icons, a complete diffusers folder, a checkpoint, or a hub id (a first download needs a network)."
     raise UsageError(f"the base cannot be loaded: {failed}", base, fix)

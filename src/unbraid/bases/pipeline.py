@@ -1,4 +1,5 @@
-"""Open a base model as a diffusers pipeline: the embedded one, a folder, a hub id, or a single file; with another VAE if wanted."""
+"""Opening a base model as a diffusers pipeline: the embedded base, a folder, a hub id or a single file, if wanted with
+another VAE."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,16 +20,19 @@ from transformers.utils import logging as transformers_logging
 from unbraid.bases.families import PIPELINES, family_of
 from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 
-Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline  # what `PIPELINES` are, to a type checker
+Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline  # the classes in `PIPELINES`, for the type checker
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
 def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "") -> Pipeline:
-    """UNet and text encoders in `dtype`, the VAE in full precision: fp16 ones overflow. `vae`: a folder, hub id or file in the
-    place of the base's own. `prediction`: `epsilon` or `v`, if the base does not say it, or says it wrongly."""
+    """Open a base: UNet and text encoders in `dtype`, the VAE in full precision because some VAEs overflow in fp16.
+
+    `vae`: a folder, hub id or file to use in place of the base's own VAE. `prediction`: `epsilon` or `v`, for a base whose
+    files do not state it, or state it wrongly. Raises UsageError for whatever is no SDXL, SD1.5 or SD2.1 text-to-image
+    model."""
     if prediction and prediction not in PREDICTIONS:
         raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
     path = location(name)
@@ -39,7 +43,7 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
     if prediction:
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)
-    _mind_precision(pipe.vae)
+    _accept_half_precision(pipe.vae)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
@@ -47,14 +51,14 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
 
 
 def location(name: str) -> str:
-    """Where a base is: a folder, a file, or the hub id. UsageError for what is none of them."""
+    """Where a base is: a folder, a file, or a hub id. Raises UsageError if the name is none of them."""
     path = str(files("unbraid.bases").joinpath("icons")) if name == "icons" else name
     known_model(path, "base model", f"Give icons, a diffusers folder, a .safetensors checkpoint, or {EXAMPLE}", name)
     return path
 
 
 def known_model(path: str, what: str, fix: str, name: str = "") -> None:
-    """Refuse what is neither a path that exists nor looks like a hub id."""
+    """Raise UsageError if `path` neither exists nor looks like a hub id. `what` and `fix` are for the message."""
     if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~")) or _is_file_name(path)):
         raise UsageError(f"there is no such {what}", name or path, fix)
 
@@ -71,7 +75,7 @@ def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None)
         )
     except (OSError, ValueError, KeyError) as error:
         fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
-        raise UsageError(f"the base cannot be loaded: {_first_line(error)}", name, fix) from error
+        raise UsageError(f"the base cannot be loaded: {first_line(error)}", name, fix) from error
 
 
 def _open_vae(name: str, base: str) -> AutoencoderKL:
@@ -85,25 +89,23 @@ def _open_vae(name: str, base: str) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
     except (OSError, ValueError, KeyError) as error:
         fix = "Give a complete diffusers folder with .safetensors weights, a file, or a hub id."
-        raise UsageError(f"the VAE cannot be loaded: {_first_line(error)}", name, fix) from error
+        raise UsageError(f"the VAE cannot be loaded: {first_line(error)}", name, fix) from error
 
 
 def _kind(base: str) -> Kind:
-    """What the base is, for the scaling factor of a VAE that has no configuration."""
+    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration."""
     if Path(base).is_file():
         return sniff(Path(base)).kind
     try:
         index: Any = DiffusionPipeline.load_config(base)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the base cannot be loaded: {_first_line(error)}", base, "Give a diffusers folder."
-        ) from error
+        raise UsageError(f"the base cannot be loaded: {first_line(error)}", base, "Give a diffusers folder.") from error
     return "sdxl" if "XL" in str(index.get("_class_name")) else "sd15"
 
 
 def _check(pipe: Any, name: str, vae: str) -> None:
-    """What training and sampling rely on."""
-    if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # the refiner is of the second kind
+    """Check what training and sampling rely on. Raises UsageError."""
+    if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # SDXL's refiner is an Img2Img pipeline
         what = f"{type(pipe).__name__} is no text-to-image model"
         raise UsageError(what, name, "Give the text-to-image model that it was made from.")
     if not isinstance(pipe, PIPELINES):
@@ -121,8 +123,8 @@ def _check(pipe: Any, name: str, vae: str) -> None:
         raise UsageError(what, vae or name, "Give a VAE of this kind of base.")
 
 
-def _mind_precision(vae: Any) -> None:
-    """Let a full-precision VAE take what a half-precision UNet hands it."""
+def _accept_half_precision(vae: Any) -> None:
+    """Make a full-precision VAE accept the latents of a half-precision UNet."""
 
     def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].to(next(module.parameters()).dtype), *args[1:])
@@ -133,14 +135,10 @@ def _mind_precision(vae: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' own remarks."""
+    """Hide the log messages, progress bars and warnings of the libraries."""
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""How a base is loaded and trained within a card's memory: the presets of `--vram`, another VAE, another prediction type."""
+"""Options for opening a base, and the memory presets of `--vram`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ from unbraid.common.errors import UsageError
 
 @dataclass(frozen=True)
 class Preset:
-    """What is done about memory. `half`: frozen weights and activations in bf16 (adapters stay fp32). `fp8`: the UNet's linear and
-    convolutional weights are kept in fp8. `adam8`: AdamW's moments in 8 bits. `at_once`: branches in one forward pass, each of which costs less than
-    one by itself (`bench.speed passes`). `rank`: that
-    two adapters on all of SDXL's attention should not exceed at 1024²."""
+    """How memory is saved.
+
+    half: frozen weights and activations in bf16; adapters stay fp32. checkpointing: gradient checkpointing. adam8: AdamW's
+    moments in 8 bits. fp8: the UNet's linear and convolutional weights are stored in fp8. at_once: branches per forward
+    pass; several in one pass are faster than one after the other (`python -m tools.speed passes`). rank: the highest
+    advisable rank for two adapters on all of SDXL's attention at 1024×1024 px."""
 
     name: str
     half: bool = True
@@ -22,7 +24,9 @@ class Preset:
     rank: int = 64
 
 
-MAX = Preset("max", half=False, checkpointing=False, adam8=False, at_once=4, rank=128)  # bf16 on CUDA all the same
+MAX = Preset(
+    "max", half=False, checkpointing=False, adam8=False, at_once=4, rank=128
+)  # on CUDA the weights are bf16 even so
 PRESETS: Mapping[str, Preset] = {
     one.name: one
     for one in (
@@ -37,9 +41,12 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class Loading:
-    """How to open a base. `vae`: a folder, hub id or file in place of its own. `prediction`: `epsilon` or `v`, where the base does
-    not say it. `vram`: the name of a preset, in GB. `compile`: its transformer blocks, by torch.compile, for training.
-    `graphs`: passes are captured as CUDA graphs, where the device has them. `device`: such as cuda:1; empty: the best there is."""
+    """How to open a base.
+
+    vae: a folder, hub id or file to use in place of the base's own VAE. prediction: `epsilon` or `v`, for a base whose
+    files do not state it. vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
+    blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
+    cuda:1; empty for the best one."""
 
     vae: str = ""
     prediction: str = ""
@@ -59,7 +66,7 @@ AS_IT_IS = Loading()
 
 
 def advice(preset: Preset) -> str:
-    """What to do when a preset was not enough."""
+    """What to try when this preset was not enough."""
     names = list(PRESETS)
     after = names[names.index(preset.name) + 1 :]
     if after:

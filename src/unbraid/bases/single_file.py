@@ -1,4 +1,5 @@
-"""Single-file checkpoints (Civitai's kind, LDM names) of SDXL, SD1.5 and SD2.1, and VAEs: to diffusers, without a network."""
+"""Opening single-file checkpoints of SDXL, SD1.5 and SD2.1 (LDM names, as on Civitai) and VAE files with diffusers,
+offline."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -25,8 +25,9 @@ from unbraid.bases.checkpoint_config import (
     vae_config,
 )
 from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
+from unbraid.bases.families.unet import UNet
 from unbraid.bases.sniff import VAE, Checkpoint, Kind, sniff
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 from unbraid.files.formats.header import Shape, read_header
 
 PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
@@ -34,12 +35,13 @@ PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
     "sd15": StableDiffusionPipeline,
     "sd21": StableDiffusionPipeline,
 }
-PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # OpenCLIP's pad is token 0
+PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # padding tokens
 UNFIT = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SingleFileComponentError)
 
 
 def configs(checkpoint: Checkpoint) -> dict[str, Config]:
-    """File of a diffusers folder → what stands in it. UsageError if the UNet's shapes do not fit together."""
+    """Name of a JSON file in a diffusers folder → its contents. Raises UsageError if tensors are missing or the UNet's
+    shapes do not fit together."""
     try:
         scheduler = scheduler_config(checkpoint.kind, checkpoint.prediction, checkpoint.zero_snr)
         found = {
@@ -64,16 +66,10 @@ def configs(checkpoint: Checkpoint) -> dict[str, Config]:
     return found | texts
 
 
-def empty_unet(config: Config) -> UNet2DConditionModel:
-    """A UNet without weights, for its shapes."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)  # type: ignore[return-value]
-
-
 def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
-    """Every weight of the UNet must be in the file, in the size that the others ask for."""
+    """Raise UsageError unless the file has every weight of the UNet in the shape that follows from the configuration."""
     try:
-        parameters = dict(empty_unet(config).named_parameters())
+        parameters = dict(UNet().empty(config).named_parameters())
     except ValueError as error:
         raise UsageError(
             f"not a UNet that can be built ({error})", checkpoint.path, "Give a diffusers folder of it."
@@ -86,12 +82,13 @@ def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
                 if key in checkpoint.shapes
                 else "is not there"
             )
-            fix = "It is not whole, or of another make than the stock models: give a diffusers folder of it."
+            fix = "It is incomplete, or differs from the stock models: give a diffusers folder of it."
             raise UsageError(f"{key} {there}", checkpoint.path, fix)
 
 
 def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
-    """The pipeline of a checkpoint, its UNet and text encoders in `dtype`, its VAE in full precision, or the `vae` given."""
+    """The pipeline of a checkpoint: its UNet and text encoders in `dtype`; its VAE in full precision, or `vae` if one is
+    given. Raises UsageError if the checkpoint cannot be loaded or lacks weights."""
     checkpoint = sniff(path)
     if vae is None and not checkpoint.has_vae:
         fix = "Add --vae FOLDER or FILE (for SDXL, an fp16-safe one)."
@@ -104,24 +101,25 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) 
             load: Any = PIPELINES[checkpoint.kind].from_single_file  # type: ignore[attr-defined]
             pipe = load(str(path), config=name, local_files_only=True, torch_dtype=dtype, vae=given, **tokenizers)
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {_line(error)}", path, "Get the full checkpoint.") from error
+            raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get the full checkpoint.") from error
     _check_whole(pipe, path)
     return pipe
 
 
 def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
-    """A VAE from a file of its own, or from a checkpoint; the scaling factor is that of the kind."""
+    """A VAE from its own file or from a checkpoint. `kind` gives the scaling factor. Raises UsageError if it cannot be
+    loaded."""
     shapes = read_header(path).shapes
     prefix = VAE if f"{VAE}decoder.conv_in.weight" in shapes else ""
     if f"{prefix}encoder.down.0.block.0.conv2.weight" not in shapes:
         fix = "Give a VAE with LDM names, or a diffusers folder or hub id of one."
-        raise UsageError("there is no VAE in this file that is known", path, fix)
+        raise UsageError("there is no VAE in this file whose names are known", path, fix)
     with TemporaryDirectory() as name:
         config = _vae_config(shapes, kind, prefix, path)
         try:
             vae = _vae(path, _write(Path(name), {"vae/config.json": config}))
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {_line(error)}", path, "Get another copy of it.") from error
+            raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get another copy of it.") from error
     _check_whole({"vae": vae}, path)
     return vae
 
@@ -146,7 +144,7 @@ def _write(folder: Path, found: Mapping[str, Config]) -> Path:
 
 
 def _check_whole(pipe: Any, path: Path) -> None:
-    """Weights that the file lacks stay without values."""
+    """Raise UsageError if some weights have no values, because the file lacks them."""
     parts = pipe if isinstance(pipe, dict) else pipe.components
     for part, model in parts.items():
         empty = [name for name, p in model.named_parameters() if p.is_meta] if isinstance(model, nn.Module) else []
@@ -156,7 +154,6 @@ def _check_whole(pipe: Any, path: Path) -> None:
             )
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, NotImplementedError):  # torch's, of a weight that has no values
-        return "weights are missing"
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:160]
+def _reason(error: BaseException) -> str:
+    """Why loading failed, in one line. torch raises NotImplementedError for a weight that has no values."""
+    return "weights are missing" if isinstance(error, NotImplementedError) else first_line(error)

@@ -1,4 +1,5 @@
-"""What a single-file checkpoint is, from its header alone: family, prediction type, what it lacks. No tensor is read."""
+"""What a single-file checkpoint contains, from its header alone: kind of model, prediction type, missing parts. No tensor
+is read."""
 
 import re
 from collections.abc import Mapping
@@ -14,15 +15,18 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 FIRST = UNET + "input_blocks.0.0.weight"
-TEXT: Mapping[Kind, tuple[str, ...]] = {  # where the text encoders stand
+TEXT: Mapping[Kind, tuple[str, ...]] = {  # the prefixes of the text encoders
     "sdxl": ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."),
     "sd15": ("cond_stage_model.transformer.text_model.",),
     "sd21": ("cond_stage_model.model.",),
 }
-POSITIONS = ("embeddings.position_embedding.weight", "positional_embedding")  # a text encoder's, by either naming
+POSITIONS = (
+    "embeddings.position_embedding.weight",
+    "positional_embedding",
+)  # the two names that a text encoder's positions can have
 TAKEN = "unbraid takes SDXL, SD1.5 and SD2.1."
 LORA = re.compile(r"(^|[._])(lora|hada|lokr|oft)_|\.lora\.|_lora\.")
-OTHERS: Mapping[str, tuple[str, str]] = {  # what only one kind of file has in its names → what it is, what to do
+OTHERS: Mapping[str, tuple[str, str]] = {  # a prefix that only one kind of file has → what the file is, what to do
     "double_blocks.": ("a Flux checkpoint", TAKEN),
     "joint_blocks.": ("an SD3 checkpoint", TAKEN),
     "double_layers.": ("an AuraFlow checkpoint", TAKEN),
@@ -37,7 +41,7 @@ REFINER_TEXT = "conditioner.embedders.0.model."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint's header says. `side`: of the square pictures that it was trained on, in pixels."""
+    """What a checkpoint's header shows. `side`: the side of the square pictures that it was trained on, in pixels."""
 
     path: Path
     kind: Kind
@@ -52,7 +56,8 @@ class Checkpoint:
 
 
 def sniff(path: Path) -> Checkpoint:
-    """Read a checkpoint's header. UsageError for whatever is not a whole SDXL, SD1.5 or SD2.1 text-to-image model."""
+    """Read a checkpoint's header. Raises UsageError for files that are not complete text-to-image models of SDXL, SD1.5
+    or SD2.1."""
     header = read_header(path)
     shapes = header.shapes
     kind = _kind(path, shapes)
@@ -90,7 +95,7 @@ def _kind(path: Path, shapes: Mapping[str, Shape]) -> Kind:
 
 
 def _part(shapes: Mapping[str, Shape]) -> str:
-    """What a file without a whole UNet in LDM names seems to be."""
+    """What a file without a complete UNet in LDM names seems to be."""
     if any(key.startswith(("down_blocks.", "text_model.", "encoder.down_blocks.")) for key in shapes):
         return "one part of a diffusers model: the folder with model_index.json is the model"
     if any(key.startswith(("encoder.", VAE)) for key in shapes):
@@ -99,19 +104,20 @@ def _part(shapes: Mapping[str, Shape]) -> str:
 
 
 def _prediction(header: Header, kind: Kind) -> Prediction:
-    """By the marker key of v-prediction SDXL models, then by ModelSpec, then by what is usual for the kind: SD2.1 at 768 px
-    predicts v, and so does what says that its terminal SNR is zero."""
-    told = header.metadata.get("modelspec.prediction_type", "").lower()
+    """The prediction type: from the marker keys of SDXL models with v-prediction or zero terminal SNR, else from
+    ModelSpec, else the usual one for the kind (SD2.1 at 768 px predicts v)."""
+    stated = header.metadata.get("modelspec.prediction_type", "").lower()
     architecture = header.metadata.get("modelspec.architecture", "").lower()
-    if "v_pred" in header.shapes or "ztsnr" in header.shapes or told in ("v", "v_prediction"):
+    if "v_pred" in header.shapes or "ztsnr" in header.shapes or stated in ("v", "v_prediction"):
         return "v_prediction"
-    if told == "epsilon" or kind != "sd21" or architecture.startswith("stable-diffusion-v2-512"):
+    if stated == "epsilon" or kind != "sd21" or architecture.startswith("stable-diffusion-v2-512"):
         return "epsilon"
     return "v_prediction"
 
 
 def _side(header: Header, kind: Kind, prediction: Prediction) -> int:
-    """By ModelSpec's resolution (`1024x1024`; of other shapes, the square of equal area), else what is usual."""
+    """The side in pixels: from ModelSpec's resolution (`1024x1024`; for other shapes, the square of equal area), else the
+    usual one for the kind."""
     found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", header.metadata.get("modelspec.resolution", ""))
     if found:
         side = round((int(found[1]) * int(found[2])) ** 0.5 / 64) * 64

@@ -25,7 +25,7 @@ from unbraid.bench.rows.version import base_digest, truth_digest, versions
 from unbraid.bench.truth.scores import diversity, scored
 from unbraid.bench.truth.tasks import Cell, Item, Scale, cells, items
 from unbraid.common.errors import UsageError
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import alignment
 
 
@@ -100,7 +100,7 @@ def _do(todo: Todo) -> Unit:
             spread = diversity(images, item.truth, cache.base)
         for seed, image in zip(item.seeds, images, strict=True):
             name = f"{len(drawings):02d}.png"
-            pictures.save_image(image, file.with_name(name))
+            sheets.save_image(image, file.with_name(name))
             found = scored(item, image, cache.base)
             if cell.task == "transfer":
                 found["structure"] = 1.0 if row.name == BASE else alignment(cache.plain(item, seed), image)

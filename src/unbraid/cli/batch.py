@@ -1,6 +1,5 @@
 """`unbraid batch`: many runs in one process, from a file with the command-line options of each run."""
 
-import difflib
 import inspect
 import json
 import sys
@@ -11,21 +10,16 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import ValidationError, create_model
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
-from unbraid.cli.run import UNDONE, Device, Quiet, Resume, console
+from unbraid.cli.progress import progress_bar
+from unbraid.cli.run import UNDONE, Device, Quiet, Resume
 from unbraid.cli.train import app as training_commands
-from unbraid.common.errors import UsageError
+from unbraid.common.atomic import read_toml
+from unbraid.common.errors import UsageError, suggestion
 
 app = typer.Typer()
 NOT_THERE = ("resume", "quiet")  # options of the whole batch, not of a single run
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeRemainingColumn(),
-    TextColumn("{task.fields[loss]}"),
-)
 
 
 @app.command()
@@ -58,8 +52,7 @@ def batch(
 
 def read(file: Path) -> list[Any]:
     """The jobs of a batch file, or the one job of a run.toml. UsageError if the file is neither."""
-    from unbraid.common.atomic import read_toml  # imports torch, which the file tools do not need
-    from unbraid.runs.batch import recorded
+    from unbraid.runs.batch import recorded  # imports torch, which the file tools do not need
 
     table = read_toml(file, 'One table per run: [[run]], verb = "split", …')
     if isinstance(table.get("method"), str) and "run" not in table:
@@ -82,8 +75,7 @@ def _job(given: Mapping[str, Any], own: Iterable[str], where: str) -> Any:
         raise UsageError(f"there is no training verb {given.get('verb')!r}", where, fix)
     known = _names(verb)
     for key in set(own) - known.keys() - {"verb"}:
-        near = difflib.get_close_matches(key, known, 1) or sorted(known)
-        raise UsageError(f"{given['verb']} has no {key!r}", where, f"Did you mean {near[0]!r}?")
+        raise UsageError(f"{given['verb']} has no {key!r}", where, suggestion(key, known))
     try:
         todo = verb(**_checked(verb, {known[key]: value for key, value in given.items() if key in known}, where))
     except UsageError as error:
@@ -138,7 +130,7 @@ def _watch(jobs: Sequence[Any], events: Iterable[tuple[int, Any]], quiet: bool) 
 
     Returns the number of failed runs, and whether some picture could not be made."""
     failed, undone, made = 0, False, list[Path]()
-    with Progress(*COLUMNS, console=console, disable=quiet) as bar:
+    with progress_bar(TextColumn("{task.fields[loss]}"), quiet=quiet) as bar:
         whole = bar.add_task("runs", total=len(jobs), loss="")
         tasks = [bar.add_task(str(job.out), total=None, visible=False, loss="") for job in jobs]
         for which, event in events:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TimeElapsedColumn
 
-from unbraid.cli.run import BaseName, Quiet, console
+from unbraid.cli.progress import console, progress_bar
+from unbraid.cli.run import BaseName, Quiet
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
@@ -103,15 +104,8 @@ def _field(
 def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> list[str]:
     from unbraid.bench import grid
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     failed = []
-    with Progress(*columns, console=console, disable=quiet) as bar:
+    with progress_bar(TimeElapsedColumn(), quiet=quiet) as bar:
         progress = bar.add_task("benchmark", total=len(todos))
         for done in grid.run(todos, processes, given):
             bar.update(progress, advance=1)
@@ -123,7 +117,7 @@ def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> lis
 
 
 def _processes() -> int:
-    from unbraid.bases.base import pick_device
+    from unbraid.bases.devices import pick_device
 
     return 1 if pick_device() != "cpu" else os.cpu_count() or 1
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 
 from unbraid.cli.files import Dtype, Energy, Rank, To, dtype_of, source_of
-from unbraid.cli.run import console
+from unbraid.cli.progress import progress_bar
 
 app = typer.Typer(no_args_is_help=True)
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
@@ -36,9 +36,8 @@ def bake(
     from unbraid.files.bake import bake as run
 
     def watch(steps: Iterator[int], total: int) -> Iterator[int]:
-        columns = (TextColumn("baking"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=quiet) as bar:
-            task = bar.add_task("", total=total)
+        with progress_bar(quiet=quiet, count=DownloadColumn()) as bar:
+            task = bar.add_task("baking", total=total)
             for step in steps:
                 yield step
                 bar.advance(task, step)
@@ -70,9 +69,8 @@ def extract(
     from unbraid.files.merge import Size
 
     def watch(names: Sequence[str]) -> Iterator[str]:
-        columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=quiet) as bar:
-            yield from bar.track(names)
+        with progress_bar(quiet=quiet) as bar:
+            yield from bar.track(names, description="extracting")
 
     done = run(base, tuned, out, Size(rank, energy), to=to or "kohya", dtype=dtype_of(dtype), watch=watch)
     low, high = done.ranks

@@ -59,7 +59,7 @@ def merge(
 
 @app.command()
 def convert(source: In, out: Out, to: To = None, dtype: Dtype = None, base: Base = None) -> None:
-    """Write a LoRA in another dialect, lossless unless a dtype is asked for; LoHa, LoKr, DoRA and full changes as a LoRA."""
+    """Write a LoRA in another dialect, without loss unless you give a dtype; LoHa, LoKr, DoRA and full changes as a LoRA."""
     from unbraid.files.tools import convert as run
 
     _say(run(source, out, to, dtype_of(dtype), base))
@@ -206,8 +206,8 @@ def _say(done: "Done") -> None:
     more = f", and {len(done.bundled)} embeddings" if done.bundled else ""
     base = "a base that is not known" if done.family == "unknown" else done.family
     typer.echo(f"{done.path}: {done.modules} modules for {base}, {ranks}{kept}{more}")
-    if done.densified[0]:
-        count, worst = done.densified
+    if done.converted[0]:
+        count, worst = done.converted
         typer.echo(f"  {count} modules were no LoRA and are one now: off by at most {worst:.2g} of the change")
     if done.vectors:
         typer.echo(f"  {done.vectors} changes of norms and biases are kept beside it: ComfyUI and LyCORIS load them")

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from typer.core import TyperCommand
 
+from unbraid.cli.progress import console, progress_bar
 from unbraid.common.errors import UsageError
 
-console = Console(stderr=True)
 SHOWN = 10  # show the loss every so many steps on an accelerator: reading it waits for the device
 
 Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
@@ -155,13 +154,6 @@ def run_job(job: Any, resume: bool, quiet: bool) -> int:
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
     if not quiet and (job.base != "icons" or job.loading.vram != "max"):
         check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
@@ -170,7 +162,7 @@ def run_job(job: Any, resume: bool, quiet: bool) -> int:
         first = next(events)
     if not quiet:
         console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console, disable=quiet) as bar:
+    with progress_bar(TextColumn("{task.fields[loss]}"), quiet=quiet) as bar:
         task = bar.add_task("training", total=first.total, loss="")
         for event in chain((first,), events):
             if event.step:

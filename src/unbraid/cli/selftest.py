@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from unbraid.cli.run import BaseName, console
+from unbraid.cli.progress import console
+from unbraid.cli.run import BaseName
 
 app = typer.Typer()
 MIB = 2**20
@@ -33,7 +34,7 @@ def selftest(
         from unbraid.runs.selftest.scene import Scene
 
         where = pick(device)
-        chosen, told = choose(where, only or ()), about(base, where)
+        chosen, facts = choose(where, only or ()), about(base, where)
     rows = []
     with working(keep) as folder, console.status("", spinner="line") as status:
         events = run_checks(chosen, Scene(base, where, folder))
@@ -43,8 +44,8 @@ def selftest(
             if not console.is_terminal:
                 _progress(f"{i + 1} of {len(chosen)}: {row.name}: {'pass' if row.passed else 'FAILED'}")
     failed = [row for row in rows if not row.passed]
-    log = _log(failed, told, (keep or Path()) / LOG) if failed else None
-    (_print_json if as_json else _print)(rows, told, log)
+    log = _log(failed, facts, (keep or Path()) / LOG) if failed else None
+    (_print_json if as_json else _print)(rows, facts, log)
     return 1 if failed else 0
 
 
@@ -52,10 +53,10 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _log(failed: Sequence[Any], told: Mapping[str, str], path: Path) -> Path | None:
+def _log(failed: Sequence[Any], facts: Mapping[str, str], path: Path) -> Path | None:
     """Write the tracebacks to a file, and return it. If that fails, print them to stderr: users need them to report."""
     text = "\n".join(
-        [*(f"{key}: {value}" for key, value in told.items()), *(f"\n{row.name}\n{row.trace}" for row in failed)]
+        [*(f"{key}: {value}" for key, value in facts.items()), *(f"\n{row.name}\n{row.trace}" for row in failed)]
     )
     try:
         path.write_text(text)
@@ -65,17 +66,17 @@ def _log(failed: Sequence[Any], told: Mapping[str, str], path: Path) -> Path | N
     return path
 
 
-def _print_json(rows: Sequence[Any], told: Mapping[str, str], log: Path | None) -> None:
+def _print_json(rows: Sequence[Any], facts: Mapping[str, str], log: Path | None) -> None:
     from dataclasses import asdict
 
     passed = sum(row.passed for row in rows)
-    found = {"about": told, "rows": [asdict(row) for row in rows], "passed": passed, "total": len(rows)}
+    found = {"about": facts, "rows": [asdict(row) for row in rows], "passed": passed, "total": len(rows)}
     print(json.dumps({**found, "log": str(log) if log else None}, indent=1))
 
 
-def _print(rows: Sequence[Any], told: Mapping[str, str], log: Path | None) -> None:
+def _print(rows: Sequence[Any], facts: Mapping[str, str], log: Path | None) -> None:
     out = Console(highlight=False, markup=False, soft_wrap=False)
-    for key, value in told.items():
+    for key, value in facts.items():
         print(f"{key + ':':<14}{value}")
     table = Table("", "", "seconds", "peak MiB", "estimate MiB", "", box=None, pad_edge=False)
     for column in table.columns[2:5]:

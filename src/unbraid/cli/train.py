@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from unbraid.cli.run import BaseName, Seed, console, training
+from unbraid.cli.progress import console
+from unbraid.cli.run import BaseName, Seed, training
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()

@@ -1,1 +1,1 @@
-"""Used by all other packages: the error for users, and atomic writing of files."""
+"""Used by all other packages: the error for users, and reading, hashing and atomic writing of files."""

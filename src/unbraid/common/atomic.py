@@ -49,7 +49,8 @@ def read_toml(path: Path, fix: str) -> dict[str, Any]:
         raise UsageError(f"not a TOML file: {reason}", path, fix) from error
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
+def sha256(path: Path, start: int = 0) -> str:
+    """The SHA-256 of a file, or of its bytes from `start` on, in hexadecimal."""
     with path.open("rb") as file:
+        file.seek(start)
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,7 @@
-"""The error that is shown to the user."""
+"""The error that is shown to the user, and helpers for its text."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 LONGEST = 299  # characters of a message
 
@@ -14,6 +17,19 @@ class UsageError(Exception):
         where_ = printable(self.where, max(LONGEST - min(len(what), 120) - min(len(fix), 90) - 8, 60))
         parts = [part for part in (where_, printable(what, 120)) if part]
         super().__init__(": ".join(parts) + (f". {printable(fix, 90)}" if fix else ""))
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The `fix` for an unknown name: the most similar known name, or all of them if none is similar."""
+    names = list(known)
+    near = get_close_matches(word, names, 1)
+    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, at most `limit` characters; the name of its class if it has no message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]
 
 
 def printable(text: object, limit: int = 120) -> str:

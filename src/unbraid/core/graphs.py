@@ -16,6 +16,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from unbraid.common.errors import first_line
+
 Call = Callable[[], Tensor]
 WARM = 3  # calls of a form before it is captured; by then the libraries have created their handles and plans
 MOST = 32  # captured forms; others (if there are many captions and shapes) run without a graph
@@ -139,7 +141,7 @@ class Graphs:
         try:
             form.replay = self.executor.capture(call)
         except RuntimeError as error:  # torch's error for calls that cannot be captured; out of memory is one, too
-            self.reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.reason = first_line(error)
             self.clear()
         finally:
             for p, old in zip(parameters, before, strict=True):

@@ -50,7 +50,7 @@ def delta(lora: Lora) -> Float[Tensor, "d k"]:
     is too large."""
     down, up = wide_pair(lora)
     if len(up) * down.shape[1] > MOST_ENTRIES:
-        what = f"a whole change of {len(up)}×{down.shape[1]} does not fit into memory"
+        what = f"a full change of {len(up)}×{down.shape[1]} does not fit into memory"
         raise UsageError(what, "merge", "Use concat, knots or np-lora, which do not form it.")
     return up @ down * (lora.alpha / len(down))
 
@@ -137,8 +137,8 @@ def _leading(matrix: Tensor, floor: float, where: str) -> tuple[Tensor, Tensor, 
         if float(s[-1]) <= floor:
             return basis @ core, s, vt
     d, k = matrix.shape
-    fix = "It is no LoRA; a whole change of this size takes hours to take apart."
-    raise UsageError(f"a whole change of {d}×{k} of a rank over 512", where, fix)
+    fix = "It is no LoRA; factorising a full change of this size takes hours."
+    raise UsageError(f"a full change of {d}×{k} with a rank above 512", where, fix)
 
 
 def fold_mid(down: Tensor, mid: Tensor) -> Tensor:
@@ -179,10 +179,8 @@ def rescaled(lora: Lora, alpha: float, dtype: torch.dtype | None, where: str) ->
         exact = torch.equal(scaled.to(up.dtype).double(), scaled)
         up = scaled.to(up.dtype) if exact else scaled.float() if up.dtype != torch.float64 else scaled
     if not finite(up) or (bool(lora.up.any()) and not bool(up.any())):
-        size = "large" if abs(factor) > 1 else "small"
-        raise UsageError(
-            f"the strength is so {size} that no weight is a number of use any more", where, "Give another one."
-        )
+        effect = "large that weights overflow" if abs(factor) > 1 else "small that all weights become 0"
+        raise UsageError(f"the strength is so {effect}", where, "Give another one.")
     if dtype is not None:
         down, up = _cast(down, up, dtype)
     return Lora(down.contiguous(), up.contiguous(), alpha)

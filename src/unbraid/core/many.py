@@ -41,35 +41,34 @@ def train_many(
 
 
 def run_batched(
-    scripts: Iterable[TrainingCoroutine[T]], join: Join, at_once: int | None = None
+    coroutines: Iterable[TrainingCoroutine[T]], join: Join, at_once: int | None = None
 ) -> Generator[tuple[int, T | UsageError]]:
-    """Run scripts, `at_once` of them at a time, or by default as many as fit into memory. Yields (index of the script,
-    what it yields); if a script fails, its last item is the error. Scripts on the same model share their passes. At the
-    start, no adapters may be attached to the models."""
-    waiting, alive, joint = enumerate(scripts), list[_Job[T]](), _Joint(join)
+    """Run training coroutines, `at_once` of them at a time, or by default as many as fit into memory. Yields (index of
+    the coroutine, what it yields); if one fails, its last item is the error. Coroutines on the same model share their
+    passes. At the start, no adapters may be attached to the models."""
+    waiting, alive, joint = enumerate(coroutines), list[_Job[T]](), _Joint(join)
     most, known = at_once or 1, bool(at_once)  # by default 1, until its passes have shown their memory use
     while True:
         for job in alive:
             yield from job.on()
-        alive = [job for job in alive if job.ask]
+        alive = [job for job in alive if job.request]
         while len(alive) < most and (found := next(waiting, None)):
             job = _Job(*found)
             yield from job.on()
-            alive += [job] if job.ask else []
+            alive += [job] if job.request else []
         if not alive:
             return
         if known:
             joint.answer(alive)
         else:
-            most, known = room_for(alive[0].asked.adapters.model, partial(joint.answer, alive)), True
+            most, known = room_for(alive[0].pending.adapters.model, partial(joint.answer, alive)), True
 
 
 def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
     """How many jobs, 1 to MOST, fit into memory at once. It is estimated from the tensors that the passes of one job
     save for the backward pass."""
-    weights = {
-        one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())
-    }  # fp8 weights are buffers
+    tensors = (*model.parameters(), *model.buffers())  # fp8 weights are buffers
+    weights = {one.untyped_storage()._cdata for one in tensors}
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -88,29 +87,29 @@ def room_for(model: nn.Module, passes: Callable[[], None]) -> int:
 @dataclass
 class _Job(Generic[T]):
     number: int
-    script: TrainingCoroutine[T]
-    ask: ForwardRequest | None = None
+    coroutine: TrainingCoroutine[T]
+    request: ForwardRequest | None = None  # the one that waits for an answer
     losses: list[Tensor] = field(default_factory=list)
 
     @property
-    def asked(self) -> ForwardRequest:
-        assert self.ask
-        return self.ask
+    def pending(self) -> ForwardRequest:
+        assert self.request
+        return self.request
 
     def on(self) -> Generator[tuple[int, T | UsageError]]:
         """Run the job to its next request, or to its end, with its adapters attached. Yields what it yields."""
-        adapters = self.ask.adapters if self.ask else None
+        adapters = self.request.adapters if self.request else None
         if adapters:
             adapters.attach_again()
         try:
-            said = go_on(self.script, self.losses) if self.ask else next(self.script, None)
-            while said is not None and not isinstance(said, ForwardRequest):
-                yield self.number, said
-                said = go_on(self.script, [])
-            self.ask = said
-            adapters = said.adapters if said else adapters
+            item = go_on(self.coroutine, self.losses) if self.request else next(self.coroutine, None)
+            while item is not None and not isinstance(item, ForwardRequest):
+                yield self.number, item
+                item = go_on(self.coroutine, [])
+            self.request = item
+            adapters = item.adapters if item else adapters
         except UsageError as error:
-            self.ask = None
+            self.request = None
             yield self.number, error
         finally:
             if adapters:
@@ -127,10 +126,9 @@ class _Joint:
     def answer(self, jobs: Sequence[_Job[T]]) -> None:
         groups: dict[tuple[int, bool, int], list[_Job[T]]] = {}
         for job in jobs:
-            tokens = max(
-                (len(one) for one in job.asked.model.prompts.values()), default=0
-            )  # long prompts have several chunks
-            groups.setdefault((id(job.asked.adapters.model), job.asked.learns, tokens), []).append(job)
+            lengths = (len(one) for one in job.pending.model.prompts.values())  # long prompts have several chunks
+            tokens = max(lengths, default=0)
+            groups.setdefault((id(job.pending.adapters.model), job.pending.learns, tokens), []).append(job)
         used = [tuple(job.number for job in group) for group in groups.values()]
         self.made = {key: made for key, made in self.made.items() if key in used}
         for key, group in zip(used, groups.values(), strict=True):
@@ -139,8 +137,8 @@ class _Joint:
             _answer(group, *self.made[key])
 
     def _make(self, jobs: Sequence[_Job[T]]) -> tuple[Denoiser, Adapters]:
-        model = self.join({str(job.number): job.asked.model for job in jobs})
-        return model, common({str(job.number): job.asked.adapters for job in jobs})
+        model = self.join({str(job.number): job.pending.model for job in jobs})
+        return model, common({str(job.number): job.pending.adapters for job in jobs})
 
 
 def common(jobs: Mapping[str, Adapters]) -> Adapters:
@@ -157,21 +155,21 @@ def common(jobs: Mapping[str, Adapters]) -> Adapters:
 
 def _answer(jobs: Sequence[_Job[T]], model: Denoiser, adapters: Adapters) -> None:
     """Run all branches of all jobs, in one batch for each shape of latents. Equal branches are placed side by side."""
-    asked = [(job, job.asked, i) for job in jobs for i in range(len(job.asked.branches))]
-    asked.sort(key=lambda one: (tuple(one[1].samples[one[2]].noisy.shape), _kind(one[1].branches[one[2]])))
-    branches = [_named(ask.branches[i], job.number) for job, ask, i in asked]
+    rows = [(job, job.pending, i) for job in jobs for i in range(len(job.pending.branches))]
+    rows.sort(key=lambda one: (tuple(one[1].samples[one[2]].noisy.shape), _kind(one[1].branches[one[2]])))
+    branches = [_named(request.branches[i], job.number) for job, request, i in rows]
     samples = [
-        replace(sample, prompt=f"{job.number}/{sample.prompt}") if (sample := ask.samples[i]).prompt else sample
-        for job, ask, i in asked
+        replace(sample, prompt=f"{job.number}/{sample.prompt}") if (sample := request.samples[i]).prompt else sample
+        for job, request, i in rows
     ]
     adapters.attach_again()
     try:
-        losses = answer(ForwardRequest(model, adapters, branches, samples, asked[0][1].learns), len(asked))
+        losses = answer(ForwardRequest(model, adapters, branches, samples, rows[0][1].learns), len(rows))
     finally:
         adapters.detach()
     for job in jobs:
-        job.losses = [losses[0]] * len(job.asked.branches)
-    for (job, _, i), loss in zip(asked, losses, strict=True):
+        job.losses = [losses[0]] * len(job.pending.branches)
+    for (job, _, i), loss in zip(rows, losses, strict=True):
         job.losses[i] = loss
 
 

@@ -1,5 +1,8 @@
-"""The factors of many layers as one: a few large tensors train in the place of thousands of small ones, each of which would cost the
-optimiser, the clipping and a method's hooks a call. What a layer has is a view of them, so that whatever is written here is there too.
+"""Training the factors of many layers as a few large tensors.
+
+An adapter has thousands of small tensors. The optimiser, the clipping and a method's hooks would need one call for each
+of them. So the factors of all layers with the same shapes are stacked, and the stacks are trained. The tensors of a
+layer are views of the stacks, so a change of one is a change of the other.
 """
 
 import copy
@@ -20,7 +23,7 @@ Layers = Mapping[str, Mapping[str, Factors]]  # layer → adapter → factors
 
 @dataclass(frozen=True)
 class Group:
-    """Layers whose adapters are of the same form, and the factors of each adapter in all of them."""
+    """Layers whose adapters have the same form (tensor names, shapes, dtypes, scale), and each adapter's stacked factors."""
 
     names: Sequence[str]
     own_prompt: bool
@@ -28,7 +31,8 @@ class Group:
 
 
 def grouped(layers: Layers, own_prompt: frozenset[str]) -> Iterator[Group]:
-    """All layers, group by group. `own_prompt`: those whose adapters can read their own prompts, which are never together with others."""
+    """Yield all layers in groups of the same form. `own_prompt`: the layers in which adapters can read their own
+    prompts; they are never in a group with other layers."""
     groups = defaultdict[tuple[object, ...], list[str]](list)
     for name, adapters in layers.items():
         kinds = [(adapter, id(one.place.stack) if one.place else _form(one)) for adapter, one in adapters.items()]
@@ -39,7 +43,8 @@ def grouped(layers: Layers, own_prompt: frozenset[str]) -> Iterator[Group]:
 
 
 def stack(parts: Sequence[Factors]) -> Factors:
-    """The same adapter in several layers of one form; gradients find their way back. What is packed is there already."""
+    """The factors of one adapter in several layers of one form, stacked along a new first dimension. Gradients flow back
+    to the layers' factors. If those are packed already, the result is their stack, or a selection from it."""
     first = parts[0]
     if first.place is None:
         return _with(first, lambda name: torch.stack([_tensor(one, name) for one in parts]))
@@ -52,12 +57,13 @@ def stack(parts: Sequence[Factors]) -> Factors:
 
 @lru_cache(1024)
 def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device once and for all: to send it there at every step would be to wait for the step before."""
+    """An index tensor. It is cached because sending it to the device at every step would wait for the step before."""
     return torch.tensor(places, device=device)
 
 
 def pack(layers: Layers, own_prompt: frozenset[str]) -> None:
-    """Make the factors of all layers views of stacks, which train in their place. Afterwards tensors may be written to, but not replaced."""
+    """Stack the factors of all layers. The stacks are trained instead, and the layers' tensors become views of them.
+    Afterwards a layer's tensors may be changed in place, but must not be replaced."""
     for adapters in layers.values():
         for one in adapters.values():
             one.place = None
@@ -79,7 +85,7 @@ def _form(factors: Factors) -> tuple[object, ...]:
 def _leaf(stacked: Factors, parameters: Mapping[str, nn.Parameter], name: str) -> Tensor:
     values, like = _tensor(stacked, name).detach(), parameters.get(name)
     if name == "up":
-        values = values.mT.contiguous().mT  # rank by rank, the order in which adapters are put side by side
+        values = values.mT.contiguous().mT  # stored rank by rank, because adapters are concatenated along their ranks
     return values if like is None else nn.Parameter(values, like.requires_grad)
 
 
@@ -93,14 +99,15 @@ def _tensor(module: nn.Module, path: str) -> Tensor:
 
 
 def _view(module: nn.Module, path: str, value: Tensor) -> None:
-    """Put it in the place of a parameter, without gradients, or of a buffer."""
+    """Replace a parameter (by one without gradient) or a buffer by `value`. `path`: its dotted name."""
     *owners, leaf = path.split(".")
     owner = module.get_submodule(".".join(owners))
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if leaf in owner._parameters else value)
 
 
 def _with(module: M, value: Callable[[str], Tensor], path: str = "") -> M:
-    """A module of the same form with other tensors, as plain attributes, which unlike parameters may have a history."""
+    """A copy of a module with other tensors, `value(name)`. They are plain attributes, because a parameter cannot be the
+    result of a computation through which gradients flow."""
     made = copy.copy(module)
     made.__dict__ = dict(module.__dict__)
     tensors = module._parameters | module._buffers | {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}

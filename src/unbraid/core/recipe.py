@@ -19,23 +19,29 @@ Last = Callable[[Adapters, int], bool | None]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A training run as data. Hooks are called with the adapters and the index of the step."""
+class Passes:
+    """How the branches of one step go through the model."""
 
-    prepare: Callable[[Adapters, torch.Generator], None]  # adds the adapters
-    branches: Callable[[int], tuple[Branch, ...]]
-    rates: Rates
-    steps: int
-    shared: frozenset[Shared] = frozenset()  # what the branches of one step have in common
-    clip: float | None = 1.0  # largest norm of all gradients together
-    penalty: Callable[[Adapters, int], Tensor | None] | None = None
-    after_backward: Hook | None = None
-    after_step: Last | None = None  # True: this was the last step
-    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    shared: frozenset[Shared] = frozenset()  # what their samples have in common
     in_turn: bool = False  # one optimiser step after every branch, on samples drawn together
-    fixed_teachers: bool = False  # no teacher uses what trains: all answers can be had before the first step
+    fixed_teachers: bool = False  # no teacher uses what trains: all targets can be computed before the first step
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How gradients change the adapters."""
+
     optimizer: Callable[[Adapters, Rates], torch.optim.Optimizer] = adamw
-    stop: "Stop | None" = None
+    clip: float | None = 1.0  # largest norm of all gradients together
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a method does within each step. Each hook is called with the adapters and the index of the step."""
+
+    penalty: Callable[[Adapters, int], Tensor | None] | None = None  # is added to the loss
+    after_backward: Hook | None = None  # may change the gradients
+    after_step: Last | None = None  # True: this was the last step
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,21 @@ class Stop:
     every: int
     patience: int
     samples: int = 4  # of each branch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run as data."""
+
+    prepare: Callable[[Adapters, torch.Generator], None]  # adds the adapters
+    branches: Callable[[int], tuple[Branch, ...]]
+    rates: Rates
+    steps: int
+    passes: Passes = Passes()
+    optimization: Optimization = Optimization()
+    hooks: Hooks = Hooks()
+    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True)

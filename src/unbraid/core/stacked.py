@@ -1,8 +1,9 @@
-"""What is active, for all layers at once: factors of equal forms are gated, put side by side and cast together.
+"""The active adapters of all layers, prepared together: factors of the same form are gated, concatenated and cast at once.
 
-A model has hundreds of adapted layers. Layer by layer, the mergers, scales and casts of small factors cost more time than the
-products with x. Here they are a few operations on stacks `[layers, shares, …]`, and a layer is left with two products. What
-adapters read from a prompt of their own does not depend on x: all of that is done here.
+A model has hundreds of adapted layers. If each layer applied mergers, scales and casts to its own small factors, this
+would take longer than the products with x. Here they are a few operations on stacks `[layers, shares, …]`, and each layer
+has only two products left to compute. What adapters read from their own prompts does not depend on x, so it is computed
+here completely.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,17 +18,17 @@ from torch import Tensor
 from unbraid.core.lora import Active, Factors
 from unbraid.core.packing import Group
 
-Share = tuple[Active, ...]  # the adapters of equal rows
+Share = tuple[Active, ...]  # the active adapters of neighbouring rows that have the same ones
 Stacks = Mapping[str, Factors]  # adapter → its factors in all layers of a group
-Item = tuple[Factors, Active] | int  # an adapter in a share; or a number of ranks in which there is nothing
+Item = tuple[Factors, Active] | int  # an adapter in a share, or a number of ranks of padding
 Prompts = Mapping[str, Float[Tensor, "n k"]]
 EVERY = slice(None)
 
 
 @dataclass(frozen=True)
 class Added:
-    """What one layer adds to some neighbouring rows: ((x downᵀ) ⊙ ranks) up, and what was `prompt_term`: read from own prompts. Where there are g
-    equal shares of rows, one after the other, each has its own factors."""
+    """What one layer adds to a range of rows: ((x downᵀ) ⊙ ranks) up + `prompt_term`. The latter comes from adapters that
+    read their own prompts. If the rows are g shares of equal size, each share has its own factors."""
 
     rows: slice
     down: Float[Tensor, "*g r k"] | None = None
@@ -36,7 +37,7 @@ class Added:
     prompt_term: Float[Tensor, "g n d"] | None = None
 
     def to(self, y: Float[Tensor, "b *n d"], x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
-        """y with it."""
+        """y plus this change."""
         if self.rows == EVERY:
             return self._to(y, x)
         begin, end = self.rows.start, self.rows.stop
@@ -57,18 +58,20 @@ class Added:
 def stacked(
     groups: Iterable[Group], rows: Sequence[tuple[Active, ...]], prompts: Prompts, dtype: torch.dtype
 ) -> dict[str, Added]:
-    """Layer → what it adds."""
-    busy = [i for i, row in enumerate(rows) if row]
-    if not busy:
+    """Layer → what the active adapters add to it. `rows`: the active adapters of each row of the batch. Layers without
+    any are left out."""
+    active = [i for i, row in enumerate(rows) if row]
+    if not active:
         return {}
-    within = slice(busy[0], busy[-1] + 1) if len(busy) < len(rows) else EVERY
-    told = _shares(rows[within])
-    silent = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
+    within = slice(active[0], active[-1] + 1) if len(active) < len(rows) else EVERY
+    with_prompts = _shares(rows[within])
+    without = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
     out: dict[str, Added] = {}
     for group in groups:
         some = group.factors
         shares = [
-            tuple(one for one in share if one.adapter in some) for share in (told if group.own_prompt else silent)
+            tuple(one for one in share if one.adapter in some)
+            for share in (with_prompts if group.own_prompt else without)
         ]
         fields: dict[str, tuple[Tensor, ...]] = {}
         if from_x := _chosen(shares, lambda one: one.prompt is None):
@@ -84,13 +87,14 @@ def stacked(
 
 
 def _shares(rows: Sequence[Share]) -> list[Share]:
-    """Neighbours that are alike are one share, where that makes equal shares."""
+    """Combine neighbouring equal rows into shares if all shares then have the same size. Else each row is a share."""
     runs = [(row, len(list(same))) for row, same in groupby(rows)]
     return [row for row, _ in runs] if len({n for _, n in runs}) == 1 else list(rows)
 
 
 def _chosen(shares: Sequence[Share], wanted: Callable[[Active], bool]) -> list[Share]:
-    """The adapters of a kind, if there are any. Where all shares have the same ones, one stands for all."""
+    """The adapters of each share that `wanted` accepts; empty if there are none. If all shares have the same adapters,
+    only one share is returned."""
     chosen = [tuple(one for one in share if wanted(one)) for share in shares]
     if not any(chosen):
         return []
@@ -98,7 +102,7 @@ def _chosen(shares: Sequence[Share], wanted: Callable[[Active], bool]) -> list[S
 
 
 def _items(some: Stacks, shares: Sequence[Share]) -> tuple[list[Item], tuple[int, int]]:
-    """What is stacked, share by share, and the numbers of shares and of ranks of a share."""
+    """The items to concatenate, share by share, and (shares, ranks of a share). Shares with fewer ranks are padded."""
     sizes = [sum(some[one.adapter].down.shape[-2] for one in share) for share in shares]
     most, items = max(sizes), list[Item]()
     for share, size in zip(shares, sizes, strict=True):
@@ -154,12 +158,13 @@ def _ranks(some: Stacks, shares: Sequence[Share]) -> Float[Tensor, "l g 1 r"] | 
 
 
 def _cat(parts: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-    """`[l, r, …]` each → `[l, shares, ranks, …]`."""
+    """Concatenate items `[l, r, …]` to `[l, shares, ranks, …]`."""
     return (parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)).unflatten(1, shape)
 
 
 def _prompt_term(some: Stacks, shares: Sequence[Share], prompts: Prompts) -> Float[Tensor, "l g n d"]:
-    """What the adapters read from their own prompts: for each of them all layers in one product, then all of them layer by layer."""
+    """What the adapters read from their own prompts. The products with `down` are one product per adapter for all
+    layers; those with `up` are one batched product."""
     up, read = _ups(some, shares), []
     tokens = len(next(prompts[one.prompt or ""] for share in shares for one in share))
     for share in shares:

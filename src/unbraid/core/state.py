@@ -11,7 +11,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.recipe import Recipe
 
-LOOK = 16  # steps between looks at the figures on an accelerator
+CHECK_EVERY = 16  # steps between checks of the figures on an accelerator
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,20 +45,20 @@ class State:
     optimizer: torch.optim.Optimizer
     rng: torch.Generator
     step: int = 0
-    least: float = (
-        inf  # the best loss that early stopping has seen, how often it was not bettered since, and the adapters then
-    )
+    # Early stopping: the lowest validation loss, how many checks ago that was, and the adapters at that time
+    least: float = inf
     waited: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
-    unseen: list[Step] = field(default_factory=list)  # whose figures nobody has looked at
+    unchecked: list[Step] = field(default_factory=list)  # steps whose figures have not been checked yet
 
     @classmethod
     def fresh(cls, adapters: Adapters, recipe: Recipe, rng: torch.Generator) -> "State":
+        """The state before the first step: adapters as the recipe prepares them, packed, and its optimiser."""
         recipe.prepare(adapters, rng)
         adapters.pack()
-        if not recipe.steps:  # done when it is prepared
+        if not recipe.steps:  # nothing is trained: preparing the adapters was all
             return cls(adapters, torch.optim.AdamW([{"params": []}]), rng)
-        return cls(adapters, recipe.optimizer(adapters, recipe.rates), rng)
+        return cls(adapters, recipe.optimization.optimizer(adapters, recipe.rates), rng)
 
     def tensors(self) -> dict[str, Tensor]:
         """A flat, detached snapshot: adapters with their buffers, optimiser moments, random state, step."""
@@ -72,16 +72,12 @@ class State:
         return {key: value.detach().cpu().clone().contiguous() for key, value in out.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Undo `tensors()`. Raises UsageError if the snapshot is of another recipe, or none."""
+        """Load a snapshot made by `tensors`. Raises UsageError if it is of another recipe, or is no snapshot."""
         fix = "Resume with the settings of run.toml, or start anew in another folder."
         try:
             self._restore(tensors)
-        except (
-            RuntimeError,
-            KeyError,
-            ValueError,
-            TypeError,
-        ) as error:  # what torch says of other shapes, names and random states
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            # the errors of torch for other shapes, other names and damaged random states
             raise UsageError("the saved state does not fit these settings", "resume", fix) from error
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -94,32 +90,30 @@ class State:
         groups = self.optimizer.state_dict()["param_groups"]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if max(moments, default=0) >= len(parameters):
-            raise ValueError(
-                "moments of tensors that are not there: saved by an unbraid that did not stack its factors"
-            )
+            raise ValueError("moments of tensors that do not exist: saved by a version that did not stack factors")
         if any(some.keys() != one.keys() for one in moments.values() for some in moments.values()):
             raise ValueError("a moment is missing")
         if not all(_fits(moments[i], parameters[i]) for i in moments):
-            raise ValueError("moments of other shapes")
+            raise ValueError("moments with wrong shapes")
         step, least, waited = int(tensors["step"]), float(tensors["least"]), int(tensors["waited"])
         best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
         if step < 0 or (best and best.keys() != adapters.keys()):
-            raise ValueError("no step, or other adapters")
+            raise ValueError("a negative step, or other adapters")
         self._modules().load_state_dict(adapters)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.rng.set_state(tensors["rng"])
         self.step, self.least, self.waited, self.best = step, least, waited, best
 
-    def saw(self, step: Step) -> None:
-        """Record a step. On the CPU its figures are checked at once. On an accelerator they are checked every `LOOK`
-        steps, because a check waits for the device."""
-        self.unseen.append(step)
-        if step.figures.device.type == "cpu" or len(self.unseen) == LOOK:
+    def record(self, step: Step) -> None:
+        """Record a step. On the CPU its figures are checked immediately. On an accelerator they are checked every
+        `CHECK_EVERY` steps, because a check waits for the device."""
+        self.unchecked.append(step)
+        if step.figures.device.type == "cpu" or len(self.unchecked) == CHECK_EVERY:
             self.raise_if_not_finite()
 
     def raise_if_not_finite(self) -> None:
         """Raise UsageError if figures of the last steps are not finite."""
-        steps, self.unseen = self.unseen, []
+        steps, self.unchecked = self.unchecked, []
         if not steps:
             return
         fine = torch.isfinite(torch.stack([step.figures[:2] for step in steps]).cpu()).all(1)
@@ -129,8 +123,8 @@ class State:
         fix = "Lower the learning rates, or use full precision; --resume goes on from the last saved state."
         raise UsageError(f"the loss is {step.loss}, its gradient's norm {step.norm}", f"step {step.index}", fix)
 
-    def judged(self, loss: float, patience: int) -> bool:
-        """Record a loss of early stopping. Returns whether to continue."""
+    def record_validation(self, loss: float, patience: int) -> bool:
+        """Record a validation loss of early stopping. Returns whether to continue."""
         self.waited += 1
         if loss < self.least:
             self.least, self.waited = loss, 0
@@ -138,6 +132,7 @@ class State:
         return self.waited < patience
 
     def take_best(self) -> None:
+        """Go back to the adapters with the lowest validation loss, if there was early stopping."""
         if self.best:
             self._modules().load_state_dict(self.best)
 
@@ -147,7 +142,7 @@ class State:
 
 
 def _fits(moments: Mapping[str, Tensor], p: Tensor) -> bool:
-    """Whether an optimiser's moments are those of a parameter; 8-bit ones are of several, in a row."""
+    """Whether an optimiser's moments fit a parameter. 8-bit moments are not checked: they belong to several parameters."""
     return "exp_avg_scale" in moments or all(
         moments[key].ndim == p.ndim and all(m in (1, n) for m, n in zip(moments[key].shape, p.shape, strict=True))
         for key in ("exp_avg", "exp_avg_sq")

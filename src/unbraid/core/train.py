@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.core.adapters import Adapters
-from unbraid.core.passes import answer, chunks, taught
+from unbraid.core.passes import answer, chunks, teacher_predictions
 from unbraid.core.recipe import Denoiser, ForwardRequest, Recipe, Sample, Stop, TrainingCoroutine, go_on
 from unbraid.core.state import State, Step
 
@@ -48,30 +48,32 @@ def training_coroutine(
         yield step
 
 
-def run_one(script: TrainingCoroutine[T], at_once: int) -> Iterator[T]:
-    """Run one script: answer its requests, and yield everything else that it yields."""
-    said = next(script, None)
-    while said is not None:
-        if isinstance(said, ForwardRequest):
-            said = go_on(script, answer(said, at_once))
+def run_one(coroutine: TrainingCoroutine[T], at_once: int) -> Iterator[T]:
+    """Run one training coroutine: answer its requests, and yield everything else that it yields."""
+    item = next(coroutine, None)
+    while item is not None:
+        if isinstance(item, ForwardRequest):
+            item = go_on(coroutine, answer(item, at_once))
         else:
-            yield said
-            said = go_on(script, [])
+            yield item
+            item = go_on(coroutine, [])
 
 
 def precomputed_targets(
     model: Denoiser, recipe: Recipe, adapters: Adapters, rng: torch.Generator, begin: int = 0, at_once: int = 8
 ) -> list[list[Sample]]:
-    """The samples of every step as a run would draw them, each with its teacher's answer as its target; for recipes with
-    `fixed_teachers`. Teachers are asked in batches of `at_once`; those of steps before `begin` are not asked."""
+    """The samples of all steps, drawn as a run would draw them. The target of each is the prediction of its teacher, if
+    it has one. Only for recipes with `fixed_teachers`.
+
+    Teachers are evaluated in batches of `at_once`. A resumed run skips those of the steps before `begin`."""
     plan = [recipe.branches(i) for i in range(recipe.steps)]
-    drawn = [model.draw([branch.image for branch in branches], recipe.shared, rng) for branches in plan]
-    asked = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
-    for chunk in chunks([drawn[i][j] for i, j in asked], at_once):
-        places = [asked[k] for k in chunk]
+    drawn = [model.draw([branch.image for branch in branches], recipe.passes.shared, rng) for branches in plan]
+    wanted = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
+    for chunk in chunks([drawn[i][j] for i, j in wanted], at_once):
+        places = [wanted[k] for k in chunk]
         teachers = [teacher for i, j in places if (teacher := plan[i][j].teacher)]
-        answers = taught(model, adapters, teachers, [drawn[i][j] for i, j in places])
-        for (i, j), target in zip(places, answers.split(1), strict=True):
+        predictions = teacher_predictions(model, adapters, teachers, [drawn[i][j] for i, j in places])
+        for (i, j), target in zip(places, predictions.split(1), strict=True):
             drawn[i][j] = replace(drawn[i][j], target=target.to(drawn[i][j].target.dtype), taught=True)
     return drawn
 
@@ -79,36 +81,36 @@ def precomputed_targets(
 def _step(
     model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None
 ) -> Generator[ForwardRequest, list[Tensor], Step]:
-    adapters, index = state.adapters, state.step
+    adapters, index, hooks = state.adapters, state.step, recipe.hooks
     branches = recipe.branches(index)
     samples = (
         precomputed_targets[index]
         if precomputed_targets
-        else model.draw([branch.image for branch in branches], recipe.shared, state.rng)
+        else model.draw([branch.image for branch in branches], recipe.passes.shared, state.rng)
     )
     losses: list[Tensor] = []
-    size = 1 if recipe.in_turn else max(len(branches), 1)
+    size = 1 if recipe.passes.in_turn else max(len(branches), 1)
     for i in range(0, len(branches), size):
         losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
         if i + size < len(branches):
-            _clip(state.optimizer, recipe.clip)
+            _clip(state.optimizer, recipe.optimization.clip)
             state.optimizer.step()
             state.optimizer.zero_grad()
     total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
-    penalty = recipe.penalty(adapters, index) if recipe.penalty else None
+    penalty = hooks.penalty(adapters, index) if hooks.penalty else None
     if penalty is not None:
         penalty.backward()
         total = total + penalty.detach()
-    if recipe.after_backward:
-        recipe.after_backward(adapters, index)
-    norm = _clip(state.optimizer, recipe.clip)
+    if hooks.after_backward:
+        hooks.after_backward(adapters, index)
+    norm = _clip(state.optimizer, recipe.optimization.clip)
     assert isinstance(total, Tensor)
     done = Step(index, torch.stack([total, norm.to(total), *losses]))
-    state.saw(done)
+    state.record(done)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    if recipe.after_step and recipe.after_step(adapters, index):
+    if hooks.after_step and hooks.after_step(adapters, index):
         state.step = recipe.steps
     if state.step == recipe.steps:
         state.raise_if_not_finite()
@@ -118,16 +120,17 @@ def _step(
 def _goes_on(
     model: Denoiser, recipe: Recipe, stop: Stop, state: State
 ) -> Generator[ForwardRequest, list[Tensor], bool]:
-    """Early stopping's look at the mean loss of its branches."""
+    """Compute the validation loss of early stopping, on the same samples every time. Returns whether to continue."""
     rng = torch.Generator().manual_seed(0)
     branches = [branch for branch in stop.branches for _ in range(stop.samples)]
-    samples = [model.draw([branch.image], recipe.shared, rng)[0] for branch in branches]
+    samples = [model.draw([branch.image], recipe.passes.shared, rng)[0] for branch in branches]
     losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
-    return state.judged(float(torch.stack(losses).mean()), stop.patience)
+    return state.record_validation(float(torch.stack(losses).mean()), stop.patience)
 
 
 def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:
-    """The norm of all gradients, scaled down to `largest`: torch's clip_grad_norm_ without its grouping of tensors by device."""
+    """Scale all gradients down so that their norm is at most `largest`. Returns the norm before. This is torch's
+    clip_grad_norm_ without its grouping of tensors by device, which takes time at every step."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return torch.zeros(())

@@ -1,4 +1,4 @@
-"""A file's modules as factors in numpy, for what only measures them. What cannot be read is passed over, and its reason said."""
+"""A file's modules as factors in numpy, for code that only measures them. Modules that cannot be read are skipped, with the reason."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

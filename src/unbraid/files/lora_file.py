@@ -7,7 +7,6 @@ A module's change is alpha / r · up @ down. Two things differ from other tools.
 assumes that all are equal. Writing uses one alpha for the whole file, so that all tools compute the same.
 """
 
-import os
 from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unbraid.common.atomic import atomic
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.files.changes import STRICT, Conversion, as_lora
@@ -102,24 +101,15 @@ def write(
     tensors |= vector_tensors(vectors or {}, family, dialect, dtype)
     tensors |= bundled or {}
     names = {*modules, *(key.rpartition(".")[0] for key in vectors or {})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors creates files that only their owner may read
-        save_file(tensors, temporary, strings)
-        temporary.chmod(mode)
+    with atomic(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # safetensors creates files that only their owner may read
+        save_file(tensors, part, strings)
+        part.chmod(mode)
         with ThreadPoolExecutor(1) as beside:
-            digest = beside.submit(data_hash, temporary)
-            _compare(temporary, tensors, names)
-        stamp(temporary, digest.result())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(
-            f"cannot be written ({error})", path, "Check the folder, its rights and the disk's space."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            digest = beside.submit(data_hash, part)
+            _compare(part, tensors, names)
+        stamp(part, digest.result())
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor], modules: Set[str]) -> None:

@@ -8,12 +8,11 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isfinite
 
 import torch
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import matrices, rescaled
 from unbraid.files.merge_methods import METHODS, Method, Part, Size, one_down
@@ -66,10 +65,7 @@ def merge(
 
 def _method(method: str, settings: Mapping[str, float | int]) -> Method:
     if method not in METHODS:
-        near = get_close_matches(method, METHODS, 1) or ["concat"]
-        raise UsageError(
-            f"there is no method {method!r}", "merge", f"Did you mean {near[0]}? There are: {', '.join(METHODS)}."
-        )
+        raise UsageError(f"there is no method {method!r}", "merge", suggestion(method, METHODS))
     known = [p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for key in settings:
         if key not in known:

@@ -37,7 +37,7 @@ class Source:
 @dataclass(frozen=True)
 class Done:
     """What was written. `ranks`: lowest and highest. `kept`: share of the squared norm, mean and worst module. `bundled`: names of
-    embeddings in the file. `vectors`: number of changes of norms and biases. `densified`: number of modules that were converted from
+    embeddings in the file. `vectors`: number of changes of norms and biases. `converted`: number of modules that were converted from
     another kind than LoRA, and their worst relative error."""
 
     path: Path
@@ -47,7 +47,7 @@ class Done:
     family: Family
     bundled: tuple[str, ...] = ()
     vectors: int = 0
-    densified: tuple[int, float] = (0, 0.0)
+    converted: tuple[int, float] = (0, 0.0)
 
 
 def convert(
@@ -206,9 +206,9 @@ def _write(
         vectors=lora.vectors,
     )
     ranks = [len(one.down) for one in modules.values()] or [0]
-    densified = (len(lora.errors), max(lora.errors.values(), default=0.0))
+    converted = (len(lora.errors), max(lora.errors.values(), default=0.0))
     size = (min(ranks), max(ranks))
-    return Done(Path(out), len(modules), size, kept, lora.family, tuple(lora.bundled), len(lora.vectors), densified)
+    return Done(Path(out), len(modules), size, kept, lora.family, tuple(lora.bundled), len(lora.vectors), converted)
 
 
 def _bundled(loras: Iterable[LoraFile]) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
-"""The methods, each with its `Entry` in its own file. A new one is a file here, its name below, a test and a row in the docs.
-Nothing here knows files, models, or how a run is conducted."""
+"""The training methods, one or a few per file, each with its `Entry`. A new method needs a file here, its name in FILES,
+a test and a row in the docs. This package does not depend on files, base models or run folders."""
 
 from importlib import import_module
 
 from unbraid.methods.entry import Entry
 
-FILES = (  # in the order in which they are listed; the first method of a verb is its default
+FILES = (  # in the order in which methods are listed; the first method of a verb is its default
     "unziplora",
     "ziplora",
     "nplora",

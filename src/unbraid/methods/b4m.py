@@ -1,17 +1,18 @@
-"""Break-for-Make: content and style learned apart, as modules, and put together at will (Xu et al., ACM TOG 44(2), doi 10.1145/3728461).
+"""Break-for-Make: content and style learned separately, as modules that can be combined freely (Xu et al., ACM TOG 44(2),
+doi 10.1145/3728461).
 
-One LoRA of rank r is cut into blocks, by rows of up, columns of down, and ranks (the first half of the ranks A, the second B):
+A LoRA of rank r is divided into blocks: by rows of up, by columns of down, and by ranks (A: the first half, B: the second):
 
     up = [ P  0 ; u_A  u_B ],   down = [ 0  d_A ; Q  d_B ]
 
-P and Q are frozen and orthonormal, so that the frozen halves do not meet and ΔW = 0 at the start, with live gradients. A content
-module learns d, a style module learns u, each beside pictures of the other kind (partners) which train the other factor and are
-thrown away. ΔW of both together, content's down with style's up, is
+P and Q are frozen and orthonormal, and use different ranks. So ΔW = 0 at the start, yet all other blocks have gradients. A
+content module learns d, a style module learns u. Meanwhile pictures of the other kind (partners) train the other factor,
+which is discarded at the end. A content module's down with a style module's up gives
 
-    [ 0  P d_A ; u_B Q  u_A d_A + u_B d_B ]
+    ΔW = [ 0  P d_A ; u_B Q  u_A d_A + u_B d_B ]
 
-In the interaction-free form u_A = d_B = 0: then it is exactly the sum of the two modules, and nothing has to be trained. What
-differs from the published code, and why, is in docs/b4m.md; `compat="official"` is as much of it as can run.
+Without interaction, u_A = d_B = 0. Then ΔW is exactly the sum of the two modules, and nothing has to be trained. The
+differences from the published code, and the reasons, are in docs/b4m.md; `compat="official"` reproduces what of it can run.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
-from unbraid.core.recipe import Recipe, Stop
+from unbraid.core.recipe import Hooks, Optimization, Passes, Recipe, Stop
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, two
 from unbraid.methods.pair import rows
 
@@ -33,8 +34,9 @@ Kind = Literal["content", "style"]
 Halves = Literal["heads", "first"]
 KINDS: tuple[Kind, ...] = ("content", "style")
 OWN: Mapping[str, Part] = {"content": "down", "style": "up"}
-basis = cache(rows)  # the same for every layer of a width
-CUT = ("rank", "split", "halves", "interaction", "orthogonal")  # what two modules must have in common
+basis = cache(rows)  # all layers of one width share it
+PASSES = Passes(shared=frozenset(("noise", "timestep")))
+CUT = ("rank", "split", "halves", "interaction", "orthogonal")  # settings that two modules must have in common
 
 
 def break_(
@@ -54,11 +56,13 @@ def break_(
 ) -> tuple[Recipe, ...]:
     """Learn a module.
 
-    kind: what it is of (set by the command). rank: of the module; even. steps: optimiser steps. lr: AdamW's learning rate for the module's
-    own factor. partner_lr: AdamW's learning rate for the partners' factor. partner_count: pictures of the other kind at every step; 0: none. split: the share of rows and
-    columns that is frozen. halves: `heads` freezes some rows of every attention head, `first` the first rows, as published.
-    interaction: whether the modules may meet in a block of their own, to be fused by fine-tuning. orthogonal: off, the frozen
-    halves are as random as the published ones turn out to be. compat: `official` lets every loss train both factors.
+    kind: whether it is a content or a style module (set by the command). rank: of the module; must be even. steps:
+    optimiser steps. lr: AdamW's learning rate for the module's own factor. partner_lr: AdamW's learning rate for the
+    partners' factor. partner_count: partner pictures per step; 0 for none. split: the share of rows and columns that is
+    frozen. halves: `heads` freezes some rows of every attention head, `first` the first rows, as published. interaction:
+    whether modules get a common block, in which fine-tuning can fuse them. orthogonal: whether the frozen halves are
+    orthonormal; if not, they are correlated, as in the published code. compat: `official` lets every loss train both
+    factors.
     """
     del blocks
     own: Part = OWN[kind]
@@ -81,10 +85,9 @@ def break_(
     rates: dict[tuple[str, Part], Rate] = {("module", own): Rate(lr)}
     if partner_count:
         rates["module", other] = Rate(partner_lr)
-    shared = frozenset(("noise", "timestep"))
-    last = partial(_last, steps, other)
-    # no clipping: a common norm would let the partners' loss scale the module's gradient
-    return (Recipe(prepare, lambda step: tuple(branches), rates, steps, shared, clip=None, after_step=last),)
+    # no clipping: with a common norm, the partners' loss would scale the module's gradient
+    optimization, hooks = Optimization(clip=None), Hooks(after_step=partial(_discard_after_last, steps, other))
+    return (Recipe(prepare, lambda step: tuple(branches), rates, steps, PASSES, optimization, hooks),)
 
 
 def make(
@@ -104,14 +107,15 @@ def make(
     patience: int = 4,
     compat: Literal["none", "official"] = "none",
 ) -> tuple[Recipe, ...]:
-    """Put a content and a style module together.
+    """Combine a content module and a style module by fine-tuning.
 
-    roles, rank, split, halves, interaction, orthogonal: the modules' own (set by the command). fine_tune: steps of training on
-    both pictures, each under its own prompt. optimizer: `riemannian` steps by what changes in ΔW, `adamw` by entries.
-    lr: learning rate: with `adamw` for entries of a factor, with `riemannian` for entries of ΔW. delta: damping, relative to the factors' size.
-    every: steps between looks at the loss of both pictures under the joint prompt. patience: looks without a better loss after
-    which training stops. compat: `official` draws the square
-    layers' content, and the frozen half of their up, anew before it begins, as the published code does.
+    roles, rank, split, halves, interaction, orthogonal: those of the modules (set by the command). fine_tune: training
+    steps on both pictures, each under its own prompt. optimizer: `riemannian` measures steps by the change of ΔW, `adamw`
+    by the change of each factor. lr: learning rate; with `adamw` for entries of a factor, with `riemannian` for entries of
+    ΔW. delta: damping, relative to the size of the factors. every: steps between checks of the validation loss (both
+    pictures under the joint prompt). patience: training stops after this many checks without a lower loss. compat:
+    `official` initialises the content factor of square layers, and the frozen half of their up, again before training, as
+    the published code does.
     """
     del blocks
     parts: tuple[Part, ...] = ("down", "up")
@@ -128,28 +132,28 @@ def make(
 
     stop = Stop(tuple(Branch(role, "both", active) for role in roles), every, patience)
     rates: Rates = {("merged", part): Rate(lr) for part in parts}
-    shared = frozenset(("noise", "timestep"))
-    way = partial(riemannian, delta=delta) if optimizer == "riemannian" else adamw
-    # one norm over all factors would make the step depend again on how a product is shared out
-    clip = None if optimizer == "riemannian" else 1.0
-    return (Recipe(prepare, lambda step: branches, rates, fine_tune, shared, clip=clip, optimizer=way, stop=stop),)
+    optimization = Optimization(adamw)
+    if optimizer == "riemannian":
+        # clipping would make the step depend on how ΔW is factored
+        optimization = Optimization(partial(riemannian, delta=delta), clip=None)
+    return (Recipe(prepare, lambda step: branches, rates, fine_tune, PASSES, optimization, stop=stop),)
 
 
 class Cut:
-    """How a LoRA is cut into blocks: the same for every module that is to fit."""
+    """How a LoRA is divided into blocks. Modules can only be combined if theirs is the same. Raises UsageError for an odd
+    rank or a split outside 0..1."""
 
     def __init__(self, rank: int, split: float, halves: Halves, interaction: bool, orthogonal: bool) -> None:
         if rank < 2 or rank % 2:
             raise UsageError(f"rank {rank} cannot be halved", "rank", "Give an even rank.")
         if not 0 < split < 1:
-            raise UsageError(
-                f"a split of {split}", "split", "Give more than 0 and less than 1: the share that is frozen."
-            )
+            fix = "It is the share that is frozen: give a number between 0 and 1."
+            raise UsageError(f"a split of {split} is impossible", "split", fix)
         self.rank, self.split, self.halves = rank, split, halves
         self.interaction, self.orthogonal = interaction, orthogonal
 
     def fixed(self, layer: AdaptedLinear) -> Fixed:
-        """The frozen part of one layer: P and Q, and what is free beside them."""
+        """The frozen part of one layer (P and Q), and masks of what is trained."""
         d, k = layer.base.weight.shape
         half, like = self.rank // 2, layer.base.weight
         frozen_rows, frozen_columns = self.frozen(d), self.frozen(k)
@@ -157,7 +161,7 @@ class Cut:
         if self.orthogonal:
             up[frozen_rows, :half] = basis(int(frozen_rows.sum()), half, 0).T
             down[half:, frozen_columns] = basis(int(frozen_columns.sum()), half, 0)
-        else:  # columns of one orthonormal matrix, cut by rows: as correlated as noise, and met in every rank
+        else:  # rows of a column-orthonormal matrix, in every rank: as correlated as noise
             up[frozen_rows] = basis(d, self.rank, 0).T[frozen_rows]
             down[:, frozen_columns] = basis(k, self.rank, 1)[:, frozen_columns]
         ranks = torch.ones(self.rank)
@@ -168,14 +172,15 @@ class Cut:
         return Fixed(**{name: value.to(like.device) for name, value in values.items()})
 
     def fresh(self, layer: AdaptedLinear) -> Factors:
-        """ΔW = 0 (where the frozen halves are orthonormal), with live gradients."""
+        """The factors of one layer before training. With orthonormal halves, ΔW = 0, and all trained entries have
+        gradients."""
         d, k = layer.base.weight.shape
         factors = Factors(torch.zeros(self.rank, k), torch.zeros(d, self.rank))
         factors.fixed = self.fixed(layer)
         return factors
 
     def joined(self, content: Lora, style: Lora, name: str) -> Lora:
-        """Content's down with style's up. Errors: frozen halves that are not the same."""
+        """The content's down with the style's up. Raises UsageError if the frozen halves differ. `name`: the layer."""
         outputs, inputs = self.frozen(len(style.up)), self.frozen(content.down.shape[1])
         same = content.down.shape == style.down.shape and content.up.shape == style.up.shape
         same = same and torch.equal(content.down[:, inputs], style.down[:, inputs])
@@ -185,7 +190,7 @@ class Cut:
         return Lora(content.down, style.up * (style.alpha * content.alpha / self.rank**2), float(self.rank))
 
     def opened(self, layer: AdaptedLinear, lora: Lora) -> Factors:
-        """A joined module for training: what is frozen stays as it is in the files."""
+        """The factors of a joined module, for training. What is frozen keeps its values from the files."""
         device = layer.base.weight.device
         made = Factors(lora.down.to(device, copy=True), lora.up.to(device, copy=True))
         made.fixed = self.fixed(layer)
@@ -194,15 +199,16 @@ class Cut:
         return made
 
     def frozen(self, size: int) -> Tensor:
-        """`[size]`: which rows, or columns, are frozen: evenly spread, so that every head keeps some free, or the first ones."""
+        """Which of `size` rows or columns are frozen, a boolean tensor `[size]`. They are spread evenly, so that every
+        attention head keeps some that are trained, or they are the first ones."""
         place = torch.arange(size)
         if self.halves == "first":
             return place < round(size * self.split)
         return torch.floor((place + 1) * self.split) > torch.floor(place * self.split)
 
 
-def _last(steps: int, other: Part, adapters: Adapters, step: int) -> None:
-    """After the last step the partners' factor is thrown away."""
+def _discard_after_last(steps: int, other: Part, adapters: Adapters, step: int) -> None:
+    """After the last step, discard the factor that the partners trained."""
     if step + 1 < steps:
         return
     with torch.no_grad():
@@ -211,7 +217,8 @@ def _last(steps: int, other: Part, adapters: Adapters, step: int) -> None:
 
 
 def _redraw(factors: Factors, rng: torch.Generator) -> None:
-    """What the published constructor does to the square layers after it has loaded them: all of down, and up's frozen half."""
+    """Initialise all of down, and the frozen half of up, again. The published constructor does this to square layers
+    after it has loaded them."""
     assert factors.fixed
     rank, k = factors.down.shape
     down = torch.randn(rank, k, generator=rng) / rank

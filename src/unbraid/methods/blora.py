@@ -1,7 +1,8 @@
-"""B-LoRA: one image → a content LoRA and a style LoRA, by where they sit (arXiv 2403.14572).
+"""B-LoRA: one image → a content LoRA and a style LoRA in different layers (arXiv 2403.14572).
 
-One LoRA is trained on two attention groups under a prompt that names nothing. In SDXL the first of them holds what is
-drawn and the second how; cut in two, the halves touch different layers and cannot interfere.
+One LoRA is trained on two attention groups under a prompt that names neither subject nor style. In SDXL the first group
+controls the content of a picture and the second its style. So the LoRA is divided into two that change different layers
+and cannot interfere.
 """
 
 import torch
@@ -18,7 +19,7 @@ def blora(
 ) -> tuple[Recipe, ...]:
     """Split one image by blocks.
 
-    rank: of each half. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
+    rank: of each LoRA. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
     """
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:

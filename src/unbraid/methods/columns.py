@@ -1,4 +1,4 @@
-"""Column separation (UnZipLoRA, arXiv 2412.04465): which adapter owns which output channel of a layer."""
+"""Column separation (UnZipLoRA, arXiv 2412.04465): each output channel of a layer is assigned to one of the adapters."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -14,7 +14,8 @@ from unbraid.methods.entry import ROLES, Blocks
 
 @dataclass(frozen=True)
 class Columns:
-    """Column separation: `times` periods, each opening with a scoring window and granting `ratio` of the channels."""
+    """The schedule of column separation. Training has `times` periods. Each begins with `window` steps in which channels
+    are scored; after them, each adapter is granted a share `ratio` of the channels."""
 
     steps: int
     times: int
@@ -23,6 +24,7 @@ class Columns:
     blocks: Blocks
 
     def check(self, needs_window: bool) -> None:
+        """Raise UsageError if more channels than there are would be granted, or the window does not fit the period."""
         if not 0 < self.ratio * self.times <= 1:
             what, fix = f"column_ratio {self.ratio} × sample_times {self.times}", "Their product may be at most 1."
             raise UsageError(what, "unziplora", fix)
@@ -32,12 +34,15 @@ class Columns:
 
     @property
     def period(self) -> int:
+        """The length of a period in steps."""
         return ceil(self.steps / self.times)
 
     def scoring(self, step: int) -> bool:
+        """Whether channels are scored in this step."""
         return step % self.period < self.window
 
     def granting(self, step: int) -> bool:
+        """Whether channels are granted after this step."""
         return step % self.period == self.window - 1
 
     def exempt(self, layer: str) -> str | None:
@@ -46,9 +51,10 @@ class Columns:
 
 
 class Ledger(nn.Module):
-    """One adapter's books on one layer's output channels, kept beside its factors so that they are saved with them.
+    """The state of one layer's output channels for one adapter. It is a submodule of the factors, so it is saved with them.
 
-    owned [d]: granted so far. losing [d]: contested, and the other adapter won. score [d]: importance, summed.
+    owned [d]: channels granted so far. losing [d]: channels that both adapters use and the other one won. score [d]:
+    importance, summed over the window.
     """
 
     owned: Tensor
@@ -63,30 +69,33 @@ class Ledger(nn.Module):
 
 
 def ledger(factors: Factors) -> Ledger:
-    books = factors.ledger
-    assert isinstance(books, Ledger)
-    return books
+    """The ledger of an adapter's factors."""
+    found = factors.ledger
+    assert isinstance(found, Ledger)
+    return found
 
 
 def pairs(adapters: Adapters) -> dict[str, tuple[Factors, Factors]]:
-    """(content, style) factors by layer."""
+    """Layer → the factors of the content and of the style adapter."""
     content, style = (adapters.of(role) for role in ROLES)
     return {name: (one, style[name]) for name, one in content.items()}
 
 
 def pieces(adapters: Adapters) -> list[tuple[Factors, Factors]]:
-    """(content, style) of every stack of layers, or of every layer where nothing is packed."""
+    """The (content, style) factors of every stack of layers, or of every layer if nothing is packed."""
     content, style = ROLES
     return [(some[content], some[style]) for some in adapters.pieces()]
 
 
 def gates(factors: Factors) -> nn.Parameter:
+    """The trained gates g, `[*layers, d]`, of factors that have them."""
     assert factors.channels is not None
     return factors.channels
 
 
 @torch.no_grad()
 def clamp_gates(adapters: Adapters) -> None:
+    """Keep all gates between 0 and 1."""
     for both in pieces(adapters):
         for factors in both:
             if factors.channels is not None:

@@ -24,9 +24,10 @@ def dreambooth(
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style.
 
-    rank: of the adapter, unless it goes on from a LoRA. steps: optimiser steps. lr: AdamW's learning rate. weight_decay:
-    AdamW's. targets: which layers train: attention's projections, or all linear layers of the transformers. prior_weight: weight of the loss on pictures of the class (prior preservation). mask: with `alpha`,
-    what is transparent in a picture does not count in its loss.
+    rank: of the adapter, unless training goes on from a LoRA. steps: optimiser steps. lr: AdamW's learning rate.
+    weight_decay: AdamW's. targets: which layers train: attention's projections, or all linear layers of the transformers.
+    prior_weight: weight of the loss on pictures of the class (prior preservation). mask: with `alpha`, the transparent
+    parts of a picture do not count in its loss.
     """
     del blocks, mask
     parts: tuple[Part, ...] = ("down", "up")

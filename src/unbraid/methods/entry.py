@@ -1,5 +1,5 @@
-"""What a method declares about itself. Everything that lists methods is made from it: the command line, Python, `explain`, the docs,
-the self-test and the tests of every base."""
+"""What a method declares about itself. The command line, the Python functions, `explain`, the docs, the self-test and the
+tests are made from it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +11,15 @@ from PIL import Image
 from unbraid.core.recipe import Recipe
 
 ROLES = ("content", "style")
-Blocks = Mapping[str, tuple[str, ...]]  # role → prefixes of the layers that are known to serve it
+Blocks = Mapping[str, tuple[str, ...]]  # role → prefixes of the layers that are known to control it
 Method = Callable[..., tuple[Recipe, ...]]
 Check = Callable[[Mapping[str, Sequence[Image.Image]], Mapping[str, Sequence[Path]]], list[str]]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One LoRA file: the adapters in it, the role of the prompt that it goes with, and whether learned gates
-    are folded in (masks always are)."""
+    """One LoRA file: the adapters in it, the role of the prompt to use it with, and whether learned gates are folded in
+    (masks always are)."""
 
     adapters: tuple[str, ...]
     prompt: str
@@ -28,32 +28,30 @@ class Output:
 
 @dataclass(frozen=True)
 class Input:
-    """Files that a method starts from, under the name of their role."""
+    """One kind of files that a method starts from. Their role is the name by which the recipe refers to them."""
 
     role: str
     kind: Literal["picture", "pictures", "LoRA", "module"] = "picture"
-    optional: bool = False  # pictures that are not given are drawn, by the role's LoRA or by the base
+    optional: bool = False  # missing pictures are drawn, with the LoRA of the role or by the base
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a method starts from, and which of its settings depend on it."""
+    """All files that a method starts from, and the settings that depend on them."""
 
     files: tuple[Input, ...]
-    set_by_verb: tuple[str, ...] = ()  # settings that the verb derives from its inputs; nobody gives them by hand
-    shortest: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings of a run of two steps that changes every picture,
-    # where the usual ones (`unbraid.runs.shortest`) do not do
-    check: Check = lambda images, files: []  # of the opened pictures by role: raises UsageError, or returns warnings
+    set_by_verb: tuple[str, ...] = ()  # settings that the verb derives from its inputs; users cannot give them
+    # The shortest run that changes every picture, for tests: settings that differ from those of `unbraid.runs.shortest`
+    shortest: Mapping[str, Any] = field(default_factory=dict)
+    check: Check = lambda images, files: []  # checks the opened pictures: raises UsageError, or returns warnings
 
     def of_kind(self, *kinds: str) -> tuple[Input, ...]:
-        """The files of some kinds."""
+        """The inputs of these kinds."""
         return tuple(one for one in self.files if one.kind in kinds)
 
 
 def two(kind: Literal["LoRA", "module"]) -> tuple[Input, ...]:
-    """A content and a style, and the pictures that each was trained on."""
+    """Two LoRAs or modules, for content and style, and the pictures that each was trained on."""
     return (*(Input(role, kind) for role in ROLES), *(Input(role, "pictures", optional=True) for role in ROLES))
 
 
@@ -66,15 +64,16 @@ class Entry:
     """A method. Its settings are the keyword-only arguments of `make`, whose docstring describes each as `name: text.`"""
 
     name: str
-    verb: str  # of the command line
+    verb: str  # the command that runs it
     make: Method
-    prompts: Mapping[str, str]  # role → template over the words given and {rare}; one that lacks its words is left out.
-    # Empty: the words are the prompts
+    # Role → template of its prompt, with {rare} and the words from the command line; a template whose words are not given
+    # is left out. If there are no templates, the words themselves are the prompts.
+    prompts: Mapping[str, str]
     outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
     title: str
     paper: str
     inputs: Inputs
-    version: int = 1  # raised when the same settings train other LoRAs: results of the benchmark depend on it
+    version: int = 1  # raise it when the same settings train other LoRAs: the benchmark then does them again
 
 
 def split_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
@@ -84,6 +83,6 @@ def split_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
 
 
 def zip_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
-    """Both LoRAs, or one file of both."""
+    """One file for each LoRA, or one file with both if `single` is set."""
     roles = tuple(settings["roles"])
     return {"merged": Output(roles, "both")} if settings["single"] else {role: Output((role,), role) for role in roles}

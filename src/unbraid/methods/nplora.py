@@ -1,4 +1,5 @@
-"""NP-LoRA: what the content LoRA does to the style's own inputs is taken out of it, and nothing is trained (arXiv 2511.11051)."""
+"""NP-LoRA: removes from the content LoRA what it does to the inputs that the style LoRA reads (arXiv 2511.11051). Nothing
+is trained."""
 
 import torch
 
@@ -11,10 +12,10 @@ from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 def nplora(
     blocks: Blocks, *, roles: tuple[str, ...] = ("content", "style"), mu: float = 0.5, single: bool = False
 ) -> tuple[Recipe, ...]:
-    """Put LoRAs together at once; `merge --method np-lora` does the same for files alone.
+    """Combine LoRAs without training; `merge --method np-lora` does the same on files alone.
 
-    roles: the LoRAs' names (set by the command). mu: 0 takes nothing out, a large one everything. single: one file of the
-    ranks' sum, not one per LoRA.
+    roles: the LoRAs' names (set by the command). mu: how much is removed: 0 is nothing, a large number everything. single:
+    write one file, with the sum of the ranks, in place of one per LoRA.
     """
     del blocks, single
 

@@ -1,10 +1,12 @@
 """Pair Customization: a before/after pair → a style LoRA, and a content LoRA for the rest (arXiv 2405.01536).
 
-The content adapter learns the picture before; from a set step on, the style adapter learns what is left to say of the
-picture after, on top of the content adapter, which that loss does not train. Both read the layer's input through frozen
-orthonormal rows, each through its own, so that ΔW_content ΔW_styleᵀ = 0 whatever is learnt; only the ups train.
+The content adapter learns the picture before. From a given step on, the style adapter learns the picture after, on top of
+the content adapter. That loss does not train the content adapter, so the style adapter learns only the difference. `down`
+of each adapter is frozen, with orthonormal rows that are orthogonal to those of the other adapter; only `up` trains. So
+ΔW_content ΔW_styleᵀ = 0, whatever is learnt.
 
-What differs from the published code, and why, is in docs/pair.md; `compat="official"` keeps its order of updates.
+The differences from the published code, and the reasons, are in docs/pair.md; `compat="official"` keeps its order of
+updates.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +23,11 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
-ALIGNED = 0.2  # edges' correlation; below, a pair is probably none (docs/pair.md)
+ALIGNED = 0.2  # correlation of edges; below it, two pictures are probably no pair (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
 BASIS_SEED = 123846  # the published one
 NOTHING: frozenset[Part] = frozenset()
@@ -47,17 +49,18 @@ def pair(
 ) -> tuple[Recipe, ...]:
     """Learn a style from what it does to a picture.
 
-    pairs: how many (set by the command); each has a content adapter of its own, and they take turns. rank: of each adapter.
-    steps: optimiser steps. style_from: the step at which the style adapter joins. lr: AdamW's learning rate. weight_decay: AdamW's. slot: which
-    orthonormal rows are this style's; styles in different slots do not meet. orthogonal: off, both factors train and
-    nothing keeps the two apart. joint: off, the style adapter learns the picture after alone. compat: `official` updates
-    the content adapter before the style's loss is computed, as published, not both at once.
+    pairs: number of pairs (set by the command); each has its own content adapter, and they take turns. rank: of each
+    adapter. steps: optimiser steps. style_from: the step at which training of the style adapter begins. lr: AdamW's
+    learning rate. weight_decay: AdamW's. slot: which orthonormal rows this style uses; styles in different slots do not
+    interfere. orthogonal: whether the adapters have orthogonal rows; if not, both factors train and nothing separates the
+    adapters. joint: whether there is a content adapter; if not, the style adapter learns the picture after alone. compat:
+    `official` updates the content adapter before it computes the loss of the style, as published, not both at once.
     """
     del blocks
     if slot < 0:
         raise UsageError(f"there is no slot {slot}", "pair", "Slots count from 0.")
     if not 0 <= style_from < steps:
-        raise UsageError(f"style_from {style_from} leaves no step of {steps}", "pair", "Let the style join earlier.")
+        raise UsageError(f"style_from {style_from} leaves no step of {steps}", "pair", "Lower style_from.")
     parts: tuple[Part, ...] = ("up",) if orthogonal else ("down", "up")
     numbers = numbered(pairs)
     contents = [f"content{number}" for number in numbers]
@@ -85,19 +88,19 @@ def pair(
     rates: dict[tuple[str, Part], Rate] = {
         (name, part): Rate(lr, weight_decay) for name in [*contents, "style"] for part in parts
     }
-    shared = frozenset(("crop", "noise", "timestep"))
-    # no clipping, as published: a common norm would let the one loss scale the other's gradient
-    return (Recipe(prepare, branches, rates, steps, shared, clip=None, in_turn=compat == "official"),)
+    passes = Passes(frozenset(("crop", "noise", "timestep")), in_turn=compat == "official")
+    # no clipping, as published: with a common norm, each loss would scale the gradient of the other
+    return (Recipe(prepare, branches, rates, steps, passes, Optimization(clip=None)),)
 
 
 def numbered(pairs: int) -> list[str]:
-    """What the roles of each pair end in: nothing, then 2, 3, …"""
+    """The suffixes of the roles of each pair: nothing, then 2, 3, …"""
     return ["" if i == 0 else str(i + 1) for i in range(pairs)]
 
 
 def fixed(adapters: Adapters, name: str, rank: int, place: int) -> None:
-    """Add an adapter whose down is frozen: rows `place`·r to (`place` + 1)·r of the orthonormal basis of its input's width.
-    One tensor serves all layers of a width."""
+    """Add an adapter whose down is frozen: rows `place`·r to (`place` + 1)·r of an orthonormal basis. All layers of one
+    input width share one tensor."""
     bases: dict[int, Tensor] = {}
     made: dict[str, Factors] = {}
     for layer_name, layer in adapters.layers.items():
@@ -109,8 +112,8 @@ def fixed(adapters: Adapters, name: str, rank: int, place: int) -> None:
 
 
 def rows(width: int, rank: int, place: int) -> Tensor:
-    """`[rank, width]` orthonormal rows; those of different places are orthogonal to each other. Only as many as are needed
-    are orthonormalised, and what comes before does not depend on how many follow."""
+    """Orthonormal rows `[rank, width]`; those of different places are orthogonal. They do not depend on the rows that
+    follow, so only as many rows as needed are computed. Raises UsageError if `width` is too small."""
     last = (place + 1) * rank
     if not 1 <= last <= width:
         what = f"{last} orthonormal rows are needed, this base has layers of {width}"
@@ -121,8 +124,9 @@ def rows(width: int, rank: int, place: int) -> Tensor:
 
 
 def free_slot(others: Mapping[Path, Mapping[str, Lora]], rank: int, wanted: int | None = None) -> int:
-    """The first slot whose rows meet none of the other styles' (`wanted`: that one, if it is free). One layer of each width is
-    looked at: all layers of a width share their rows."""
+    """The first slot whose rows are orthogonal to those of the other styles, or the slot `wanted`. `others`: file → its
+    layers. One layer of each width is checked, because all layers of a width share their rows. Raises UsageError if the
+    slot is taken, or none is free."""
     downs = {(path, lora.down.shape[1]): lora.down for path, some in others.items() for lora in some.values()}
     most = min((width for _, width in downs), default=rank) // rank - 1
     if wanted is not None and (taken := [path for path, *_ in _meeting(downs, rank, wanted)]):
@@ -138,14 +142,14 @@ def free_slot(others: Mapping[Path, Mapping[str, Lora]], rank: int, wanted: int 
 
 
 def _meeting(downs: Mapping[tuple[Path, int], Tensor], rank: int, slot: int) -> Iterator[tuple[Path, int]]:
-    """The files, and widths, whose rows the slot's rows meet; files may be in half precision."""
-    for (path, width), down in downs.items():
+    """The files and widths whose rows are not orthogonal to those of the slot."""
+    for (path, width), down in downs.items():  # the tolerance allows for files in half precision
         if (down.float() @ rows(width, rank, slot + 1).T).norm() > 0.01 * down.float().norm():
             yield path, width
 
 
 def check_pairs(images: Mapping[str, Sequence[Image.Image]], files: Mapping[str, Sequence[Path]]) -> list[str]:
-    """Refuse pairs that cannot be any, and warn of those that hardly are."""
+    """Check that before and after can be pairs. Raises UsageError if they cannot; returns warnings if it is unlikely."""
     warnings = []
     for role in (role for role in images if role.startswith("before")):
         other = role.replace("before", "after")
@@ -166,7 +170,8 @@ def check_pairs(images: Mapping[str, Sequence[Image.Image]], files: Mapping[str,
 
 
 def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
-    """Several pairs: the content adapters, one for each, are of no use afterwards."""
+    """The style LoRA and, for a single pair, the content LoRA. The content adapters of several pairs are not written: each
+    has learnt only its own pair."""
     content = {"content": Output(("content",), "content")} if settings["joint"] and settings["pairs"] == 1 else {}
     return {"style": Output(("style",), "style"), **content}
 

@@ -1,9 +1,10 @@
-"""QR-LoRA: a LoRA whose `up` is frozen, an orthonormal basis of what the layer writes most, so that only an upper triangle of `down`
-trains (arXiv 2507.04599).
+"""QR-LoRA: a LoRA whose `up` is a frozen orthonormal basis of the layer's strongest outputs, and of whose `down` only an
+upper triangle trains (arXiv 2507.04599).
 
-W ≈ U S Vᵀ to rank r, and U S Vᵀ = Q R with Q [d, r] orthonormal. The paper trains R + ΔR on the residual W − QR, with ΔR upper
-triangular and zero at the start: that is the function of an ordinary LoRA on W with up = Q and down = ΔR. Q depends on the base and
-the rank alone, so LoRAs of one base share it, and adding two of them is adding their `down`.
+U S Vᵀ is the best approximation of W with rank r, and U S Vᵀ = Q R with Q [d, r] orthonormal. The paper replaces W by
+(W − QR) + Q (R + ΔR) and trains ΔR, which is upper triangular and zero at the start. That equals an ordinary LoRA on W with
+up = Q and down = ΔR. Q depends only on the base and the rank, so all LoRAs of one base share it, and two of them are added
+by adding their `down`.
 """
 
 from typing import Literal
@@ -15,7 +16,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate, Rates
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.dreambooth import TARGETS
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 
@@ -31,8 +32,8 @@ def qrlora(
 ) -> tuple[Recipe, ...]:
     """Learn one concept or style with half the trained parameters of a LoRA.
 
-    rank: of the adapter, and of the basis. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's. targets: which
-    layers train: attention's projections, or all linear layers of the transformers.
+    rank: of the adapter, and of the basis. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
+    targets: which layers train: attention's projections, or all linear layers of the transformers.
     """
     del blocks
 
@@ -46,17 +47,24 @@ def qrlora(
         del step
         for factors in adapters.pieces_of("lora"):
             assert factors.down.grad is not None
-            factors.down.grad.triu_()  # what is zero at the start and has no gradient stays zero
+            factors.down.grad.triu_()  # below the diagonal, `down` is zero at the start and stays so
 
     branch = Branch("image", "both", (Active("lora", trains=frozenset({"down"})),))
     rates: Rates = {("lora", "down"): Rate(lr, weight_decay)}
     return (
-        Recipe(prepare, lambda step: (branch,), rates, steps, after_backward=after_backward, targets=TARGETS[targets]),
+        Recipe(
+            prepare,
+            lambda step: (branch,),
+            rates,
+            steps,
+            hooks=Hooks(after_backward=after_backward),
+            targets=TARGETS[targets],
+        ),
     )
 
 
 def _fresh(name: str, layer: AdaptedLinear, rank: int) -> Factors:
-    """up = Q and down = 0: nothing is changed yet."""
+    """The factors of one layer before training: up = Q and down = 0. Raises UsageError if the rank is too high."""
     weight = layer.base.weight.detach().float()
     if not 1 <= rank <= min(weight.shape):
         raise UsageError(f"rank {rank} does not fit {name}", "rank", f"Choose 1 to {min(weight.shape)}.")
@@ -64,8 +72,9 @@ def _fresh(name: str, layer: AdaptedLinear, rank: int) -> Factors:
 
 
 def basis(weight: Tensor, rank: int) -> Tensor:
-    """`[d, rank]`, float32, orthonormal: Q of the QR decomposition of W's `rank` strongest parts, its signs such that R has a positive
-    diagonal. The first `rank` columns of U Uᵀ W determine it; U comes from W Wᵀ, quicker than from an SVD of W."""
+    """Q of the QR decomposition of the best approximation of W with this rank: `[d, rank]`, orthonormal, in the dtype of
+    `weight`. Its signs are chosen so that the diagonal of R is positive. The first `rank` columns of U Uᵀ W determine Q; U
+    comes from an eigendecomposition of W Wᵀ, which is faster than an SVD of W."""
     exact = (weight if weight.is_meta else weight.cpu()).double()
     strongest = torch.linalg.eigh(exact @ exact.T).eigenvectors[:, -rank:]
     q, r = torch.linalg.qr(strongest @ (strongest.T @ exact[:, :rank]))

@@ -1,11 +1,12 @@
-"""Concept Sliders' visual slider: one LoRA that draws the picture after at +1 and the picture before at -1 (arXiv 2311.12092)."""
+"""The visual slider of Concept Sliders: one LoRA that draws the picture after at strength 1 and the picture before at
+strength -1 (arXiv 2311.12092)."""
 
 import torch
 
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Passes, Recipe
 from unbraid.methods.entry import Blocks, Entry, Output
 from unbraid.methods.pair import PAIRS, numbered
 
@@ -23,7 +24,7 @@ def slider(
 ) -> tuple[Recipe, ...]:
     """Learn a slider from pairs.
 
-    pairs: how many (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr: AdamW's learning
+    pairs: number of pairs (set by the command); they take turns. rank: of the adapter. steps: optimiser steps. lr: AdamW's learning
     rate. weight_decay: AdamW's.
     """
     del blocks
@@ -41,7 +42,8 @@ def slider(
         )
 
     rates: dict[tuple[str, Part], Rate] = {("style", part): Rate(lr, weight_decay) for part in parts}
-    return (Recipe(prepare, branches, rates, steps, frozenset(("crop", "noise", "timestep")), targets=SELF_ATTENTION),)
+    passes = Passes(shared=frozenset(("crop", "noise", "timestep")))
+    return (Recipe(prepare, branches, rates, steps, passes, targets=SELF_ATTENTION),)
 
 
 ENTRIES = (

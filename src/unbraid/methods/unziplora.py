@@ -1,12 +1,12 @@
 """UnZipLoRA: one image → a content LoRA and a style LoRA (arXiv 2412.04465).
 
-One forward pass per step: both adapters work at once, each reading its own prompt in cross-attention keys
-and values. Column separation gives each adapter its own output channels, a tenth of them per period; block
-separation exempts the adapter that a block is known to serve. Where an exempt adapter meets the other
-one's channels, a penalty drives the gate of one of the two to zero.
+Each step is one forward pass with both adapters active; in cross-attention keys and values each reads its own prompt.
+Column separation gives each adapter its own output channels, a tenth of them per period. Block separation makes an
+exception: in blocks that are known to control content (or style), the content (or style) adapter uses all channels. A
+channel that both adapters use is contested, and a penalty drives the gate of one of them to zero.
 
-What differs from the published code by default, and why, is in docs/unziplora.md; `compat="official"`
-(unziplora_official.py) is the published behaviour.
+The differences from the published code, and the reasons, are in docs/unziplora.md; `compat="official"`
+(unziplora_official.py) reproduces the published behaviour.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
 from unbraid.methods.unziplora_official import official
@@ -46,14 +46,14 @@ def unziplora(
 ) -> tuple[Recipe, ...]:
     """Split one image.
 
-    rank: of each adapter. steps: optimiser steps. content_lr: AdamW's learning rate for the content adapter.
-    style_lr: AdamW's learning rate for the style adapter. merger_lr: AdamW's learning rate for the gates. weight_decay: AdamW's,
-    for the adapters (official: for the gates too).
-    sample_times: periods of column separation. column_ratio: share of channels granted per period. overlap: weight λ of the
-    penalty on channels that both adapters use. window: steps over which channels are scored. column_separation: whether each
-    adapter gets output channels of its own. block_separation: whether adapters are exempt in the blocks that serve them.
-    content_alone, style_alone: weight of one more loss, that adapter alone under its own prompt; 0 is as published.
-    compat: `official` reproduces the published code, defects included.
+    rank: of each adapter. steps: optimiser steps. content_lr: AdamW's learning rate for the content adapter. style_lr:
+    AdamW's learning rate for the style adapter. merger_lr: AdamW's learning rate for the gates. weight_decay: AdamW's, for
+    the adapters (with `official`, for the gates too). sample_times: periods of column separation. column_ratio: share of
+    the channels that each adapter is granted per period. overlap: weight λ of the penalty on channels that both adapters
+    use. window: steps per period in which channels are scored. column_separation: whether each adapter gets its own output
+    channels. block_separation: whether an adapter uses all channels in the blocks that control its role. content_alone,
+    style_alone: weight of an additional loss with this adapter alone, under its own prompt; 0 as published. compat:
+    `official` reproduces the published code, defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
     columns.check(needs_window=column_separation and compat == "none")
@@ -75,27 +75,29 @@ def unziplora(
         for role in ROLES:
             adapters.new(role, rank, rng)
         if column_separation:
-            open_books(adapters, columns)
+            add_ledgers(adapters, columns)
 
     recipe = Recipe(prepare, lambda step: branches, rates, steps)
     return (separated(recipe, columns, merger_lr, overlap) if column_separation else recipe,)
 
 
 def separated(recipe: Recipe, columns: Columns, merger_lr: float, overlap: float) -> Recipe:
-    """The same with column separation: gates that train, the penalty, and the ledgers' two hooks."""
+    """Add column separation to a recipe: trained gates, the penalty, and the hooks that update ledgers and gates."""
     return replace(
         recipe,
         rates={**recipe.rates, **{(role, "merger"): Rate(merger_lr) for role in ROLES}},
-        penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
-        after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
-        after_step=lambda adapters, step: clamp_gates(adapters),
+        hooks=Hooks(
+            penalty=lambda adapters, step: overlap_penalty(adapters, overlap),
+            after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+            after_step=lambda adapters, step: clamp_gates(adapters),
+        ),
     )
 
 
-def open_books(adapters: Adapters, columns: Columns) -> None:
-    """Give every layer its ledger, and its gates g = 1 where channels can be contested. No mask is needed: `up` starts at zero and only owned rows
-    of it ever change, so every other channel adds exactly nothing, and still has a gradient by which it can be
-    scored without disturbing the model."""
+def add_ledgers(adapters: Adapters, columns: Columns) -> None:
+    """Give every layer a ledger and, where channels can be contested, gates g = 1. No mask is needed: `up` starts at zero
+    and only its owned rows change, so all other channels add exactly nothing. They still have gradients, by which they
+    are scored without disturbing the model."""
     for name, both in pairs(adapters).items():
         for role, factors in zip(ROLES, both, strict=True):
             like = factors.up.detach()[:, 0]
@@ -123,11 +125,11 @@ def _gradient(parameter: nn.Parameter | None) -> Tensor:
 
 
 def grant(content: Ledger, style: Ledger, ratio: float, exempt: str | None) -> None:
-    """Exactly ⌊ratio·d⌋ further channels for each adapter that is not exempt; content chooses first.
+    """Grant exactly ⌊ratio·d⌋ further channels to each adapter that does not use all of them; content chooses first.
 
-    A channel's importance is the norm of its row of `up`'s gradient, summed over the window: the first-order
-    gain of switching it on, without a threshold or a scale. A contested channel goes to the adapter to which
-    it matters more, relative to that adapter's mean in the layer."""
+    `exempt`: the adapter that uses all channels of this layer, if any. A channel's score is the norm of its row of `up`'s
+    gradient, summed over the window: the gain of switching it on, to first order. A contested channel goes to the adapter
+    with the higher score, relative to that adapter's mean in the layer."""
     n = int(ratio * len(content.owned))
     if exempt is None:
         _take_best(content, n, content.owned | style.owned)
@@ -142,18 +144,20 @@ def grant(content: Ledger, style: Ledger, ratio: float, exempt: str | None) -> N
     style.score.zero_()
 
 
-def _take_best(books: Ledger, n: int, taken: Tensor) -> Tensor:
-    """Grant the n best-scored channels that are not taken; returns them as a mask. Ties go to the lower index."""
-    order = torch.argsort(books.score.masked_fill(taken, -torch.inf), descending=True, stable=True)
+def _take_best(book: Ledger, n: int, taken: Tensor) -> Tensor:
+    """Grant the n channels with the highest scores that are not taken. Returns them as a mask. Ties go to the lower
+    index."""
+    order = torch.argsort(book.score.masked_fill(taken, -torch.inf), descending=True, stable=True)
     fresh = torch.zeros_like(taken)
     fresh[order[:n]] = True
     fresh &= ~taken  # fewer than n may be left
-    books.owned |= fresh
+    book.owned |= fresh
     return fresh
 
 
 def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
-    """λ · mean over layers of mean_j |m_loser · stopgrad(m_winner)| over contested channels."""
+    """λ · mean over layers of mean_j |g_loser · stopgrad(g_winner)|, over contested channels j (arXiv 2412.04465, but with
+    a gradient for the loser's gate only)."""
     terms = []
     for both in pieces(adapters):
         if both[0].channels is not None:
@@ -164,7 +168,8 @@ def overlap_penalty(adapters: Adapters, weight: float) -> Tensor | None:
 
 
 def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
-    """The published code applies its gates in joint use only, so it needs two more files for that."""
+    """A content and a style LoRA. The published code applies gates only when both are used together, so `official` writes
+    two more files for that."""
     if settings.get("compat") != "official":
         return split_outputs(settings)
     alone = {role: Output((role,), role, gates=False) for role in ROLES}

@@ -1,9 +1,10 @@
-"""UnZipLoRA as its authors' code behaves (commit 0dc1800), for comparison; written from its description.
+"""UnZipLoRA as its authors' code behaves (commit 0dc1800), for comparison. Written from a description of the code.
 
-Both factors start as noise, so the base is disturbed from step 0. Channels are scored on one step per period
-by a thresholded count on gradients times fp16's loss scale (emulated here), and chosen strictly above the
-threshold, so at most n - 1 of n. At a period's first step the gates get an unfiltered update. The penalty is
-symmetric: it deletes contested channels from both adapters. Alone, an adapter is used without its gates.
+Both factors start as noise, so the model's output changes from step 0. Channels are scored in one step per period, by
+counting entries above a threshold; the gradients are multiplied by fp16's loss scale (emulated here). Only channels with
+more than the n-th best score are chosen, so at most n - 1. At the first step of a period all gates get an update. The
+penalty is symmetric: it removes contested channels from both adapters. An adapter that is used alone is used without its
+gates.
 """
 
 from collections.abc import Mapping
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors, Part
 from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
 from unbraid.methods.entry import ROLES
 
 LOSS_SCALE = 65536.0
 THRESHOLD = 1e-5
-CHUNK = 64  # rows of the d×k score that are formed at once
+CHUNK = 64  # rows of the d×k score that are computed at once
 
 
 def official(
     columns: Columns, rates: Mapping[tuple[str, Part], Rate], rank: int, overlap: float, column_separation: bool
 ) -> Recipe:
+    """The recipe of `compat="official"`; the arguments are settings of `unziplora`."""
+
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for role in ROLES:
             adapters.new(role, rank, rng, up_std=1 / rank, down_std=1 / rank)
@@ -39,7 +42,7 @@ def official(
     def branches(step: int) -> tuple[Branch, ...]:
         return (Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),)
 
-    if not column_separation:  # masks are never built, so block separation has no effect either
+    if not column_separation:  # without masks, block separation has no effect either
         frozen_gates = {key: rate for key, rate in rates.items() if key[1] != "merger"}
         return Recipe(prepare, branches, frozen_gates, columns.steps)
     return Recipe(
@@ -47,14 +50,16 @@ def official(
         branches,
         rates,
         columns.steps,
-        penalty=lambda adapters, step: _penalty(adapters, overlap) if _gated(columns, step) else None,
-        after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
-        after_step=lambda adapters, step: _after_step(adapters, columns, step),
+        hooks=Hooks(
+            penalty=lambda adapters, step: _penalty(adapters, overlap) if _gated(columns, step) else None,
+            after_backward=lambda adapters, step: _after_backward(adapters, columns, step),
+            after_step=lambda adapters, step: _after_step(adapters, columns, step),
+        ),
     )
 
 
 def _gated(columns: Columns, step: int) -> bool:
-    """Ungated are the very first step and the second step of each period."""
+    """Whether gates are applied: not in the very first step, nor in the second step of each period."""
     return step > 0 and step % columns.period != 1
 
 
@@ -105,7 +110,8 @@ def _above(score: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def _count(factors: Factors) -> Tensor:
-    """Share of inputs i with |W_ji · M_ji| over the threshold, [d]; W = B A and M = g ⊙ (B ∂A + ∂B A)."""
+    """For each output j, the share of inputs i with |W_ji · M_ji| over the threshold, [d]; W = B A and
+    M = g ⊙ (B ∂A + ∂B A)."""
     down_grad, rows = factors.gradient("down"), []
     parts = (factors.up.split(CHUNK), factors.gradient("up").split(CHUNK), gates(factors).split(CHUNK))
     for up, up_grad, gate in zip(*parts, strict=True):
@@ -115,7 +121,7 @@ def _count(factors: Factors) -> Tensor:
 
 
 def _penalty(adapters: Adapters, weight: float) -> Tensor:
-    """λ · mean over layers of mean_j |m_c k_c m_s k_s|."""
+    """λ · mean over layers of mean_j |g_c k_c g_s k_s|, with gates g and masks k of content and style."""
     terms = []
     for content, style in pieces(adapters):
         both = ledger(content).owned & ledger(style).owned

@@ -1,14 +1,13 @@
-"""ZipLoRA: several LoRAs made to work together without interference (arXiv 2311.13600).
+"""ZipLoRA: trains several LoRAs to work together without interference (arXiv 2311.13600).
 
-Every layer that two LoRAs share gets one coefficient per input column and LoRA, and nothing else is trained: under
-each LoRA's own prompt, all of them together must predict what that LoRA predicts alone, while the coefficients of
-different LoRAs are driven apart. The coefficients fold exactly into the LoRAs' `down`.
+In every layer that two LoRAs share, each gets one coefficient per input column, and nothing else is trained. Under the
+prompt of each LoRA, all of them together must predict what that LoRA predicts alone, while a penalty drives the
+coefficients of different LoRAs apart. The coefficients can be multiplied into `down` exactly.
 
-What differs from the public re-implementation: its learning rate of 5e-5 moves no coefficient by more than 0.005 in 100
-steps, so that it returns the plain sum; at the paper's rate of 0.01 its similarity term (and the raw dot product of
-the paper's formula) shrinks all LoRAs together. The cosine, which is what the paper's text says, does neither.
-`compat="official"` is the public re-implementation. The default granularity is `rank`, DuoLoRA's ZipRank, which was the better
-one when measured (docs/ziplora.md); `column` is ZipLoRA's.
+Differences from the public re-implementation (`compat="official"`): at its learning rate of 5e-5 no coefficient changes by
+more than 0.005 in 100 steps, so its result is the plain sum. At the paper's rate of 0.01, its similarity term, and the raw
+dot product in the paper's formula, shrink all LoRAs together. The cosine, which the paper's text describes, does neither.
+The default granularity is `rank` (DuoLoRA's ZipRank), which measured better (docs/ziplora.md); ZipLoRA's own is `column`.
 """
 
 from collections import defaultdict
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
-from unbraid.core.optim import Rate
-from unbraid.core.recipe import Recipe
+from unbraid.core.optim import Rate, Rates
+from unbraid.core.recipe import Hooks, Passes, Recipe
 from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
 Similarity = Literal["cos", "dot", "product"]
@@ -53,12 +52,13 @@ def ziplora(
 ) -> tuple[Recipe, ...]:
     """Zip LoRAs together.
 
-    roles: the LoRAs' names (set by the command). granularity: one coefficient per rank (ZipRank; where ranks differ and cannot
-    be compared, per column), input column (ZipLoRA), output row, or layer. similarity: what is driven down between two LoRAs' coefficients in a layer: |cos|,
-    |dot product|, or mean |product|. weight: factor λ of the similarities' sum over layers. lr: AdamW's learning rate for the
-    coefficients. weight_decay: AdamW's. steps: most optimiser steps. tolerance: stop when the mean similarity over layers is below it. clamp: keep
-    coefficients in 0..1. shared_noise: one noise and one timestep for all LoRAs of a step, as published. single: one
-    file of the ranks' sum, not one per LoRA. compat: `official` is the public re-implementation (product, 5e-5, decay).
+    roles: the LoRAs' names (set by the command). granularity: one coefficient per rank (ZipRank; per column in layers where
+    the ranks differ and cannot be compared), input column (ZipLoRA), output row, or layer. similarity: the penalty on two
+    LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. weight: factor λ of the sum of similarities over
+    layers. lr: AdamW's learning rate for the coefficients. weight_decay: AdamW's. steps: optimiser steps at most. tolerance:
+    stop when the mean similarity over layers is below it. clamp: keep coefficients in 0..1. shared_noise: use one noise and
+    one timestep for all LoRAs of a step, as published. single: write one file, with the sum of the ranks, in place of one
+    per LoRA. compat: `official` is the public re-implementation (product, 5e-5, decay).
     """
     del blocks
     if compat == "official":
@@ -82,23 +82,15 @@ def ziplora(
         total = weight * similarities(adapters, similarity).sum()
         return total if total.requires_grad else None
 
-    return (
-        Recipe(
-            prepare,
-            lambda step: branches,
-            {(role, "merger"): Rate(lr, weight_decay) for role in roles},
-            steps,
-            shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(),
-            penalty=penalty,
-            after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance),
-            fixed_teachers=True,
-        ),
-    )
+    rates: Rates = {(role, "merger"): Rate(lr, weight_decay) for role in roles}
+    passes = Passes(shared=frozenset(("noise", "timestep")) if shared_noise else frozenset(), fixed_teachers=True)
+    hooks = Hooks(penalty, after_step=lambda adapters, step: _stops(adapters, similarity, clamp, tolerance))
+    return (Recipe(prepare, lambda step: branches, rates, steps, passes, hooks=hooks),)
 
 
 @torch.no_grad()
 def _stops(adapters: Adapters, similarity: Similarity, clamp: bool, tolerance: float) -> bool:
-    """Keep the coefficients in 0..1 if wanted; whether they are as far apart as `tolerance` asks."""
+    """Clamp the coefficients to 0..1 if wanted. Returns whether their mean similarity is below `tolerance`."""
     if clamp:
         for merger in (merger for some in _shared(adapters.pieces()) for one in some for merger in one.mergers()):
             merger.clamp_(0, 1)
@@ -106,12 +98,12 @@ def _stops(adapters: Adapters, similarity: Similarity, clamp: bool, tolerance: f
 
 
 def _shared(layers: Iterable[Mapping[str, Factors]]) -> list[list[Factors]]:
-    """The factors of every layer that more than one LoRA changes; the other layers keep their full strength."""
+    """The factors of every layer that more than one LoRA changes. (Other layers have no coefficients.)"""
     return [list(layer.values()) for layer in layers if len(layer) > 1]
 
 
 def open_coefficients(factors: Factors, granularity: str) -> None:
-    """Coefficients of one, which change nothing yet."""
+    """Add coefficients of 1 to factors."""
     rank, k = factors.down.shape
     sizes = {
         "column": ("columns", k),
@@ -124,8 +116,8 @@ def open_coefficients(factors: Factors, granularity: str) -> None:
 
 
 def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
-    """Of every shared layer and pair of LoRAs, `[pairs]`. Ranks can differ: then there is nothing to compare, and it
-    counts 0. Coefficients of one size are compared together: one operation for hundreds of layers."""
+    """The similarity of coefficients for every shared layer and pair of LoRAs, `[pairs]`. It is 0 if their numbers differ,
+    as with different ranks. Coefficients of the same size are compared together, in one operation for hundreds of layers."""
     groups = defaultdict[int, list[tuple[Tensor, Tensor]]](list)
     out = []
     for layer in _shared(adapters.pieces()):

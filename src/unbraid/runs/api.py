@@ -2,10 +2,10 @@
 
 import builtins
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ParamSpec, Unpack
+from typing import ParamSpec, Unpack
 
 from PIL import Image
 
@@ -16,11 +16,14 @@ from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
 from unbraid.methods.pair import free_slot, numbered
-from unbraid.runs.job import RARE, Job, Progress
+from unbraid.runs.job import RARE, Extras, Job, TrainingData
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.run import run
+from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
-from unbraid.sampling.render import Use, own_prompt, render
+from unbraid.sampling.canvas import Control, Start
+from unbraid.sampling.combine import Combine
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, own_prompt, render
 
 P = ParamSpec("P")
 
@@ -30,7 +33,8 @@ def split_job(
     image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
 ) -> Job:
     """One image → `content.safetensors` and `style.safetensors`."""
-    return job([image], {"subject": subject, "style": style}, method=method, **options)
+    run_options, settings = separate(options)
+    return job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
 
 
 @documented("learn")
@@ -50,22 +54,22 @@ def learn_job(
     the prior is preserved: on `class_images`, or on pictures that the base draws of it. `from_`: a LoRA to go on from, in place of a
     fresh one: its modules, ranks and strengths (alpha, folded into the factors)."""
     words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
-    given: dict[str, Any] = {**options}
+    run_options, settings = separate(options)
     if class_prompt:
         words["class_prompt"] = class_prompt
-        given = {"prior_weight": 1.0, **given}
+        settings = {"prior_weight": 1.0, **settings}
     if class_images:
         roles["prior"] = [class_images]
     if from_:
-        if taken := [key for key in ("rank", "targets") if key in given]:
+        if taken := [key for key in ("rank", "targets") if key in settings]:
             raise UsageError(f"{taken[0]!r} is the LoRA's own", "--from", "Leave it out.")
-        ranks = {len(lora.down) for lora in read(Path(from_)).modules.values()}
-        given |= {"rank": max(ranks), "loras": {"lora": Path(from_)}}
-    todo = job(roles, words, method=method, **given)
+        settings["rank"] = max(len(lora.down) for lora in read(Path(from_)).modules.values())
+    loras = {"lora": Path(from_)} if from_ else {}
+    todo = job(roles, words, settings, method=method, loras=loras, **run_options)
     if bool(todo.settings.get("prior_weight")) != bool(class_prompt):
         raise UsageError("prior preservation needs a prompt of the class", "--class-prompt", "For example: a dog.")
-    captions = {path: "\n".join(lines) for path in todo.images["image"] if (lines := captions_of(path))}
-    return replace(todo, captions=captions)
+    captions = {path: "\n".join(lines) for path in todo.data.images["image"] if (lines := captions_of(path))}
+    return replace(todo, data=replace(todo.data, captions=captions))
 
 
 @documented("pair")
@@ -90,17 +94,18 @@ def pair_job(
         files |= {f"before{number}": [first], f"after{number}": [second]}
         if shown := caption_of(first):
             captions |= {first: f"a {RARE} {shown}", second: f"a {RARE} {shown} in {style} style"}
-    given: dict[str, Any] = {**options}
-    where = given.pop("out", None) or Path("runs") / f"{couples[0][1].stem}-{method}"
-    words = {"subject": subject, "style": style}
-    todo = job(files, words, method=method, out=where, pairs=len(couples), **given)
+    run_options, settings = separate(options)
+    run_options["out"] = run_options.get("out") or Path("runs") / f"{couples[0][1].stem}-{method}"
+    settings["pairs"] = len(couples)
+    todo = job(files, {"subject": subject, "style": style}, settings, method=method, **run_options)
     if beside:
         if not todo.settings.get("orthogonal"):
             raise UsageError("needs orthogonal rows", "--beside", "Use --method pair with orthogonal=true.")
         others = {Path(one): read(Path(one)).modules for one in beside}
         slot = free_slot(others, todo.settings["rank"], options.get("slot"))
         todo = replace(todo, settings={**todo.settings, "slot": slot})
-    return replace(todo, captions=captions, told=unused([Path(before), Path(after)]))
+    data = replace(todo.data, captions=captions)
+    return replace(todo, data=data, notes=unused([Path(before), Path(after)]))
 
 
 @documented("zip")
@@ -124,14 +129,16 @@ def zip_job(
     words = {role: (prompts or {}).get(role) or own_prompt(file, read(file)) for role, file in loras.items()}
     words["both"] = (prompts or {}).get("both") or ", ".join(words.values())
     found = {role: [where] for role, where in (images or {}).items()}
-    given: dict[str, Any] = {**options}
-    where = given.pop("out", None) or Path("runs") / f"{files[0].stem}-{files[1].stem}-{method}"
-    return job(found, words, method=method, out=where, loras=loras, roles=tuple(loras), **given)
+    run_options, settings = separate(options)
+    run_options["out"] = run_options.get("out") or Path("runs") / f"{files[0].stem}-{files[1].stem}-{method}"
+    settings["roles"] = tuple(loras)
+    return job(found, words, settings, method=method, loras=loras, **run_options)
 
 
 def job(
     images: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
-    words: dict[str, str],
+    words: Mapping[str, str],
+    settings: Mapping[str, object],
     *,
     method: str,
     out: str | Path | None = None,
@@ -148,34 +155,29 @@ def job(
     loras: Mapping[str, Path] | None = None,
     thumbnail: bool = True,
     metadata: bool = True,
-    **settings: Any,
 ) -> Job:
     """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
 
-    `settings` are those of the method (`unbraid explain METHOD`). `vae`, `prediction`, `vram`, `compile`, `graphs` and
+    `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
+    file, for methods that start from LoRAs. `vae`, `prediction`, `vram`, `compile`, `graphs` and
     `device` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
     whether they record what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
-    told = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
+    notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
     loading = Loading(vae, prediction, vram, compile, graphs, device)
-    resolved = resolve(method, base, config, settings)
     return Job(
         method,
-        files,
-        words,
+        TrainingData(files, words, loras=loras or {}),
+        resolve(method, base, config, settings),
         where,
-        resolved,
         base,
+        loading,
         counted("seed", seed, SEEDS),
-        counted("previews", previews, PREVIEWS),
-        loras or {},
-        loading=loading,
-        thumbnail=thumbnail,
-        metadata=metadata,
-        told=tuple(told),
+        Extras(counted("previews", previews, PREVIEWS), thumbnail, metadata),
+        tuple(notes),
     )
 
 
@@ -183,22 +185,40 @@ def generate(
     prompt: str,
     loras: Sequence[Use | str | Path] = (),
     *,
+    combine: Combine = "sum",
+    styles: Sequence[Use] = (),
+    style_from: float = 1.0,
+    negative: str = "",
+    guidance: float = 4.0,
+    seeds: Sequence[int] = (0,),
+    steps: int = 25,
+    sampler: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    start: Start | None = None,
+    control: Control | None = None,
+    edit: Path | None = None,
     base: str = "icons",
     vae: str = "",
     prediction: str = "",
     graphs: bool = True,
     device: str = "",
-    **options: Any,
 ) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files; `vae`, `prediction`, `graphs` and `device` as in `presets.Loading`, options as in `render.render`."""
+    """Pictures of a prompt with LoRA files, one per seed.
+
+    `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
+    `render.StyleGuidance`. `negative` to `width`: those of `render.Sampling`. `start`, `control`, `edit`: those of
+    `render.ImageInputs`. `vae`, `prediction`, `graphs` and `device`: those of `presets.Loading`."""
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    loading = Loading(vae, prediction, graphs=graphs, device=device)
-    return render(load(base, loading=loading), prompt, uses, **options)
-
-
-def progress(todo: Job, resume: bool = False) -> Iterator[Progress]:
-    """Run a job; yields its steps and files as they come."""
-    return run(todo, resume=resume)
+    return render(
+        load(base, loading=Loading(vae, prediction, graphs=graphs, device=device)),
+        prompt,
+        uses,
+        combine=combine,
+        styles=StyleGuidance(styles, style_from),
+        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative),
+        inputs=ImageInputs(start, control, edit),
+    )
 
 
 def finish(todo: Job) -> Path:

@@ -16,7 +16,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.many import run_batched
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
-from unbraid.runs.job import Job, Progress
+from unbraid.runs.job import Extras, Job, Progress, TrainingData
 from unbraid.runs.run import script
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
 
@@ -61,7 +61,7 @@ def run_many(
         base.pipe = copy.copy(base.pipe)
         return base
 
-    return _told([_script(job, resume, find) for job in jobs], at_once)
+    return _run_together([_script(job, resume, find) for job in jobs], at_once)
 
 
 def distinct(jobs: Sequence[Job]) -> None:
@@ -72,7 +72,7 @@ def distinct(jobs: Sequence[Job]) -> None:
             raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
 
 
-def _told(
+def _run_together(
     scripts: Sequence[TrainingCoroutine[Progress]], at_once: int | None
 ) -> Generator[tuple[int, Progress | UsageError]]:
     try:
@@ -123,18 +123,19 @@ def recorded(file: Path) -> Job:
         first = error.errors()[0]
         what = f"this is no whole run.toml ({'.'.join(map(str, first['loc']))[:80]}: {first['msg']})"
         raise UsageError(what, file, fix) from error
-    return Job(
-        table.method,
+    data = TrainingData(
         {role: tuple(map(Path, paths)) for role, paths in table.images.items()},
         table.words,
-        file.parent,
-        resolve(table.method, table.base, file, {}),
-        table.base,
-        counted("seed", table.seed, SEEDS),
-        counted("previews", table.previews, PREVIEWS),
-        {role: Path(path) for role, path in table.loras.items()},
         {Path(path): text for path, text in table.captions.items()},
+        {role: Path(path) for role, path in table.loras.items()},
+    )
+    return Job(
+        table.method,
+        data,
+        resolve(table.method, table.base, file, {}),
+        file.parent,
+        table.base,
         Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device),
-        thumbnail=table.thumbnail,
-        metadata=table.metadata,
+        counted("seed", table.seed, SEEDS),
+        Extras(counted("previews", table.previews, PREVIEWS), table.thumbnail, table.metadata),
     )

@@ -14,15 +14,16 @@ from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.files.formats.metadata import card
 from unbraid.files.lora_file import read, write
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.captions import captions_of
 from unbraid.images.folders import Found, look
 from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
 from unbraid.runs.api import finish, finished, job
 from unbraid.runs.job import Job
 from unbraid.runs.options import BreakOptions, MakeOptions
+from unbraid.runs.run_options import separate
 from unbraid.runs.settings import documented
-from unbraid.sampling.render import Use, own_prompt, render
+from unbraid.sampling.render import Sampling, Use, own_prompt, render
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def break_job(
             "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
         )
     own = [images] if isinstance(images, str | Path) else list(images)
-    given: dict[str, Any] = {**options}
-    given["out"] = given.get("out") or Path("runs") / f"{Path(own[0]).stem}-{kind}"
-    todo = job({"own": own}, {"prompt": prompt}, method=method, kind=kind, **given)
+    run_options, settings = separate(options)
+    run_options["out"] = run_options.get("out") or Path("runs") / f"{Path(own[0]).stem}-{kind}"
+    todo = job({"own": own}, {"prompt": prompt}, {**settings, "kind": kind}, method=method, **run_options)
     wanted, found = todo.settings["partner_count"], look(Path(partners)) if partners else Found(())
     files = found.files
     if len(files) < wanted:
@@ -72,8 +73,9 @@ def break_job(
             what = "a partner image without a prompt of its own"
             raise UsageError(what, file, f"Write it to {file.with_suffix('.txt').name}: a fish in ink style.")
     roles = {f"partner{i + 1}": tuple(files[i::wanted]) for i in range(wanted)}
-    told = {file: text for file, text in captions.items() if text and wanted}
-    return replace(todo, images={**todo.images, **roles}, captions=told, told=todo.told + found.unused)
+    prompts = {file: text for file, text in captions.items() if text and wanted}
+    data = replace(todo.data, images={**todo.data.images, **roles}, captions=prompts)
+    return replace(todo, data=data, notes=todo.notes + found.unused)
 
 
 break_module = finished(break_job)
@@ -102,10 +104,10 @@ def make_job(
     words["both"] = prompt or together(*pair)
     found = {role: [where] for role, where in (images or {}).items()}
     loras = {module.kind: module.path for module in pair}
-    given: dict[str, Any] = {**options}
-    given["out"] = given.get("out") or _folder(*pair)
-    given |= {} if fine_tune is None else {"fine_tune": fine_tune}
-    return job(found, words, method=method, loras=loras, **pair[0].cut, **given)
+    run_options, settings = separate(options)
+    run_options["out"] = run_options.get("out") or _folder(*pair)
+    settings |= dict(pair[0].cut) if fine_tune is None else {**pair[0].cut, "fine_tune": fine_tune}
+    return job(found, words, settings, method=method, loras=loras, **run_options)
 
 
 @documented("make")
@@ -144,14 +146,14 @@ def join(content: str | Path, style: str | Path, out: Path) -> Path:
         raise UsageError("only one of the modules has this layer", name, "Break both on one base.")
     joined = {name: cut.joined(first[name], second[name], name) for name in first}
     prompt = together(*pair)
-    told = {
+    metadata = {
         **card(out.parent.name, prompt, "Content and style"),
         "unbraid.method": "make",
         "unbraid.prompt": prompt,
         "unbraid.base": pair[0].base,
         "modelspec.merged_from": ", ".join(module.path.parent.name for module in pair),
     }
-    write(out, joined, family=pair[0].family, metadata=told)
+    write(out, joined, family=pair[0].family, metadata=metadata)
     return out
 
 
@@ -208,10 +210,10 @@ def matrix(
             name = f"{_name(first)}+{_name(second)}"
             file = join(content, style, out / f"{name}.safetensors")
             yield file
-            (image,) = render(model, together(first, second), [Use(file)], seeds=(seed,))
+            (image,) = render(model, together(first, second), [Use(file)], sampling=Sampling(seeds=(seed,)))
             row.append((name, image))
         rows.append((_name(opened(content)), row))
-    yield pictures.save_image(pictures.contact_sheet(rows), out / "matrix.png")
+    yield sheets.save_image(sheets.contact_sheet(rows), out / "matrix.png")
 
 
 def _name(module: Module) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from PIL import Image
 
 from unbraid.bases.base import load
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.runs.api import split_job
 from unbraid.runs.job import RARE, Job
-from unbraid.sampling.render import OWN, Use, render
+from unbraid.sampling.render import OWN, Sampling, Use, render
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
@@ -52,9 +52,14 @@ def sheet(out: Path) -> Path:
             [
                 (f"seed {i}", picture)
                 for i, picture in enumerate(
-                    render(base, both, (Use(content, prompt=OWN), Use(style, prompt=OWN)), seeds=range(4))
+                    render(
+                        base,
+                        both,
+                        (Use(content, prompt=OWN), Use(style, prompt=OWN)),
+                        sampling=Sampling(seeds=range(4)),
+                    )
                 )
             ],
         ),
     ]
-    return pictures.save_image(pictures.contact_sheet(rows, cell=192), out / "demo.png")
+    return sheets.save_image(sheets.contact_sheet(rows, cell=192), out / "demo.png")

@@ -29,7 +29,7 @@ def explain(method: str, base: str = "icons") -> str:
 
 
 def _shared(recipe: Recipe) -> str:
-    return f", shared {', '.join(sorted(recipe.shared))}" if recipe.shared else ""
+    return f", shared {', '.join(sorted(recipe.passes.shared))}" if recipe.passes.shared else ""
 
 
 def _steps(recipe: Recipe) -> Iterator[str]:

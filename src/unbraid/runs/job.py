@@ -25,23 +25,37 @@ RARE = "sks"
 
 
 @dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from."""
+
+    images: Mapping[str, tuple[Path, ...]]  # role → files
+    words: Mapping[str, str]  # what fills the prompt templates
+    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, if it has any
+    loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run writes beside the weights of its LoRAs."""
+
+    previews: int = 3  # preview sheets during training; 0: no pictures at all
+    thumbnail: bool = True  # whether the LoRAs hold a small copy of the first picture
+    metadata: bool = True  # whether the LoRAs record prompts, settings and base
+
+
+@dataclass(frozen=True)
 class Job:
     """A training job with all values resolved, as run.toml records it."""
 
     method: str
-    images: Mapping[str, tuple[Path, ...]]  # role → files
-    words: Mapping[str, str]  # what fills the prompt templates
-    out: Path
+    data: TrainingData
     settings: Settings
+    out: Path
     base: str = "icons"
-    seed: int = 0
-    previews: int = 3  # preview sheets during training; 0: no pictures at all
-    loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
-    captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, if it has any
     loading: Loading = AS_IT_IS
-    thumbnail: bool = True  # whether the LoRAs hold a small copy of the first picture
-    metadata: bool = True  # whether the LoRAs record prompts, settings and base
-    told: tuple[str, ...] = field(default=(), compare=False)  # notes to show before the run begins
+    seed: int = 0
+    extras: Extras = Extras()
+    notes: tuple[str, ...] = field(default=(), compare=False)  # are shown before the run begins
 
 
 @dataclass(frozen=True)
@@ -60,11 +74,11 @@ class Progress:
 
 def prompts_of(job: Job) -> dict[str, str]:
     """Role → prompt, from the method's templates and the job's words. UsageError for an empty word."""
-    words = {"rare": RARE, **job.words}
+    words = {"rare": RARE, **job.data.words}
     for name, value in words.items():
         if not value.strip():
             raise UsageError("is empty", f"--{name.replace('_', '-')}", "Say in a word or two what it is.")
-    templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.words}
+    templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.data.words}
     known = {role: text for role, text in templates.items() if all(name in words for name in _fields(text))}
     return {role: template.format(**words) for role, template in known.items()}
 
@@ -78,14 +92,14 @@ def check(job: Job, resume: bool) -> None:
     texts = prompts_of(job)
     opened = opened_images(job)
     for role, images in opened.items():
-        for image, path in zip(images, job.images[role], strict=True):
+        for image, path in zip(images, job.data.images[role], strict=True):
             check_size(image, path)
-    METHODS[job.method].inputs.check(opened, job.images)
+    METHODS[job.method].inputs.check(opened, job.data.images)
     folder.claimable(job.out, record(job, texts), resume)
 
 
 def opened_images(job: Job) -> dict[str, list[Image.Image]]:
-    return {role: [open_image(path) for path in paths] for role, paths in job.images.items()}
+    return {role: [open_image(path) for path in paths] for role, paths in job.data.images.items()}
 
 
 def finished(job: Job) -> bool:
@@ -97,22 +111,23 @@ def finished(job: Job) -> bool:
 
 def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
     """The content of run.toml. The file can be given as --config: its table of the method's name has the settings."""
-    images = {role: [str(path) for path in paths] for role, paths in job.images.items()}
-    hashes = {role: [sha256(path) for path in paths] for role, paths in job.images.items()}
-    hashes |= {f"lora {role}": [sha256(path)] for role, path in job.loras.items()}
+    data = job.data
+    images = {role: [str(path) for path in paths] for role, paths in data.images.items()}
+    hashes = {role: [sha256(path) for path in paths] for role, paths in data.images.items()}
+    hashes |= {f"lora {role}": [sha256(path)] for role, path in data.loras.items()}
     return {
         "unbraid": version("unbraid"),
         "method": job.method,
         "base": job.base,
         **{key: value for key, value in asdict(job.loading).items() if value != getattr(AS_IT_IS, key)},
         "seed": job.seed,
-        "previews": job.previews,
-        **{name: False for name in ("thumbnail", "metadata") if not getattr(job, name)},
-        "words": dict(job.words),
+        "previews": job.extras.previews,
+        **{name: False for name in ("thumbnail", "metadata") if not getattr(job.extras, name)},
+        "words": dict(data.words),
         "images": images,
         "sha256": hashes,
-        **({"loras": {role: str(path) for role, path in job.loras.items()}} if job.loras else {}),
-        **({"captions": {str(path): text for path, text in job.captions.items()}} if job.captions else {}),
+        **({"loras": {role: str(path) for role, path in data.loras.items()}} if data.loras else {}),
+        **({"captions": {str(path): text for path, text in data.captions.items()}} if data.captions else {}),
         "prompts": dict(texts),
         job.method: dict(job.settings),
     }
@@ -122,11 +137,13 @@ def metadata(
     job: Job, steps: int, stem: str, prompt: str, texts: Mapping[str, str], shown: Image.Image | None
 ) -> dict[str, str]:
     """The metadata of a LoRA file, in the keys that other tools read (ss_*, ModelSpec) and in our own (unbraid.*)."""
-    if not job.metadata:
+    if not job.extras.metadata:
         return {}
     base = Path(job.base).name if Path(job.base).exists() else job.base  # for a local path only its last part
     return {
-        **card(f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.thumbnail else None),
+        **card(
+            f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.extras.thumbnail else None
+        ),
         "modelspec.date": datetime.now(UTC).date().isoformat(),
         "ss_output_name": stem,
         "ss_sd_model_name": base,
@@ -135,6 +152,10 @@ def metadata(
         "unbraid.method": job.method,
         "unbraid.prompt": prompt,
         "unbraid.base": base,
-        **({"unbraid.style": job.words["style"]} if METHODS[job.method].prompts and "style" in job.words else {}),
+        **(
+            {"unbraid.style": job.data.words["style"]}
+            if METHODS[job.method].prompts and "style" in job.data.words
+            else {}
+        ),
         "unbraid.settings": json.dumps(job.settings),
     }

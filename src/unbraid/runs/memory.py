@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unbraid.bases.base import pick_device
 from unbraid.bases.configuration import denoiser_config
+from unbraid.bases.devices import pick_device
 from unbraid.bases.families.family import Network
 from unbraid.bases.pipeline import quiet
 from unbraid.bases.presets import Preset
@@ -91,7 +91,7 @@ def _adapted(job: Job, recipe: Recipe, network: Network, make: Callable[[], Any]
 
     Some methods read values when they prepare adapters, and fail there: on the meta device there are none. Then as many
     plain adapters of the run's rank are attached instead."""
-    files = {role: (path, read(path).modules) for role, path in job.loras.items()}
+    files = {role: (path, read(path).modules) for role, path in job.data.loras.items()}
     with quiet(), torch.device("meta"):
         denoiser, rng = make(), torch.Generator("cpu")
         adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(denoiser, recipe.targets)
@@ -115,7 +115,7 @@ def _activations(denoiser: Any, network: Network, adapters: Adapters, recipe: Re
     """Bytes kept for the backward pass of one forward pass, at the last step, when all branches take part.
 
     The pass holds as many branches as the preset puts into one pass."""
-    branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.in_turn else preset.at_once]
+    branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.passes.in_turn else preset.at_once]
     if not recipe.steps or not branches:
         return 0
     ledger = _Ledger({id(one.untyped_storage()) for one in (*denoiser.parameters(), *denoiser.buffers())})

@@ -19,23 +19,23 @@ class UnziploraSettings(RunOptions, total=False):
     merger_lr: float
     """AdamW's learning rate for the gates. Default 0.005."""
     weight_decay: float
-    """AdamW's, for the adapters (official: for the gates too). Default 0.0001."""
+    """AdamW's, for the adapters (with `official`, for the gates too). Default 0.0001."""
     sample_times: int
     """Periods of column separation. Default 3."""
     column_ratio: float
-    """Share of channels granted per period. Default 0.1; on icons 0.3."""
+    """Share of the channels that each adapter is granted per period. Default 0.1; on icons 0.3."""
     overlap: float
     """Weight λ of the penalty on channels that both adapters use. Default 0.5."""
     window: int
-    """Steps over which channels are scored. Default 16."""
+    """Steps per period in which channels are scored. Default 16."""
     column_separation: bool
-    """Whether each adapter gets output channels of its own. Default True."""
+    """Whether each adapter gets its own output channels. Default True."""
     block_separation: bool
-    """Whether adapters are exempt in the blocks that serve them. Default True."""
+    """Whether an adapter uses all channels in the blocks that control its role. Default True."""
     content_alone: float
-    """Weight of one more loss, that adapter alone under its own prompt; 0 is as published. Default 0.0; on icons 0.5."""
+    """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0; on icons 0.5."""
     style_alone: float
-    """Weight of one more loss, that adapter alone under its own prompt; 0 is as published. Default 0.0."""
+    """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0."""
     compat: Literal["none", "official"]
     """`official` reproduces the published code, defects included. Default 'none'."""
 
@@ -44,25 +44,25 @@ class ZiploraSettings(RunOptions, total=False):
     """ZipLoRA (arXiv 2311.13600): zip(…, method="ziplora")."""
 
     granularity: Literal["rank", "column", "row", "layer"]
-    """One coefficient per rank (ZipRank; where ranks differ and cannot be compared, per column), input column (ZipLoRA), output row, or layer. Default 'rank'."""
+    """One coefficient per rank (ZipRank; per column in layers where the ranks differ and cannot be compared), input column (ZipLoRA), output row, or layer. Default 'rank'."""
     similarity: Literal["cos", "dot", "product"]
-    """What is driven down between two LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. Default 'cos'."""
+    """The penalty on two LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. Default 'cos'."""
     weight: float
-    """Factor λ of the similarities' sum over layers. Default 0.01."""
+    """Factor λ of the sum of similarities over layers. Default 0.01."""
     lr: float
     """AdamW's learning rate for the coefficients. Default 0.01; on icons 0.003."""
     weight_decay: float
     """AdamW's. Default 0.0."""
     steps: int
-    """Most optimiser steps. Default 100."""
+    """Optimiser steps at most. Default 100."""
     tolerance: float
     """Stop when the mean similarity over layers is below it. Default 0.0."""
     clamp: bool
     """Keep coefficients in 0..1. Default False."""
     shared_noise: bool
-    """One noise and one timestep for all LoRAs of a step, as published. Default True."""
+    """Use one noise and one timestep for all LoRAs of a step, as published. Default True."""
     single: bool
-    """One file of the ranks' sum, not one per LoRA. Default False."""
+    """Write one file, with the sum of the ranks, in place of one per LoRA. Default False."""
     compat: Literal["none", "official"]
     """`official` is the public re-implementation (product, 5e-5, decay). Default 'none'."""
 
@@ -71,9 +71,9 @@ class NpLoraSettings(RunOptions, total=False):
     """NP-LoRA (arXiv 2511.11051): zip(…, method="np-lora")."""
 
     mu: float
-    """0 takes nothing out, a large one everything. Default 0.5."""
+    """How much is removed: 0 is nothing, a large number everything. Default 0.5."""
     single: bool
-    """One file of the ranks' sum, not one per LoRA. Default False."""
+    """Write one file, with the sum of the ranks, in place of one per LoRA. Default False."""
 
 
 class PairSettings(RunOptions, total=False):
@@ -84,19 +84,19 @@ class PairSettings(RunOptions, total=False):
     steps: int
     """Optimiser steps. Default 750; on icons 300."""
     style_from: int
-    """The step at which the style adapter joins. Default 250; on icons 100."""
+    """The step at which training of the style adapter begins. Default 250; on icons 100."""
     lr: float
     """AdamW's learning rate. Default 1e-05; on icons 0.003."""
     weight_decay: float
     """AdamW's. Default 0.0001."""
     slot: int
-    """Which orthonormal rows are this style's; styles in different slots do not meet. Default 0."""
+    """Which orthonormal rows this style uses; styles in different slots do not interfere. Default 0."""
     orthogonal: bool
-    """Off, both factors train and nothing keeps the two apart. Default True."""
+    """Whether the adapters have orthogonal rows; if not, both factors train and nothing separates the adapters. Default True."""
     joint: bool
-    """Off, the style adapter learns the picture after alone. Default True."""
+    """Whether there is a content adapter; if not, the style adapter learns the picture after alone. Default True."""
     compat: Literal["none", "official"]
-    """`official` updates the content adapter before the style's loss is computed, as published, not both at once. Default 'none'."""
+    """`official` updates the content adapter before it computes the loss of the style, as published, not both at once. Default 'none'."""
 
 
 class SliderSettings(RunOptions, total=False):
@@ -116,7 +116,7 @@ class BloraSettings(RunOptions, total=False):
     """B-LoRA (arXiv 2403.14572): split(…, method="blora")."""
 
     rank: int
-    """Of each half. Default 64; on icons 16."""
+    """Of each LoRA. Default 64; on icons 16."""
     steps: int
     """Optimiser steps. Default 1000; on icons 300."""
     lr: float
@@ -129,7 +129,7 @@ class BreakSettings(RunOptions, total=False):
     """Break-for-Make: a module (doi 10.1145/3728461): break_module(…, method="break")."""
 
     rank: int
-    """Of the module; even. Default 64; on icons 16."""
+    """Of the module; must be even. Default 64; on icons 16."""
     steps: int
     """Optimiser steps. Default 1500; on icons 300."""
     lr: float
@@ -137,15 +137,15 @@ class BreakSettings(RunOptions, total=False):
     partner_lr: float
     """AdamW's learning rate for the partners' factor. Default 1e-05; on icons 0.0005."""
     partner_count: int
-    """Pictures of the other kind at every step; 0: none. Default 3; on icons 1."""
+    """Partner pictures per step; 0 for none. Default 3; on icons 1."""
     split: float
     """The share of rows and columns that is frozen. Default 0.5."""
     halves: Literal["heads", "first"]
     """`heads` freezes some rows of every attention head, `first` the first rows, as published. Default 'heads'."""
     interaction: bool
-    """Whether the modules may meet in a block of their own, to be fused by fine-tuning. Default False."""
+    """Whether modules get a common block, in which fine-tuning can fuse them. Default False."""
     orthogonal: bool
-    """Off, the frozen halves are as random as the published ones turn out to be. Default True."""
+    """Whether the frozen halves are orthonormal; if not, they are correlated, as in the published code. Default True."""
     compat: Literal["none", "official"]
     """`official` lets every loss train both factors. Default 'none'."""
 
@@ -154,24 +154,24 @@ class MakeSettings(RunOptions, total=False):
     """Break-for-Make: fine-tuning (doi 10.1145/3728461): make(…, method="make")."""
 
     optimizer: Literal["riemannian", "adamw"]
-    """`riemannian` steps by what changes in ΔW, `adamw` by entries. Default 'riemannian'."""
+    """`riemannian` measures steps by the change of ΔW, `adamw` by the change of each factor. Default 'riemannian'."""
     lr: float
-    """Learning rate: with `adamw` for entries of a factor, with `riemannian` for entries of ΔW. Default 0.0001; on icons 0.001."""
+    """Learning rate; with `adamw` for entries of a factor, with `riemannian` for entries of ΔW. Default 0.0001; on icons 0.001."""
     delta: float
-    """Damping, relative to the factors' size. Default 0.01."""
+    """Damping, relative to the size of the factors. Default 0.01."""
     every: int
-    """Steps between looks at the loss of both pictures under the joint prompt. Default 25."""
+    """Steps between checks of the validation loss (both pictures under the joint prompt). Default 25."""
     patience: int
-    """Looks without a better loss after which training stops. Default 4."""
+    """Training stops after this many checks without a lower loss. Default 4."""
     compat: Literal["none", "official"]
-    """`official` draws the square layers' content, and the frozen half of their up, anew before it begins, as the published code does. Default 'none'."""
+    """`official` initialises the content factor of square layers, and the frozen half of their up, again before training, as the published code does. Default 'none'."""
 
 
 class DreamboothSettings(RunOptions, total=False):
     """DreamBooth-LoRA (arXiv 2208.12242): learn(…, method="dreambooth")."""
 
     rank: int
-    """Of the adapter, unless it goes on from a LoRA. Default 64; on icons 16."""
+    """Of the adapter, unless training goes on from a LoRA. Default 64; on icons 16."""
     steps: int
     """Optimiser steps. Default 1000; on icons 300."""
     lr: float
@@ -183,7 +183,7 @@ class DreamboothSettings(RunOptions, total=False):
     prior_weight: float
     """Weight of the loss on pictures of the class (prior preservation). Default 0.0."""
     mask: Literal["none", "alpha"]
-    """With `alpha`, what is transparent in a picture does not count in its loss. Default 'none'."""
+    """With `alpha`, the transparent parts of a picture do not count in its loss. Default 'none'."""
 
 
 class QrLoraSettings(RunOptions, total=False):

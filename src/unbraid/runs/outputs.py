@@ -10,7 +10,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Lora
 from unbraid.files.lora_file import write
 from unbraid.files.merge import merge
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.methods import METHODS
 from unbraid.methods.entry import Output
 from unbraid.runs import folder, pace
@@ -25,8 +25,8 @@ SHOWN = 8  # the most input pictures in a row of the sheet
 def preview(ready: Ready) -> Path:
     """Draw a preview sheet, one picture per use (see `_uses`), always at the same seed. Returns its file."""
     cells = [(name, images[0]) for name, images in _uses(ready, (0,), pace.PREVIEW_STEPS)]
-    sheet = pictures.contact_sheet([(f"step {ready.state.step}", cells)])
-    return pictures.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
+    sheet = sheets.contact_sheet([(f"step {ready.state.step}", cells)])
+    return sheets.save_image(sheet, ready.job.out / "previews" / f"step_{ready.state.step:06d}.png")
 
 
 def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[str, list[Image.Image]]]:
@@ -56,7 +56,7 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
 def written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
     """Write the LoRA files, and yield their paths."""
     job = ready.job
-    shown = next((ready.images[role][0] for role in job.images), None)
+    shown = next((ready.images[role][0] for role in job.data.images), None)
     for stem, output in METHODS[job.method].outputs(job.settings).items():
         modules = {
             f"{ready.base.family.network.part}.{name}": lora for name, lora in _folded(ready.adapters, output).items()
@@ -79,15 +79,15 @@ def drawings(ready: Ready, texts: Mapping[str, str]) -> dict[str, Callable[[], P
     job, out = ready.job, dict[str, Callable[[], Path]]()
     if events := folder.read_events(job.out):
         losses = [event["loss"] for event in events]
-        out["loss.png"] = lambda: pictures.loss_plot(losses, job.out / "loss.png")
+        out["loss.png"] = lambda: sheets.loss_plot(losses, job.out / "loss.png")
     part = ready.base.family.network.part
     found = {
         name: {f"{part}.{layer}": value for layer, value in mergers.values(ready.adapters, name).items()}
         for name in ready.adapters.names
     }
-    if job.loras and any(found.values()):
+    if job.data.loras and any(found.values()):
         out["coefficients.png"] = lambda: mergers_plot(events, found, job.out / "coefficients.png")
-    if job.previews:
+    if job.extras.previews:
         out["sheet.png"] = lambda: _sheet(ready, texts)
     return out
 
@@ -101,11 +101,11 @@ def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
 def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
     """Draw the final sheet: the inputs, and every use at four seeds. Returns its file."""
     job = ready.job
-    said = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
-    captioned = {role for role, files in job.images.items() if all(file in job.captions for file in files)}
+    prompts = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
+    captioned = {role for role, files in job.data.images.items() if all(file in job.data.captions for file in files)}
     rows = [
         (
-            "input, under its own prompt" if role in captioned else f"input: {said.get(role, role)}",
+            "input, under its own prompt" if role in captioned else f"input: {prompts.get(role, role)}",
             list(zip(_labels(job, role, some), some, strict=False))[:SHOWN],
         )
         for role, some in ready.images.items()
@@ -114,11 +114,11 @@ def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
         (name, [(f"seed {i}", image) for i, image in enumerate(images)])
         for name, images in _uses(ready, (0, 1, 2, 3), pace.SHEET_STEPS)
     ]
-    return pictures.save_image(pictures.contact_sheet(rows), job.out / "sheet.png")
+    return sheets.save_image(sheets.contact_sheet(rows), job.out / "sheet.png")
 
 
 def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:
     """The text under each picture: its own prompt, else its file name, else the name of the LoRA that drew it."""
-    return [job.captions.get(path, path.name) for path in job.images.get(role, ())] or [
+    return [job.data.captions.get(path, path.name) for path in job.data.images.get(role, ())] or [
         f"drawn by {source(job, role).name}"
     ] * len(images)

@@ -49,17 +49,17 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
     recipe = with_8bit_optimizer(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
-    started = attach(base, {role: (path, read(path).modules) for role, path in job.loras.items()})
+    started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
     adapters = started or Adapters.attach(base.denoiser, recipe.targets)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
-        captions = {role: base.encode_prompt(text) for path in job.captions for role, text in _captions(job, path)}
+        captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
         prompts = base.alike(prompts | captions)
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         encoded = {
             role: [
                 _picture(base, image, where, job)
-                for image, where in zip(some, job.images.get(role) or [source(job, role)] * len(some), strict=True)
+                for image, where in zip(some, job.data.images.get(role) or [source(job, role)] * len(some), strict=True)
             ]
             for role, some in images.items()
         }
@@ -74,7 +74,7 @@ def _drawn(
     """Draw pictures for roles without any, under the role's prompt: with the role's LoRA if there is one."""
     out = {}
     for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
-        active, count = ((Active(role),), DRAWN) if role in job.loras else ((), DRAWN_OF_CLASS)
+        active, count = ((Active(role),), DRAWN) if role in job.data.loras else ((), DRAWN_OF_CLASS)
         terms = classifier_free(GUIDANCE, role, active)
         seeds = range(job.seed, job.seed + count)  # one at a time: sixteen in one batch do not fit beside a large base
         out[role] = [generate(base, terms, prompts, adapters, seeds=(i,), steps=pace.SHEET_STEPS)[0] for i in seeds]
@@ -83,18 +83,18 @@ def _drawn(
 
 def source(job: Job, role: str) -> Path:
     """The LoRA file that drew a role's pictures, or "the base". For errors and captions."""
-    return job.loras.get(role, Path("the base"))
+    return job.data.loras.get(role, Path("the base"))
 
 
 def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
     """A picture's own prompts, each as (the role that names it, its text)."""
-    return [(f"caption {i} {picture}", text) for i, text in enumerate(job.captions.get(picture, "").splitlines())]
+    return [(f"caption {i} {picture}", text) for i, text in enumerate(job.data.captions.get(picture, "").splitlines())]
 
 
 def _picture(base: Base, image: Image.Image, where: Path, job: Job) -> Picture:
     pixels = fit(image, base.size**2, base.step, where)
     picture = base.encode_picture(pixels.values, pixels.sizes)
-    masked = job.settings.get("mask") == "alpha" and any(where in some for some in job.images.values())
+    masked = job.settings.get("mask") == "alpha" and any(where in some for some in job.data.images.values())
     weight = opacity(where, base, picture) if masked else None
     return replace(picture, prompts=tuple(name for name, _ in _captions(job, where)), weight=weight)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from unbraid.bases.base import Base, load
-from unbraid.bases.long_prompts import remarks as long_prompts
+from unbraid.bases.families.long_prompts import remarks as long_prompts
 from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers
 from unbraid.core.recipe import ForwardRequest, TrainingCoroutine, go_on
 from unbraid.core.train import precomputed_targets, run_one, training_coroutine
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.opening import moves
 from unbraid.methods import METHODS
 from unbraid.runs import folder, pace
@@ -50,43 +50,45 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
     The caller answers each `ForwardRequest`, with the run's adapters in the model. `find` gives the job's base, without
     any adapters; at the end it has none again."""
     texts, opened = prompts_of(job), opened_images(job)
-    said = record(job, texts)
-    folder.claimable(job.out, said, resume)
+    recorded = record(job, texts)
+    folder.claimable(job.out, recorded, resume)
     if resume and finished(job):
         with folder.locked(job.out):  # deletes the partly written files of a run that was killed
             pass
         yield Progress(1, 1, warning="this run is done already: nothing is trained")
         return
-    warnings = [*job.told, *remarks(job), *METHODS[job.method].inputs.check(opened, job.images)]
+    warnings = [*job.notes, *remarks(job), *METHODS[job.method].inputs.check(opened, job.data.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
-        warnings += long_prompts(ready.base.pipe, [*texts.values(), *"\n".join(job.captions.values()).splitlines()])
+        warnings += long_prompts(
+            ready.base.pipe, [*texts.values(), *"\n".join(job.data.captions.values()).splitlines()]
+        )
         ready.base.release(tiles=job.loading.preset.fp8)
         warnings += notes(ready.base.device, job.loading.preset)
         with folder.locked(job.out):
-            folder.claim(job.out, said, resume)
+            folder.claim(job.out, recorded, resume)
             for warning in warnings:
                 yield Progress(0, ready.recipe.steps, warning=warning)
-            yield from _conduct(ready, texts, resume)
+            yield from _train_and_write(ready, texts, resume)
     finally:
         ready.adapters.detach()
 
 
-def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCoroutine[Progress]:
+def _train_and_write(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCoroutine[Progress]:
     job, total = ready.job, ready.recipe.steps
-    for role in ready.images.keys() - job.images.keys():
+    for role in ready.images.keys() - job.data.images.keys():
         for i, image in enumerate(ready.images[role]):
             path = job.out / "drawn" / f"{role}_{i}.png"
-            if (event := _errand(ready, path.name, partial(pictures.save_image, image, path))).undone:
+            if (event := _picture(ready, path.name, partial(sheets.save_image, image, path))).undone:
                 yield event
     begin = ready.state.rng.clone_state()
     if resume and (saved := folder.load_state(job.out)):
-        kept, told = drop_foreign_moments(saved, job.loading.preset)
+        kept, notices = drop_foreign_moments(saved, job.loading.preset)
         ready.state.restore(kept)
         if ready.state.step > total:
             fix = f"Delete {folder.STATE} to start this run from its beginning."
             raise UsageError(f"the saved state is of step {ready.state.step}, of {total}", job.out, fix)
-        for warning in told:
+        for warning in notices:
             yield Progress(ready.state.step, ready.recipe.steps, warning=warning)
     events = folder.Events(job.out, ready.state.step)
     yield from _train(ready, events, begin)
@@ -96,11 +98,11 @@ def _conduct(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCo
     for file in written(ready, texts):
         yield Progress(total, total, file=file)
     for name, draw in drawings(ready, texts).items():
-        yield _errand(ready, name, draw)
+        yield _picture(ready, name, draw)
     (job.out / folder.STATE).unlink(missing_ok=True)
 
 
-def _errand(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
+def _picture(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
     """Make a picture to look at. A failure gives a warning, not an error, so that no training is lost because of it."""
     done, total = ready.state.step, ready.recipe.steps
     try:
@@ -112,33 +114,33 @@ def _errand(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
 
 def remarks(job: Job) -> list[str]:
     """Warnings about the pictures: a file that holds several is used for its first one only."""
-    files = dict.fromkeys(path for paths in job.images.values() for path in paths)
+    files = dict.fromkeys(path for paths in job.data.images.values() for path in paths)
     return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
 
 
 def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> TrainingCoroutine[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
-    taught = None
-    if ready.recipe.fixed_teachers:
+    targets = None
+    if ready.recipe.passes.fixed_teachers:
         at_once = max(4, 2 * job.loading.preset.at_once)
-        taught = precomputed_targets(ready.run_data, ready.recipe, state.adapters, begin, state.step, at_once)
-    preview_at = {round(steps * (i + 1) / job.previews) for i in range(job.previews)}
-    saved, training = time.monotonic(), training_coroutine(ready.run_data, ready.recipe, state, taught)
-    said = next(training, None)
-    while said:
-        if isinstance(said, ForwardRequest):
-            said = go_on(training, (yield said))
+        targets = precomputed_targets(ready.run_data, ready.recipe, state.adapters, begin, state.step, at_once)
+    preview_at = {round(steps * (i + 1) / job.extras.previews) for i in range(job.extras.previews)}
+    saved, training = time.monotonic(), training_coroutine(ready.run_data, ready.recipe, state, targets)
+    item = next(training, None)
+    while item:
+        if isinstance(item, ForwardRequest):
+            item = go_on(training, (yield item))
             continue
-        loss, norm, losses = said.figures[0], said.figures[1], said.figures[2:]
+        loss, norm, losses = item.figures[0], item.figures[1], item.figures[2:]
         if (graphs := ready.run_data.graphs) and graphs.reason:
             yield Progress(state.step, steps, warning=f"{UNCAPTURED}: {graphs.reason}")
             ready.run_data.graphs = None
-        events.add(step=said.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
-        yield Progress(state.step, steps, step=said)
+        events.add(step=item.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
+        yield Progress(state.step, steps, step=item)
         if state.step in preview_at:
-            yield _errand(ready, f"the preview of step {state.step}", partial(preview, ready))
+            yield _picture(ready, f"the preview of step {state.step}", partial(preview, ready))
         if time.monotonic() - saved > pace.SAVE_EVERY or state.step == steps:
             events.flush()
             folder.save_state(job.out, state.tensors())
             saved = time.monotonic()
-        said = go_on(training, [])
+        item = go_on(training, [])

@@ -1,7 +1,8 @@
 """What every training verb takes in Python beside its own arguments and the settings of its method."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 
 class RunOptions(TypedDict, total=False):
@@ -33,3 +34,9 @@ class RunOptions(TypedDict, total=False):
     """Put a small picture into the LoRAs. Default True."""
     metadata: bool
     """Put prompts and settings into the LoRAs. Default True."""
+
+
+def separate(options: Mapping[str, object]) -> tuple[RunOptions, dict[str, object]]:
+    """Separate the options of a training verb: those of the run, and the settings of its method."""
+    run = {name: value for name, value in options.items() if name in RunOptions.__annotations__}
+    return cast(RunOptions, run), {name: value for name, value in options.items() if name not in run}

@@ -1,6 +1,5 @@
 """Settings: a method's keyword-only arguments are the schema; base, TOML file and command line override defaults."""
 
-import difflib
 import inspect
 import re
 import tomllib
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, ValidationError, create_model
 
 from unbraid.common.atomic import read_toml
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, suggestion
 from unbraid.methods import METHODS
 from unbraid.methods.entry import Entry
 
@@ -81,12 +80,12 @@ def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any
 
     Later sources override earlier ones: the method's defaults, the base's unbraid.toml, the config file, `given`."""
     if method not in METHODS:
-        raise UsageError(f"there is no method {method!r}", "--method", _suggest(method, METHODS))
+        raise UsageError(f"there is no method {method!r}", "--method", suggestion(method, METHODS))
     known = schema(METHODS[method])
     merged = {**base_defaults(base).get(method, {}), **(_configured(config, method) if config else {}), **given}
     for key in merged:
         if key not in known:
-            raise UsageError(f"{method} has no setting {_short(key)}", "settings", _suggest(key, known))
+            raise UsageError(f"{method} has no setting {_short(key)}", "settings", suggestion(key, known))
         if type(merged[key]) is bool and known[key].annotation is not bool:
             raise UsageError(
                 f"a number is wanted, not {merged[key]}", f"setting {key}", f"See `unbraid explain {method}`."
@@ -116,7 +115,7 @@ def _configured(path: Path, method: str) -> Settings:
         if name in METHODS and not isinstance(value, dict):
             raise UsageError(f"{name} is a method, not a setting", path, f"Write a table, [{name}].")
         if name not in METHODS and name not in known and not (recorded and name in RECORDED):
-            fix = _suggest(name, {**known, **METHODS})
+            fix = suggestion(name, {**known, **METHODS})
             raise UsageError(f"{method} has no setting {_short(name)}, and no method is called so", path, fix)
     flat = {name: value for name, value in table.items() if name in known and name not in METHODS}
     if not flat and not own and table:
@@ -178,8 +177,3 @@ def parse_set(pairs: list[str]) -> Settings:
 
 def _read(path: Path) -> dict[str, Any]:
     return read_toml(path, "Settings as name = value, or one table per method, such as [unziplora] rank = 16.")
-
-
-def _suggest(word: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."

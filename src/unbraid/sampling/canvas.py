@@ -16,7 +16,7 @@ from PIL import Image
 
 from unbraid.bases.base import Base
 from unbraid.bases.pipeline import known_model
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 from unbraid.images.crop import cropped, open_image
 from unbraid.images.opening import whole_size
 
@@ -110,7 +110,7 @@ def load_control(base: Base, name: str) -> ControlNetModel:
         model = ControlNetModel.from_pretrained(name, torch_dtype=base.denoiser.dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         fix = "Give a complete diffusers folder with .safetensors weights, or a hub id."
-        raise UsageError(f"the ControlNet cannot be loaded: {str(error).splitlines()[0]}", name, fix) from error
+        raise UsageError(f"the ControlNet cannot be loaded: {first_line(error)}", name, fix) from error
     for key in base.family.network.control_keys:
         if _plain(model.config[key]) != _plain(base.denoiser.config[key]):
             what = f"its {key} is {model.config[key]}, the base's {base.denoiser.config[key]}"

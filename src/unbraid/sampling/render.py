@@ -39,6 +39,47 @@ class Use:
 
 
 @dataclass(frozen=True)
+class StyleGuidance:
+    """Style LoRAs that guide the drawing (arXiv 2405.01536), and leave its composition to the base.
+
+    A `scale` of 1 means w_L = the guidance scale, which gives the style as trained. The `prompt` of a use is the name of
+    the style, by default the one recorded in the file.
+    `begin`: how much noise is left when they begin to guide, 1 (pure noise: always) to 0 (never)."""
+
+    uses: Sequence[Use] = ()
+    begin: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are sampled: one per seed, with classifier-free guidance.
+
+    `sampler`: a name in `unbraid.sampling.samplers`; empty: the base's own. `height`, `width`: in pixels; None: the base's
+    size."""
+
+    guidance: float = 4.0
+    steps: int = 25
+    sampler: str = ""
+    seeds: Sequence[int] = (0,)
+    height: int | None = None
+    width: int | None = None
+    negative: str = ""  # the negative prompt
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Pictures that the drawing depends on.
+
+    `start`, `control`: a start picture and a ControlNet, see `unbraid.sampling.canvas`.
+    `edit`: a picture to apply the styles to, instead of drawing a new one. The prompt describes it. It is inverted to
+    noise, and style guidance moves the drawing away from it: at strength 0 the same picture comes back."""
+
+    start: Start | None = None
+    control: Control | None = None
+    edit: Path | None = None
+
+
+@dataclass(frozen=True)
 class _Cast:
     """The LoRAs and styles of a drawing, role → its use and its opened file; and all prompts, role → text."""
 
@@ -52,63 +93,60 @@ def render(
     prompt: str,
     uses: Sequence[Use] = (),
     *,
-    styles: Sequence[Use] = (),
-    style_from: float = 1.0,
     combine: Combine = "sum",
-    negative: str = "",
-    guidance: float = 4.0,
-    seeds: Sequence[int] = (0,),
-    steps: int = 25,
-    sampler: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    start: Start | None = None,
-    control: Control | None = None,
-    edit: Path | None = None,
+    styles: StyleGuidance = StyleGuidance(),
+    sampling: Sampling = Sampling(),
+    inputs: ImageInputs = ImageInputs(),
 ) -> list[Image.Image]:
-    """One picture per seed, drawn with classifier-free guidance. The base is left unchanged.
+    """One picture per seed. The base is left unchanged.
 
     `uses`: the LoRAs in the model. `combine`: how several of them work together, see `unbraid.sampling.combine`.
-    `styles`: LoRAs for style guidance (arXiv 2405.01536). A `scale` of 1 means w_L = `guidance`, which gives the style
-    as trained. Their `prompt` is the name of the style, by default the one recorded in the file. They count from the
-    time `style_from`, 1 (pure noise) to 0.
-    `sampler`: a name in `unbraid.sampling.samplers`; empty: the base's own.
-    `start`, `control`: a start picture and a ControlNet, see `unbraid.sampling.canvas`.
-    `edit`: a picture to apply the styles to, instead of drawing a new one. `prompt` describes it. It is inverted to
-    noise, and style guidance moves the drawing away from it: at strength 0 the same picture comes back."""
-    if styles and combine != "sum":
-        raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
-    if not 0 <= style_from <= 1:
-        raise UsageError(f"a start of {style_from}", "--style-from", "Give 1 (always) to 0 (never).")
-    if edit and (uses or negative or len(seeds) > 1 or height or width or start or control or sampler):
-        fix = "Leave out LoRAs, negative prompt, size, seeds, sampler, --from and --controlnet: styles alone change it."
-        raise UsageError("an edited picture keeps what it is", edit, fix)
-    if start and (height or width):
-        fix = "Leave out --height and --width, or resize the picture."
-        raise UsageError("a drawing that starts from a picture has its size", start.image, fix)
-    if start and start.strength > 0 and int(steps * start.strength) < 1:
-        what = f"a strength of {start.strength} leaves none of {steps} steps"
-        raise UsageError(what, "--strength", "Raise it, or --steps.")
-    base = with_sampler(base, sampler) if sampler else base
-    cast = _cast(prompt, uses, styles)
+    UsageError if the settings do not fit together."""
+    _check(uses, combine, styles, sampling, inputs)
+    base = with_sampler(base, sampling.sampler) if sampling.sampler else base
+    cast = _cast(prompt, uses, styles.uses)
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
-    prompts[NEGATIVE] = base.encode_negative(negative)
+    prompts[NEGATIVE] = base.encode_negative(sampling.negative)
     prompts = base.alike(prompts)
-    guides = [Style(Active(role), role, use.scale * guidance, style_from) for role, (use, _) in cast.styles.items()]
+    guides = [
+        Style(Active(role), role, use.scale * sampling.guidance, styles.begin) for role, (use, _) in cast.styles.items()
+    ]
     loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.styles.items()}
-    if edit:
-        canvas, terms = _edited(base, edit, prompts["main"], steps), style_guidance(1.0, "main", guides)
+    if inputs.edit:
+        canvas = _edited(base, inputs.edit, prompts["main"], sampling.steps)
+        terms = style_guidance(1.0, "main", guides)
     else:
-        canvas = prepare(base, start, control, height, width)
-        unguided = "main" if negative == prompt else NEGATIVE
-        terms, parts = _together(base, cast, combine, guidance, guides, unguided, steps)
+        canvas = prepare(base, inputs.start, inputs.control, sampling.height, sampling.width)
+        unguided = "main" if sampling.negative == prompt else NEGATIVE
+        terms, parts = _together(base, cast, combine, sampling, guides, unguided)
         loras = {**loras, **parts}
     adapters = attach(base, loras)
     try:
-        return generate(base, terms, prompts, adapters, seeds=seeds, steps=steps, canvas=canvas)
+        return generate(base, terms, prompts, adapters, seeds=sampling.seeds, steps=sampling.steps, canvas=canvas)
     finally:
         if adapters:
             adapters.detach()
+
+
+def _check(
+    uses: Sequence[Use], combine: Combine, styles: StyleGuidance, sampling: Sampling, inputs: ImageInputs
+) -> None:
+    """Raise UsageError if the settings do not fit together."""
+    start, sized = inputs.start, bool(sampling.height or sampling.width)
+    if styles.uses and combine != "sum":
+        raise UsageError(f"style guidance does not go with {combine}", "generate", "Leave --combine at sum.")
+    if not 0 <= styles.begin <= 1:
+        raise UsageError(f"a start of {styles.begin}", "--style-from", "Give 1 (always) to 0 (never).")
+    unfit = uses or sampling.negative or len(sampling.seeds) > 1 or sized or sampling.sampler
+    if inputs.edit and (unfit or start or inputs.control):
+        fix = "Leave out LoRAs, negative prompt, size, seeds, sampler, --from and --controlnet: styles alone change it."
+        raise UsageError("an edited picture keeps what it is", inputs.edit, fix)
+    if start and sized:
+        fix = "Leave out --height and --width, or resize the picture."
+        raise UsageError("a drawing that starts from a picture has its size", start.image, fix)
+    if start and start.strength > 0 and int(sampling.steps * start.strength) < 1:
+        what = f"a strength of {start.strength} leaves none of {sampling.steps} steps"
+        raise UsageError(what, "--strength", "Raise it, or --steps.")
 
 
 def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
@@ -124,9 +162,10 @@ def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
 
 
 def _together(
-    base: Base, cast: _Cast, combine: Combine, guidance: float, styles: Sequence[Style], unguided: str, steps: int
+    base: Base, cast: _Cast, combine: Combine, sampling: Sampling, styles: Sequence[Style], unguided: str
 ) -> tuple[tuple[Term, ...], Loras]:
     """The guidance terms, and the LoRAs to attach apart from the style LoRAs. K-LoRA splits its two into parts."""
+    guidance = sampling.guidance
     active = [
         Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
     ]
@@ -135,7 +174,7 @@ def _together(
         return style_guidance(guidance, "main", styles, tuple(active), unguided), loras
     if combine == "composite":
         return composite(guidance, "main", active), loras
-    times = sampling_times(copy.deepcopy(base.pipe.scheduler), steps)
+    times = sampling_times(copy.deepcopy(base.pipe.scheduler), sampling.steps)
     if combine == "switch":
         return switch(guidance, "main", active, times), loras
     parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)

@@ -104,7 +104,7 @@ class Guided(nn.Module):
         inputs = [sample, t, self._sizes(sample, len(terms), given), *_flat(residuals)]
         if self.graphs is None:
             return (self._predict(terms, residuals, *inputs),)
-        keep = lambda: (self.base._told.copy(), self.adapters and self.adapters.constants())  # noqa: E731
+        keep = lambda: (self.base.embeddings.copy(), self.adapters and self.adapters.constants())  # noqa: E731
         key = (tuple(terms), tuple((name, len(_flat({name: one}))) for name, one in residuals.items()))
         return (self.graphs(key, lambda *static: self._predict(terms, residuals, *static), inputs, keep=keep),)
 
@@ -123,8 +123,8 @@ class Guided(nn.Module):
         roles = {role: prompt.embeds for role, prompt in self.prompts.items()}
         activity = self.adapters.activate([row.active for row in rows], roles) if self.adapters else nullcontext()
         with activity:
-            prompts, told = [self.prompts[row.prompt] for row in rows], _like(residuals, more)
-            out = self.base.predict(sample.repeat(k, 1, 1, 1), t.expand(k * b), prompts, sizes, **told)
+            prompts, extra = [self.prompts[row.prompt] for row in rows], _like(residuals, more)
+            out = self.base.predict(sample.repeat(k, 1, 1, 1), t.expand(k * b), prompts, sizes, **extra)
         parts = [part * term.weight for part, term in zip(out.unflatten(0, (k, b)), terms, strict=True)]
         return torch.stack(parts).sum(0)
 
@@ -144,8 +144,8 @@ class Guided(nn.Module):
         The stock pipelines do the same for the two passes of plain guidance."""
         (sample, timestep), terms = args, self.counting(args[1])
         k, prompts = len(terms), [self.prompts[term.prompt] for term in terms for _ in range(len(sample))]
-        told = self.base.conditions(prompts, self._sizes(sample, k, given))
-        given |= {**told, "controlnet_cond": given["controlnet_cond"].repeat(k, 1, 1, 1)}
+        conditions = self.base.conditions(prompts, self._sizes(sample, k, given))
+        given |= {**conditions, "controlnet_cond": given["controlnet_cond"].repeat(k, 1, 1, 1)}
         return (sample.repeat(k, 1, 1, 1), timestep), given
 
     def _sizes(self, sample: Tensor, k: int, given: Mapping[str, Any]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -12,7 +11,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from unbraid.bases.base import Base
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, suggestion
 
 SAMPLERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -26,9 +25,7 @@ SAMPLERS: dict[str, Any] = {
 def with_sampler(base: Base, name: str) -> Base:
     """The same base with another sampler, which keeps the base's noise levels and spacing. UsageError: unknown name."""
     if name not in SAMPLERS:
-        near = get_close_matches(name, SAMPLERS, 1) or ["euler"]
-        fix = f"Did you mean {near[0]}? There are: {', '.join(SAMPLERS)}."
-        raise UsageError(f"there is no sampler {name!r}", "--sampler", fix)
+        raise UsageError(f"there is no sampler {name!r}", "--sampler", suggestion(name, SAMPLERS))
     pipe = copy.copy(base.pipe)
     pipe.scheduler = SAMPLERS[name].from_config(base.pipe.scheduler.config)
     return replace(base, pipe=pipe)

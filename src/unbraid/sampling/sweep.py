@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
 from unbraid.bases.base import Base
 from unbraid.common.errors import UsageError
 from unbraid.images.sheets import contact_sheet
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.combine import Combine
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 
 MOST = 25  # the largest number of values; more do not fit on a sheet
 
@@ -39,26 +40,34 @@ def parse_sweep(text: str) -> Sweep:
 
 
 def sweep_sheet(
-    base: Base, prompt: str, over: Sweep, uses: Sequence[Use], styles: Sequence[Use], seeds: Sequence[int], **given: Any
+    base: Base,
+    prompt: str,
+    over: Sweep,
+    uses: Sequence[Use] = (),
+    *,
+    combine: Combine = "sum",
+    styles: StyleGuidance = StyleGuidance(),
+    sampling: Sampling = Sampling(),
+    inputs: ImageInputs = ImageInputs(),
 ) -> Image.Image:
-    """A row per seed, a column per value. The value multiplies the strength given with each LoRA or style."""
-    if over.what != "guidance" and not (uses if over.what == "lora" else styles):
+    """A row per seed, a column per value. The value multiplies the strength given with each LoRA or style.
+
+    Everything but `over` is as for `render`."""
+    if over.what != "guidance" and not (uses if over.what == "lora" else styles.uses):
         option = "--lora" if over.what == "lora" else "--style-guidance"
         raise UsageError("there is nothing to vary", f"--sweep {over.what}", f"Give {option} FILE.")
     columns = []
     for value in over.values:
-        now = dict(given)
-        if over.what == "guidance":
-            now["guidance"] = value
         loras = _scaled(uses, value) if over.what == "lora" else uses
-        guides = _scaled(styles, value) if over.what == "style" else styles
-        columns.append(render(base, prompt, loras, styles=guides, seeds=seeds, **now))
+        guides = replace(styles, uses=_scaled(styles.uses, value)) if over.what == "style" else styles
+        settings = replace(sampling, guidance=value) if over.what == "guidance" else sampling
+        columns.append(render(base, prompt, loras, combine=combine, styles=guides, sampling=settings, inputs=inputs))
     rows = [
         (
             f"{prompt}, seed {seed}",
             [(f"{over.what} {value:g}", column[i]) for value, column in zip(over.values, columns, strict=True)],
         )
-        for i, seed in enumerate(seeds)
+        for i, seed in enumerate(sampling.seeds)
     ]
     return contact_sheet(rows)
 

@@ -1,6 +1,7 @@
-"""The kinds of base models, one file each. Training, drawing and the memory estimate ask a base's family and contain no `if` about it.
+"""The families of base models, one file each. Training, drawing and the memory estimate read a base's `Family` record
+and never check which family it is.
 
-A new family: a file with its `Family`, and a line below. What it must give is described in `family.py`.
+To add a family, write a file with its `Family` and add it to FAMILIES below. family.py describes the fields.
 """
 
 from collections.abc import Mapping

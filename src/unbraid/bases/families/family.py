@@ -1,4 +1,4 @@
-"""What a family of base models is."""
+"""The record that describes a family of base models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from unbraid.bases.noising import Diffusion
+from unbraid.bases.families.noising import Diffusion
 from unbraid.files.formats.blocks import Family as FileFamily
 
 
@@ -24,38 +24,38 @@ class Prompt:
 class Network(Protocol):
     """A kind of denoiser, such as the UNet of Stable Diffusion."""
 
-    title: str  # for people
+    title: str  # shown to users
     part: str  # its name in a pipeline and in a diffusers folder; in LoRA files, the first word of its modules' names
-    residuals: tuple[str, ...]  # the arguments by which a ControlNet's outputs are added
-    control_keys: tuple[str, ...]  # what a ControlNet's configuration must have in common with it
-    units: tuple[type[nn.Module], ...]  # what gradient checkpointing computes again, one at a time
+    residuals: tuple[str, ...]  # its arguments that take a ControlNet's outputs
+    control_keys: tuple[str, ...]  # entries that a ControlNet's configuration must share with its own
+    units: tuple[type[nn.Module], ...]  # modules that gradient checkpointing recomputes, one at a time
 
     def size(self, config: Mapping[str, Any]) -> int:
-        """The side of the square latents that it was trained on."""
+        """The side of the square latents that it was trained on, in latent positions."""
         ...
 
     def factor(self, config: Mapping[str, Any]) -> int:
-        """The sides of its latents are multiples of this."""
+        """The sides of its latents must be multiples of this."""
         ...
 
     def check(self, pipe: Any, name: str) -> None:
-        """UsageError for a pipeline that is no text-to-image model, such as one for inpainting."""
+        """Raise UsageError if the pipeline is no text-to-image model, such as one for inpainting."""
         ...
 
     def folder_config(self, folder: str) -> dict[str, Any]:
-        """Its configuration in a diffusers folder or hub repository. OSError or ValueError where there is none."""
+        """Its configuration in a diffusers folder or hub repository. Raises OSError or ValueError if there is none."""
         ...
 
     def empty(self, config: Mapping[str, Any]) -> Any:
-        """One without weights, on the current device."""
+        """A denoiser without weights, on the meta device."""
         ...
 
     def example(self, config: Mapping[str, Any], rows: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Its arguments for a batch of so many rows, as empty tensors on the meta device."""
+        """Its arguments for a batch of `rows` rows with prompts of `tokens` tokens, as tensors on the meta device."""
         ...
 
     def picture_sizes(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        """SDXL's six size numbers, `[rows, 6]`, among the arguments with which a pipeline calls it."""
+        """SDXL's six size numbers, `[rows, 6]`, from the arguments with which a pipeline calls it; None without them."""
         ...
 
 
@@ -63,16 +63,15 @@ class Network(Protocol):
 class Family:
     """A family of base models."""
 
-    name: FileFamily  # as LoRA files have it
-    pipeline: type[Any]  # of diffusers
-    matches: Callable[[Mapping[str, Any]], bool]  # the denoiser's configuration
+    name: FileFamily  # its name in LoRA files
+    pipeline: type[Any]  # its pipeline class in diffusers
+    matches: Callable[[Mapping[str, Any]], bool]  # the denoiser's configuration → whether it is of this family
     network: Network
-    # Role → prefixes of the attention groups that hold it, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv 2412.04465): there
-    # that role's adapter uses every channel, and the other one only its selected ones
+    # Role → prefixes of the attention groups that control it, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv
+    # 2412.04465). In them that role's adapter uses every channel, and the other role's only its selected ones.
     blocks: Mapping[str, tuple[str, ...]]
     encode_text: Callable[[Any, str, torch.device], Prompt]  # pipeline, text, device
-    conditions: Callable[
-        [Sequence[Prompt], Tensor, torch.dtype], dict[str, Any]
-    ]  # what the denoiser reads beside the text
-    lora_metadata: Callable[[Any], dict[str, str]]  # pipeline → what tells its LoRAs from others of the same family
-    process: Callable[[Any, str], Diffusion] = Diffusion  # the scheduler's configuration, the base's name
+    # prompts, sizes [b, 6], dtype → the denoiser's arguments other than latents, timesteps and text
+    conditions: Callable[[Sequence[Prompt], Tensor, torch.dtype], dict[str, Any]]
+    lora_metadata: Callable[[Any], dict[str, str]]  # pipeline → metadata for LoRAs of this base beyond the family
+    process: Callable[[Any, str], Diffusion] = Diffusion  # the scheduler's configuration, the base's name → its noise

@@ -9,7 +9,7 @@ from unbraid.bases.families.unet import UNet, encode_text
 
 
 def lora_metadata(pipe: Any) -> dict[str, str]:
-    """SD2.x has SD1.5's modules, and linear projections: its LoRAs are told from SD1.5's by their metadata."""
+    """SD2.x has the module names of SD1.5, but linear projections. So the metadata has to say that a LoRA is for SD2.x."""
     if not pipe.unet.config["use_linear_projection"]:
         return {}
     v = pipe.scheduler.config["prediction_type"] == "v_prediction"

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL, and models of its form such as Pony, Illustrious and the embedded base."""
+"""Stable Diffusion XL, and models of the same design such as Pony, Illustrious and the embedded base."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from unbraid.bases.families.unet import UNet, encode_text
 
 
 def conditions(prompts: Sequence[Prompt], sizes: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The pooled vectors of the texts, and six numbers on the size of each picture."""
+    """The pooled vectors of the texts, `[b, channels]`, and six numbers about the size of each picture, `[b, 6]`."""
     pooled = torch.stack([prompt.pooled for prompt in prompts if prompt.pooled is not None])
     return {"added_cond_kwargs": {"text_embeds": pooled.to(dtype), "time_ids": sizes.to(dtype)}}
 

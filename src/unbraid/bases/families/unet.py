@@ -10,13 +10,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from unbraid.bases.families.family import Prompt
-from unbraid.bases.long_prompts import encode
-from unbraid.bases.single_file import empty_unet
+from unbraid.bases.families.long_prompts import encode
 from unbraid.common.errors import UsageError
 
 
 class UNet:
-    """See `Network`."""
+    """The `Network` record of the UNet; its methods are documented there."""
 
     title: str = "UNet"
     part: str = "unet"
@@ -41,7 +40,8 @@ class UNet:
         return found
 
     def empty(self, config: Mapping[str, Any]) -> Any:
-        return empty_unet(dict(config))
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(config))
 
     def example(self, config: Mapping[str, Any], rows: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
         def empty(*shape: int) -> Tensor:
@@ -64,5 +64,5 @@ class UNet:
 
 
 def encode_text(pipe: Any, text: str, device: torch.device) -> Prompt:
-    """As the pipeline does, longer texts in chunks: `unbraid.bases.long_prompts`."""
+    """Encode a text as the pipeline does, longer texts in chunks (`unbraid.bases.families.long_prompts`)."""
     return Prompt(*encode(pipe, text, device))

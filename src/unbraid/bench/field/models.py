@@ -27,10 +27,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from unbraid.bases.base import pick_device
+from unbraid.bases.devices import pick_device
 from unbraid.bases.pipeline import known_model
 from unbraid.bench.field import csd as csd_files
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 
 DINOS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # one class token, then registers, then patches
 LPIPS_NETS = {"features.28.weight": "vgg", "features.3.squeeze.weight": "squeeze", "features.0.weight": "alex"}
@@ -197,7 +197,7 @@ def _whole(kind: Any, name: str, what: str, device: torch.device) -> Any:
             name, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
         )
     except BAD as error:
-        raise UsageError(f"the {what} cannot be loaded: {_first_line(error)}", name, fix) from error
+        raise UsageError(f"the {what} cannot be loaded: {first_line(error)}", name, fix) from error
     missing = sorted(
         key for key in info["missing_keys"] if "pooler" not in key
     )  # DINO's pooler is neither stored nor used
@@ -213,7 +213,7 @@ def _part(kind: Any, name: str, what: str, **options: Any) -> Any:
         return kind.from_pretrained(name, **options)
     except BAD as error:
         fix = "Give a complete folder, or a hub id (a first download needs a network)."
-        raise UsageError(f"the {what} cannot be loaded: {_first_line(error)}", name, fix) from error
+        raise UsageError(f"the {what} cannot be loaded: {first_line(error)}", name, fix) from error
 
 
 def _processor(name: str, what: str) -> Callable[[Sequence[Image.Image]], Tensor]:
@@ -244,7 +244,3 @@ def _read(file: Path, what: str) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise UsageError(f"the {what} is damaged ({error})", file, "Download it again.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

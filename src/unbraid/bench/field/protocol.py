@@ -24,7 +24,7 @@ from unbraid.bench.rows.version import base_digest, versions
 from unbraid.bench.truth.tasks import Cell, Item, Scale, Task
 from unbraid.bench.truth.truths import Truth
 from unbraid.common.errors import UsageError
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.runs.job import RARE
 from unbraid.runs.settings import Settings
@@ -195,7 +195,7 @@ def _drawn(cache: TrainingCache, rules: Protocol, row: Row, cell: Cell, file: Pa
             continue
         for seed in item.seeds:  # one at a time: a batch may not fit into memory beside a large base
             (image,) = drawers[item.use](item, (seed,))
-            path = pictures.save_image(image, file.with_name(f"{len(drawings):03d}.png"))
+            path = sheets.save_image(image, file.with_name(f"{len(drawings):03d}.png"))
             where = str(path.relative_to(cache.work))
             drawings.append(Drawing(item.use, item.prompt, cell.subject, cell.style.style, seed, where, {}))
     return Unit(file.parent.name, cell.task, row.name, str(cell), cell.seed, tuple(drawings), None, cost, {})

@@ -13,7 +13,7 @@ from unbraid.bench.field.scores import LOWER_IS_NEARER
 from unbraid.bench.reports import published
 from unbraid.bench.results import Drawing, Unit, save
 from unbraid.common.atomic import atomic
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import open_image
 
 ALL_FOUR = ("CLIP-I to content", "CLIP-I to style", "DINO to content", "DINO to style")
@@ -101,16 +101,16 @@ def write(units: Sequence[Unit], rules: Protocol, work: Path, out: Path) -> list
     ]
     with atomic(out / "table.md") as part:
         part.write_text("\n\n".join(parts) + "\n", "utf-8")
-    return [out / "table.md", save(units, out / "results.jsonl"), *sheets(units, work, out)]
+    return [out / "table.md", save(units, out / "results.jsonl"), *contact_sheets(units, work, out)]
 
 
-def sheets(units: Sequence[Unit], work: Path, out: Path) -> list[Path]:
+def contact_sheets(units: Sequence[Unit], work: Path, out: Path) -> list[Path]:
     """A contact sheet per cell, with a row per method."""
     files = []
     for i, (task, cell) in enumerate(dict.fromkeys((unit.task, unit.cell) for unit in units)):
         rows = [(unit.row, _shown_of(unit.drawings, work)) for unit in units if (unit.task, unit.cell) == (task, cell)]
         titled = [(f"{task}: {cell}. {rows[0][0]}", rows[0][1]), *rows[1:]]
-        files.append(pictures.save_image(pictures.contact_sheet(titled), out / f"{task}-{i:03d}.webp"))
+        files.append(sheets.save_image(sheets.contact_sheet(titled), out / f"{task}-{i:03d}.webp"))
     return files
 
 

@@ -16,7 +16,7 @@ from unbraid.bench.results import Drawing, Unit
 from unbraid.bench.rows.row import CEILING
 from unbraid.bench.truth.truths import Truth
 from unbraid.common.atomic import atomic
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 CELL, COLUMNS = 64, 12  # of contact sheets
@@ -113,7 +113,7 @@ def sheet(units: Iterable[Unit], task: str, work: Path, path: Path) -> Path | No
     for name in order(problems(some, task)):
         cells = [(work / drawn[name][place].file) if place in drawn.get(name, {}) else None for place in columns]
         rows.append((name, [("", Image.open(file) if file else Image.new("RGB", (8, 8), "#eeeeee")) for file in cells]))
-    return pictures.save_image(pictures.contact_sheet(rows, cell=CELL), path)
+    return sheets.save_image(sheets.contact_sheet(rows, cell=CELL), path)
 
 
 def _shown(unit: Unit) -> list[Drawing]:

@@ -2,12 +2,14 @@
 unbraid: pictures, prompts, measuring models and preprocessing differ."""
 
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+from unbraid.common.atomic import read_toml
 
 Evidence = Literal["paper", "secondary", "authors"]
 READ = {
@@ -46,8 +48,8 @@ class Value(NamedTuple):
 @cache
 def published() -> tuple[Table, ...]:
     """All tables, in the order of the file."""
-    text = files("unbraid.bench.reports").joinpath("published.toml").read_text()
-    return tuple(_table(**entry) for entry in tomllib.loads(text)["table"])
+    path = Path(str(files("unbraid.bench.reports").joinpath("published.toml")))
+    return tuple(_table(**entry) for entry in read_toml(path, "Install unbraid again.")["table"])
 
 
 def _table(*, columns: list[str], rows: list[list[Any]], evidence: Any, **rest: str) -> Table:

@@ -4,14 +4,14 @@ from itertools import product
 from statistics import mean
 
 from unbraid.bench.rows.row import Drawers, Row
-from unbraid.bench.rows.separate import blora
+from unbraid.bench.rows.separate import MAKERS
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.scores import harmonic, likeness
 from unbraid.bench.truth.tasks import PLACE, Cell, content_prompt, items, joint_prompt, style_prompt
 from unbraid.bench.truth.truths import TRAINED, Truth
 from unbraid.files.merge import Size
 from unbraid.files.tools import Source, merge_files
-from unbraid.runs.api import learn_job
+from unbraid.methods import METHODS
 from unbraid.runs.settings import Settings
 from unbraid.sampling.render import Use
 
@@ -46,7 +46,7 @@ def zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 
 def combined_blora(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """B-LoRA: the content blocks learnt from one of the subject's pictures, the style blocks from the picture of the style."""
-    return {"both": blora(cache, cell, settings)["both"]}
+    return {"both": MAKERS["blora"](cache, cell, settings)["both"]}
 
 
 def joint(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -55,8 +55,7 @@ def joint(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     styles = [(cell.style, style_prompt(cell.style))] * len(contents)
     folder = cache.captioned([*contents, *styles], f"joint {cell.subject} {cell.style}")
     prompt = joint_prompt(cell.subject, cell.style.style)
-    job = learn_job(folder, prompt=prompt, seed=cell.seed, base=cache.base_name, **settings)
-    return {"both": cache.drawer(Use(cache.train(job) / "lora.safetensors"))}
+    return {"both": cache.drawer(Use(cache.learn(folder, prompt, cell.seed, **settings)))}
 
 
 def tuned_weights(cache: TrainingCache) -> tuple[float, float]:
@@ -91,7 +90,7 @@ ROWS = [
     Row("combine", "DARE", merged, {"method": "dare"}, methods=SUM),
     Row("combine", "KnOTS", merged, {"method": "knots"}, methods=SUM),
     Row("combine", "NP-LoRA", merged, {"method": "np-lora"}, methods=SUM),
-    Row("combine", "B-LoRA", combined_blora, methods=("blora",)),
+    Row("combine", METHODS["blora"].title, combined_blora, methods=("blora",)),
     Row("combine", "K-LoRA", summed, {"combine": "k-lora"}, methods=SUM),
     Row("combine", "LoRA Switch", summed, {"combine": "switch"}, methods=SUM),
     Row("combine", "LoRA Composite", summed, {"combine": "composite"}, methods=SUM),

@@ -99,7 +99,8 @@ def counted(job: Job) -> Cost:
 
 def _step_flops(ready: Ready, branches: tuple[Branch, ...]) -> int:
     state, recipe = ready.state, ready.recipe
-    one: Recipe = replace(recipe, branches=lambda step: branches, steps=state.step + 1, after_step=None, stop=None)
+    hooks = replace(recipe.hooks, after_step=None)
+    one: Recipe = replace(recipe, branches=lambda step: branches, steps=state.step + 1, hooks=hooks, stop=None)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         for _ in train(ready.run_data, one, state):
             pass

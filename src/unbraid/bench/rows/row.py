@@ -9,6 +9,7 @@ from unbraid.runs.settings import Settings
 
 BASE, CEILING, COPY = "base alone", "true counterpart", "copy of the input"  # the rows of `sanity.py`
 Drawers = Mapping[str, Drawer]  # use (`content`, `style` or `both`) → the function that draws it
+Make = Callable[[TrainingCache, Cell, Settings], Drawers]
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Row:
 
     task: Task
     name: str
-    make: Callable[[TrainingCache, Cell, Settings], Drawers]
+    make: Make
     settings: Settings = field(default_factory=dict)  # passed to `make`
     ablation: bool = False  # runs only when it is named
     methods: tuple[str, ...] = ()  # the methods that it trains: its results depend on their versions

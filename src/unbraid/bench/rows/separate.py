@@ -1,9 +1,10 @@
 """Rows of `separate` and `recombine`: content and style are each learnt from one picture."""
 
-from unbraid.bench.rows.row import Drawers, Row, every_use
+from unbraid.bench.rows.row import Drawers, Make, Row, every_use
 from unbraid.bench.rows.training_cache import TrainingCache
-from unbraid.bench.truth.tasks import Cell, joint_prompt
-from unbraid.runs.api import learn_job
+from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
+from unbraid.methods import ENTRIES, METHODS
+from unbraid.methods.entry import ROLES
 from unbraid.runs.settings import Settings
 from unbraid.sampling.render import OWN, Use
 
@@ -12,52 +13,51 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """One DreamBooth-LoRA per input picture. A cell with one picture uses its LoRA for content, style and both."""
     files = []
     for picture in dict.fromkeys((cell.content, cell.style)):
-        options = {"prompt": joint_prompt(picture.subject, picture.style), "seed": cell.seed, "base": cache.base_name}
-        files.append(cache.train(learn_job(cache.picture(picture), **options, **settings)) / "lora.safetensors")
+        prompt = joint_prompt(picture.subject, picture.style)
+        files.append(cache.learn(cache.picture(picture), prompt, cell.seed, **settings))
     if len(files) == 1:
         return every_use(cache.drawer(Use(files[0])))
     return {"both": cache.drawer(*map(Use, files))}
 
 
-def separated(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
-    """The two LoRAs of a split; drawn together, each reads its own prompt. The published code has extra files for drawing both."""
-    content, style = (cache.split(picture, cell.seed, **settings) for picture in (cell.content, cell.style))
-    end = "_joint" if settings.get("compat") == "official" else ""
-    both = [Use(content / f"content{end}.safetensors", prompt=OWN), Use(style / f"style{end}.safetensors", prompt=OWN)]
-    alone = {"content": Use(content / "content.safetensors"), "style": Use(style / "style.safetensors")}
-    return {**{use: cache.drawer(one) for use, one in alone.items()}, "both": cache.drawer(*both)}
+def separated(method: str) -> Make:
+    """How rows of a split method are made: from the content LoRA of one split and the style LoRA of another (or the same)
+    one. Which files they are drawn with, and whether each reads its own prompt when they are drawn together, follows from
+    the method's outputs."""
 
+    def make(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+        pictures = zip(ROLES, (cell.content, cell.style), strict=True)
+        folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
+        outputs = METHODS[method].outputs(settings)
+        own = OWN if outputs["content"].prompt != outputs["style"].prompt else None
+        alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
+        joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
+        both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=own) for role in ROLES]
+        return {**alone, "both": cache.drawer(*both)}
 
-def blora(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
-    """B-LoRA, which separates content and style by the block of the UNet."""
-    content = cache.split(cell.content, cell.seed, "blora", **settings) / "content.safetensors"
-    style = cache.split(cell.style, cell.seed, "blora", **settings) / "style.safetensors"
-    alone = {"content": cache.drawer(Use(content)), "style": cache.drawer(Use(style))}
-    return {**alone, "both": cache.drawer(Use(content), Use(style))}
+    return make
 
 
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split and the style LoRA of another, merged by `zip`."""
-    content = cache.split(cell.content, cell.seed) / "content.safetensors"
-    style = cache.split(cell.style, cell.seed) / "style.safetensors"
+    content = cache.split(cell.content, seed=cell.seed) / "content.safetensors"
+    style = cache.split(cell.style, seed=cell.seed) / "style.safetensors"
     images = {"content": cache.picture(cell.content), "style": cache.picture(cell.style)}
     return {"both": cache.drawer(*cache.zipped(cell, content, style, images, **settings))}
 
 
-OFFICIAL = {"compat": "official", "column_ratio": 0.1}
-SPLIT = ("unziplora",)
+# Every method of the verb `split` has a row in both tasks
+MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
+TASKS: tuple[Task, ...] = ("separate", "recombine")
+UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
-    Row("separate", "B-LoRA", blora, methods=("blora",)),
-    Row("separate", "UnZipLoRA", separated, methods=SPLIT),
-    Row("separate", "UnZipLoRA, official", separated, OFFICIAL, methods=SPLIT),
     Row("recombine", "DreamBooth-LoRAs", dreambooth, methods=("dreambooth",)),
-    Row("recombine", "B-LoRA", blora, methods=("blora",)),
-    Row("recombine", "UnZipLoRA", separated, methods=SPLIT),
-    Row("recombine", "UnZipLoRA, official", separated, OFFICIAL, methods=SPLIT),
-    Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=("unziplora", "ziplora")),
+    *(Row(task, METHODS[name].title, make, methods=(name,)) for task in TASKS for name, make in MAKERS.items()),
+    *(Row(task, "UnZipLoRA, official", MAKERS[UNZIP], OFFICIAL, methods=(UNZIP,)) for task in TASKS),
+    Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
     *(
-        Row("separate", f"ablation: {name}", separated, settings, ablation=True, methods=SPLIT)
+        Row("separate", f"ablation: {name}", MAKERS[UNZIP], settings, ablation=True, methods=(UNZIP,))
         for name, settings in (
             ("no column separation", {"column_separation": False}),
             ("no block separation", {"block_separation": False}),

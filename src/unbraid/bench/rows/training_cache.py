@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from filelock import FileLock
 from PIL import Image
@@ -20,14 +20,15 @@ from unbraid.bench.rows.version import DRAWING, MERGING, base_digest, versions
 from unbraid.bench.truth.tasks import Cell, Item, Scale, content_prompt, joint_prompt, style_prompt
 from unbraid.bench.truth.truths import TRAINED, Truth
 from unbraid.common.atomic import atomic, sha256
-from unbraid.images import sheets as pictures
+from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
 from unbraid.runs.api import learn_job, split_job, zip_job
 from unbraid.runs.job import Job
+from unbraid.runs.options import SplitOptions, ZipOptions
 from unbraid.runs.run import run
 from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.render import Sampling, StyleGuidance, Use, render
 
 Drawer = Callable[[Item, Sequence[int]], list[Image.Image]]  # (item, seeds) → one picture per seed
 
@@ -56,7 +57,7 @@ class TrainingCache:
         file = self.work / "inputs" / f"{name or slug(str(truth))}.png"
         with self._lock(file.with_suffix(".lock")):
             if not file.exists():
-                pictures.save_image(truth.image, file)
+                sheets.save_image(truth.image, file)
         return file
 
     def captioned(self, truths: Sequence[tuple[Truth, str]], name: str) -> Path:
@@ -77,7 +78,8 @@ class TrainingCache:
 
     def train(self, job: Job) -> Path:
         """Run a job to its end, or resume it, and return its folder. `job.out` is ignored: the folder is in this cache."""
-        job = replace(job, settings={**job.settings, **self.scale.training.get(job.method, {})}, previews=0)
+        settings = {**job.settings, **self.scale.training.get(job.method, {})}
+        job = replace(job, settings=settings, extras=replace(job.extras, previews=0))
         out = self.work / "made" / f"{job.method}-{self._key(job)}"
         cost_file = out / "cost.json"
         with self._lock(out.with_suffix(".lock")):
@@ -127,44 +129,50 @@ class TrainingCache:
         file = self.work / "plain" / f"{key}.png"
         with self._lock(file.with_suffix(".lock")):
             if not file.exists():
-                options = {"guidance": self.scale.guidance, "steps": self.scale.steps}
-                (drawn,) = render(self.base, item.prompt, seeds=(seed,), **options)
-                pictures.save_image(drawn, file)
+                (drawn,) = render(self.base, item.prompt, sampling=self._sampling((seed,)))
+                sheets.save_image(drawn, file)
         return open_image(file)
+
+    def learn(self, images: Path | list[Path], prompt: str, seed: int, **settings: Any) -> Path:
+        """The file of a DreamBooth-LoRA."""
+        return (
+            self.train(learn_job(images, prompt=prompt, seed=seed, base=self.base_name, **settings))
+            / "lora.safetensors"
+        )
 
     def learnt(self, cell: Cell) -> tuple[Path, Path]:
         """The two DreamBooth-LoRAs that most rows of `combine` start from: one of the subject's pictures, one of the style's."""
-        options = {"seed": cell.seed, "base": self.base_name}
-        content = learn_job(self.contents(cell), prompt=content_prompt(cell.subject), **options)
-        style = learn_job(self.picture(cell.style), prompt=style_prompt(cell.style), **options)
-        return self.train(content) / "lora.safetensors", self.train(style) / "lora.safetensors"
+        content = self.learn(self.contents(cell), content_prompt(cell.subject), cell.seed)
+        return content, self.learn(self.picture(cell.style), style_prompt(cell.style), cell.seed)
 
-    def split(self, picture: Truth, seed: int, method: str = "unziplora", **settings: Any) -> Path:
+    def split(self, picture: Truth, method: str = "unziplora", **options: Unpack[SplitOptions]) -> Path:
         """The folder of a split of one picture."""
+        options.setdefault("base", self.base_name)
         words = {"subject": picture.subject, "style": picture.style}
-        options = {"method": method, "seed": seed, "base": self.base_name, **settings}
-        return self.train(split_job(self.picture(picture), **words, **options))
+        return self.train(split_job(self.picture(picture), method=method, **words, **options))
 
     def zipped(
-        self, cell: Cell, content: Path, style: Path, images: Mapping[str, Path], **settings: Any
+        self, cell: Cell, content: Path, style: Path, images: Mapping[str, Path], **options: Unpack[ZipOptions]
     ) -> tuple[Use, Use]:
         """A content LoRA and a style LoRA, merged by `zip`, ready to be drawn with."""
         prompts = {"both": joint_prompt(cell.subject, cell.style.style)}
-        options = {"prompts": prompts, "seed": cell.seed, "base": self.base_name, **settings}
-        folder = self.train(zip_job(content, style, images=images, **options))
+        options.setdefault("seed", cell.seed)
+        options.setdefault("base", self.base_name)
+        folder = self.train(zip_job(content, style, images=images, prompts=prompts, **options))
         return Use(folder / "content.safetensors"), Use(folder / "style.safetensors")
 
-    def drawer(
-        self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "", **options: Any
-    ) -> Drawer:
-        """A function that draws with these LoRA files. `suffix` is appended to the prompt; `options` are passed to `render`."""
+    def drawer(self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "") -> Drawer:
+        """A function that draws with these LoRA files. `styles`: files for style guidance. `suffix` is appended to the prompt."""
         self.used |= {use.file: Cost(file=use.file.stat().st_size) for use in (*uses, *styles)}
 
         def draw(item: Item, seeds: Sequence[int]) -> list[Image.Image]:
-            given = {"guidance": self.scale.guidance, "steps": self.scale.steps, **options}
-            return render(self.base, item.prompt + suffix, uses, styles=styles, combine=combine, seeds=seeds, **given)
+            prompt, sampling = item.prompt + suffix, self._sampling(seeds)
+            return render(self.base, prompt, uses, combine=combine, styles=StyleGuidance(styles), sampling=sampling)
 
         return draw
+
+    def _sampling(self, seeds: Sequence[int]) -> Sampling:
+        return Sampling(self.scale.guidance, self.scale.steps, seeds=seeds)
 
     def spent(self) -> Cost:
         """The cost of everything in `used`, which is then emptied."""
@@ -174,7 +182,7 @@ class TrainingCache:
 
     def _counted(self, job: Job) -> Cost:
         """FLOPs and trained parameters. They do not depend on the content of the pictures, so equal jobs share one count."""
-        shapes = {role: len(some) for role, some in job.images.items()}
+        shapes = {role: len(some) for role, some in job.data.images.items()}
         file = self.work / "counts" / f"{job.method}-{short(shapes, dict(job.settings), versions([job.method]))}.json"
         if not file.exists():
             write_json(file, asdict(counted(job)))
@@ -182,10 +190,10 @@ class TrainingCache:
 
     def _key(self, job: Job) -> str:
         """A hash of everything that the training's result depends on."""
-        images = {role: [sha256(file) for file in files] for role, files in job.images.items()}
-        loras = {role: sha256(file) for role, file in job.loras.items()}
-        texts = [text for files in job.images.values() for file in files if (text := job.captions.get(file))]
-        inputs = (job.method, dict(job.words), images, loras, texts, dict(job.settings), job.seed)
+        images = {role: [sha256(file) for file in files] for role, files in job.data.images.items()}
+        loras = {role: sha256(file) for role, file in job.data.loras.items()}
+        texts = [text for files in job.data.images.values() for file in files if (text := job.data.captions.get(file))]
+        inputs = (job.method, dict(job.data.words), images, loras, texts, dict(job.settings), job.seed)
         return short(inputs, base_digest(self.base_name), METHODS[job.method].version)
 
     def _lock(self, file: Path) -> FileLock:

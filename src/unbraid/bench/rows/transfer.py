@@ -6,7 +6,8 @@ from unbraid.bench.rows.row import Drawers, Row
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import TAUGHT, Cell, joint_prompt
 from unbraid.bench.truth.truths import BEFORE, Truth
-from unbraid.runs.api import learn_job, pair_job
+from unbraid.methods import METHODS
+from unbraid.runs.api import pair_job
 from unbraid.runs.settings import Settings
 from unbraid.sampling.render import Use
 
@@ -18,18 +19,20 @@ def paired(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     count, method = settings.get("pairs", 1), settings.get("method", "pair")
     before, after = pairs(cache, style, count)
     options = {"method": method, "seed": cell.seed, "base": cache.base_name, **own}
-    file = cache.train(pair_job(before, after, subject=TAUGHT[0], style=style, **options)) / "style.safetensors"
-    use = Use(file, settings.get("strength", 1.0), prompt=style if guided else None)
+    job = pair_job(before, after, subject=TAUGHT[0], style=style, **options)
+    use = Use(cache.train(job) / "style.safetensors", settings.get("strength", 1.0), prompt=style if guided else None)
     if guided:
         return {"style": cache.drawer(styles=(use,))}
-    return {"style": cache.drawer(use, suffix="" if method == "slider" else f" in {style} style")}
+    entry = METHODS[method]
+    template = entry.prompts[entry.outputs(job.settings)["style"].prompt]  # the prompt that the LoRA was trained under
+    return {"style": cache.drawer(use, suffix=f" in {style} style" if "{style}" in template else "")}
 
 
 def learnt_after(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """A DreamBooth-LoRA of the picture after alone."""
     prompt, style = joint_prompt(cell.style.subject, cell.style.style), cell.style.style
-    job = learn_job(cache.picture(cell.style), prompt=prompt, seed=cell.seed, base=cache.base_name, **settings)
-    return {"style": cache.drawer(Use(cache.train(job) / "lora.safetensors"), suffix=f" in {style} style")}
+    file = cache.learn(cache.picture(cell.style), prompt, cell.seed, **settings)
+    return {"style": cache.drawer(Use(file), suffix=f" in {style} style")}
 
 
 def pairs(cache: TrainingCache, style: str, count: int) -> tuple[Path, Path]:
@@ -39,15 +42,19 @@ def pairs(cache: TrainingCache, style: str, count: int) -> tuple[Path, Path]:
     return cache.captioned(before, f"{style} {count} before"), cache.captioned(after, f"{style} {count} after")
 
 
-PAIR = ("pair",)
+def row(name: str, settings: Settings, ablation: bool = False) -> Row:
+    """A row of a method of `pair`, which the settings name if it is not the default."""
+    return Row("transfer", name, paired, settings, ablation, (settings.get("method", "pair"),))
+
+
 ROWS = [
-    Row("transfer", "Pair", paired, methods=PAIR),
-    Row("transfer", "Pair at LoRA scale", paired, {"guided": False}, methods=PAIR),
-    Row("transfer", "Pair, 2 pairs", paired, {"pairs": 2}, methods=PAIR),
-    Row("transfer", "Concept Slider", paired, {"method": "slider", "guided": False}, methods=("slider",)),
+    row("Pair", {}),
+    row("Pair at LoRA scale", {"guided": False}),
+    row("Pair, 2 pairs", {"pairs": 2}),
+    row(METHODS["slider"].title, {"method": "slider", "guided": False}),
     Row("transfer", "DreamBooth-LoRA of the picture after", learnt_after, methods=("dreambooth",)),
     *(
-        Row("transfer", f"ablation: Pair{name}", paired, settings, ablation=True, methods=PAIR)
+        row(f"ablation: Pair{name}", settings, ablation=True)
         for name, settings in (
             (", not orthogonal", {"orthogonal": False}),
             (", without the content adapter", {"joint": False}),

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 from unbraid.files.formats.gate import MAX_KEYS, check, check_module, check_size
 from unbraid.files.formats.kinds import KIND, sizes
 from unbraid.files.formats.names import KINDS, Key, split_key
@@ -196,9 +196,7 @@ def adapter_metadata(header: Header) -> dict[str, Any]:
 
 
 def _short(error: BaseException) -> str:
-    return (
-        str(error).removeprefix("Error while deserializing header: ").splitlines()[0][:100] if str(error) else "empty"
-    )
+    return first_line(error).removeprefix("Error while deserializing header: ")[:100]
 
 
 def _fix(path: Path) -> str:

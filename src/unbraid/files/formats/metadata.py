@@ -1,7 +1,6 @@
 """The metadata of LoRA files: kohya's ss_* keys, ModelSpec, PEFT's settings. Every value is a string."""
 
 import base64
-import hashlib
 import io
 import json
 from collections import Counter
@@ -9,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbraid.common.atomic import atomic
+from unbraid.common.atomic import atomic, sha256
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.families import DESIGNS
@@ -67,8 +66,8 @@ def peft_metadata(given: Mapping[str, str], ranks: Mapping[str, int]) -> dict[st
 def data_hash(path: Path) -> str:
     """SHA-256 of the tensors' bytes without the header, by which webui identifies LoRAs."""
     with path.open("rb") as file:
-        file.seek(int.from_bytes(file.read(8), "little"), 1)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        header = int.from_bytes(file.read(8), "little")
+    return sha256(path, start=8 + header)
 
 
 def stamp(path: Path, digest: str) -> None:

@@ -127,10 +127,10 @@ TOOLS: dict[str, Tool] = {
 
 def tool_named(name: str) -> str:
     """The key in TOOLS for a tool's name, which may be abbreviated and in any case. UsageError for an unknown tool."""
-    asked = "".join(letter for letter in name.lower() if letter.isalnum())
+    wanted = "".join(letter for letter in name.lower() if letter.isalnum())
     short = {"comfy": "comfyui", "auto1111": "a1111", "automatic1111": "a1111", "webui": "a1111", "sdwebui": "a1111"}
     short |= {"invoke": "invokeai", "forgeui": "forge", "webuiforge": "forge", "hf": "diffusers"}
-    found = short.get(asked) or next((tool for tool in TOOLS if asked and tool.startswith(asked)), None)
+    found = short.get(wanted) or next((tool for tool in TOOLS if wanted and tool.startswith(wanted)), None)
     if not found:
         raise UsageError(f"no rules for the tool {name[:40]!r}", "doctor", f"There are: {', '.join(TOOLS)}.")
     return found

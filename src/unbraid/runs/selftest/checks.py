@@ -18,9 +18,10 @@ from unbraid.runs.job import Job
 from unbraid.runs.memory import estimate
 from unbraid.runs.run import run
 from unbraid.runs.selftest.compare import SEEN, apart, differs, pixels
-from unbraid.runs.selftest.scene import GUIDANCE, PROMPT, STEPS, TRAININGS, Found, Scene, draws, hurried
+from unbraid.runs.selftest.scene import PROMPT, SAMPLING, TRAININGS, Found, Scene, draws, hurried
 from unbraid.sampling.canvas import Start
-from unbraid.sampling.render import Use
+from unbraid.sampling.combine import Combine
+from unbraid.sampling.render import ImageInputs, StyleGuidance, Use
 from unbraid.sampling.sweep import parse_sweep, sweep_sheet
 
 # What rounding may do to one run computed in two ways: to its losses, relatively, in full and in half precision; and to its LoRAs,
@@ -68,27 +69,26 @@ def guided(scene: Scene) -> Found:
 
 def styled(scene: Scene) -> Found:
     style = scene.loras("pair")[0]
-    differs(scene.picture(styles=[Use(style)]), scene.picture(), style.name)
+    differs(scene.picture(styles=StyleGuidance([Use(style)])), scene.picture(), style.name)
     return Found()
 
 
 def swept(scene: Scene) -> Found:
-    style = Use(scene.loras("pair")[0])
-    over = parse_sweep("style=0:1:2")
-    pixels(sweep_sheet(scene.model, PROMPT, over, (), (style,), (0,), steps=STEPS, guidance=GUIDANCE))
+    styles = StyleGuidance([Use(scene.loras("pair")[0])])
+    pixels(sweep_sheet(scene.model, PROMPT, parse_sweep("style=0:1:2"), styles=styles, sampling=SAMPLING))
     return Found()
 
 
-def combined(how: str, scene: Scene) -> Found:
+def combined(how: Combine, scene: Scene) -> Found:
     differs(scene.picture(*scene.loras("unziplora"), combine=how), scene.picture(), how)
     return Found()
 
 
 def begun(masked: bool, scene: Scene) -> Found:
     (file,) = scene.loras("dreambooth")
-    start = Start(scene.before, 0.7, scene.mask if masked else None)
-    plain = scene.picture(start=start)
-    differs(scene.picture(file, start=start), plain, "the LoRA")
+    inputs = ImageInputs(start=Start(scene.before, 0.7, scene.mask if masked else None))
+    plain = scene.picture(inputs=inputs)
+    differs(scene.picture(file, inputs=inputs), plain, "the LoRA")
     if plain.shape == scene.picture().shape:
         differs(plain, scene.picture(), "the picture to begin with")
     return Found()
@@ -96,7 +96,8 @@ def begun(masked: bool, scene: Scene) -> Found:
 
 def edited(scene: Scene) -> Found:
     style = scene.loras("pair")[0]
-    kept, changed = (scene.picture(edit=scene.before, styles=[Use(style, scale)]) for scale in (0.0, 1.0))
+    inputs = ImageInputs(edit=scene.before)
+    kept, changed = (scene.picture(styles=StyleGuidance([Use(style, scale)]), inputs=inputs) for scale in (0.0, 1.0))
     differs(changed, kept, style.name)
     return Found()
 

@@ -1,6 +1,5 @@
 """Does unbraid work here? Everything that it does, on the base and the device at hand, in the shortest runs that there are."""
 
-import difflib
 import platform
 import shutil
 import subprocess
@@ -15,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from unbraid.bases.base import pick_device
+from unbraid.bases.devices import pick_device
 from unbraid.bases.pipeline import location, quiet
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line, suggestion
 from unbraid.runs.selftest.checks import Check, checks
 from unbraid.runs.selftest.scene import Scene
 
@@ -54,7 +53,7 @@ def pick(device: str | None) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # torch's, of a build without that kind of device too
-        what = f"there is no such device ({str(error).splitlines()[0]})"
+        what = f"there is no such device ({first_line(error)})"
         raise UsageError(what, f"--device {name}", f"Leave it out for {pick_device()}.") from error
     return name
 
@@ -65,9 +64,7 @@ def choose(device: str, only: Sequence[str] = ()) -> tuple[Check, ...]:
     names = [check.name for check in all_of_them]
     for name in only:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            fix = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
-            raise UsageError(f"there is no row {name!r} on {device}", "--only", fix)
+            raise UsageError(f"there is no row {name!r} on {device}", "--only", suggestion(name, names))
     return tuple(check for check in all_of_them if not only or check.name in only)
 
 
@@ -107,7 +104,7 @@ def _row(check: Check, scene: Scene) -> Row:
     except UsageError as error:
         return Row(check.name, False, time.perf_counter() - begin, _line(str(error)), trace=traceback.format_exc())
     except Exception as error:  # noqa: BLE001  # whatever a strange driver or library raises is what this command is to report
-        reason = _line(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        reason = _line(f"{type(error).__name__}: {first_line(error)}")
         return Row(check.name, False, time.perf_counter() - begin, reason, trace=traceback.format_exc())
     peak = torch.cuda.max_memory_allocated(scene.device) if on_cuda and found.peak is None else found.peak
     return Row(check.name, True, time.perf_counter() - begin, found.note, peak, found.estimate)
@@ -121,12 +118,12 @@ def _line(text: str) -> str:
 def about(base: str, device: str) -> dict[str, str]:
     """What somebody who is to help has to know."""
     kind = torch.device(device).type
-    told = {name: _version(name) for name in LIBRARIES}
-    told |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    told |= {"device": f"{device} ({_device_name(device)})"}
+    facts = {name: _version(name) for name in LIBRARIES}
+    facts |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    facts |= {"device": f"{device} ({_device_name(device)})"}
     if kind == "cuda":
-        told |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": _driver()}
-    return told | {"base": base}
+        facts |= {"cuda": str(torch.version.cuda or torch.version.hip), "driver": _driver()}
+    return facts | {"base": base}
 
 
 def _version(name: str) -> str:
@@ -146,9 +143,9 @@ def _driver() -> str:
     tool = shutil.which("nvidia-smi")
     if not tool:
         return "unknown"
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return (done.stdout.splitlines() or ["unknown"])[0].strip()

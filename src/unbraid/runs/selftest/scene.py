@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,15 +19,17 @@ from unbraid.methods.entry import ROLES
 from unbraid.runs import demo, pace, shortest
 from unbraid.runs.break_make import join
 from unbraid.runs.job import Job
+from unbraid.runs.options import SplitOptions
 from unbraid.runs.run import run
 from unbraid.runs.selftest.compare import changes, differs, pixels
-from unbraid.sampling.render import Use, render
+from unbraid.sampling.combine import Combine
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 
 PROMPT = "a sks fox in ink style"
 WORDS = {"subject": "fox", "style": "ink"}
 NEEDED = {"LoRA": shortest.FIRST, "module": "break"}  # kind of file → the method whose files others start from
 PARTNERS = {"content": "a teapot in red style", "style": "a teapot"}
-STEPS, GUIDANCE = 3, 4.0  # of sampling
+SAMPLING = Sampling(guidance=4.0, steps=3)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Found:
 
 
 class Scene:
-    """One base on one device, and a folder to work in. What several rows need is made once, when it is first asked for."""
+    """One base on one device, and a folder to work in. What several rows need is made once, when it is first needed."""
 
     def __init__(self, base: str, device: str, folder: Path) -> None:
         self.base, self.device, self.folder = base, device, folder
@@ -84,12 +86,14 @@ class Scene:
         )
         return shortest.jobs(method, material, self.folder, **{**self.common, **options})
 
-    def split_job(self, out: str, **options: Any) -> Job:
-        (job,) = self.jobs(shortest.FIRST, out=self.folder / out, **options)
+    def split_job(self, name: str, **options: Unpack[SplitOptions]) -> Job:
+        """The shortest split, in a folder of that name."""
+        options["out"] = self.folder / name
+        (job,) = self.jobs(shortest.FIRST, **options)
         return job
 
     def loras(self, method: str) -> list[Path]:
-        """The files of a method. A training that failed is not tried again: the row that asked first says why."""
+        """The files of a method. A training that failed is not repeated: the first row that needed it reports the error."""
         if method not in self._made:
             self._made[method] = []
             self._made[method] = SPECIAL[method](self) if method in SPECIAL else self.trained(*self.jobs(method))
@@ -126,13 +130,26 @@ class Scene:
         """By the diffusers pipeline alone."""
         pipe: Any = self.model.pipe
         size, rng = self.model.size, torch.Generator().manual_seed(0)
-        given = {"height": size, "width": size, "guidance_scale": GUIDANCE, "num_inference_steps": STEPS}
+        given = {
+            "height": size,
+            "width": size,
+            "guidance_scale": SAMPLING.guidance,
+            "num_inference_steps": SAMPLING.steps,
+        }
         return pixels(pipe(PROMPT, **given, generator=rng).images[0])
 
-    def picture(self, *files: Path, **given: Any) -> np.ndarray:
+    def picture(
+        self,
+        *files: Path,
+        combine: Combine = "sum",
+        styles: StyleGuidance = StyleGuidance(),
+        inputs: ImageInputs = ImageInputs(),
+    ) -> np.ndarray:
         """By `render`, with LoRAs at full strength."""
-        uses, options = [Use(file) for file in files], {"guidance": GUIDANCE, "steps": STEPS, **given}
-        return pixels(render(self.model, PROMPT, uses, **options)[0])
+        uses = [Use(file) for file in files]
+        return pixels(
+            render(self.model, PROMPT, uses, combine=combine, styles=styles, sampling=SAMPLING, inputs=inputs)[0]
+        )
 
     @contextmanager
     def loaded(self, path: Path) -> Iterator[None]:
@@ -189,7 +206,7 @@ def _saved(image: Image.Image, path: Path) -> Path:
 
 def _learn(scene: Scene) -> list[Path]:
     """With previews: the VAE comes and goes while the UNet trains."""
-    with hurried(PREVIEW_STEPS=STEPS, SHEET_STEPS=STEPS):
+    with hurried(PREVIEW_STEPS=SAMPLING.steps, SHEET_STEPS=SAMPLING.steps):
         return scene.trained(*scene.jobs("dreambooth", previews=1))
 
 

@@ -1,4 +1,4 @@
-"""What `tools.speed` trains on: the embedded base, and SDXL's architecture with random weights, at half width and whole."""
+"""What `tools.speed` trains on: the embedded base, and SDXL with random weights at half and full width."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,25 +19,26 @@ WORDS = ("both", "content", "style", "lora", "module")
 
 
 @dataclass(frozen=True)
-class World:
-    """A base, prompts of all roles, and pictures, which `encode` puts through the autoencoder, one for each role."""
+class Workload:
+    """A base, prompts for all roles, and a function that encodes one picture for each of the roles given."""
 
     base: Base
     prompts: dict[str, Prompt]
     encode: Callable[[Sequence[str]], Pictures]
     rank: int
-    said: str
+    title: str
 
 
-def icons(device: str) -> World:
+def icons(device: str) -> Workload:
+    """The embedded base and a held-out picture."""
     base = load("icons", device)
     pixels = held_out_art().picture("fox", "openmoji") * 2 - 1
     prompts = {role: base.encode_prompt(f"a {role}") for role in WORDS}
-    return World(base, prompts, _encoder(base, pixels), 16, f"icons, 64 px, rank 16, {device}")
+    return Workload(base, prompts, _encoder(base, pixels), 16, f"icons, 64 px, rank 16, {device}")
 
 
-def half(device: str, side: int = 256) -> World:
-    """SDXL at half its widths, with 1, 1 and 2 transformer layers for 1, 2 and 10."""
+def half(device: str, side: int = 256) -> Workload:
+    """SDXL at half its width, with 1, 1 and 2 transformer layers in place of 1, 2 and 10."""
     small = {
         "block_out_channels": (160, 320, 640),
         "transformer_layers_per_block": (1, 1, 2),
@@ -45,27 +46,28 @@ def half(device: str, side: int = 256) -> World:
         "sample_size": side // 8,
     }
     vae = {"block_out_channels": (64, 128, 256, 256)}
-    said = f"half-width SDXL of depth 1, 1, 2, {side} px, rank 32, {device}"
-    return _random(device, side, 32, SDXL | small, VAE | vae, said)
+    title = f"half-width SDXL of depth 1, 1, 2, {side} px, rank 32, {device}"
+    return _random(device, side, 32, SDXL | small, VAE | vae, title)
 
 
-def full(device: str, side: int) -> World:
+def full(device: str, side: int) -> Workload:
+    """SDXL at full size, for pictures of `side` px."""
     return _random(device, side, 64, SDXL, VAE, f"SDXL, {side} px, rank 64, {device}")
 
 
-def _random(device: str, side: int, rank: int, unet: dict[str, Any], vae: dict[str, Any], said: str) -> World:
+def _random(device: str, side: int, rank: int, unet: dict[str, Any], vae: dict[str, Any], title: str) -> Workload:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     pipe = copy.copy(load("icons", "cpu").pipe)
     pipe.unet = UNet2DConditionModel(**unet).to(device, dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
     pipe.vae = AutoencoderKL(**vae).to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
-    base = Base(said, pipe, torch.device(device))
+    base = Base(title, pipe, torch.device(device))
     width = unet["cross_attention_dim"]
     prompts = {
         role: Prompt(torch.randn(77, width, device=device, dtype=dtype), torch.randn(1280, device=device, dtype=dtype))
         for role in WORDS
     }
-    return World(base, prompts, _encoder(base, torch.rand(3, side, side) * 2 - 1), rank, said)
+    return Workload(base, prompts, _encoder(base, torch.rand(3, side, side) * 2 - 1), rank, title)
 
 
 def _encoder(base: Base, pixels: torch.Tensor) -> Callable[[Sequence[str]], Pictures]:

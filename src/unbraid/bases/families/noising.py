@@ -1,4 +1,4 @@
-"""How a family adds noise to latents, and what its network then predicts."""
+"""How noise is added to latents in training, and what the network then has to predict."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ class Diffusion:
     """x_t = α_t x_0 + σ_t ε with α² + σ² = 1 (arXiv 2006.11239). The network predicts ε, or v = α_t ε − σ_t x_0 (arXiv 2202.00512)."""
 
     def __init__(self, config: Any, base: str) -> None:
-        """`config`: of the scheduler; `base`: its name, for errors."""
+        """`config`: the scheduler's configuration. `base`: the base's name, for errors. Raises UsageError for prediction
+        types other than epsilon and v."""
         self.scheduler: DDPMScheduler = DDPMScheduler.from_config(config)  # type: ignore[assignment]
         self.prediction: str = self.scheduler.config["prediction_type"]
         self.steps: int = self.scheduler.config["num_train_timesteps"]
@@ -24,19 +25,20 @@ class Diffusion:
             raise UsageError(what, base, "Use a base that predicts epsilon or v.")
 
     def draw_timestep(self, rng: torch.Generator) -> Tensor:
-        """`[1]`, uniform."""
+        """A uniformly distributed timestep, `[1]`."""
         return torch.randint(self.steps, (1,), generator=rng)
 
     def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """`[b, c, h, w]`, noise alike, and `t [b]`: the noisy latents, and what the network should predict for them."""
+        """The noisy latents, and what the network should predict for them. `latents`, `noise` and both results are
+        `[b, c, h, w]`, `t` is `[b]`."""
         noisy = self.scheduler.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.prediction == "v_prediction"
         return noisy, self.scheduler.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
 
     def velocity(self, prediction: Tensor, noisy: Tensor, alpha: float, sigma: float) -> Tensor:
-        """v, whatever the network predicts, at a time whose signal and noise are `alpha` and `sigma`."""
+        """The network's prediction converted to v. `alpha`, `sigma`: the factors of signal and noise at this timestep."""
         return prediction if self.prediction == "v_prediction" else (prediction - sigma * noisy) / alpha
 
     def time(self, timestep: Tensor) -> float:
-        """A timestep on a scale from 1 (pure noise) to 0."""
+        """A timestep as a number from 1 (pure noise) to 0."""
         return float(timestep) / self.steps

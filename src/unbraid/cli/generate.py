@@ -1,0 +1,162 @@
+"""`unbraid generate`: pictures of a prompt with LoRAs."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from unbraid.cli.run import BaseName, Device, Graphs, Prediction, Seed, Vae, console
+from unbraid.common.errors import UsageError
+
+app = typer.Typer()
+
+Prompt = Annotated[str, typer.Option(help="What to draw.")]
+Output = Annotated[Path, typer.Option(help="A .png for one picture, else a folder.")]
+Loras = Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA at a strength; repeatable.")]
+LoraPrompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What the LoRA of the same position reads in cross-attention; `own` is what it was trained with."
+    ),
+]
+StyleLoras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:SCALE]",
+        help="A style LoRA that guides, and leaves the composition to the base; 1 is as trained. Repeatable.",
+    ),
+]
+StyleNames = Annotated[
+    list[str] | None,
+    typer.Option(help="The style's words, if its file does not say: `ink` adds `in ink style` to the prompt."),
+]
+StyleFrom = Annotated[
+    float, typer.Option(help="Styles guide once this much noise is left: 1 always, 0.8 keeps more of the layout.")
+]
+Edit = Annotated[
+    Path | None,
+    typer.Option(help="A picture that the prompt describes: styles are applied to it. Take 50 steps or more."),
+]
+StartPicture = Annotated[Path | None, typer.Option("--from", help="A picture to begin with, in place of noise.")]
+Strength = Annotated[float, typer.Option(help="How much noise to put on it: 1 leaves nothing of it.")]
+Mask = Annotated[Path | None, typer.Option(help="What of it is drawn anew: white. The rest is kept.")]
+ControlNet = Annotated[str, typer.Option(metavar="NAME[:SCALE]", help="A ControlNet: a diffusers folder, or a hub id.")]
+ControlImage = Annotated[Path | None, typer.Option(help="The map that it reads, ready-made: edges, depth, a pose.")]
+HowCombined = Annotated[
+    Literal["sum", "switch", "composite", "k-lora"],
+    typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
+]
+Sweep = Annotated[
+    str, typer.Option(metavar="WHAT=FROM:TO:N", help="One sheet over strengths: style=0:1.5:7, lora=…, guidance=…")
+]
+Count = Annotated[int, typer.Option("--n", min=1, help="How many pictures, at seeds SEED, SEED+1, …")]
+Steps = Annotated[int, typer.Option(min=1, max=1000)]
+Sampler = Annotated[str, typer.Option(help="ddim, euler, euler-a, dpm++ or unipc; without, the base's own.")]
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    out: Output,
+    lora: Loras = None,
+    lora_prompt: LoraPrompts = None,
+    style_guidance: StyleLoras = None,
+    style_prompt: StyleNames = None,
+    style_from: StyleFrom = 1.0,
+    edit: Edit = None,
+    from_: StartPicture = None,
+    strength: Strength = 0.6,
+    mask: Mask = None,
+    controlnet: ControlNet = "",
+    control_image: ControlImage = None,
+    combine: HowCombined = "sum",
+    sweep: Sweep = "",
+    negative: str = "",
+    n: Count = 1,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    sampler: Sampler = "",
+    guidance: float = 4.0,
+    height: int | None = None,
+    width: int | None = None,
+    base: BaseName = "icons",
+    vae: Vae = "",
+    prediction: Prediction = "",
+    graphs: Graphs = True,
+    device: Device = "",
+) -> None:
+    """Prompts and LoRAs → pictures. Strengths may be negative."""
+    from unbraid.bases.presets import Loading
+    from unbraid.images.sheets import save_image
+    from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, render
+    from unbraid.sampling.sweep import parse_sweep, sweep_sheet
+
+    uses = _uses(lora or [], lora_prompt or [])
+    styles = StyleGuidance(_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
+    inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
+    sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative)
+    settings: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
+    over = parse_sweep(sweep) if sweep else None
+    if not over and n > 1 and out.suffix:
+        raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
+    with console.status("drawing"):
+        model = _opened(base, Loading(vae, prediction, graphs=graphs, device=device), prompt, negative)
+        if over:
+            sheet = sweep_sheet(model, prompt, over, uses, **settings)
+            pictures = {out if out.suffix else out / "sweep.png": sheet}
+        else:
+            drawn = render(model, prompt, uses, **settings)
+            pictures = {out if out.suffix else out / f"{seed + i:04d}.png": one for i, one in enumerate(drawn)}
+    for file, picture in pictures.items():
+        print(save_image(picture, file))
+
+
+def _opened(name: str, loading: Any, *prompts: str) -> Any:
+    """Load the base, and print a note if a prompt is long, about how it is encoded."""
+    from unbraid.bases.base import load
+    from unbraid.bases.families.long_prompts import remarks
+
+    base = load(name, loading=loading)
+    for remark in remarks(base.pipe, prompts):
+        console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
+    return base
+
+
+def _start(image: Path | None, strength: float, mask: Path | None) -> Any:
+    from unbraid.sampling.canvas import Start
+
+    if mask and not image:
+        raise UsageError("a mask of nothing", mask, "Give the picture: --from IMAGE.")
+    return Start(image, strength, mask) if image else None
+
+
+def _control(model: str, image: Path | None) -> Any:
+    from unbraid.sampling.canvas import Control
+
+    if bool(model) != bool(image):
+        fix = "Give both --controlnet NAME and --control-image IMAGE."
+        raise UsageError("a ControlNet and its map go together", model or image or "", fix)
+    name, scale = _scaled(model)
+    return Control(name, image, scale) if image else None
+
+
+def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[Any]:
+    from unbraid.sampling.render import Use
+
+    if prompts and len(prompts) != len(loras):
+        fix = f"Give one per {option}, or none."
+        raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", option, fix)
+    uses = []
+    for i, text in enumerate(loras):
+        name, scale = _scaled(text)
+        uses.append(Use(Path(name), scale, prompt=prompts[i] if prompts else None))
+    return uses
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """Parse NAME or NAME:SCALE. The name may contain colons."""
+    name, colon, scale = text.rpartition(":")
+    try:
+        return (name, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
