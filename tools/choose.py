@@ -61,11 +61,11 @@ SEARCHES = {
     "ziplora": Search("combine", "ZipLoRA", {"lr": (1e-3, 3e-3, 1e-2), "steps": (50, 100, 200)}),
     "pair": Search(
         "transfer",
-        "Pair Customization",
+        "Pair",
         {"lr": (1e-3, 3e-3, 6e-3), "steps": (200, 300, 450), "style_from": (50, 100, 150)},
     ),
-    "break": Search("combine", "Break-for-Make", {"lr": (2e-3, 5e-3, 1e-2), "steps": (200, 300, 450)}),
-    "make": Search("combine", "Break-for-Make", {"lr": (5e-4, 1e-3, 2e-3), "fine_tune": (75, 150, 300)}),
+    "break": Search("combine", "Break-for-Make, at once", {"lr": (2e-3, 5e-3, 1e-2), "steps": (200, 300, 450)}),
+    "make": Search("combine", "Break-for-Make, fine-tuned", {"lr": (5e-4, 1e-3, 2e-3)}),
 }
 
 app = typer.Typer(add_completion=False, help=__doc__)
