@@ -149,7 +149,7 @@ def main(folder: Path, dtype: str) -> None:
         print(f"{base.stat().st_size / 1e9:.2f} GB in {dtype}, a LoRA of {lora.stat().st_size / 1e6:.0f} MB")
         print(
             "interpreter with torch: {:.1f} s, {:.2f} GiB".format(
-                *timed(sys.executable, "-c", "import unbraid.bake, unbraid.extract")
+                *timed(sys.executable, "-c", "import unbraid.files.bake, unbraid.files.extract")
             )
         )
         for _ in range(ROUNDS):
