@@ -1,11 +1,13 @@
 """Break-for-Make: separated blocks, matching modules, and an optimiser that does not depend on how ΔW is factored."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import TO_Q
 from double import in_double
 from PIL import Image
 from torch import Tensor, nn
@@ -17,13 +19,13 @@ from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
-from unbraid.core.lora import Active, Branch, Factors, Fixed
+from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora
 from unbraid.core.lowrank import delta
 from unbraid.core.optim import Rate, Riemannian
 from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared, Stop
 from unbraid.core.state import State
 from unbraid.core.train import train
-from unbraid.files.lora_file import read
+from unbraid.files.lora_file import read, write
 from unbraid.methods.b4m import Cut, break_
 from unbraid.runs.api import learn_job
 from unbraid.runs.break_make import break_job, join, make_job, matrix, together
@@ -231,6 +233,41 @@ def test_a_matrix_is_every_content_in_every_style(modules: dict[str, Path], v_ba
 def test_the_joint_prompt(modules: dict[str, Path]) -> None:
     fox, ink = (opened_module(modules[name]) for name in ("fox", "ink"))
     assert together(fox, ink) == "a sks fox in ink style" and together(ink, fox) == "a cat in ink style, a sks fox"
+
+
+GOOD = {"kind": "content", "rank": 4, "split": 0.5, "halves": "heads", "interaction": False, "orthogonal": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "base", "what"),
+    [
+        ("{", "icons", "not a module"),
+        ("[1]", "icons", "not a module"),
+        ("9" * 5000, "icons", "not a module"),
+        ("[" * 50_000, "icons", "not a module"),
+        (json.dumps({"kind": ["content"]}), "icons", "not a module"),
+        (json.dumps({"kind": "content"}), "icons", "does not record its rank"),
+        (json.dumps(GOOD), "", "does not record its base"),
+        (json.dumps({**GOOD, "rank": "x"}), "icons", "wrong setting"),
+        (json.dumps({**GOOD, "rank": [4]}), "icons", "wrong setting"),
+        (json.dumps({**GOOD, "rank": -4}), "icons", "out of range"),
+        (json.dumps({**GOOD, "split": float("nan")}), "icons", "no number"),
+        (json.dumps({**GOOD, "halves": "last"}), "icons", "wrong setting"),
+    ],
+)
+def test_what_a_module_records_is_checked(settings: str, base: str, what: str, tmp_path: Path) -> None:
+    module = Lora(torch.ones(4, 8), torch.ones(8, 4), 4.0)
+    metadata = {"unbraid.method": "break", "unbraid.settings": settings, "unbraid.prompt": "a cat"}
+    file = tmp_path / "m.safetensors"
+    write(
+        file,
+        {TO_Q: module},
+        family="sdxl",
+        metadata=metadata | ({"unbraid.base": base} if base else {}),
+    )
+    with pytest.raises(UsageError, match=what) as caught:
+        opened_module(file)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 and "m.safetensors" in str(caught.value)
 
 
 @pytest.mark.slow

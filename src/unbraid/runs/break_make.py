@@ -1,6 +1,5 @@
 """Break-for-Make's verbs: learn content and style modules separately, then join any two (`unbraid.methods.b4m`)."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from unbraid.bases.base import load
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.files.formats.metadata import card
+from unbraid.files.formats.sources import json_object
 from unbraid.files.lora_file import read, write
 from unbraid.images import sheets
 from unbraid.images.captions import captions_of
@@ -22,7 +22,7 @@ from unbraid.runs.api import finish, finished, job
 from unbraid.runs.job import Job
 from unbraid.runs.options import BreakOptions, MakeOptions
 from unbraid.runs.run_options import separate
-from unbraid.runs.settings import documented
+from unbraid.runs.settings import documented, resolve
 from unbraid.sampling.render import Sampling, Use, own_prompt, render
 
 
@@ -187,13 +187,21 @@ def opened(path: str | Path) -> Module:
     """Read a module file that `break` wrote, or the one in a run folder. UsageError if it is none."""
     path = Path(path) / "module.safetensors" if Path(path).is_dir() else Path(path)
     file = read(path)
-    settings = json.loads(file.metadata.get("unbraid.settings", "{}"))
+    settings = json_object(file.metadata.get("unbraid.settings", ""))
     if file.metadata.get("unbraid.method") != "break" or settings.get("kind") not in KINDS:
         raise UsageError("this is not a module", path, "`unbraid break` makes them; other LoRAs: merge, or zip.")
+    base = file.metadata.get("unbraid.base", "")
+    missing = [key for key in CUT if key not in settings] + ["base"] * (not base)
+    if missing:
+        raise UsageError(f"a module that does not record its {missing[0]}", path, "Make it anew with `unbraid break`.")
     cut = {key: settings[key] for key in CUT}
-    return Module(
-        path, settings["kind"], file.metadata["unbraid.base"], file.family, own_prompt(path, file), cut, file.modules
-    )
+    try:
+        resolve("break", "icons", None, cut)
+    except UsageError as error:
+        raise UsageError(
+            f"a module with a wrong setting: {error.what}", path, "Make it anew with `unbraid break`."
+        ) from error
+    return Module(path, settings["kind"], base, file.family, own_prompt(path, file), cut, file.modules)
 
 
 def matrix(

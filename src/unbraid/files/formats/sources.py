@@ -87,11 +87,12 @@ def merged_metadata(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
             merged[key] = next(iter(found))
     counts: dict[str, Any] = {}
     for source in sources:
-        counts |= _object(source.get("ss_tag_frequency", ""))
+        counts |= json_object(source.get("ss_tag_frequency", ""))
     return merged | ({"ss_tag_frequency": json.dumps(counts)} if counts else {})
 
 
-def _object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object that a text is; empty if it is none."""
     try:
         found = json.loads(text) if text else {}
     except (ValueError, RecursionError):
