@@ -133,6 +133,10 @@ def test_every_module_at_pefts_own_scale(
     [
         {"unet.r": 3, "unet.lora_alpha": 10**400},
         {"unet.lora_alpha": float("nan")},
+        {"unet.lora_alpha": True},
+        {"unet.lora_alpha": "8"},
+        {"unet.lora_alpha": [8]},
+        {"unet.alpha_pattern": {"to_q": True}},
         {"unet.alpha_pattern": {"(a+)+$": 1}},
         {"unet.alpha_pattern": {".*.*.*.*.*x": 1}},
         {"unet.alpha_pattern": {"(": 1}},

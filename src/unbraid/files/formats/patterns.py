@@ -18,7 +18,7 @@ Pattern = tuple[str | None, ...]  # the characters of a plain pattern; None matc
 def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """A module's alpha from PEFT's settings (`alpha_pattern`, then `lora_alpha`, scaled for rsLoRA), or its rank if they have none.
 
-    Errors: an alpha that is not a finite number; patterns that are not regular expressions, or could take too long to match."""
+    Errors: an alpha that is no number, or not a finite one; patterns that are not regular expressions, or could take too long to match."""
     component, _, path = module.partition(".")
     mine = {
         key.partition(".")[2]: value for key, value in settings.items() if key.startswith(component + ".")
@@ -30,8 +30,10 @@ def alpha_of(settings: Mapping[str, Any], module: str, rank: int) -> float:
         hits = (first_match(tuple(pattern), name) for name in dict.fromkeys((path, path.removeprefix("text_model."))))
         hit = next((key for key in hits if key is not None), None)
         alpha = alpha if hit is None else pattern[hit]
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if alpha is None:
         return float(rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise UsageError("alpha is not a number", module, "The adapter's settings are damaged.")
     if abs(alpha) > 1e30 or not isfinite(alpha):
         raise UsageError("alpha is not a finite number", module, "The adapter's settings are damaged.")
     return alpha * rank**0.5 if mine.get("use_rslora") else float(alpha)
