@@ -77,13 +77,14 @@ def model_card(
     images: Annotated[int, typer.Option(help="How many images the base was trained on, for the card.")] = 0,
     drawn: Annotated[Path | None, typer.Option(help="Keep the pictures here.")] = None,
 ) -> None:
-    """Measure a base with the judge, and write its card. Takes about 15 minutes of one core."""
+    """Measure a base with the judge, and write its card and its sheet."""
     torch.set_num_threads(1)
     pictures, names = art.rasterise(work, SIZES.pixels)
     chosen = words.trained(names)
     known = _pick(pictures, names, chosen)
     figures = card.measure(base, known, chosen, drawn)
     held = pictures[[names.index(name) for name in words.HELD_OUT]]
+    sheet.grid(sheet.saved(base)).save(base / "sheet.webp", quality=90)
     card.write(figures, card.reconstruction(base, held), chosen, images, base)
     print((base / "README.md").read_text())
 

@@ -90,13 +90,13 @@ def measure(folder: Path, art: np.ndarray, names: tuple[str, ...], out: Path | N
 
     `art`: uint8 `[subject, 4, h, w, 3]` of the trained subjects. `out`: folder to keep the drawings in; those that are there
     are not drawn again."""
-    base, few = load(str(folder)), tuple(names.index(name) for name in words.eighty())
-    gallery, asked = Gallery(load_judge(), art, few), prompts(names, few)
+    base, judge, few = load(str(folder)), load_judge(), tuple(names.index(name) for name in words.eighty())
+    gallery, asked = Gallery(judge, art, few), prompts(names, few)
     drawn = [_drawn(base, one, names, seed, out) for seed, one in enumerate(track(asked, "drawing"))]
     real = [_real(art, one) for one in asked]
     figures: dict[str, float] = {}
     for kind, pictures in (("drawn", drawn), ("real", real)):
-        content, style = load_judge().embed(torch.stack(pictures))
+        content, style = judge.embed(torch.stack(pictures))
         ranks = np.array([gallery.content_rank(c, one) for c, one in zip(content, asked, strict=True)])
         hits = np.array([gallery.style_hit(s, one) for s, one in zip(style, asked, strict=True)])
         figures |= {f"{kind} {key}": value for key, value in _shares(asked, ranks, hits).items()}

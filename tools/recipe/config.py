@@ -38,7 +38,7 @@ class Schedules:
 
 SIZES = Sizes()
 PRESETS: dict[str, Schedules] = {
-    # From random weights, on one GPU: minutes (docs/LOG.md has what an H200 takes).
+    # From random weights, on one GPU. Not run yet in this form.
     "fresh": Schedules(
         vae=Schedule(batch=96, steps=4_000, rate=1e-3, muon=0.02, warmup=50, ema=0.998),
         unet=Schedule(batch=512, steps=12_000, rate=1e-3, muon=0.02, warmup=200, ema=0.999),

@@ -37,6 +37,11 @@ def load(work: Path) -> StableDiffusionXLPipeline:
     return model.pipeline(net.unet, (net.text, net.text_2), autoencoder, tokenizer)
 
 
+def saved(base: Path) -> StableDiffusionXLPipeline:
+    """The pipeline of a diffusers folder, in fp32."""
+    return StableDiffusionXLPipeline.from_pretrained(base, torch_dtype=torch.float32)
+
+
 def draw(work: Path, trained: tuple[str, ...], out: Path) -> None:
     torch.set_num_threads(1)
     pipe = load(work)
