@@ -51,11 +51,12 @@ def validate(judge: Judge, art: Tensor, names: tuple[str, ...], vae: Alteration 
 
 
 def _figures(queries: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor], prefix: str) -> dict[str, float]:
-    figures = _content(queries[0], gallery[0]) | _style(queries[1], gallery[1])
+    figures = content_figures(queries[0], gallery[0]) | _style(queries[1], gallery[1])
     return {prefix + key: value for key, value in figures.items()}
 
 
-def _content(queries: Tensor, gallery: Tensor) -> dict[str, float]:
+def content_figures(queries: Tensor, gallery: Tensor) -> dict[str, float]:
+    """Retrieval of subjects: unit rows `[subject · set, d]`, all sets of a subject together, in the order of `subjects.SETS`."""
     by_set, found = (t.unflatten(0, (-1, len(SETS))) for t in (queries, gallery))
     labels = torch.arange(len(by_set))
     top1 = {

