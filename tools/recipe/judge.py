@@ -26,7 +26,7 @@ from unbraid.bench.truth.judge import SIZE, WEIGHTS, Judge, save_judge
 
 DECAY = 0.05  # AdamW's weight decay
 UNKNOWN = -100  # cross_entropy's label to pass over
-LOOKALIKES = frozenset(  # words of subjects that differ in details: half of all, and no measure of content at 64 px
+LOOKALIKES = frozenset(  # words of subjects that differ in details: half of all, and no measure of content at this size
     "man woman men women person people face hand hands finger boy girl family couple arrow button square circle clock"
     " oclock thirty flag heart sign symbol symbols mark keycap moon child adult medal".split()
 )
@@ -34,7 +34,7 @@ LOOKALIKES = frozenset(  # words of subjects that differ in details: half of all
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 1800
+    steps: int = 4500
     subjects: int = 24  # per batch, once in each of the four sets
     looks: tuple[float, ...] = (0.4, 0.2, 0.2, 0.2)  # shares per set: plain, one training filter, random styles
     rate: float = 2e-3
@@ -68,7 +68,7 @@ class Centres(nn.Module):
 def train(
     art: np.ndarray, names: tuple[str, ...], work: Path, settings: Settings = Settings(), out: Path = WEIGHTS
 ) -> Judge:
-    """`art`: uint8 `[subject, set, 64, 64, 3]`, trained subjects in trained sets only; resumes from `work`.
+    """`art`: uint8 `[subject, set, SIZE, SIZE, 3]`, trained subjects in trained sets only; resumes from `work`.
 
     Writes the averaged weights to `out` in fp16, and returns them in evaluation mode.
     """
@@ -166,9 +166,9 @@ def worn(x: Tensor, rng: torch.Generator) -> Tensor:
     x = _moved(x, rng)
     tint = 1 + 0.04 * (2 * torch.rand(len(x), 3, 1, 1, generator=rng) - 1) * _some(len(x), 0.5, rng)
     x = 1 - (1 - x) * tint  # about white, as most paper is
-    soft = F.interpolate(x, 28 + _integer(rng, 33), mode="bilinear", antialias=True)
+    soft = F.interpolate(x, SIZE // 3 + _integer(rng, 2 * SIZE // 3), mode="bilinear", antialias=True)
     soft = F.interpolate(soft, x.shape[-1], mode="bicubic")
-    x = torch.where(_some(len(x), 0.45, rng) > 0, soft, x).clamp(0, 1)
+    x = torch.where(_some(len(x), 0.55, rng) > 0, soft, x).clamp(0, 1)
     for i in (_some(len(x), 0.1, rng) > 0).flatten().nonzero()[:, 0].tolist():
         x[i] = _jpeg(x[i], 30 + _integer(rng, 60))
     strength = 0.03 * torch.rand(len(x), 1, 1, 1, generator=rng) * _some(len(x), 0.3, rng)
@@ -176,7 +176,7 @@ def worn(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _moved(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Rotated ±11°, scaled to 73–113 %, squeezed ±8 %, shifted ±4 px, three in ten mirrored."""
+    """Rotated ±11°, scaled to 73–113 %, squeezed ±8 %, shifted ±6 %, three in ten mirrored."""
     rolls = 2 * torch.rand(len(x), 5, generator=rng) - 1
     angle, scale, squeeze = rolls[:, 0] * 0.2, (rolls[:, 1] * 0.22 + 0.1).exp(), (rolls[:, 2] * 0.08).exp()
     mirror = 1 - 2 * _some(len(x), 0.3, rng).flatten()

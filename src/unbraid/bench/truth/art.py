@@ -1,4 +1,4 @@
-"""Real art at 64 px: the inputs of every experiment and the true pictures of every drawing. Licences: ATTRIBUTION.md.
+"""Real art at 128 px: the inputs of every experiment and the true pictures of every drawing. Licences: ATTRIBUTION.md.
 
 `held_out.webp`: 100 subjects in six icon sets, which neither base nor judge was trained on. `known.webp`: subjects that the base knows,
 to see a new style on them.
@@ -57,7 +57,7 @@ def known_art() -> Art:
 
 
 def write_sheets(art: np.ndarray, names: tuple[str, ...]) -> None:
-    """Write both sheets, losslessly, from all art: uint8 `[subject, set, 64, 64, 3]`."""
+    """Write both sheets, losslessly, from all art: uint8 `[subject, set, h, w, 3]`."""
     for file, wanted in zip(SHEETS, (HELD_OUT, KNOWN), strict=True):
         chosen = art[[names.index(name) for name in wanted]]
         columns = gcd(COLUMNS, len(wanted))

@@ -4,6 +4,7 @@ The benchmark measures with it. `tools/recipe/judge.py` trains it on real icons 
 docs/judge.md has the figures.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from unbraid.common.errors import UsageError
 
-SIZE = 64  # pixels; pictures of other sizes are resized
+SIZE = 128  # pixels; pictures of other sizes are resized
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
-CHANNELS = (24, 48, 96, 192)
+CHANNELS = (16, 32, 64, 128, 256)
 LAYOUT = 48  # channels of the 4×4 map that the content head reads
 BINS = 6  # soft bins of each colour channel, and of the local contrast
 PALETTE = 64  # learnt combinations of colour and contrast, whose frequency the style head reads
@@ -60,17 +61,11 @@ class Judge(nn.Module):
 
     def __init__(self, content: int = 128, style: int = 64) -> None:
         super().__init__()
-        a, b, c, d = CHANNELS
-        self.stages = nn.ModuleList(
-            [
-                _halve(4, a),
-                nn.Sequential(_halve(a, b), _Residual(b)),
-                nn.Sequential(_halve(b, c), _Residual(c)),
-                nn.Sequential(_halve(c, d), _Residual(d)),
-            ]
-        )
-        self.layout = nn.Conv2d(d, LAYOUT, 1)
-        self.content = nn.Sequential(nn.BatchNorm1d(d + 16 * LAYOUT), nn.Linear(d + 16 * LAYOUT, content))
+        first, last = CHANNELS[0], CHANNELS[-1]
+        deeper = (nn.Sequential(_halve(a, b), _Residual(b)) for a, b in pairwise(CHANNELS))
+        self.stages = nn.ModuleList([_halve(4, first), *deeper])
+        self.layout = nn.Conv2d(last, LAYOUT, 1)
+        self.content = nn.Sequential(nn.BatchNorm1d(last + 16 * LAYOUT), nn.Linear(last + 16 * LAYOUT, content))
         cells = nn.Conv2d(4 * BINS, 48, 1)
         self.palette = nn.Sequential(cells, nn.ReLU(), nn.Conv2d(48, PALETTE, 1), nn.ReLU())
         statistics = 2 * sum(CHANNELS) + PALETTE
@@ -78,7 +73,7 @@ class Judge(nn.Module):
         self.style = nn.Sequential(nn.BatchNorm1d(statistics), hidden, nn.Linear(128, style))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Differentiable: pictures `[n, 3, 64, 64]` in 0..1 to content `[n, 128]`, style `[n, 64]`, unit norm."""
+        """Differentiable: pictures `[n, 3, SIZE, SIZE]` in 0..1 to content `[n, 128]`, style `[n, 64]`, unit norm."""
         x = torch.cat([pictures, _contrast(pictures)], 1)
         statistics = [self.palette(_binned(x[..., 1::3, 1::3])).mean((2, 3))]
         x = x * 2 - 1
