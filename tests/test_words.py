@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from unbraid.bases.words import Words, words_of
+from unbraid.bases.words import Words, remarks, words_of
 
 WORDS = Words(("teapot", "hot dog", "black cat"), ("flat", "line art"))
 
@@ -29,3 +29,13 @@ def test_a_base_lists_its_words_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "words.json").write_text(json.dumps({"subjects": ["teapot"], "styles": ["flat"]}))
     assert words_of(str(tmp_path)) == Words(("teapot",), ("flat",))
     assert words_of("someone/some-base") is None, "a hub id is not asked for it"
+
+
+def test_remarks_suggest_names_or_say_where_they_are(tmp_path: Path) -> None:
+    assert remarks(str(tmp_path), ["a teepot"]) == [], "a base without a list knows any word"
+    (tmp_path / "words.json").write_text(json.dumps({"subjects": ["teapot", "hot dog"], "styles": ["flat"]}))
+    assert remarks(str(tmp_path), ["a teapot in flat style", ""]) == []
+    near, far = remarks(str(tmp_path), ["a teepot", "zeppelin"])
+    assert near.endswith("know the word teepot: it knows teapot")
+    assert far.endswith(f"zeppelin: its 2 subjects are in {tmp_path / 'words.json'}")
+    assert remarks(str(tmp_path), ["a teepot"], ["a teepot"]) == []

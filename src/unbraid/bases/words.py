@@ -48,5 +48,19 @@ def words_of(base: str) -> Words | None:
     return Words(tuple(content["subjects"]), tuple(content["styles"]))
 
 
+def remarks(base: str, prompts: Iterable[str], also: Iterable[str] = ()) -> list[str]:
+    """A remark for each word in the prompts that the base does not know. `also`: see `Words.unknown`."""
+    words = words_of(base)
+    if not words:
+        return []
+    found = words.unknown(" ".join(prompts), also)
+    count = f"{len(words.subjects):,} subjects"
+    return [
+        f"this small base does not know the word {word}: "
+        + (f"it knows {', '.join(near)}" if near else f"its {count} are in {Path(location(base)) / FILE}")
+        for word, near in found.items()
+    ]
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())

@@ -101,6 +101,7 @@ def generate(
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     with console.status("drawing"):
         model = _opened(base, Loading(vae, prediction, graphs=graphs, device=device), prompt, negative)
+        _note_unknown_words(base, (prompt, negative), (*uses, *styles.uses))
         if over:
             sheet = sweep_sheet(model, prompt, over, uses, **settings)
             pictures = {out if out.suffix else out / "sweep.png": sheet}
@@ -120,6 +121,18 @@ def _opened(name: str, loading: Any, *prompts: str) -> Any:
     for remark in remarks(base.pipe, prompts):
         console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
     return base
+
+
+def _note_unknown_words(base: str, prompts: tuple[str, ...], uses: tuple[Any, ...]) -> None:
+    """Print a note for each word that a small base does not know, unless a LoRA may have taught it."""
+    from unbraid.bases.words import remarks
+    from unbraid.files.formats.header import read_header
+    from unbraid.sampling.recorded import trained_words
+
+    taught = [trained_words(read_header(use.file).metadata) for use in uses]
+    if all(taught):  # of a LoRA without a recorded prompt, nobody knows which words it was trained with
+        for remark in remarks(base, prompts, taught):
+            console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _start(image: Path | None, strength: float, mask: Path | None) -> Any:

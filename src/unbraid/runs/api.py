@@ -23,7 +23,8 @@ from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.canvas import Control, Start
 from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, own_prompt, render
+from unbraid.sampling.recorded import own_prompt
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 
 P = ParamSpec("P")
 
@@ -126,7 +127,7 @@ def zip_job(
     if its file does not say; `both`: what to draw for looking at."""
     files = [Path(one) for one in (content, style, *also)]
     loras = {("content", "style")[i] if i < 2 else f"lora{i + 1}": file for i, file in enumerate(files)}
-    words = {role: (prompts or {}).get(role) or own_prompt(file, read(file)) for role, file in loras.items()}
+    words = {role: (prompts or {}).get(role) or own_prompt(file, read(file).metadata) for role, file in loras.items()}
     words["both"] = (prompts or {}).get("both") or ", ".join(words.values())
     found = {role: [where] for role, where in (images or {}).items()}
     run_options, settings = separate(options)

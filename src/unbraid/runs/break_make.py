@@ -23,7 +23,8 @@ from unbraid.runs.job import Job
 from unbraid.runs.options import BreakOptions, MakeOptions
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import documented, resolve
-from unbraid.sampling.render import Sampling, Use, own_prompt, render
+from unbraid.sampling.recorded import own_prompt
+from unbraid.sampling.render import Sampling, Use, render
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def opened(path: str | Path) -> Module:
         raise UsageError(
             f"a module with a wrong setting: {error.what}", path, "Make it anew with `unbraid break`."
         ) from error
-    return Module(path, settings["kind"], base, file.family, own_prompt(path, file), cut, file.modules)
+    return Module(path, settings["kind"], base, file.family, own_prompt(path, file.metadata), cut, file.modules)
 
 
 def matrix(

@@ -19,6 +19,7 @@ from unbraid.images.crop import fit, open_image
 from unbraid.sampling.canvas import Canvas, Control, Start, prepare
 from unbraid.sampling.combine import Combine, composite, k_lora_terms, sampling_times, switch
 from unbraid.sampling.invert import invert
+from unbraid.sampling.recorded import own_prompt, style_words
 from unbraid.sampling.sample import NEGATIVE, Style, Term, generate, style_guidance
 from unbraid.sampling.samplers import with_sampler
 
@@ -155,9 +156,9 @@ def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
     texts = {"main": prompt}
     for role, (use, file) in opened.items():
         if use.prompt is not None:
-            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
+            texts[role] = own_prompt(use.file, file.metadata) if use.prompt == OWN else use.prompt
     for role, (use, file) in guides.items():
-        texts[role] = f"{prompt} in {use.prompt or style_words(use.file, file)} style"
+        texts[role] = f"{prompt} in {use.prompt or style_words(use.file, file.metadata)} style"
     return _Cast(opened, guides, texts)
 
 
@@ -227,18 +228,3 @@ def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) ->
             adapters.add(role, made, where=path)
         undo.pop_all()
     return adapters
-
-
-def own_prompt(path: Path, file: LoraFile) -> str:
-    """The prompt that a LoRA was trained with, from its metadata. UsageError if none is recorded."""
-    for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
-        if file.metadata.get(key):
-            return file.metadata[key]
-    raise UsageError("records no prompt of its own", path, "Say what it was trained with: see --help for the option.")
-
-
-def style_words(path: Path, file: LoraFile) -> str:
-    """The name of a style LoRA's style, from its metadata. UsageError if none is recorded."""
-    if file.metadata.get("unbraid.style"):
-        return file.metadata["unbraid.style"]
-    raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")
