@@ -180,7 +180,7 @@ def test_cells_come_seed_by_seed_and_ask_for_what_the_base_never_saw() -> None:
     assert seeds == sorted(seeds)
     for cell in cells(FULL):
         for item in items(cell, FULL):
-            assert item.truth.values.shape == (3, 64, 64)
+            assert item.truth.values.shape == (3, 128, 128)
             assert str(item.truth) not in {str(truth) for truth in item.leaks.values()}
     recombined = [cell for cell in cells(FULL) if cell.task == "recombine"]
     assert all(

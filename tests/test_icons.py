@@ -38,7 +38,7 @@ def test_it_is_small_fp16_safetensors() -> None:
 
 
 def test_it_has_sdxls_blocks(base: Base) -> None:
-    assert (base.family.name, base.size) == ("sdxl", 64)
+    assert (base.family.name, base.size) == ("sdxl", 128)
     names = {name for name, _ in base.denoiser.named_modules()}
     for block in (
         "down_blocks.1.attentions.1",
@@ -55,12 +55,12 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
 
 @pytest.mark.slow
 def test_the_card_tells_the_truth_about_the_autoencoder(base: Base) -> None:
-    """On the 100 committed of the 156 held-out subjects; the card's figures are for all of them."""
+    """On every third of the 100 held-out subjects; the card's figures are for all of them."""
     figures, pictures = json.loads((ICONS / "figures.json").read_text()), held_out_art().values[::3]
     measured = [psnr(base.vae, pictures[:, i]) for i in range(len(SETS))]
     for name, value in zip(SETS, measured, strict=True):
         assert value == pytest.approx(figures[f"psnr {name}"], abs=1.5)
-    assert np.mean(measured) >= 26
+    assert np.mean(measured) >= 31 and min(measured) >= 26
 
 
 def top1(embedded: torch.Tensor, truth: torch.Tensor, asked: Sequence[int]) -> float:
@@ -86,7 +86,7 @@ def test_it_draws_the_subject_that_it_is_asked_for(base: Base) -> None:
 
 @pytest.mark.slow
 def test_it_draws_in_the_style_that_it_is_asked_for(base: Base) -> None:
-    """Filter styles; chance is 0.25. Of the four art styles, it draws the right one only about half of the time (see its card)."""
+    """Chance is 0.25, in both kinds of styles."""
     judge, plain = load_judge(), known_art().values[:, 0]
     names = ("sepia", "night", "pastel", "blueprint")
     truth = torch.stack([judge.embed(TRAIN_FILTERS[name](plain).expand_as(plain))[1].mean(0) for name in names])

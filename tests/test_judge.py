@@ -36,7 +36,7 @@ def figures(judge: Judge, art: tuple[Tensor, tuple[str, ...]]) -> dict[str, floa
 
 def test_the_committed_art_is_of_held_out_subjects(art: tuple[Tensor, tuple[str, ...]]) -> None:
     pictures, names = art
-    assert pictures.shape == (100, len(SETS), 3, 64, 64)
+    assert pictures.shape == (100, len(SETS), 3, judge_module.SIZE, judge_module.SIZE)
     assert pictures.min() >= 0 and pictures.max() == 1
     assert set(names) <= set(held_out()) and len(set(names)) == 100
     stencil = pictures[:, SETS.index("fluent-emoji-high-contrast")]
@@ -47,7 +47,7 @@ def test_the_committed_art_is_of_held_out_subjects(art: tuple[Tensor, tuple[str,
 
 @pytest.mark.slow
 def test_content_is_found_across_sets(figures: dict[str, float]) -> None:
-    assert figures["content_top1"] >= 0.60
+    assert figures["content_top1"] >= 0.70
     assert figures["content_auc"] >= 0.90
 
 
@@ -57,9 +57,8 @@ def test_content_survives_alteration(figures: dict[str, float], prefix: str) -> 
     assert figures[f"{prefix}content_auc"] >= 0.90
 
 
-@pytest.mark.parametrize(("prefix", "bar"), [("", 0.90), ("shifted/", 0.90), ("blurred/", 0.78)])
+@pytest.mark.parametrize(("prefix", "bar"), [("", 0.95), ("shifted/", 0.93), ("blurred/", 0.90)])
 def test_style_is_found_among_other_subjects(figures: dict[str, float], prefix: str, bar: float) -> None:
-    """Blurred copies miss the goal of 0.90 (docs/judge.md, limits); the limit here only keeps them from getting worse."""
     assert figures[f"{prefix}style_top1"] >= bar
     assert figures[f"{prefix}style_auc"] >= 0.90
 
@@ -92,7 +91,7 @@ def test_embeddings_are_unit_norm_and_deterministic(judge: Judge, art: tuple[Ten
 
 def test_size_does_not_matter(judge: Judge, art: tuple[Tensor, tuple[str, ...]]) -> None:
     pictures = art[0][:20].flatten(0, 1)
-    large = F.interpolate(pictures, (128, 128), mode="bicubic").clamp(0, 1)
+    large = F.interpolate(pictures, (256, 256), mode="bicubic").clamp(0, 1)
     for small, resized in zip(judge.embed(pictures), judge.embed(large), strict=True):
         assert similarity(small, resized).mean() > 0.95
 

@@ -51,6 +51,7 @@ PRESETS: dict[str, Schedules] = {
         decoder=Schedule(batch=4, steps=600, rate=3e-4, muon=0.004, warmup=30, ema=0.99),
     ),
 }
+PLAIN = 0.65  # share of pictures without a filter: the art styles are harder to tell apart than the filters
 KL = 1e-6  # weight of the posterior's divergence from a standard normal
 NOISE = 0.2  # at most, of the noise added to latents in training the autoencoder, relative to their deviation
 DECODER_NOISE = 0.3  # the same for the decoder's further steps

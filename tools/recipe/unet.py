@@ -92,7 +92,7 @@ def ema_net(tokenizer: CLIPTokenizer, work: Path) -> tuple[Net, int]:
 
 
 def draw(tables: Tables, count: int, rng: torch.Generator) -> Batch:
-    """A random batch: half of the pictures plain, half under a filter."""
+    """A random batch: `config.PLAIN` of the pictures plain, the rest under a filter."""
     device, (subjects, sets, looks) = tables.latents.device, tables.latents.shape[:3]
 
     def integers(limit: int, n: int = count) -> Tensor:
@@ -103,7 +103,7 @@ def draw(tables: Tables, count: int, rng: torch.Generator) -> Batch:
 
     subject = torch.searchsorted(tables.shares, rolls(count)).clamp(max=subjects - 1)
     of, look = integers(sets), integers(looks - 1) + 1
-    look = torch.where(rolls(count) < 0.5, 0, look)
+    look = torch.where(rolls(count) < config.PLAIN, 0, look)
     style = torch.where(look == 0, of, sets - 1 + look)
     clean = tables.latents[subject, of, look].float()
     return Batch(

@@ -1,5 +1,7 @@
 """The command line: parse, call, print."""
 
+import shlex
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +75,12 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the cont
     print(
         f"\nThe contact sheet: {sheet}\nThe LoRAs:         {out / 'content.safetensors'}, {out / 'style.safetensors'}"
     )
-    print(f"Next:              {show.NEXT.format(out=out)}")
+    print(f"Next:              {program()} {show.NEXT.format(out=out)}")
+
+
+def program() -> str:
+    """How this program is called from here: its name if that is on the PATH, else its file."""
+    return "unbraid" if shutil.which("unbraid") else shlex.quote(sys.argv[0])
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from unbraid.sampling.render import OWN, Sampling, Use, render
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
 SUBJECTS = ("teapot", "strawberry", "panda", "dragon")
-NEXT = 'unbraid generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
+NEXT = 'generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
 
 
 def image() -> Path:
@@ -36,19 +36,19 @@ def sheet(out: Path) -> Path:
     both = f"a {RARE} {SUBJECT} in {STYLE} style"
     rows = [
         (
-            "the input, which the base has never seen, and what the base alone makes of the prompt",
+            "the picture that was split; the base has never seen it. Beside it: what the base draws without LoRAs",
             [("input", open_image(image())), draw(both)],
         ),
         (
-            "content LoRA: its subject in other styles",
+            f"content LoRA: the same {SUBJECT} in other styles",
             [draw(f"a {RARE} {SUBJECT} in {other} style", Use(content)) for other in STYLES],
         ),
         (
-            "style LoRA: other subjects in its style",
+            f"style LoRA: other things as {STYLE}, like the picture",
             [draw(f"a {other} in {STYLE} style", Use(style)) for other in SUBJECTS],
         ),
         (
-            "both LoRAs, each reading its own prompt",
+            "both LoRAs together: the picture drawn again, four times",
             [
                 (f"seed {i}", picture)
                 for i, picture in enumerate(
