@@ -47,8 +47,8 @@ PRESETS: dict[str, Schedules] = {
     # On from a finished base, at small rates, on a CPU: hours.
     "further": Schedules(
         vae=Schedule(batch=4, steps=2_400, rate=6e-4, muon=0.012, warmup=30, ema=0.995),
-        unet=Schedule(batch=32, steps=3_600, rate=2e-4, muon=0.004, warmup=100, ema=0.998),
-        decoder=Schedule(batch=4, steps=600, rate=3e-4, muon=0.004, warmup=30, ema=0.99),
+        unet=Schedule(batch=32, steps=1_500, rate=2e-4, muon=0.004, warmup=100, ema=0.998),
+        decoder=Schedule(batch=4, steps=300, rate=3e-4, muon=0.004, warmup=30, ema=0.99),
     ),
 }
 PLAIN = 0.65  # share of pictures without a filter: the art styles are harder to tell apart than the filters
