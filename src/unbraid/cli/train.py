@@ -137,12 +137,14 @@ def make(
     given: dict[str, Any],
 ) -> Any:
     """A content and a style module → one LoRA, merged.safetensors."""
-    from unbraid.runs.break_make import join, make_job
+    from unbraid.runs.break_make import join, make_job, trains
+    from unbraid.runs.run_options import separate
 
-    if fine_tune == 0 or (fine_tune is None and not (content_images or style_images)):
+    images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
+    settings = {name: value for name, value in separate(given)[1].items() if name != "method"}
+    if not trains(fine_tune, images, settings):
         print(join(content, style, out / "merged.safetensors"))
         return None
-    images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     return make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, out=out, **given)
 
 

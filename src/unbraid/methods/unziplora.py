@@ -11,6 +11,7 @@ The differences from the published code, and the reasons, are in docs/unziplora.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Hooks, Recipe
-from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
+from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, most_ratio, pairs, pieces
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
 from unbraid.methods.unziplora_official import official
 
@@ -50,10 +51,10 @@ def unziplora(
     AdamW's learning rate for the style adapter. merger_lr: AdamW's learning rate for the gates. weight_decay: AdamW's, for
     the adapters (with `official`, for the gates too). sample_times: periods of column separation. column_ratio: share of
     the channels that each adapter is granted per period. overlap: weight λ of the penalty on channels that both adapters
-    use. window: steps per period in which channels are scored. column_separation: whether each adapter gets its own output
-    channels. block_separation: whether an adapter uses all channels in the blocks that control its role. content_alone,
-    style_alone: weight of an additional loss with this adapter alone, under its own prompt; 0 as published. compat:
-    `official` reproduces the published code, defects included.
+    use. window: steps per period in which channels are scored; by default at most the whole period. column_separation:
+    whether each adapter gets its own output channels. block_separation: whether an adapter uses all channels in the blocks
+    that control its role. content_alone, style_alone: weight of an additional loss with this adapter alone, under its own
+    prompt; 0 as published. compat: `official` reproduces the published code, defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
     columns.check(needs_window=column_separation and compat == "none")
@@ -176,6 +177,10 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return alone | {f"{role}_joint": Output((role,), role) for role in ROLES}
 
 
+LIMITS = {
+    "window": lambda settings: ceil(settings["steps"] / settings["sample_times"]),
+    "column_ratio": lambda settings: most_ratio(settings["sample_times"]),
+}
 SHORTEST = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
 ENTRIES = (
     Entry(
@@ -190,6 +195,6 @@ ENTRIES = (
         outputs,
         "UnZipLoRA",
         "arXiv 2412.04465",
-        replace(ONE_PICTURE, shortest=SHORTEST),
+        replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS),
     ),
 )

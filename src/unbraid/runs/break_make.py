@@ -124,11 +124,24 @@ def make(
     """A content and a style module → one LoRA; returns `merged.safetensors` in the folder `out`.
 
     At once, or fine-tuned as in `make_job`, which is the default where there are `images`."""
-    if fine_tune or (fine_tune is None and images):
+    if trains(fine_tune, images, separate(options)[1]):
         job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **options)
         return finish(job) / "merged.safetensors"
     folder = options.get("out") or _folder(*matching(content, style))
     return join(content, style, Path(folder) / "merged.safetensors")
+
+
+def trains(fine_tune: int | None, images: Mapping[str, str | Path] | None, settings: Mapping[str, object]) -> bool:
+    """Whether `make` trains: for `fine_tune` steps if they are given, else only where there are images.
+
+    UsageError for settings if it does not: they would have no effect."""
+    if fine_tune or (fine_tune is None and images):
+        return True
+    if settings:
+        name, steps = next(iter(settings)), settings.get("steps", 300)
+        what = f"the modules are joined without training, where {name!r} has no effect"
+        raise UsageError(what, "make", f"Give --fine-tune {steps}, or leave it out.")
+    return False
 
 
 def _folder(content: Module, style: Module) -> Path:

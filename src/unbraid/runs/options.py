@@ -27,7 +27,7 @@ class UnziploraSettings(RunOptions, total=False):
     overlap: float
     """Weight λ of the penalty on channels that both adapters use. Default 0.5."""
     window: int
-    """Steps per period in which channels are scored. Default 16."""
+    """Steps per period in which channels are scored; by default at most the whole period. Default 16."""
     column_separation: bool
     """Whether each adapter gets its own output channels. Default True."""
     block_separation: bool
@@ -84,7 +84,7 @@ class PairSettings(RunOptions, total=False):
     steps: int
     """Optimiser steps. Default 750; on icons 300."""
     style_from: int
-    """The step at which training of the style adapter begins. Default 250; on icons 100."""
+    """The step at which training of the style adapter begins; by default after a third of the steps or earlier. Default 250; on icons 100."""
     lr: float
     """AdamW's learning rate. Default 1e-05; on icons 0.003."""
     weight_decay: float
