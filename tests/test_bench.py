@@ -329,7 +329,7 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
     ("arguments", "expected"),
     [
         (["--task", "paint"], "there is no task 'paint'"),
-        (["--only", "ZipLora"], "there is no row 'ZipLora'"),
+        (["--only", "ZipLorra"], "there is no row 'ZipLorra'. Did you mean 'ZipLoRA'?"),
         (["--seed", "7"], "seeds 7"),
         (["--report"], "there is nothing to report"),
         (["--results", "no.jsonl"], "no.jsonl"),

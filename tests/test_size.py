@@ -20,7 +20,7 @@ def is_verb(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Verbs of the command line and of the Python API, and methods, whose keyword arguments are their settings, have a parameter per
     option, so the parameter limit does not apply."""
     room = path.relative_to(SOURCE).as_posix()
-    if room in ("runs/api.py", "runs/break_make.py"):
+    if room in ("runs/api.py", "runs/break_make.py", "runs/drawing.py"):
         return not node.name.startswith("_")
     if room.startswith("methods/"):
         return ast.unparse(node.returns or ast.Constant(None)) == "tuple[Recipe, ...]"

@@ -179,7 +179,7 @@ def test_sdxl_has_560_targets_in_three_groups() -> None:
 
 
 def test_impossible_settings_are_told() -> None:
-    with pytest.raises(UsageError, match="column_ratio 0.5 does not fit 3 periods"):
+    with pytest.raises(UsageError, match=r"column_ratio 0\.5 does not fit 3 periods"):
         unziplora(BLOCKS["sdxl"], column_ratio=0.5)
     with pytest.raises(UsageError, match="window 500 does not fit"):
         unziplora(BLOCKS["sdxl"], window=500)

@@ -34,8 +34,8 @@ from typing import Literal, Unpack, overload
 
 from unbraid.methods.b4m import Kind
 from unbraid.runs import options as o
-from unbraid.runs.api import generate as generate
 from unbraid.runs.batch import batch as batch
+from unbraid.runs.drawing import generate as generate
 from unbraid.runs.job import Job
 '''
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import advises on torchvision, which is not used
 
 if TYPE_CHECKING:
-    from unbraid.runs.api import generate, learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
+    from unbraid.runs.api import learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
     from unbraid.runs.batch import batch
     from unbraid.runs.break_make import break_job, break_module, make, make_job
+    from unbraid.runs.drawing import generate
 
 __all__ = [
     "batch", "break_job", "break_module", "generate", "learn", "learn_job", "make", "make_job",
@@ -21,7 +22,7 @@ def __getattr__(name: str) -> Any:
     """The verbs, loaded when they are first used: the file tools need no diffusers."""
     if name not in __all__:
         raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
-    from unbraid.runs import api, break_make
-    from unbraid.runs import batch as runs
+    from unbraid.runs import api, batch, break_make, drawing
 
-    return getattr(runs if name == "batch" else break_make if name in BREAK_MAKE else api, name)
+    rooms = {"batch": batch, "generate": drawing, **dict.fromkeys(BREAK_MAKE, break_make)}
+    return getattr(rooms.get(name, api), name)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from socket import gaierror
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -74,8 +76,20 @@ def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None)
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
         )
     except (OSError, ValueError, KeyError) as error:
-        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
+        if _offline(error):
+            fix = "Connect for the first download, or give a folder or a file."
+            raise UsageError("there is no network, and this model is not in the cache", name, fix) from error
+        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id."
         raise UsageError(f"the base cannot be loaded: {first_line(error)}", name, fix) from error
+
+
+def _offline(error: BaseException | None) -> bool:
+    """Whether an error was caused by a network that cannot be reached, or that may not be used."""
+    while error:
+        if isinstance(error, OfflineModeIsEnabled | ConnectionError | TimeoutError | gaierror):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _open_vae(name: str, base: str) -> AutoencoderKL:

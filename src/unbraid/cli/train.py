@@ -42,7 +42,9 @@ def pair(
     *,
     given: dict[str, Any],
 ) -> Any:
-    """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
+    """A picture before and after → style.safetensors.
+
+    For `generate --style-guidance`. Of a single pair also content.safetensors."""
     from unbraid.runs.api import pair_job
 
     return pair_job(before, after, subject=subject, style=style, beside=beside or (), **given)
@@ -88,7 +90,9 @@ def zip_(
     *,
     given: dict[str, Any],
 ) -> Any:
-    """Two LoRAs → the same two without interference, to be stacked at full strength."""
+    """Two LoRAs → the same two without interference.
+
+    They are used together at full strength."""
     from unbraid.runs.api import zip_job
 
     given |= {"single": True} if single else {}
@@ -108,7 +112,7 @@ def break_(
     *,
     given: dict[str, Any],
 ) -> Any:
-    """One content, or one style → module.safetensors, for `make`."""
+    """One content or one style → module.safetensors, for `make`."""
     from unbraid.runs.break_make import break_job
 
     if bool(content) == bool(style):
@@ -156,7 +160,9 @@ def matrix(
     base: BaseName = "icons",
     seed: Seed = 0,
 ) -> None:
-    """Every content module with every style module → as many LoRAs, and a sheet of what they draw."""
+    """Every content module with every style module → LoRAs.
+
+    As many files as pairs, and a sheet of what they draw."""
     from unbraid.runs.break_make import matrix as made
 
     with console.status("putting together"):

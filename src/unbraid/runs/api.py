@@ -7,23 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, Unpack
 
-from PIL import Image
-
-from unbraid.bases.base import load
+from unbraid.bases.pipeline import location
 from unbraid.bases.presets import Loading
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
 from unbraid.methods.pair import free_slot, numbered
+from unbraid.runs import folder
 from unbraid.runs.job import RARE, Extras, Job, TrainingData
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.run import run
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
-from unbraid.sampling.canvas import Control, Start
-from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, own_prompt, render
+from unbraid.sampling.render import own_prompt
 
 P = ParamSpec("P")
 
@@ -34,7 +31,11 @@ def split_job(
 ) -> Job:
     """One image → `content.safetensors` and `style.safetensors`."""
     run_options, settings = separate(options)
-    return job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
+    todo = job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
+    if (count := len(todo.data.images["image"])) > 1:
+        fix = "Give one picture of it. `unbraid learn` takes a folder."
+        raise UsageError(f"a folder of {count} pictures, where one picture is split", image, fix)
+    return todo
 
 
 @documented("learn")
@@ -168,6 +169,8 @@ def job(
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
     loading = Loading(vae, prediction, vram, compile, graphs, device)
+    location(base)  # UsageError if there is no such base
+    _ = loading.preset  # UsageError if there is no such preset
     return Job(
         method,
         TrainingData(files, words, loras=loras or {}),
@@ -178,46 +181,6 @@ def job(
         counted("seed", seed, SEEDS),
         Extras(counted("previews", previews, PREVIEWS), thumbnail, metadata),
         tuple(notes),
-    )
-
-
-def generate(
-    prompt: str,
-    loras: Sequence[Use | str | Path] = (),
-    *,
-    combine: Combine = "sum",
-    styles: Sequence[Use] = (),
-    style_from: float = 1.0,
-    negative: str = "",
-    guidance: float = 4.0,
-    seeds: Sequence[int] = (0,),
-    steps: int = 25,
-    sampler: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    start: Start | None = None,
-    control: Control | None = None,
-    edit: Path | None = None,
-    base: str = "icons",
-    vae: str = "",
-    prediction: str = "",
-    graphs: bool = True,
-    device: str = "",
-) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files, one per seed.
-
-    `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
-    `render.StyleGuidance`. `negative` to `width`: those of `render.Sampling`. `start`, `control`, `edit`: those of
-    `render.ImageInputs`. `vae`, `prediction`, `graphs` and `device`: those of `presets.Loading`."""
-    uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    return render(
-        load(base, loading=Loading(vae, prediction, graphs=graphs, device=device)),
-        prompt,
-        uses,
-        combine=combine,
-        styles=StyleGuidance(styles, style_from),
-        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative),
-        inputs=ImageInputs(start, control, edit),
     )
 
 
@@ -233,7 +196,8 @@ def finished(make_job: Callable[P, Job]) -> Callable[P, Path]:
     """Turn a function that makes a job into one that also runs it to its end, and returns the run folder."""
 
     def verb(*given: P.args, **options: P.kwargs) -> Path:
-        return finish(make_job(*given, **options))
+        todo = make_job(*given, **options)
+        return finish(todo if options.get("out") else replace(todo, out=folder.free(todo.out)))
 
     verb.__name__ = verb.__qualname__ = make_job.__name__.removesuffix("_job")
     verb.__doc__ = f"{make_job.__doc__}\n\nTrains to the end, and returns the run folder."

@@ -47,7 +47,7 @@ def run_many(
     """Train several jobs as `run` does. Yields the index of a job with its progress, or with its error if it failed.
 
     With `resume`, finished runs are left as they are, and runs that have not begun start from the beginning."""
-    distinct(jobs)
+    check_folders(jobs, resume)
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
 
@@ -64,12 +64,16 @@ def run_many(
     return _run_together([_script(job, resume, find) for job in jobs], at_once)
 
 
-def distinct(jobs: Sequence[Job]) -> None:
-    """Raise UsageError if two jobs have the same folder."""
+def check_folders(jobs: Sequence[Job], resume: bool) -> None:
+    """Raise UsageError if two jobs have the same folder, or, without `resume`, if a folder holds a run already."""
     seen: dict[Path, int] = {}
     for i, job in enumerate(jobs):
         if (other := seen.setdefault(job.out.resolve(), i)) != i:
             raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
+    begun = [job.out for job in jobs if (job.out / folder.RECORD).exists()]
+    if begun and not resume:
+        fix = "Add --resume: it trains what is not finished. Or give other folders."
+        raise UsageError(f"{len(begun)} of {len(jobs)} runs have been begun already", begun[0], fix)
 
 
 def _run_together(

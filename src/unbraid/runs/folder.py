@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,22 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         raise UsageError(
             "this folder holds a run already", out, "Add --resume to go on with it, or choose another --out."
         )
+
+
+def free(out: Path) -> Path:
+    """The first of OUT, OUT-2, OUT-3, … that holds no run."""
+    return next(one for one in numbered(out) if not (one / RECORD).exists())
+
+
+def last(out: Path) -> Path:
+    """The last of OUT, OUT-2, OUT-3, … before the first that holds no run; OUT if there is no run at all."""
+    return [out, *takewhile(lambda one: (one / RECORD).exists(), numbered(out))][-1]
+
+
+def numbered(out: Path) -> Iterator[Path]:
+    """OUT, OUT-2, OUT-3, …"""
+    yield out
+    yield from (out.with_name(f"{out.name}-{i}") for i in count(2))
 
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

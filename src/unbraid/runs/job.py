@@ -1,6 +1,7 @@
 """The job of a run, and the records that a run writes: run.toml and the metadata of its LoRAs."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from unbraid.files.formats.metadata import card
 from unbraid.images.crop import check_size, open_image
 from unbraid.methods import METHODS
 from unbraid.runs import folder
-from unbraid.runs.settings import Settings
+from unbraid.runs.settings import Settings, base_defaults
 
 RARE = "sks"
 
@@ -80,7 +81,20 @@ def prompts_of(job: Job) -> dict[str, str]:
             raise UsageError("is empty", f"--{name.replace('_', '-')}", "Say in a word or two what it is.")
     templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.data.words}
     known = {role: text for role, text in templates.items() if all(name in words for name in _fields(text))}
+    if base_defaults(job.base).get("prompts", {}).get("article") != "a":
+        known = {role: with_article(template, words) for role, template in known.items()}
     return {role: template.format(**words) for role, template in known.items()}
+
+
+def with_article(template: str, words: Mapping[str, str]) -> str:
+    """A template with `an` in place of `a` before a word that begins with a vowel: `a {subject}` for an owl."""
+
+    def article(found: re.Match[str]) -> str:
+        word = words[found[1]].strip().lower()
+        vowel = word.startswith(tuple("aeiou")) and not word.startswith(("uni", "use", "eu", "one"))
+        return f"an {{{found[1]}}}" if vowel else found[0]
+
+    return re.sub(r"\ba \{(\w+)\}", article, template)
 
 
 def _fields(template: str) -> list[str]:
@@ -139,10 +153,14 @@ def metadata(
     """The metadata of a LoRA file, in the keys that other tools read (ss_*, ModelSpec) and in our own (unbraid.*)."""
     if not job.extras.metadata:
         return {}
+    style = job.data.words.get("style") if METHODS[job.method].prompts else None
     base = Path(job.base).name if Path(job.base).exists() else job.base  # for a local path only its last part
     return {
         **card(
-            f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.extras.thumbnail else None
+            f"{stem} of {texts['both']}",
+            f"in {style} style" if style and stem == "style" else prompt,
+            stem.capitalize(),
+            thumbnail=shown if job.extras.thumbnail else None,
         ),
         "modelspec.date": datetime.now(UTC).date().isoformat(),
         "ss_output_name": stem,
@@ -152,10 +170,6 @@ def metadata(
         "unbraid.method": job.method,
         "unbraid.prompt": prompt,
         "unbraid.base": base,
-        **(
-            {"unbraid.style": job.data.words["style"]}
-            if METHODS[job.method].prompts and "style" in job.data.words
-            else {}
-        ),
+        **({"unbraid.style": style} if style else {}),
         "unbraid.settings": json.dumps(job.settings),
     }

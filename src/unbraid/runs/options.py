@@ -41,7 +41,7 @@ class UnziploraSettings(RunOptions, total=False):
 
 
 class ZiploraSettings(RunOptions, total=False):
-    """ZipLoRA (arXiv 2311.13600): zip(…, method="ziplora")."""
+    """ZipRank, or ZipLoRA with granularity=column (arXiv 2504.13206, 2311.13600): zip(…, method="ziplora")."""
 
     granularity: Literal["rank", "column", "row", "layer"]
     """One coefficient per rank (ZipRank; per column in layers where the ranks differ and cannot be compared), input column (ZipLoRA), output row, or layer. Default 'rank'."""

@@ -15,6 +15,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Factors, Lora
 from unbraid.files.lora_file import LoraFile, read
+from unbraid.files.made_for import made_for, recorded_base
 from unbraid.images.crop import fit, open_image
 from unbraid.sampling.canvas import Canvas, Control, Start, prepare
 from unbraid.sampling.combine import Combine, composite, k_lora_terms, sampling_times, switch
@@ -210,10 +211,10 @@ def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) ->
     linears = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     for path, modules in own.values():
         if missing := sorted(modules.keys() - linears):
-            what = (
-                f"{len(missing)} of its {len(modules)} modules are no linear layers of this base, such as {missing[0]}"
-            )
-            raise UsageError(what, path, f"It was made for another base than {base}.")
+            lacks = f"{len(missing)} of its {len(modules)} modules are not there"
+            what = f"made for {made_for(path)}, and used with {base}: {lacks}"
+            fix = f"Give the base that it was made for: --base {recorded_base(path) or 'NAME'}."
+            raise UsageError(what, path, fix)
     if not (names := {name for _, modules in own.values() for name in modules}):
         return None
     adapters = Adapters.attach_named(denoiser, sorted(names))
@@ -234,7 +235,11 @@ def own_prompt(path: Path, file: LoraFile) -> str:
     for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
         if file.metadata.get(key):
             return file.metadata[key]
-    raise UsageError("records no prompt of its own", path, "Say what it was trained with: see --help for the option.")
+    raise UsageError(
+        "records no prompt of its own",
+        path,
+        "Give it: --lora-prompt WORDS; for zip --content-prompt or --style-prompt.",
+    )
 
 
 def style_words(path: Path, file: LoraFile) -> str:
