@@ -13,6 +13,14 @@ from unbraid.cli.run import BaseName, Quiet
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Your own pictures (docs/field-metrics.md), scored by the models below, not by true answers."),
+]
+Known = Annotated[
+    Path | None,
+    typer.Option("--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."),
+]
 Full = Annotated[
     bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
 ]
@@ -33,20 +41,10 @@ def bench(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
-    known: Annotated[
-        Path | None,
-        typer.Option(
-            "--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."
-        ),
-    ] = None,
+    known: Known = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="Your own pictures (docs/field-metrics.md), scored by the models below, not by true answers."
-        ),
-    ] = None,
+    images: Images = None,
     protocol: Annotated[str, typer.Option(help="Whose prompts, for --images: plain or contexts.")] = "plain",
     clip: Annotated[
         str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
