@@ -1,11 +1,13 @@
 """`unbraid generate`: pictures of a prompt with LoRAs."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from unbraid.cli.run import BaseName, Device, Graphs, Prediction, Seed, Vae, console
+from unbraid.cli.run import BaseName, Device, Graphs, Prediction, Seed, Vae, Vram, console, loading
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
@@ -79,17 +81,22 @@ def generate(
     guidance: float = 4.0,
     height: int | None = None,
     width: int | None = None,
-    base: BaseName = "icons",
+    base: BaseName = "",
     vae: Vae = "",
     prediction: Prediction = "",
+    vram: Vram = "max",
     graphs: Graphs = True,
     device: Device = "",
 ) -> None:
-    """Prompts and LoRAs → pictures. Strengths may be negative."""
-    from unbraid.bases.presets import Loading
-    from unbraid.images.sheets import save_image
-    from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, render
-    from unbraid.sampling.sweep import parse_sweep, sweep_sheet
+    """Prompts and LoRAs → pictures.
+
+    Strengths may be negative. Without --base, the base is the one that the LoRAs were made for, if it is there. A PNG file holds the
+    prompt, the seed and the names of the LoRAs."""
+    with loading("torch and diffusers"):
+        from unbraid.bases.presets import Loading
+        from unbraid.runs.preferences import base_for
+        from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
+        from unbraid.sampling.sweep import parse_sweep
 
     uses = _uses(lora or [], lora_prompt or [])
     styles = StyleGuidance(_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
@@ -99,16 +106,37 @@ def generate(
     over = parse_sweep(sweep) if sweep else None
     if not over and n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
+    name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
-        model = _opened(base, Loading(vae, prediction, graphs=graphs, device=device), prompt, negative)
-        if over:
-            sheet = sweep_sheet(model, prompt, over, uses, **settings)
-            pictures = {out if out.suffix else out / "sweep.png": sheet}
-        else:
-            drawn = render(model, prompt, uses, **settings)
-            pictures = {out if out.suffix else out / f"{seed + i:04d}.png": one for i, one in enumerate(drawn)}
-    for file, picture in pictures.items():
-        print(save_image(picture, file))
+        model = _opened(name, Loading(vae, prediction, vram, graphs=graphs, device=device), prompt, negative)
+        for file in _drawn(model, prompt, uses, out, settings, over):
+            print(file)
+
+
+def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[str, Any], over: Any) -> Iterator[Path]:
+    """Draw and save the pictures one by one, so that those which are drawn are not lost. Yields their files."""
+    from unbraid.images.sheets import save_image
+    from unbraid.runs.recorded import picture_texts
+    from unbraid.sampling.render import render
+    from unbraid.sampling.sweep import sheet_of, swept
+
+    sampling, styles = settings["sampling"], settings["styles"].uses
+
+    def saved(picture: Any, file: Path, seed: int) -> Path:
+        return save_image(picture, file, picture_texts(model.name, prompt, seed, sampling, uses, styles))
+
+    if not over:
+        for seed in sampling.seeds:
+            (picture,) = render(model, prompt, uses, **{**settings, "sampling": replace(sampling, seeds=(seed,))})
+            yield saved(picture, out if out.suffix else out / f"{seed:04d}.png", seed)
+        return
+    columns = []
+    for value, pictures in swept(model, prompt, over, uses, **settings):
+        columns.append(pictures)
+        for seed, picture in zip(sampling.seeds, pictures, strict=True):
+            if not out.suffix:
+                yield save_image(picture, out / f"{over.what}_{value:g}_{seed:04d}.png")
+    yield save_image(sheet_of(prompt, over, sampling.seeds, columns), out if out.suffix else out / "sweep.png")
 
 
 def _opened(name: str, loading: Any, *prompts: str) -> Any:

@@ -54,13 +54,14 @@ def common(
 
 
 @app.command()
-def explain(method: Annotated[str, typer.Argument(help="For example unziplora.")], base: BaseName = "icons") -> None:
+def explain(method: Annotated[str, typer.Argument(help="For example unziplora.")], base: BaseName = "") -> None:
     """Print what a method does, and its settings.
 
     Its steps, its prompts, the files that it makes, and the defaults of its settings on a base."""
     with loading("the methods"):
         from unbraid.runs.explain import explain as text
-    print(text(method, base))
+        from unbraid.runs.preferences import default_base
+    print(text(method, base or default_base()))
 
 
 @app.command()

@@ -25,7 +25,8 @@ BaseName = Annotated[
     str,
     typer.Option(
         "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1.",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1."
+        " Default: the environment variable UNBRAID_BASE, else icons.",
     ),
 ]
 Vae = Annotated[
@@ -77,7 +78,7 @@ class Todo:
 
 def shared(
     out: Out = None,
-    base: BaseName = "icons",
+    base: BaseName = "",
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
@@ -164,6 +165,7 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
     """Train, and show the progress. Returns the exit status. `numbered`: see `Todo`."""
     from unbraid.methods import known_as
     from unbraid.runs import folder
+    from unbraid.runs.after import next_steps
     from unbraid.runs.job import check
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run
@@ -198,7 +200,10 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
                 made.append(event.file)
                 if not quiet and event.file.suffix != ".safetensors":
                     bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
-    for file in made:
-        if file.suffix == ".safetensors":
-            print(file)
+    loras = [file for file in made if file.suffix == ".safetensors"]
+    for file in loras:
+        print(file)
+    if loras and not quiet:
+        for line in next_steps(job):
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     return status

@@ -157,7 +157,7 @@ def matrix(
     content: Annotated[list[Path], typer.Option(help="A content module, or its run folder; repeatable.")],
     style: Annotated[list[Path], typer.Option(help="A style module, or its run folder; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the files and matrix.png.")],
-    base: BaseName = "icons",
+    base: BaseName = "",
     seed: Seed = 0,
 ) -> None:
     """Every content module with every style module → LoRAs.

@@ -1,10 +1,11 @@
 """Labelled contact sheets, and the plot of the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mode
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from unbraid.common.atomic import atomic
 
@@ -57,9 +58,13 @@ def _plain(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-def save_image(picture: Image.Image, path: Path) -> Path:
+def save_image(picture: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> Path:
+    """Save a picture in the format of its suffix. `texts`: key → text to store in it, if it is a PNG."""
+    info = PngInfo()
+    for key, text in (texts or {}).items():
+        info.add_itxt(key, text)
     with atomic(path) as part:
-        picture.save(part)
+        picture.save(part, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))
     return path
 
 

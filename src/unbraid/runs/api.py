@@ -5,7 +5,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec, Unpack
+from typing import Any, Unpack
+
+from PIL.Image import Image
 
 from unbraid.bases.pipeline import location
 from unbraid.bases.presets import Loading
@@ -13,21 +15,22 @@ from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
+from unbraid.images.given import Source, as_file
 from unbraid.methods.pair import free_slot, numbered
 from unbraid.runs import folder
-from unbraid.runs.job import RARE, Extras, Job, TrainingData
+from unbraid.runs.drawing import forget_base
+from unbraid.runs.job import RARE, Extras, Job, Progress, TrainingData
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
+from unbraid.runs.preferences import default_base
 from unbraid.runs.run import run
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.render import own_prompt
 
-P = ParamSpec("P")
-
 
 @documented("split")
 def split_job(
-    image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
+    image: Source, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
 ) -> Job:
     """One image → `content.safetensors` and `style.safetensors`."""
     run_options, settings = separate(options)
@@ -40,7 +43,7 @@ def split_job(
 
 @documented("learn")
 def learn_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     prompt: str,
     class_prompt: str = "",
@@ -54,7 +57,7 @@ def learn_job(
     Learns from each image under `prompt`, or under a line of NAME.txt or NAME.caption beside NAME.png. With a `class_prompt`
     the prior is preserved: on `class_images`, or on pictures that the base draws of it. `from_`: a LoRA to go on from, in place of a
     fresh one: its modules, ranks and strengths (alpha, folded into the factors)."""
-    words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
+    words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path | Image) else list(images)}
     run_options, settings = separate(options)
     if class_prompt:
         words["class_prompt"] = class_prompt
@@ -75,8 +78,8 @@ def learn_job(
 
 @documented("pair")
 def pair_job(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     *,
     subject: str,
     style: str,
@@ -88,7 +91,8 @@ def pair_job(
 
     Learns what a style does to a picture. Folders are paired by name; NAME.txt beside a picture before says in a word
     or two what that one shows, in place of `subject`. `beside`: other styles, which this one shall not meet."""
-    couples = matched(Path(before), Path(after))
+    before, after = as_file(before), as_file(after)
+    couples = matched(before, after)
     files: dict[str, Sequence[str | Path]] = {}
     captions: dict[Path, str] = {}
     for (first, second), number in builtins.zip(couples, numbered(len(couples)), strict=True):
@@ -106,7 +110,7 @@ def pair_job(
         slot = free_slot(others, todo.settings["rank"], options.get("slot"))
         todo = replace(todo, settings={**todo.settings, "slot": slot})
     data = replace(todo.data, captions=captions)
-    return replace(todo, data=data, notes=unused([Path(before), Path(after)]))
+    return replace(todo, data=data, notes=unused([before, after]))
 
 
 @documented("zip")
@@ -137,13 +141,13 @@ def zip_job(
 
 
 def job(
-    images: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
+    images: Sequence[Source] | Mapping[str, Sequence[Source]],
     words: Mapping[str, str],
     settings: Mapping[str, object],
     *,
     method: str,
     out: str | Path | None = None,
-    base: str = "icons",
+    base: str = "",
     vae: str = "",
     prediction: str = "",
     vram: str = "max",
@@ -160,13 +164,14 @@ def job(
     """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
 
     `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
-    file, for methods that start from LoRAs. `vae`, `prediction`, `vram`, `compile`, `graphs` and
+    file, for methods that start from LoRAs. `base`: by default that of `preferences.default_base`. `vae`, `prediction`, `vram`, `compile`, `graphs` and
     `device` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
     whether they record what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
-    looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
+    looked = {role: [look(as_file(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
+    base = base or default_base()
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
     loading = Loading(vae, prediction, vram, compile, graphs, device)
     location(base)  # UsageError if there is no such base
@@ -184,23 +189,26 @@ def job(
     )
 
 
-def finish(todo: Job) -> Path:
-    """Run a job to its end; returns its folder."""
+def finish(todo: Job, progress: Callable[[Progress], None] | None = None) -> Path:
+    """Run a job to its end, and return its folder. `progress` is called with every event of the run."""
+    forget_base()
     for event in run(todo):
+        if progress:
+            progress(event)
         if event.undone:
             warnings.warn(event.warning, RuntimeWarning, stacklevel=3)
     return todo.out
 
 
-def finished(make_job: Callable[P, Job]) -> Callable[P, Path]:
+def finished(make_job: Callable[..., Job]) -> Callable[..., Path]:
     """Turn a function that makes a job into one that also runs it to its end, and returns the run folder."""
 
-    def verb(*given: P.args, **options: P.kwargs) -> Path:
+    def verb(*given: Any, progress: Callable[[Progress], None] | None = None, **options: Any) -> Path:
         todo = make_job(*given, **options)
-        return finish(todo if options.get("out") else replace(todo, out=folder.free(todo.out)))
+        return finish(todo if options.get("out") else replace(todo, out=folder.free(todo.out)), progress)
 
     verb.__name__ = verb.__qualname__ = make_job.__name__.removesuffix("_job")
-    verb.__doc__ = f"{make_job.__doc__}\n\nTrains to the end, and returns the run folder."
+    verb.__doc__ = f"{make_job.__doc__}\n\nTrains to the end, and returns the run folder. `progress`: see `finish`."
     return verb
 
 

@@ -16,6 +16,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.many import run_batched
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
+from unbraid.runs.drawing import forget_base
 from unbraid.runs.job import Extras, Job, Progress, TrainingData
 from unbraid.runs.run import script
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
@@ -30,6 +31,7 @@ def batch(
 
     `at_once`: how many runs train at a time; by default as many as there is memory for, up to 8. If a run fails, the
     others still go on. At the end UsageError gives the number of failed runs and the first error."""
+    forget_base()
     failed = list[UsageError]()
     for which, event in run_many(jobs, at_once, resume, device):
         if isinstance(event, UsageError):

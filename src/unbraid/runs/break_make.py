@@ -17,10 +17,12 @@ from unbraid.files.lora_file import read, write
 from unbraid.images import sheets
 from unbraid.images.captions import captions_of
 from unbraid.images.folders import Found, look
+from unbraid.images.given import Source, as_file
 from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
 from unbraid.runs.api import finish, finished, job
 from unbraid.runs.job import Job
 from unbraid.runs.options import BreakOptions, MakeOptions
+from unbraid.runs.preferences import base_for
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import documented, resolve
 from unbraid.sampling.render import Sampling, Use, own_prompt, render
@@ -41,7 +43,7 @@ class Module:
 
 @documented("break")
 def break_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     kind: Kind,
     prompt: str,
@@ -57,9 +59,9 @@ def break_job(
         raise UsageError(
             "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
         )
-    own = [images] if isinstance(images, str | Path) else list(images)
+    own = [as_file(one) for one in ([images] if isinstance(images, str | Path | Image.Image) else images)]
     run_options, settings = separate(options)
-    run_options["out"] = run_options.get("out") or Path("runs") / f"{Path(own[0]).stem}-{kind}"
+    run_options["out"] = run_options.get("out") or Path("runs") / f"{own[0].stem}-{kind}"
     todo = job({"own": own}, {"prompt": prompt}, {**settings, "kind": kind}, method=method, **run_options)
     wanted, found = todo.settings["partner_count"], look(Path(partners)) if partners else Found(())
     files = found.files
@@ -218,12 +220,12 @@ def opened(path: str | Path) -> Module:
 
 
 def matrix(
-    contents: Sequence[str | Path], styles: Sequence[str | Path], out: Path, *, base: str = "icons", seed: int = 0
+    contents: Sequence[str | Path], styles: Sequence[str | Path], out: Path, *, base: str = "", seed: int = 0
 ) -> Iterator[Path]:
     """Join every content with every style: N × M files from N + M trainings, and a sheet of what they draw.
 
     Yields the files."""
-    rows, model = [], load(base)
+    rows, model = [], load(base or base_for(opened(one).path for one in (*contents, *styles)))
     for content in contents:
         row: list[tuple[str, Image.Image]] = []
         for style in styles:

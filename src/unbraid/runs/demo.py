@@ -23,7 +23,7 @@ def image() -> Path:
 
 
 def job(out: Path) -> Job:
-    return split_job(image(), subject=SUBJECT, style=STYLE, out=out)
+    return split_job(image(), subject=SUBJECT, style=STYLE, out=out, base="icons")
 
 
 def sheet(out: Path) -> Path:

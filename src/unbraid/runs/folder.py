@@ -162,7 +162,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Events:
-    """events.jsonl: one line per training step. Lines from `step` on are dropped: a resumed run repeats them."""
+    """events.jsonl: one line per training step: its number (from 0), the loss and its parts by name, the norm of the gradient,
+    the time (seconds since 1970), the rate (steps per second) and the memory in use (bytes). Lines from `step` on are dropped: a resumed run repeats them."""
 
     def __init__(self, out: Path, step: int) -> None:
         self.path = out / EVENTS

@@ -11,7 +11,7 @@ class RunOptions(TypedDict, total=False):
     out: str | Path | None
     """The run folder. Default: `runs/NAME-METHOD`."""
     base: str
-    """`icons` (embedded, the default), a diffusers folder, a hub id, or a `.safetensors` checkpoint."""
+    """`icons` (embedded), a diffusers folder, a hub id, or a `.safetensors` checkpoint. Default: UNBRAID_BASE, else `icons`."""
     vae: str
     """Another VAE: a folder, a hub id or a file. Default: the base's own."""
     prediction: str
