@@ -23,7 +23,8 @@ from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.canvas import Control, Start
 from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, own_prompt, render
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, render
+from unbraid.sampling.uses import Use, own_prompt
 
 P = ParamSpec("P")
 

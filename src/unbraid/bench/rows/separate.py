@@ -6,7 +6,7 @@ from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
 from unbraid.runs.settings import Settings
-from unbraid.sampling.render import OWN, Use
+from unbraid.sampling.uses import OWN, Use
 
 
 def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
