@@ -74,9 +74,9 @@ def test_training_minimises_it(base: str, request: pytest.FixtureRequest) -> Non
 
 
 def test_every_method_of_pictures_has_it() -> None:
-    """All of them but those that learn from other LoRAs; the default is the usual loss."""
-    having = {entry.name for entry in ENTRIES if "x0_from" in schema(entry)}
-    assert having == {entry.name for entry in ENTRIES if entry.verb != "zip"}
+    """All but those that learn from other LoRAs, and ConsisLoRA, which always uses it. The default is the usual loss."""
+    having = {entry.name for entry in ENTRIES if "loss" in schema(entry)}
+    assert having == {entry.name for entry in ENTRIES if entry.verb != "zip"} - {"consislora"}
     for name in having:
         (entry,) = (one for one in ENTRIES if one.name == name)
         settings = resolve(name, "icons", None, {})

@@ -24,9 +24,16 @@ def split(
 @overload
 def split(
     image: str | Path, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
-) -> Path:
-    """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
-
+) -> Path: ...
+@overload
+def split(
+    image: str | Path,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["consislora"],
+    **options: Unpack[o.ConsisloraSettings],
+) -> Path: ...
 @overload
 def split_job(
     image: str | Path,
@@ -41,9 +48,16 @@ def split_job(
 @overload
 def split_job(
     image: str | Path, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
-) -> Job:
-    """One image → `content.safetensors` and `style.safetensors`."""
-
+) -> Job: ...
+@overload
+def split_job(
+    image: str | Path,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["consislora"],
+    **options: Unpack[o.ConsisloraSettings],
+) -> Job: ...
 @overload
 def learn(
     images: str | Path | Sequence[str | Path],
@@ -67,9 +81,7 @@ def learn(
     from_: str | Path | None = None,
     method: Literal["qr-lora"],
     **options: Unpack[o.QrLoraSettings],
-) -> Path:
-    """Images of one thing → `lora.safetensors`. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def learn_job(
     images: str | Path | Sequence[str | Path],
@@ -93,9 +105,7 @@ def learn_job(
     from_: str | Path | None = None,
     method: Literal["qr-lora"],
     **options: Unpack[o.QrLoraSettings],
-) -> Job:
-    """Images of one thing → `lora.safetensors`."""
-
+) -> Job: ...
 @overload
 def pair(
     before: str | Path,
@@ -119,9 +129,7 @@ def pair(
     beside: Sequence[str | Path] = (),
     method: Literal["slider"],
     **options: Unpack[o.SliderSettings],
-) -> Path:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def pair_job(
     before: str | Path,
@@ -145,9 +153,7 @@ def pair_job(
     beside: Sequence[str | Path] = (),
     method: Literal["slider"],
     **options: Unpack[o.SliderSettings],
-) -> Job:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone."""
-
+) -> Job: ...
 @overload
 def zip(
     content: str | Path,
@@ -171,9 +177,7 @@ def zip(
     prompts: Mapping[str, str] | None = None,
     method: Literal["np-lora"],
     **options: Unpack[o.NpLoraSettings],
-) -> Path:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def zip_job(
     content: str | Path,
@@ -197,9 +201,7 @@ def zip_job(
     prompts: Mapping[str, str] | None = None,
     method: Literal["np-lora"],
     **options: Unpack[o.NpLoraSettings],
-) -> Job:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`."""
-
+) -> Job: ...
 def break_module(
     images: str | Path | Sequence[str | Path],
     *,

@@ -141,6 +141,25 @@ class BloraSettings(RunOptions, total=False):
     """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
+class ConsisloraSettings(RunOptions, total=False):
+    """ConsisLoRA (arXiv 2503.10614): split(…, method="consislora")."""
+
+    rank: int
+    """Of each LoRA. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps of the content adapter. Default 1500; on icons 300."""
+    x0_from: int
+    """The step from which on the loss is that of the clean picture; before it, the loss is that of the prediction. Default 500; on icons 100."""
+    style_steps: int
+    """Further steps, which train the style adapter beside the finished content adapter. Default 1000; on icons 200."""
+    lr: float
+    """AdamW's learning rate before `x0_from`. Default 0.0002; on icons 0.002."""
+    x0_lr: float
+    """AdamW's learning rate after it. Default 0.0001; on icons 0.001."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+
+
 class BreakSettings(RunOptions, total=False):
     """Break-for-Make: a module (doi 10.1145/3728461): break_module(…, method="break")."""
 
@@ -233,7 +252,7 @@ class QrLoraSettings(RunOptions, total=False):
     """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
-class SplitOptions(UnziploraSettings, BloraSettings, total=False):
+class SplitOptions(UnziploraSettings, BloraSettings, ConsisloraSettings, total=False):
     """Settings of any method of `split`; which of them a method has is checked when it is called."""
 
 
