@@ -32,7 +32,7 @@ from unbraid.runs.job import Job
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
 FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
 FEW |= {"unziplora": {"steps": 3, "rank": 4, "window": 1}, "ziplora": {"steps": 2}, "make": {"fine_tune": 1}}
-FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}}
+FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}, "consislora": {"steps": 1, "style_steps": 1, "rank": 4}}
 TINY = replace(QUICK, others=1, steps=2, training=FEW)
 
 

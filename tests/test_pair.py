@@ -112,6 +112,9 @@ class Same:
     def constants(self) -> Sequence[Tensor]:
         return self.real.constants()
 
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return self.real.x0_factor(t)
+
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         return [self.samples[("before", "after").index(image)] for image in images]
 

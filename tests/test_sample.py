@@ -13,9 +13,10 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Lora
 from unbraid.files.lora_file import write
-from unbraid.sampling.render import OWN, Sampling, Use, render
+from unbraid.sampling.render import Sampling, render
 from unbraid.sampling.sample import Term, classifier_free, generate
 from unbraid.sampling.samplers import SAMPLERS, with_sampler
+from unbraid.sampling.uses import OWN, Use
 
 SIZE = 32
 

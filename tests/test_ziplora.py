@@ -174,6 +174,9 @@ class Toy(nn.Module):
     def constants(self) -> Sequence[Tensor]:
         return ()
 
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         zero = torch.zeros(1)
         made = [torch.randn(1, 16, self.WIDTH, generator=rng) + (role == "style") for role in images]

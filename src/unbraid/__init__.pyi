@@ -36,9 +36,17 @@ def split(
     method: Literal["blora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.BloraSettings],
-) -> Path:
-    """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
-
+) -> Path: ...
+@overload
+def split(
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["consislora"],
+    progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[o.ConsisloraSettings],
+) -> Path: ...
 @overload
 def split_job(
     image: Source,
@@ -53,9 +61,11 @@ def split_job(
 @overload
 def split_job(
     image: Source, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
-) -> Job:
-    """One image → `content.safetensors` and `style.safetensors`."""
-
+) -> Job: ...
+@overload
+def split_job(
+    image: Source, *, subject: str, style: str, method: Literal["consislora"], **options: Unpack[o.ConsisloraSettings]
+) -> Job: ...
 @overload
 def learn(
     images: Source | Sequence[Source],
@@ -81,9 +91,7 @@ def learn(
     method: Literal["qr-lora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.QrLoraSettings],
-) -> Path:
-    """Images of one thing → `lora.safetensors`. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def learn_job(
     images: Source | Sequence[Source],
@@ -107,9 +115,7 @@ def learn_job(
     from_: str | Path | None = None,
     method: Literal["qr-lora"],
     **options: Unpack[o.QrLoraSettings],
-) -> Job:
-    """Images of one thing → `lora.safetensors`."""
-
+) -> Job: ...
 @overload
 def pair(
     before: Source,
@@ -135,9 +141,7 @@ def pair(
     method: Literal["slider"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.SliderSettings],
-) -> Path:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def pair_job(
     before: Source,
@@ -161,9 +165,7 @@ def pair_job(
     beside: Sequence[str | Path] = (),
     method: Literal["slider"],
     **options: Unpack[o.SliderSettings],
-) -> Job:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone."""
-
+) -> Job: ...
 @overload
 def zip(
     content: str | Path,
@@ -189,9 +191,7 @@ def zip(
     method: Literal["np-lora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.NpLoraSettings],
-) -> Path:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def zip_job(
     content: str | Path,
@@ -215,9 +215,7 @@ def zip_job(
     prompts: Mapping[str, str] | None = None,
     method: Literal["np-lora"],
     **options: Unpack[o.NpLoraSettings],
-) -> Job:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`."""
-
+) -> Job: ...
 def break_module(
     images: Source | Sequence[Source],
     *,

@@ -207,6 +207,9 @@ class RunData:
         encoded = [self.encoded[sample.prompt or role] for sample, role in zip(samples, prompts, strict=True)]
         return self.base.predict(noisy, t, encoded, sizes)
 
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return self.base.process.x0_factor(t)
+
 
 def joined(models: Mapping[str, Denoiser]) -> RunData:
     """Combine the RunData of several jobs on one base, with prompts named KEY/ROLE. The result can predict, but has no

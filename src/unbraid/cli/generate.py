@@ -1,5 +1,6 @@
 """`unbraid generate`: pictures of a prompt with LoRAs."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,20 @@ app = typer.Typer()
 
 Prompt = Annotated[str, typer.Option(help="What to draw.")]
 Output = Annotated[Path, typer.Option(help="A .png for one picture, else a folder.")]
-Loras = Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA at a strength; repeatable.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:SCALE][@FROM-TO]",
+        help="A LoRA at a strength; repeatable. @0.2-1: not in the first fifth of the steps.",
+    ),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:WEIGHT]",
+        help="What the LoRA of the same position is drawn against, such as the style LoRA of the subject's picture.",
+    ),
+]
 LoraPrompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -62,6 +76,7 @@ def generate(
     out: Output,
     lora: Loras = None,
     lora_prompt: LoraPrompts = None,
+    against: Against = None,
     style_guidance: StyleLoras = None,
     style_prompt: StyleNames = None,
     style_from: StyleFrom = 1.0,
@@ -98,7 +113,7 @@ def generate(
         from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
         from unbraid.sampling.sweep import parse_sweep
 
-    uses = _uses(lora or [], lora_prompt or [])
+    uses = _against(_uses(lora or [], lora_prompt or []), against or [])
     styles = StyleGuidance(_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
     inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
     sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative)
@@ -169,16 +184,36 @@ def _control(model: str, image: Path | None) -> Any:
 
 
 def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[Any]:
-    from unbraid.sampling.render import Use
+    from unbraid.sampling.uses import Use
 
     if prompts and len(prompts) != len(loras):
         fix = f"Give one per {option}, or none."
         raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", option, fix)
     uses = []
     for i, text in enumerate(loras):
-        name, scale = _scaled(text)
-        uses.append(Use(Path(name), scale, prompt=prompts[i] if prompts else None))
+        whole, steps = _in_steps(text)
+        name, scale = _scaled(whole)
+        uses.append(Use(Path(name), scale, prompts[i] if prompts else None, steps))
     return uses
+
+
+def _against(uses: list[Any], others: list[str]) -> list[Any]:
+    """The uses, each with the LoRA that it is drawn against."""
+    if others and len(others) != len(uses):
+        what, fix = f"{len(others)} files for {len(uses)} LoRAs", "Give one per --lora, or none."
+        raise UsageError(what, "--against", fix)
+    parsed = [_scaled(text) for text in others]
+    both = zip(uses, parsed, strict=True) if parsed else ()
+    return [replace(use, against=Path(name), contrast=weight) for use, (name, weight) in both] or uses
+
+
+def _in_steps(text: str) -> tuple[str, tuple[float, float]]:
+    """Parse NAME[:SCALE] or NAME[:SCALE]@FROM-TO. The name may contain @."""
+    found = re.fullmatch(r"(.+)@([0-9.]+)-([0-9.]+)", text)
+    try:
+        return (found[1], (float(found[2]), float(found[3]))) if found else (text, (0.0, 1.0))
+    except ValueError:  # two dots in a number
+        return text, (0.0, 1.0)
 
 
 def _scaled(text: str) -> tuple[str, float]:

@@ -60,9 +60,20 @@ def _losses(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], sam
             losses = losses.flatten(1).mean(1)
         else:
             losses = torch.stack([_weighted(*both) for both in zip(losses, samples, strict=True)])
+        losses = _in_x0(model, losses, branches, samples)
         if losses.requires_grad:  # False if none of the branches trains anything
             torch.stack([loss * branch.weight for loss, branch in zip(losses, branches, strict=True)]).sum().backward()
     return losses.detach()
+
+
+def _in_x0(model: Denoiser, losses: Tensor, branches: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
+    """The losses `[b]`, those of branches with `loss="x0"` converted from predictions to clean latents."""
+    chosen = [branch.loss == "x0" for branch in branches]
+    if not any(chosen):
+        return losses
+    factors = model.x0_factor(torch.cat([sample.t for sample in samples])).to(losses.dtype).unbind()
+    pairs = zip(losses.unbind(), factors, chosen, strict=True)
+    return torch.stack([loss * factor if in_x0 else loss for loss, factor, in_x0 in pairs])
 
 
 def _weighted(errors: Tensor, sample: Sample) -> Tensor:

@@ -33,6 +33,7 @@ class Optimization:
 
     optimizer: Callable[[Adapters, Rates], torch.optim.Optimizer] = adamw
     clip: float | None = 1.0  # largest norm of all gradients together
+    rate_factor: Callable[[int], float] | None = None  # step → factor of all learning rates in it
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Denoiser(Protocol):
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        """The squared error of x̂_0 at timesteps `t [b]`, as a multiple of that of the prediction it comes from: `[b]`."""
+        ...
 
     def constants(self) -> Sequence[Tensor]:
         """What predictions read and the model may forget: a captured step keeps it alive."""

@@ -94,7 +94,7 @@ def _step(
         losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
         if i + size < len(branches):
             _clip(state.optimizer, recipe.optimization.clip)
-            state.optimizer.step()
+            _optimize(state.optimizer, recipe, index)
             state.optimizer.zero_grad()
     total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
     penalty = hooks.penalty(adapters, index) if hooks.penalty else None
@@ -107,7 +107,7 @@ def _step(
     assert isinstance(total, Tensor)
     done = Step(index, torch.stack([total, norm.to(total), *losses]))
     state.record(done)
-    state.optimizer.step()
+    _optimize(state.optimizer, recipe, index)
     state.optimizer.zero_grad()
     state.step += 1
     if hooks.after_step and hooks.after_step(adapters, index):
@@ -115,6 +115,15 @@ def _step(
     if state.step == recipe.steps:
         state.raise_if_not_finite()
     return done
+
+
+def _optimize(optimizer: torch.optim.Optimizer, recipe: Recipe, index: int) -> None:
+    """Take an optimiser step, at the learning rates of step `index`."""
+    if recipe.optimization.rate_factor:
+        factor = recipe.optimization.rate_factor(index)
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
+    optimizer.step()
 
 
 def _goes_on(

@@ -15,6 +15,7 @@ FILES = (  # in the order in which methods are listed; the first method of a ver
     "pair",
     "slider",
     "blora",
+    "consislora",
     "b4m",
     "dreambooth",
     "qrlora",

@@ -27,7 +27,9 @@ from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
 from unbraid.core.recipe import Hooks, Optimization, Passes, Recipe, Stop
+from unbraid.methods.b4m_official import redraw
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, two
+from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.pair import rows
 
 Kind = Literal["content", "style"]
@@ -127,7 +129,7 @@ def make(
         for name, content in adapters.folded("content").items():
             made[name] = cut.opened(adapters.layers[name], cut.joined(content, styles[name], name))
             if compat == "official" and len(content.up) == content.down.shape[1]:
-                _redraw(made[name], rng)
+                redraw(made[name], rng)
         adapters.add("merged", made)
 
     stop = Stop(tuple(Branch(role, "both", active) for role in roles), every, patience)
@@ -216,21 +218,6 @@ def _discard_after_last(steps: int, other: Part, adapters: Adapters, step: int) 
             getattr(factors, other).zero_()
 
 
-def _redraw(factors: Factors, rng: torch.Generator) -> None:
-    """Initialise all of down, and the frozen half of up, again. The published constructor does this to square layers
-    after it has loaded them."""
-    assert factors.fixed
-    rank, k = factors.down.shape
-    down = torch.randn(rank, k, generator=rng) / rank
-    frozen = torch.linalg.qr(torch.randn(len(factors.up), rank, generator=rng)).Q * (
-        1 - factors.fixed.rows[:, None].cpu()
-    )
-    with torch.no_grad():
-        factors.fixed.down, factors.fixed.up = torch.zeros_like(factors.down), frozen.to(factors.up)
-        factors.fixed.down_ranks, factors.fixed.columns = torch.ones(rank), torch.ones(k)
-        factors.down.copy_(down)
-
-
 PAPER = "doi 10.1145/3728461"
 MODULE = Inputs(
     (Input("own", "pictures"), Input("partner", "pictures", optional=True)),
@@ -242,7 +229,12 @@ BREAK = ("Break-for-Make: a module", PAPER, MODULE)
 MAKE = ("Break-for-Make: fine-tuning", PAPER, TWO_MODULES)
 ENTRIES = (
     Entry(
-        "break", "break", break_, {"both": "{prompt}"}, lambda settings: {"module": Output(("module",), "both")}, *BREAK
+        "break",
+        "break",
+        with_x0_loss(break_),
+        {"both": "{prompt}"},
+        lambda settings: {"module": Output(("module",), "both")},
+        *BREAK,
     ),
-    Entry("make", "make", make, {}, lambda settings: {"merged": Output(("merged",), "both")}, *MAKE),
+    Entry("make", "make", with_x0_loss(make), {}, lambda settings: {"merged": Output(("merged",), "both")}, *MAKE),
 )

@@ -12,6 +12,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output
+from unbraid.methods.losses import with_x0_loss
 
 
 def blora(
@@ -36,7 +37,7 @@ ENTRIES = (
     Entry(
         "blora",
         "split",
-        blora,
+        with_x0_loss(blora),
         {"both": "a {rare}"},
         lambda settings: {role: Output((role,), "both") for role in ROLES},
         "B-LoRA",

@@ -7,6 +7,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.losses import with_x0_loss
 
 TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
 
@@ -50,7 +51,7 @@ ENTRIES = (
     Entry(
         "dreambooth",
         "learn",
-        dreambooth,
+        with_x0_loss(dreambooth),
         {"both": "{prompt}", "prior": "{class_prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
         "DreamBooth-LoRA",

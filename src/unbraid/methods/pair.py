@@ -26,6 +26,7 @@ from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.losses import with_x0_loss
 
 ALIGNED = 0.2  # correlation of edges; below it, two pictures are probably no pair (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -182,7 +183,7 @@ ENTRIES = (
     Entry(
         "pair",
         "pair",
-        pair,
+        with_x0_loss(pair),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",

@@ -19,6 +19,7 @@ from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.dreambooth import TARGETS
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.losses import with_x0_loss
 
 
 def qrlora(
@@ -85,7 +86,7 @@ ENTRIES = (
     Entry(
         "qr-lora",
         "learn",
-        qrlora,
+        with_x0_loss(qrlora),
         {"both": "{prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
         "QR-LoRA",

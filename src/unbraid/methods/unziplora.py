@@ -23,6 +23,7 @@ from unbraid.core.optim import Rate
 from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, most_ratio, pairs, pieces
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
+from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.unziplora_official import official
 
 
@@ -186,7 +187,7 @@ ENTRIES = (
     Entry(
         "unziplora",
         "split",
-        unziplora,
+        with_x0_loss(unziplora),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",

@@ -25,7 +25,7 @@ from unbraid.runs.preferences import default_base
 from unbraid.runs.run import run
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
-from unbraid.sampling.render import own_prompt
+from unbraid.sampling.uses import own_prompt
 
 
 @documented("split")

@@ -25,7 +25,8 @@ from unbraid.runs.options import BreakOptions, MakeOptions
 from unbraid.runs.preferences import base_for
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import documented, resolve
-from unbraid.sampling.render import Sampling, Use, own_prompt, render
+from unbraid.sampling.render import Sampling, render
+from unbraid.sampling.uses import Use, own_prompt
 
 
 @dataclass(frozen=True)

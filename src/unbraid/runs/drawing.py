@@ -12,7 +12,8 @@ from unbraid.runs.preferences import base_for
 from unbraid.runs.settings import counted
 from unbraid.sampling.canvas import Control, Start
 from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, render
+from unbraid.sampling.uses import Use
 
 
 def generate(

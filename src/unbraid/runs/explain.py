@@ -54,7 +54,8 @@ def _branch(branch: Branch) -> str:
     adapters = " + ".join(map(_active, branch.active)) or "base alone"
     teacher = f", towards [{_branch(branch.teacher)}]" if branch.teacher else ""
     weight = f" × {branch.weight:g}" if branch.weight != 1 else ""
-    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{teacher}"
+    loss = ", x0 loss" if branch.loss == "x0" else ""
+    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{loss}{teacher}"
 
 
 def _active(active: Active) -> str:

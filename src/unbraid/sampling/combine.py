@@ -1,11 +1,12 @@
-"""Ways to combine LoRAs in a picture that no weighted sum of files can express: by turns over steps or layers.
+"""Ways to combine LoRAs in a picture that no weighted sum of files can express: by turns over steps or layers, in parts of
+the steps, or against other LoRAs.
 
 All of them are guidance terms that count in a range of times (`unbraid.sampling.sample.Term`). The model needs no
 hooks, and every scheduler works.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import inf
@@ -87,17 +88,42 @@ def k_lora_terms(
 def scheduled(
     guidance: float, prompt: str, steps: Sequence[tuple[Active, ...]], times: Sequence[float]
 ) -> tuple[Term, ...]:
-    """Classifier-free guidance with a choice of adapters per step.
+    """Classifier-free guidance with a choice of adapters per step. `times`: see `by_step`."""
+    return by_step(steps, times, lambda now: classifier_free(guidance, prompt, now))
+
+
+def by_step(
+    steps: Sequence[tuple[Active, ...]],
+    times: Sequence[float],
+    terms: Callable[[tuple[Active, ...]], tuple[Term, ...]],
+) -> tuple[Term, ...]:
+    """The terms of each step's adapters, limited to that step.
 
     `times`: the time of each step, from 1 (pure noise) to 0. Neighbouring steps with the same adapters share terms."""
     middles = [inf, *((a + b) / 2 for a, b in pairwise(times)), -inf]
-    terms, first = [], 0
+    found, first = [], 0
     for i, step in enumerate(steps):
         if i + 1 == len(steps) or steps[i + 1] != step:
-            window = {"t_max": middles[first], "t_min": middles[i + 1]}
-            terms += [replace(term, **window) for term in classifier_free(guidance, prompt, step)]
+            high, low = middles[first], middles[i + 1]
+            some = [replace(one, t_max=min(one.t_max, high), t_min=max(one.t_min, low)) for one in terms(step)]
+            found += [one for one in some if one.t_max >= one.t_min]
             first = i + 1
-    return tuple(terms)
+    return tuple(found)
+
+
+def within(actives: Sequence[Active], windows: Sequence[tuple[float, float]], count: int) -> list[tuple[Active, ...]]:
+    """The adapters of each of `count` steps. `windows`: the part of the steps in which each adapter acts; (0, 1) is all of
+    them, and CRAFT's (arXiv 2602.18936) are (0, 0.7) for the content and (0.28, 1) for the style."""
+    ranges = [range(round(begin * count), round(end * count)) for begin, end in windows]
+    return [tuple(one for one, some in zip(actives, ranges, strict=True) if i in some) for i in range(count)]
+
+
+def difference(weight: float, near: tuple[str, Active], far: tuple[str, Active]) -> tuple[Term, ...]:
+    """ConsisLoRA's guidance (arXiv 2503.10614): λ (e_near − e_far), from one LoRA's prediction to another's.
+
+    `near` and `far`: the role of the prompt that each LoRA was trained with, and the adapter. The terms are added to those
+    of the guidance itself: e_u + w (e_c − e_u) + λ_c (e_nearᶜ − e_farᶜ) + λ_s (e_nearˢ − e_farˢ)."""
+    return tuple(Term(sign * weight, prompt, (active,)) for sign, (prompt, active) in ((1.0, near), (-1.0, far)))
 
 
 def sampling_times(scheduler: object, steps: int) -> list[float]:

@@ -1,9 +1,10 @@
 """LoRA files and a prompt → pictures."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -13,30 +14,24 @@ from unbraid.bases.base import Base
 from unbraid.bases.families.family import Network, Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
-from unbraid.core.lora import Active, Factors, Lora
-from unbraid.files.lora_file import LoraFile, read
+from unbraid.core.lora import Active, Factors
 from unbraid.files.made_for import made_for, recorded_base
 from unbraid.images.crop import fit, open_image
 from unbraid.sampling.canvas import Canvas, Control, Start, prepare
-from unbraid.sampling.combine import Combine, composite, k_lora_terms, sampling_times, switch
+from unbraid.sampling.combine import (
+    Combine,
+    by_step,
+    composite,
+    difference,
+    k_lora_terms,
+    sampling_times,
+    switch,
+    within,
+)
 from unbraid.sampling.invert import invert
 from unbraid.sampling.sample import NEGATIVE, Style, Term, generate, style_guidance
 from unbraid.sampling.samplers import with_sampler
-
-Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file (for error messages), and its modules
-OWN = "own"  # a value of Use.prompt: stands for the prompt that the file was trained with
-
-
-@dataclass(frozen=True)
-class Use:
-    """One LoRA file and its strength.
-
-    `prompt`: the text that this LoRA gets in the keys and values of cross-attention, in place of the main prompt
-    (UnZipLoRA's joint inference). `own` stands for the prompt that is recorded in the file."""
-
-    file: Path
-    scale: float = 1.0
-    prompt: str | None = None
+from unbraid.sampling.uses import ALL_STEPS, Cast, Loras, Use, away, check_uses, open_uses, toward
 
 
 @dataclass(frozen=True)
@@ -80,15 +75,6 @@ class ImageInputs:
     edit: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Cast:
-    """The LoRAs and styles of a drawing, role → its use and its opened file; and all prompts, role → text."""
-
-    loras: Mapping[str, tuple[Use, LoraFile]]
-    styles: Mapping[str, tuple[Use, LoraFile]]
-    texts: Mapping[str, str]
-
-
 def render(
     base: Base,
     prompt: str,
@@ -104,8 +90,9 @@ def render(
     `uses`: the LoRAs in the model. `combine`: how several of them work together, see `unbraid.sampling.combine`.
     UsageError if the settings do not fit together."""
     _check(uses, combine, styles, sampling, inputs)
+    check_uses(uses, styles.uses, combine, sampling.steps)
     base = with_sampler(base, sampling.sampler) if sampling.sampler else base
-    cast = _cast(prompt, uses, styles.uses)
+    cast = open_uses(prompt, uses, styles.uses)
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(sampling.negative)
     prompts = base.alike(prompts)
@@ -150,29 +137,18 @@ def _check(
         raise UsageError(what, "--strength", "Raise it, or --steps.")
 
 
-def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
-    opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
-    guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
-    texts = {"main": prompt}
-    for role, (use, file) in opened.items():
-        if use.prompt is not None:
-            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
-    for role, (use, file) in guides.items():
-        texts[role] = f"{prompt} in {use.prompt or style_words(use.file, file)} style"
-    return _Cast(opened, guides, texts)
-
-
 def _together(
-    base: Base, cast: _Cast, combine: Combine, sampling: Sampling, styles: Sequence[Style], unguided: str
+    base: Base, cast: Cast, combine: Combine, sampling: Sampling, styles: Sequence[Style], unguided: str
 ) -> tuple[tuple[Term, ...], Loras]:
     """The guidance terms, and the LoRAs to attach apart from the style LoRAs. K-LoRA splits its two into parts."""
     guidance = sampling.guidance
     active = [
         Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
     ]
-    loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.loras.items()}
+    loras = cast.attached()
     if combine == "sum" or not active:
-        return style_guidance(guidance, "main", styles, tuple(active), unguided), loras
+        formula = partial(style_guidance, guidance, "main", styles, negative=unguided)
+        return _summed(base, cast, active, sampling.steps, formula), loras
     if combine == "composite":
         return composite(guidance, "main", active), loras
     times = sampling_times(copy.deepcopy(base.pipe.scheduler), sampling.steps)
@@ -180,6 +156,27 @@ def _together(
         return switch(guidance, "main", active, times), loras
     parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
     return terms, {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
+
+
+def _summed(
+    base: Base, cast: Cast, active: Sequence[Active], count: int, formula: Callable[..., tuple[Term, ...]]
+) -> tuple[Term, ...]:
+    """The terms of LoRAs that add up, each in its own part of `count` steps, with what they are drawn against. `formula`:
+    the guidance terms with some LoRAs active."""
+
+    def terms(now: tuple[Active, ...]) -> tuple[Term, ...]:
+        found = formula(active=now)
+        for role in (one.adapter for one in now if one.adapter in cast.against):
+            use, _ = cast.loras[role]
+            near, far = (toward(role), Active(role, use.scale)), (away(role), Active(away(role), use.scale))
+            found += difference(use.contrast, near, far)
+        return found
+
+    windows = [use.steps for use, _ in cast.loras.values()]
+    if all(window == ALL_STEPS for window in windows):
+        return terms(tuple(active))
+    times = sampling_times(copy.deepcopy(base.pipe.scheduler), count)
+    return by_step(within(active, windows, count), times, terms)
 
 
 def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
@@ -228,22 +225,3 @@ def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) ->
             adapters.add(role, made, where=path)
         undo.pop_all()
     return adapters
-
-
-def own_prompt(path: Path, file: LoraFile) -> str:
-    """The prompt that a LoRA was trained with, from its metadata. UsageError if none is recorded."""
-    for key in ("unbraid.prompt", "modelspec.trigger_phrase"):
-        if file.metadata.get(key):
-            return file.metadata[key]
-    raise UsageError(
-        "records no prompt of its own",
-        path,
-        "Give it: --lora-prompt WORDS; for zip --content-prompt or --style-prompt.",
-    )
-
-
-def style_words(path: Path, file: LoraFile) -> str:
-    """The name of a style LoRA's style, from its metadata. UsageError if none is recorded."""
-    if file.metadata.get("unbraid.style"):
-        return file.metadata["unbraid.style"]
-    raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")

@@ -20,6 +20,7 @@ class Diffusion:
         self.scheduler: DDPMScheduler = DDPMScheduler.from_config(config)  # type: ignore[assignment]
         self.prediction: str = self.scheduler.config["prediction_type"]
         self.steps: int = self.scheduler.config["num_train_timesteps"]
+        self._signal: Tensor = self.scheduler.alphas_cumprod.clone()  # α² of every timestep
         if self.prediction not in PREDICTIONS:
             what = f"prediction type {self.prediction!r} is not supported"
             raise UsageError(what, base, "Use a base that predicts epsilon or v.")
@@ -34,6 +35,15 @@ class Diffusion:
         noisy = self.scheduler.add_noise(latents, noise, t)  # type: ignore[arg-type]
         is_v = self.prediction == "v_prediction"
         return noisy, self.scheduler.get_velocity(latents, noise, t) if is_v else noise  # type: ignore[arg-type]
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        """The squared error of x̂_0 as a multiple of that of the prediction it comes from, `[b]`, at timesteps `t [b]`.
+
+        x̂_0 is (x_t − σ ε) / α or α x_t − σ v, so the factor is σ² / α², which is 1 / SNR, or σ²."""
+        if self._signal.device != t.device:  # kept on the device: a copy in every step would wait for it
+            self._signal = self._signal.to(t.device)
+        signal = self._signal[t]
+        return 1 - signal if self.prediction == "v_prediction" else (1 - signal) / signal
 
     def velocity(self, prediction: Tensor, noisy: Tensor, alpha: float, sigma: float) -> Tensor:
         """The network's prediction converted to v. `alpha`, `sigma`: the factors of signal and noise at this timestep."""
