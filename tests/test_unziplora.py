@@ -206,7 +206,8 @@ def test_official_selection_is_strict_and_loses_ties() -> None:
     assert int(_above(torch.ones(10), 4).sum()) == 0
 
 
-def test_official_score_is_the_thresholded_count() -> None:
+@pytest.mark.parametrize("scale", [65536.0, 300.0])
+def test_official_score_is_the_thresholded_count(scale: float) -> None:
     rng = torch.Generator().manual_seed(0)
     state = {
         name: torch.randn(*shape, generator=rng)
@@ -216,10 +217,11 @@ def test_official_score_is_the_thresholded_count() -> None:
 
     factors = Factors(state["a"], state["b"])
     factors.channels = torch.nn.Parameter(torch.rand(7, generator=rng))
-    factors.down.grad, factors.up.grad = state["ga"] * 1e-10, state["gb"] * 1e-10
-    change = factors.channels[:, None] * (state["b"] @ state["ga"] + state["gb"] @ state["a"]) * 1e-10
+    factors.down.grad, factors.up.grad = state["ga"] * 65536e-10 / scale, state["gb"] * 65536e-10 / scale
+    change = factors.channels[:, None] * (state["b"] @ state["ga"] + state["gb"] @ state["a"]) * 1e-10  # a smaller scale counts larger gradients alike
     expected = ((state["b"] @ state["a"] * change * 65536).abs() > 1e-5).float().mean(1)
-    assert torch.equal(_count(factors), expected) and 0 < expected.mean() < 1
+    assert torch.equal(_count(factors, scale), expected) and not torch.equal(_count(factors, 1e9), expected)
+    assert 0 < expected.mean() < 1
 
 
 def test_official_run_keeps_its_defects(run_data: RunData) -> None:

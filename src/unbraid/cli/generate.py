@@ -59,7 +59,7 @@ Mask = Annotated[Path | None, typer.Option(help="What of it is drawn anew: white
 ControlNet = Annotated[str, typer.Option(metavar="NAME[:SCALE]", help="A ControlNet: a diffusers folder, or a hub id.")]
 ControlImage = Annotated[Path | None, typer.Option(help="The map that it reads, ready-made: edges, depth, a pose.")]
 HowCombined = Annotated[
-    Literal["sum", "switch", "composite", "k-lora"],
+    Literal["sum", "switch", "composite", "k-lora", "k-lora-released", "est-lora"],
     typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
 ]
 Sweep = Annotated[

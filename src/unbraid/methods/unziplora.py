@@ -24,7 +24,7 @@ from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, most_ratio, pairs, pieces
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
 from unbraid.methods.losses import with_x0_loss
-from unbraid.methods.unziplora_official import official
+from unbraid.methods.unziplora_official import Official, official
 
 
 def unziplora(
@@ -44,6 +44,7 @@ def unziplora(
     block_separation: bool = True,
     content_alone: float = 0.0,
     style_alone: float = 0.0,
+    loss_scale: float = 65536.0,
     compat: Literal["none", "official"] = "none",
 ) -> tuple[Recipe, ...]:
     """Split one image.
@@ -55,7 +56,9 @@ def unziplora(
     use. window: steps per period in which channels are scored; by default at most the whole period. column_separation:
     whether each adapter gets its own output channels. block_separation: whether an adapter uses all channels in the blocks
     that control its role. content_alone, style_alone: weight of an additional loss with this adapter alone, under its own
-    prompt; 0 as published. compat: `official` reproduces the published code, defects included.
+    prompt; 0 as published. loss_scale: with `official`, what gradients are multiplied by before the threshold that channels
+    are scored with; 65536 is that of fp16 training, 1 that of bf16. compat: `official` reproduces the published code,
+    defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
     columns.check(needs_window=column_separation and compat == "none")
@@ -66,7 +69,7 @@ def unziplora(
     }
     if compat == "official":
         rates |= {(role, "merger"): Rate(merger_lr, weight_decay) for role in ROLES}
-        return (official(columns, rates, rank, overlap, column_separation),)
+        return (official(columns, rates, Official(rank, overlap, column_separation, loss_scale)),)
     alone = {"content": content_alone, "style": style_alone}
     branches = (
         Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),

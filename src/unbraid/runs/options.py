@@ -36,6 +36,8 @@ class UnziploraSettings(RunOptions, total=False):
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0; on icons 0.5."""
     style_alone: float
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0."""
+    loss_scale: float
+    """With `official`, what gradients are multiplied by before the threshold that channels are scored with; 65536 is that of fp16 training, 1 that of bf16. Default 65536.0."""
     compat: Literal["none", "official"]
     """`official` reproduces the published code, defects included. Default 'none'."""
     loss: Literal["prediction", "x0"]

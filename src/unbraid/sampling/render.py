@@ -19,11 +19,12 @@ from unbraid.files.made_for import made_for, recorded_base
 from unbraid.images.crop import fit, open_image
 from unbraid.sampling.canvas import Canvas, Control, Start, prepare
 from unbraid.sampling.combine import (
+    RULES,
     Combine,
+    by_choice,
     by_step,
     composite,
     difference,
-    k_lora_terms,
     sampling_times,
     switch,
     within,
@@ -154,7 +155,8 @@ def _together(
     times = sampling_times(copy.deepcopy(base.pipe.scheduler), sampling.steps)
     if combine == "switch":
         return switch(guidance, "main", active, times), loras
-    parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
+    some = [modules for _, modules in loras.values()]
+    parts, terms = by_choice((guidance, "main"), RULES[combine], active, some, times)
     return terms, {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
 
 

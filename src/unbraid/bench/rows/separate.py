@@ -6,7 +6,7 @@ from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
-from unbraid.runs.settings import Settings
+from unbraid.runs.settings import Settings, base_defaults
 from unbraid.sampling.uses import OWN, Use
 
 
@@ -65,11 +65,23 @@ def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Dr
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
+UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are granted channels, as SDXL's are at 65536
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
     Row("recombine", "DreamBooth-LoRAs", dreambooth, methods=("dreambooth",)),
     *(Row(task, METHODS[name].title, make, methods=(name,)) for task in TASKS for name, make in MAKERS.items()),
-    *(Row(task, "UnZipLoRA, official", MAKERS[UNZIP], OFFICIAL, methods=(UNZIP,)) for task in TASKS),
+    *(
+        Row(task, f"UnZipLoRA, official{name}", MAKERS[UNZIP], {**OFFICIAL, **more}, methods=(UNZIP,))
+        for task in TASKS
+        for name, more in (
+            ("", {}),  # at SDXL's loss scale, where the count is saturated on a base as small as `icons`
+            (", loss scale 300", UNSATURATED),
+            (
+                ", loss scale 300, our ratio",
+                {**UNSATURATED, "column_ratio": base_defaults("icons")[UNZIP]["column_ratio"]},
+            ),
+        )
+    ),
     Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
     Row("recombine", "ConsisLoRA, guided", guided, methods=("consislora",)),
     *(
