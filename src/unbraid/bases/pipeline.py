@@ -114,10 +114,10 @@ def _check(pipe: Any, name: str, vae: str) -> None:
         )
     network = family_of(pipe).network
     network.check(pipe, name)
-    if any(pipe.components[part] is None for part in ("text_encoder", "text_encoder_2") if part in pipe.components):
+    if any(pipe.components[part] is None for part in network.texts if part in pipe.components):
         fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
         raise UsageError("a text encoder is missing, as in SDXL's refiner", name, fix)
-    channels, wanted = pipe.vae.config["latent_channels"], getattr(pipe, network.part).config["in_channels"]
+    channels, wanted = pipe.vae.config["latent_channels"], network.channels(getattr(pipe, network.part).config)
     if channels != wanted:
         what = f"the VAE has {channels} latent channels, the {type(getattr(pipe, network.part)).__name__} {wanted}"
         raise UsageError(what, vae or name, "Give a VAE of this kind of base.")

@@ -149,6 +149,7 @@ def job(
     compile: bool = False,
     graphs: bool = True,
     device: str = "",
+    timesteps: str = "",
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
@@ -159,15 +160,15 @@ def job(
     """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
 
     `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
-    file, for methods that start from LoRAs. `vae`, `prediction`, `vram`, `compile`, `graphs` and
-    `device` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
+    file, for methods that start from LoRAs. `vae`, `prediction`, `vram`, `compile`, `graphs`,
+    `device` and `timesteps` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
     whether they record what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading = Loading(vae, prediction, vram, compile, graphs, device)
+    loading = Loading(vae, prediction, vram, compile, graphs, device, timesteps)
     return Job(
         method,
         TrainingData(files, words, loras=loras or {}),
@@ -190,6 +191,7 @@ def generate(
     style_from: float = 1.0,
     negative: str = "",
     guidance: float = 4.0,
+    embedded: float = 1.0,
     seeds: Sequence[int] = (0,),
     steps: int = 25,
     sampler: str = "",
@@ -216,7 +218,7 @@ def generate(
         uses,
         combine=combine,
         styles=StyleGuidance(styles, style_from),
-        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative),
+        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded),
         inputs=ImageInputs(start, control, edit),
     )
 

@@ -28,10 +28,9 @@ from unbraid.core.recipe import Recipe
 from unbraid.files.lora_file import read
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
-from unbraid.sampling.render import attach_to
+from unbraid.sampling.attach import attach_to
 
 GIB = 2**30
-TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,15 @@ def _adapted(job: Job, recipe: Recipe, network: Network, make: Callable[[], Any]
     files = {role: (path, read(path).modules) for role, path in job.data.loras.items()}
     with quiet(), torch.device("meta"):
         denoiser, rng = make(), torch.Generator("cpu")
-        adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(denoiser, recipe.targets)
+        adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(
+            denoiser, recipe.targets, network.layers
+        )
         try:
             if recipe.steps:  # with no steps, preparing makes the result, and nothing is trained
                 recipe.prepare(adapters, rng)
         except RuntimeError:  # raised by torch for reading values on the meta device
             denoiser = make()
-            adapters = Adapters.attach(denoiser, recipe.targets)
+            adapters = Adapters.attach(denoiser, recipe.targets, network.layers)
             active = {one.adapter for branch in recipe.branches(0) for one in branch.active}
             for name in sorted(active | {name for name, _ in recipe.rates}):
                 adapters.new(name, job.settings.get("rank", 64), rng)
@@ -127,11 +128,12 @@ def _activations(denoiser: Any, network: Network, adapters: Adapters, recipe: Re
 
 
 def _forward(denoiser: Any, network: Network, adapters: Adapters, branches: tuple[Branch, ...]) -> Tensor:
-    given = network.example(denoiser.config, len(branches), TOKENS, denoiser.dtype)
+    noisy, conditions = network.example(denoiser.config, len(branches), denoiser.dtype)
+    t = torch.empty(len(branches), device="meta")
     prompts = {active.prompt for branch in branches for active in branch.active if active.prompt}
-    texts = {role: torch.empty_like(given["encoder_hidden_states"][0]) for role in prompts}
+    texts = {role: torch.empty_like(conditions["encoder_hidden_states"][0]) for role in prompts}
     with adapters.activate([branch.active for branch in branches], texts):
-        return denoiser(**given).sample
+        return network.predict(denoiser, noisy, t, 1.0, conditions)
 
 
 class _Ledger:

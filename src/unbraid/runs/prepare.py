@@ -24,7 +24,7 @@ from unbraid.images.opening import open_alpha
 from unbraid.methods import METHODS
 from unbraid.runs import pace
 from unbraid.runs.job import Job
-from unbraid.sampling.render import attach
+from unbraid.sampling.attach import attach
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
 
 GUIDANCE = 4.0  # guidance scale for previews, sheets, and pictures that are drawn for training
@@ -50,7 +50,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     recipe = with_8bit_optimizer(made, job.loading.preset)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
-    adapters = started or Adapters.attach(base.denoiser, recipe.targets)
+    adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
         captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
