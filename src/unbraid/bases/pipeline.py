@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -22,7 +23,9 @@ from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
 from unbraid.common.errors import UsageError, first_line
 
-Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline  # the classes in `PIPELINES`, for the type checker
+Pipeline = (
+    StableDiffusionXLPipeline | StableDiffusionPipeline | FluxPipeline
+)  # the classes in `PIPELINES`, for the type checker
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 

@@ -7,10 +7,10 @@ To add a family, write a file with its `Family` and add it to FAMILIES below. fa
 from collections.abc import Mapping
 from typing import Any
 
-from unbraid.bases.families import sd15, sdxl
+from unbraid.bases.families import flux, sd15, sdxl
 from unbraid.bases.families.family import Family
 
-FAMILIES = (sdxl.FAMILY, sd15.FAMILY)
+FAMILIES = (flux.FAMILY, sdxl.FAMILY, sd15.FAMILY)
 BLOCKS = {family.name: family.blocks for family in FAMILIES}
 PIPELINES = tuple(family.pipeline for family in FAMILIES)
 
