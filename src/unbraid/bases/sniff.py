@@ -24,11 +24,16 @@ POSITIONS = (
     "embeddings.position_embedding.weight",
     "positional_embedding",
 )  # the two names that a text encoder's positions can have
-TAKEN = "unbraid takes SDXL, SD1.5 and SD2.1."
+TAKEN = "unbraid takes SDXL, SD1.5 and SD2.1 as one file; Flux.1, SD3.5 and Z-Image as a diffusers folder or hub id."
 LORA = re.compile(r"(^|[._])(lora|hada|lokr|oft)_|\.lora\.|_lora\.")
 OTHERS: Mapping[str, tuple[str, str]] = {  # a prefix that only one kind of file has → what the file is, what to do
+    "double_stream_modulation_img.": ("a FLUX.2 checkpoint", TAKEN),
+    "distilled_guidance_layer.": ("a Chroma checkpoint", TAKEN),
+    "double_stream_blocks.": ("a HiDream checkpoint", TAKEN),
     "double_blocks.": ("a Flux checkpoint", TAKEN),
     "joint_blocks.": ("an SD3 checkpoint", TAKEN),
+    "txt_norm.": ("a Qwen-Image checkpoint", TAKEN),
+    "context_refiner.": ("a Z-Image or Lumina checkpoint", TAKEN),
     "double_layers.": ("an AuraFlow checkpoint", TAKEN),
     "control_model.": ("a ControlNet", "Give it to `generate --controlnet`, and a checkpoint as the base."),
     "input_hint_block.": ("a ControlNet", "Give it to `generate --controlnet`, and a checkpoint as the base."),

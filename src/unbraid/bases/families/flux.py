@@ -13,8 +13,8 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
-from unbraid.bases.families.family import Family, Prompt
-from unbraid.bases.families.transformer import PATCH, SIDE, Transformer, pooled, stacked
+from unbraid.bases.families.family import Family, Preset, Prompt
+from unbraid.bases.families.transformer import PATCH, SIDE, THREE_PASSES, Transformer, pooled, stacked
 from unbraid.core.layers import ATTENTION, TRANSFORMERS, Layers
 
 BLOCKS = (FluxTransformerBlock, FluxSingleTransformerBlock)
@@ -116,6 +116,10 @@ def lora_metadata(pipe: Any) -> dict[str, str]:
     return {} if pipe.transformer.config["guidance_embeds"] else {"modelspec.architecture": "flux-1-schnell/lora"}
 
 
+# The schedule of Pair Customization's own version for Flux: timesteps of the schedule for 4096 tokens, e^1.15 = 3.1582.
+PAIR = Preset(
+    {"rank": 32, "steps": 1500, "style_from": 750, "lr": 1e-5, "weight_decay": 0.01}, timesteps="uniform+shift=3.1582"
+)
 FAMILY = Family(
     "flux",
     FluxPipeline,
@@ -125,4 +129,5 @@ FAMILY = Family(
     encode_text,
     pooled,
     lora_metadata,
+    {"unziplora": THREE_PASSES, "pair": PAIR},
 )

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.bases.families.family import Prompt
+from unbraid.bases.families.family import Preset, Prompt
 from unbraid.bases.families.flow import Flow, dynamic_shift
 from unbraid.bases.families.noising import Process
 from unbraid.common.errors import UsageError
 from unbraid.core.layers import Layers
 
 SIDE = 128  # side of the usual latents, for pictures of 1024 px
+# Attention reads text and picture together, so an adapter cannot read a prompt of its own. In place of that, each adapter
+# has a loss under its own prompt beside the loss of both: three passes with three prompts.
+THREE_PASSES = Preset({"content_alone": 1.0, "style_alone": 1.0})
 PATCH = 2  # side of the patches of which each is a token
 
 
