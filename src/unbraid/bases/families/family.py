@@ -37,6 +37,7 @@ class Network(Protocol):
     control_keys: tuple[str, ...]  # entries that a ControlNet's configuration must share with its own; empty: none fits
     units: tuple[type[nn.Module], ...]  # modules that gradient checkpointing recomputes, one at a time
     blocks: tuple[type[nn.Module], ...]  # modules that torch.compile compiles, one at a time
+    patch: int  # the side of the patches into which it divides a latent; 1: none
     ragged: bool  # whether prompts of different lengths may share a batch
 
     def side(self, pipe: Any) -> int:

@@ -32,6 +32,7 @@ class Transformer:
     control_keys: tuple[str, ...] = ()
     units: tuple[type[nn.Module], ...]
     blocks: tuple[type[nn.Module], ...]
+    patch: int = PATCH
     ragged: bool = False
     density: str = "uniform"  # how timesteps are drawn in training, as published
     preconditioned: bool = False  # whether the published loss is that of x_0

@@ -30,6 +30,7 @@ class UNet:
     control_keys: tuple[str, ...] = ("in_channels", "cross_attention_dim", "block_out_channels")
     units: tuple[type[nn.Module], ...] = (ResnetBlock2D, BasicTransformerBlock)
     blocks: tuple[type[nn.Module], ...] = (BasicTransformerBlock,)
+    patch: int = 1
     ragged: bool = False
 
     def side(self, pipe: Any) -> int:
