@@ -25,7 +25,8 @@ from unbraid.bases import base as bases
 from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families import FAMILIES
 from unbraid.bases.families.flux import pack, places, unpack
-from unbraid.common.errors import UsageError
+from unbraid.bases.presets import Loading
+from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.layers import ATTENTION, TRANSFORMERS
 from unbraid.core.lora import Active, Branch, Factors
@@ -38,8 +39,9 @@ from unbraid.runs import run as running
 from unbraid.runs import shortest
 from unbraid.runs.api import learn_job, pair_job, split_job
 from unbraid.runs.memory import estimate
+from unbraid.runs.selftest.rows import selftest
 from unbraid.runs.settings import schema
-from unbraid.sampling.canvas import Start
+from unbraid.sampling.canvas import Control, Start, prepare
 from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, attach, render
 from unbraid.sampling.sample import Guided, classifier_free
 
@@ -277,7 +279,7 @@ def test_every_method(folder: Path, kind: Kind, picture: Path, tmp_path: Path, m
                 given = replace(given, loras=loras, modules=dict(zip(("content", "style"), made["break"], strict=True)))
             jobs = shortest.jobs(method, given, tmp_path, base=str(folder), previews=0)
             if method in REFUSED and not (method == "slider" and kind.family == "sd3"):
-                with pytest.raises(UsageError, match=REFUSED[method]):
+                with pytest.raises(UnsuitedError, match=REFUSED[method]):
                     list(running.run(jobs[0], device="cpu"))
                 continue
             for job in jobs:
@@ -426,6 +428,23 @@ def test_memory_is_estimated_and_presets_change_no_gradient(folder: Path, pictur
         assert read(job.out / "lora.safetensors").modules
     assert found["max"].weights > found["24"].weights > found["8"].weights > 0
     assert found["24"].activations > found["16"].activations > 0
+
+
+@pytest.mark.parametrize("folder", ONE_EACH, indirect=True)
+def test_the_selftest_passes(folder: Path) -> None:
+    rows = selftest(str(folder), device="cpu", only=["dreambooth", "blora", "classifier-free", "image to image"])
+    assert len(rows) == 4 and all(row.passed for row in rows), [row.note for row in rows]
+    assert "not for this base" in next(row.note for row in rows if row.name == "blora")
+
+
+@pytest.mark.parametrize("folder", ["z-image"], indirect=True)
+def test_options_that_do_not_fit_are_refused(folder: Path, picture: Path) -> None:
+    with pytest.raises(UsageError, match="predicts the velocity"):
+        bases.load(str(folder), "cpu", Loading(prediction="v"))
+    with pytest.raises(UsageError, match="no way to draw timesteps"):
+        bases.load(str(folder), "cpu", Loading(timesteps="normal"))
+    with pytest.raises(UsageError, match="ControlNets for a transformer"):
+        prepare(bases.load(str(folder), "cpu"), None, Control("some/controlnet", picture), None, None)
 
 
 def test_packing_is_that_of_diffusers() -> None:

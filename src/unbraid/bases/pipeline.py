@@ -46,6 +46,8 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         other = _open_vae(vae, path) if vae else None
         pipe = load_single_file(Path(path), dtype, other) if Path(path).is_file() else _folder(name, path, dtype, other)
     _check(pipe, name, vae)
+    if prediction and "prediction_type" not in pipe.scheduler.config:
+        raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
     if prediction:
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)

@@ -193,7 +193,7 @@ def generate(
     style_from: float = 1.0,
     negative: str = "",
     guidance: float = 4.0,
-    embedded: float = 1.0,
+    embedded_guidance: float = 1.0,
     seeds: Sequence[int] = (0,),
     steps: int = 25,
     sampler: str = "",
@@ -220,7 +220,7 @@ def generate(
         uses,
         combine=combine,
         styles=StyleGuidance(styles, style_from),
-        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded),
+        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded_guidance),
         inputs=ImageInputs(start, control, edit),
     )
 

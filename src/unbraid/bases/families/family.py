@@ -93,6 +93,10 @@ class Network(Protocol):
         """The arguments of a pipeline's call for `count` pictures of a prompt, without classifier-free guidance."""
         ...
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        """The arguments of a stock pipeline's call with a prompt, for classifier-free guidance with this scale."""
+        ...
+
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Latents and timestep from the arguments with which a pipeline calls the denoiser. The timestep has one element
         or one per row, all equal."""

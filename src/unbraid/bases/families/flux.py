@@ -69,6 +69,10 @@ class Flux(Transformer):
         )[0]
         return unpack(out, height // PATCH, width // PATCH)
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        given = {"guidance_scale": 1.0, "true_cfg_scale": guidance, "negative_prompt": ""}
+        return {**given, "max_sequence_length": text_tokens(pipe.transformer.config)}
+
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         height, width = (int(given["img_ids"][-1, i]) + 1 for i in (1, 2))
         return unpack(given["hidden_states"], height, width), given["timestep"][:1] * 1000

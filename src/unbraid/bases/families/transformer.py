@@ -74,6 +74,9 @@ class Transformer:
         assert prompt.pooled is not None
         return {**given, "pooled_prompt_embeds": prompt.pooled.expand(count, -1)}
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance}
+
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return given["hidden_states"], given["timestep"]
 

@@ -93,6 +93,9 @@ class UNet:
             given["pooled_prompt_embeds"] = prompt.pooled.expand(count, -1)
         return given
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance}
+
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         named = {**dict(zip(("sample", "timestep"), args, strict=False)), **given}
         return named["sample"], named["timestep"]

@@ -53,6 +53,10 @@ class ZImage(Transformer):
     def prompt_arguments(self, prompt: Prompt, count: int) -> dict[str, Any]:
         return {"prompt_embeds": [prompt.embeds] * count, "guidance_scale": 0.0}
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        """Its pipelines count from the prompt's own prediction: e_c + g (e_c − e_u)."""
+        return {"guidance_scale": guidance - 1}
+
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         latents, time = args[:2]
         return torch.stack(latents).squeeze(2), 1000 - time[:1] * 1000
