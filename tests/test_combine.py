@@ -107,7 +107,7 @@ def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
                 modules[f"unet.{name}"] = Lora(torch.randn(4, k, generator=rng), torch.randn(d, 4, generator=rng), 4.0)
         files.append(tmp_path / f"{i}.safetensors")
         write(files[-1], modules, family="sdxl")
-    times = sampling_times(base.pipe.scheduler, 4)
+    times = sampling_times(base.family.network, base.pipe.scheduler, 4, (8, 8))
     assert len(times) == 4 and all(a > b for a, b in pairwise(times)) and max(times) <= 1
 
     def draw(combine: Combine, second: float) -> np.ndarray:

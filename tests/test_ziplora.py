@@ -30,7 +30,7 @@ from unbraid.files.tools import Source, merge_files
 from unbraid.methods.ziplora import ziplora
 from unbraid.runs.api import zip_job
 from unbraid.runs.run import run
-from unbraid.sampling.render import attach
+from unbraid.sampling.attach import attach
 
 ROLES = ("content", "style")
 

@@ -69,6 +69,10 @@ Count = Annotated[int, typer.Option("--n", min=1, help="How many pictures, at se
 Steps = Annotated[int, typer.Option(min=1, max=1000)]
 Sampler = Annotated[str, typer.Option(help="ddim, euler, euler-a, dpm++ or unipc; without, the base's own.")]
 
+Embedded = Annotated[
+    float, typer.Option(help="The guidance scale that Flux.1-dev takes as an input; --guidance is classifier-free.")
+]
+
 
 @app.command()
 def generate(
@@ -94,6 +98,7 @@ def generate(
     steps: Steps = 25,
     sampler: Sampler = "",
     guidance: float = 4.0,
+    embedded_guidance: Embedded = 1.0,
     height: int | None = None,
     width: int | None = None,
     base: BaseName = "",
@@ -116,7 +121,7 @@ def generate(
     uses = _against(_uses(lora or [], lora_prompt or []), against or [])
     styles = StyleGuidance(_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
     inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
-    sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative)
+    sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative, embedded_guidance)
     settings: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
     over = parse_sweep(sweep) if sweep else None
     if not over and n > 1 and out.suffix:
@@ -157,10 +162,9 @@ def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[s
 def _opened(name: str, loading: Any, *prompts: str) -> Any:
     """Load the base, and print a note if a prompt is long, about how it is encoded."""
     from unbraid.bases.base import load
-    from unbraid.bases.families.long_prompts import remarks
 
     base = load(name, loading=loading)
-    for remark in remarks(base.pipe, prompts):
+    for remark in base.family.network.remarks(base.pipe, prompts):
         console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
     return base
 

@@ -25,8 +25,8 @@ BaseName = Annotated[
     str,
     typer.Option(
         "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1."
-        " Default: the environment variable UNBRAID_BASE, else icons.",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1; as folder or id also"
+        " Flux.1, SD3.5, Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
     ),
 ]
 Vae = Annotated[
@@ -35,6 +35,13 @@ Vae = Annotated[
 ]
 Prediction = Annotated[
     str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
+]
+Timesteps = Annotated[
+    str,
+    typer.Option(
+        metavar="DENSITY[+SHIFT]",
+        help="How timesteps are drawn with flow matching (Flux, SD3.5, Z-Image): uniform or logit-normal, +shift=3 or +dynamic.",
+    ),
 ]
 Vram = Annotated[
     str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
@@ -85,6 +92,7 @@ def shared(
     compile: Compile = False,
     graphs: Graphs = True,
     device: Device = "",
+    timesteps: Timesteps = "",
     seed: Seed = 0,
     previews: Previews = 3,
     thumbnail: Thumbnail = True,

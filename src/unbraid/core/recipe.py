@@ -7,8 +7,9 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from unbraid.core.adapters import ATTENTION, Adapters
+from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
+from unbraid.core.layers import ATTENTION
 from unbraid.core.lora import Branch
 from unbraid.core.optim import Rates, adamw
 
@@ -67,7 +68,7 @@ class Recipe:
     passes: Passes = Passes()
     optimization: Optimization = Optimization()
     hooks: Hooks = Hooks()
-    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    targets: str = ATTENTION  # which linear layers carry adapters: a name in `Layers.targets`, or a regular expression
     stop: Stop | None = None
 
 
@@ -84,6 +85,7 @@ class Sample:
     weight: Tensor | None = (
         None  # [1, 1, h, w], 0 to 1: how much of the loss each place of the latent has; none: all alike
     )
+    factor: Tensor | None = None  # [1]: the loss is multiplied by this; none: 1
 
 
 @runtime_checkable

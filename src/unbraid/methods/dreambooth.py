@@ -2,14 +2,11 @@
 
 from typing import Literal
 
-from unbraid.core.adapters import ATTENTION, TRANSFORMERS
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
 from unbraid.methods.losses import with_x0_loss
-
-TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
 
 
 def dreambooth(
@@ -41,7 +38,7 @@ def dreambooth(
             lambda step: tuple(branches),
             {("lora", part): Rate(lr, weight_decay) for part in parts},
             steps,
-            targets=TARGETS[targets],
+            targets=targets,
         ),
     )
 

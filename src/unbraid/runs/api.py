@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from unbraid.bases.pipeline import location
 from unbraid.bases.presets import Loading
+from unbraid.bases.recognised import family_preset
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
@@ -154,6 +155,7 @@ def job(
     compile: bool = False,
     graphs: bool = True,
     device: str = "",
+    timesteps: str = "",
     seed: int = 0,
     previews: int = 3,
     config: Path | None = None,
@@ -164,8 +166,9 @@ def job(
     """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
 
     `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
-    file, for methods that start from LoRAs. `base`: by default that of `preferences.default_base`. `vae`, `prediction`, `vram`, `compile`, `graphs` and
-    `device` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
+    file, for methods that start from LoRAs. `base`: by default that of `preferences.default_base`. `vae`, `prediction`,
+    `vram`, `compile`, `graphs`, `device` and `timesteps` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA
+    files hold a small picture; `metadata`:
     whether they record what they were trained with."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(as_file(image)) for image in some] for role, some in roles.items()}
@@ -173,8 +176,9 @@ def job(
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     base = base or default_base()
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading = Loading(vae, prediction, vram, compile, graphs, device)
     location(base)  # UsageError if there is no such base
+    times = timesteps or family_preset(base, method).timesteps
+    loading = Loading(vae, prediction, vram, compile, graphs, device, times)
     _ = loading.preset  # UsageError if there is no such preset
     return Job(
         method,

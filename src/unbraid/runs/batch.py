@@ -116,6 +116,7 @@ class _Record(BaseModel):
     compile: bool = False
     graphs: bool = True
     device: str = ""
+    timesteps: str = ""
     thumbnail: bool = True
     metadata: bool = True
 
@@ -141,7 +142,7 @@ def recorded(file: Path) -> Job:
         resolve(table.method, table.base, file, {}),
         file.parent,
         table.base,
-        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device),
+        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device, table.timesteps),
         counted("seed", table.seed, SEEDS),
         Extras(counted("previews", table.previews, PREVIEWS), table.thumbnail, table.metadata),
     )

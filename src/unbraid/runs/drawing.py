@@ -25,6 +25,7 @@ def generate(
     style_from: float = 1.0,
     negative: str = "",
     guidance: float = 4.0,
+    embedded_guidance: float = 1.0,
     n: int | None = None,
     seeds: Sequence[int] = (0,),
     steps: int = 25,
@@ -59,7 +60,7 @@ def generate(
         uses,
         combine=combine,
         styles=StyleGuidance(styles, style_from),
-        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative),
+        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded_guidance),
         inputs=ImageInputs(start, control, edit),
     )
 

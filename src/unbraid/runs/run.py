@@ -9,7 +9,6 @@ import torch
 
 from unbraid.bases.base import Base, load
 from unbraid.bases.devices import memory_in_use
-from unbraid.bases.families.long_prompts import remarks as long_prompts
 from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers
@@ -62,7 +61,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
     warnings = [*job.notes, *remarks(job), *METHODS[job.method].inputs.check(opened, job.data.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
-        warnings += long_prompts(
+        warnings += ready.base.family.network.remarks(
             ready.base.pipe, [*texts.values(), *"\n".join(job.data.captions.values()).splitlines()]
         )
         ready.base.release(tiles=job.loading.preset.fp8)

@@ -24,6 +24,9 @@ class RunOptions(TypedDict, total=False):
     """Capture steps as CUDA graphs where the device has them. Default True."""
     device: str
     """Where to compute, such as `cuda:1`. Default: the best device."""
+    timesteps: str
+    """How timesteps are drawn with flow matching: `uniform` or `logit-normal`, if wanted with `+shift=3` or `+dynamic`.
+    Default: as published for the base."""
     seed: int
     """The same seed gives the same result. Default 0."""
     previews: int

@@ -23,7 +23,7 @@ MOST = 10_000_000  # the upper limit of every setting that is a whole number
 LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1, "sample_times": 1}
 SIGNED: frozenset[str] = frozenset()  # settings of type float that may be negative
 RECORDED = frozenset(  # keys of a run.toml other than the table of its method
-    "unbraid method base vae prediction vram compile graphs device seed previews thumbnail metadata words images sha256 loras captions prompts".split()
+    "unbraid method base vae prediction vram compile graphs device timesteps seed previews thumbnail metadata words images sha256 loras captions prompts".split()
 )
 
 
@@ -78,12 +78,15 @@ def documented(verb: str) -> Callable[[F], F]:
 def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:
     """All settings of a run. UsageError for unknown names and wrong values.
 
-    Later sources override earlier ones: the method's defaults, the base's unbraid.toml, the config file, `given`."""
+    Later sources override earlier ones: the method's defaults, those of the base's family, the base's unbraid.toml, the
+    config file, `given`."""
+    from unbraid.bases.recognised import family_preset  # imports diffusers, which the help of the verbs does not need
+
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", "--method", suggestion(method, METHODS))
     known = schema(METHODS[method])
     chosen = {**(_configured(config, method) if config else {}), **given}
-    merged = {**base_defaults(base).get(method, {}), **chosen}
+    merged = {**family_preset(base, method).settings, **base_defaults(base).get(method, {}), **chosen}
     for key in merged:
         if key not in known:
             raise UsageError(f"{method} has no setting {_short(key)}", "settings", _other_setting(key, known, merged))

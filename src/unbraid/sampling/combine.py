@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from unbraid.bases.families.family import Network
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Active, Lora
 from unbraid.core.lowrank import delta
@@ -156,8 +157,8 @@ def difference(weight: float, near: tuple[str, Active], far: tuple[str, Active])
     return tuple(Term(sign * weight, prompt, (active,)) for sign, (prompt, active) in ((1.0, near), (-1.0, far)))
 
 
-def sampling_times(scheduler: object, steps: int) -> list[float]:
-    """The times of a sampler's steps, from 1 (pure noise) to 0. Sets the scheduler to `steps` steps."""
-    scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
-    total = scheduler.config["num_train_timesteps"]  # type: ignore[attr-defined]
-    return torch.as_tensor(scheduler.timesteps).float().div(total).tolist()  # type: ignore[attr-defined]
+def sampling_times(network: Network, scheduler: Any, steps: int, size: tuple[int, int]) -> list[float]:
+    """The times of a sampler's steps, from 1 (pure noise) to 0. `size`: height and width of the latents. Sets the
+    scheduler to `steps` steps."""
+    network.schedule(scheduler, steps, size)
+    return torch.as_tensor(scheduler.timesteps).float().div(scheduler.config["num_train_timesteps"]).tolist()

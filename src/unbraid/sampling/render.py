@@ -2,21 +2,18 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from torch import nn
 
 from unbraid.bases.base import Base
-from unbraid.bases.families.family import Network, Prompt
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
-from unbraid.core.adapters import Adapters
-from unbraid.core.lora import Active, Factors
-from unbraid.files.made_for import made_for, recorded_base
+from unbraid.core.lora import Active
 from unbraid.images.crop import fit, open_image
+from unbraid.sampling.attach import attach
 from unbraid.sampling.canvas import Canvas, Control, Start, prepare
 from unbraid.sampling.combine import (
     RULES,
@@ -61,6 +58,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     negative: str = ""  # the negative prompt
+    embedded: float = 1.0  # the guidance scale that a distilled denoiser takes as an input, such as Flux.1-dev's
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,11 @@ def render(
     _check(uses, combine, styles, sampling, inputs)
     check_uses(uses, styles.uses, combine, sampling.steps)
     base = with_sampler(base, sampling.sampler) if sampling.sampler else base
+    base = replace(base, guidance=sampling.embedded) if sampling.embedded != base.guidance else base
     cast = open_uses(prompt, uses, styles.uses)
+    if not base.family.network.layers.own_prompt and (own := cast.texts.keys() & cast.loras.keys()):
+        what = f"the attention of a {base.family.network.title} reads one prompt: a LoRA cannot have its own"
+        raise UsageError(what, cast.loras[min(own)][0].file, "Leave out --lora-prompt.")
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(sampling.negative)
     prompts = base.alike(prompts)
@@ -107,7 +109,7 @@ def render(
     else:
         canvas = prepare(base, inputs.start, inputs.control, sampling.height, sampling.width)
         unguided = "main" if sampling.negative == prompt else NEGATIVE
-        terms, parts = _together(base, cast, combine, sampling, guides, unguided)
+        terms, parts = _together(base, cast, combine, sampling, guides, unguided, canvas)
         loras = {**loras, **parts}
     adapters = attach(base, loras)
     try:
@@ -139,7 +141,13 @@ def _check(
 
 
 def _together(
-    base: Base, cast: Cast, combine: Combine, sampling: Sampling, styles: Sequence[Style], unguided: str
+    base: Base,
+    cast: Cast,
+    combine: Combine,
+    sampling: Sampling,
+    styles: Sequence[Style],
+    unguided: str,
+    canvas: Canvas,
 ) -> tuple[tuple[Term, ...], Loras]:
     """The guidance terms, and the LoRAs to attach apart from the style LoRAs. K-LoRA splits its two into parts."""
     guidance = sampling.guidance
@@ -147,12 +155,13 @@ def _together(
         Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
     ]
     loras = cast.attached()
+    size = canvas.height // base.pipe.vae_scale_factor, canvas.width // base.pipe.vae_scale_factor
+    times = sampling_times(base.family.network, copy.deepcopy(base.pipe.scheduler), sampling.steps, size)
     if combine == "sum" or not active:
         formula = partial(style_guidance, guidance, "main", styles, negative=unguided)
-        return _summed(base, cast, active, sampling.steps, formula), loras
+        return _summed(cast, active, times, formula), loras
     if combine == "composite":
         return composite(guidance, "main", active), loras
-    times = sampling_times(copy.deepcopy(base.pipe.scheduler), sampling.steps)
     if combine == "switch":
         return switch(guidance, "main", active, times), loras
     some = [modules for _, modules in loras.values()]
@@ -161,10 +170,10 @@ def _together(
 
 
 def _summed(
-    base: Base, cast: Cast, active: Sequence[Active], count: int, formula: Callable[..., tuple[Term, ...]]
+    cast: Cast, active: Sequence[Active], times: Sequence[float], formula: Callable[..., tuple[Term, ...]]
 ) -> tuple[Term, ...]:
-    """The terms of LoRAs that add up, each in its own part of `count` steps, with what they are drawn against. `formula`:
-    the guidance terms with some LoRAs active."""
+    """The terms of LoRAs that add up, each in its own part of the steps, which are at `times`, with what they are drawn
+    against. `formula`: the guidance terms with some LoRAs active."""
 
     def terms(now: tuple[Active, ...]) -> tuple[Term, ...]:
         found = formula(active=now)
@@ -177,53 +186,13 @@ def _summed(
     windows = [use.steps for use, _ in cast.loras.values()]
     if all(window == ALL_STEPS for window in windows):
         return terms(tuple(active))
-    times = sampling_times(copy.deepcopy(base.pipe.scheduler), count)
-    return by_step(within(active, windows, count), times, terms)
+    return by_step(within(active, windows, len(times)), times, terms)
 
 
 def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
-    """A canvas that starts from the inverted noise of a picture, with DDIM, the sampler that undoes the inversion."""
+    """A canvas that starts from the inverted noise of a picture, with the sampler that undoes the inversion."""
     pixels = fit(open_image(file), base.size**2, base.step, file)
     height, width = pixels.values.shape[1:]
-    pipe = with_sampler(base, "ddim").pipe
-    return Canvas(pipe, {"latents": invert(base, pixels, prompt, steps), "height": height, "width": width})
-
-
-def attach(base: Base, loras: Loras) -> Adapters | None:
-    """Attach LoRAs to the base's denoiser, by name. None if there are none. UsageError if one does not fit."""
-    return attach_to(base.denoiser, base.family.network, loras, base.name)
-
-
-def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) -> Adapters | None:
-    """`attach` for a denoiser without its base. `base`: the name of the base, for error messages."""
-    prefix = f"{network.part}."
-    for path, modules in loras.values():
-        outside = [name for name in modules if not name.startswith(prefix)]
-        if outside:
-            what = f"{len(outside)} of its modules are not in the {network.title}, such as {outside[0]}"
-            fix = f"unbraid applies {network.title} LoRAs; drop the rest with `unbraid edit`."
-            raise UsageError(what, path, fix)
-    own = {
-        role: (path, {name.removeprefix(prefix): lora for name, lora in modules.items()})
-        for role, (path, modules) in loras.items()
-    }
-    linears = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
-    for path, modules in own.values():
-        if missing := sorted(modules.keys() - linears):
-            lacks = f"{len(missing)} of its {len(modules)} modules are not there"
-            what = f"made for {made_for(path)}, and used with {base}: {lacks}"
-            fix = f"Give the base that it was made for: --base {recorded_base(path) or 'NAME'}."
-            raise UsageError(what, path, fix)
-    if not (names := {name for _, modules in own.values() for name in modules}):
-        return None
-    adapters = Adapters.attach_named(denoiser, sorted(names))
-    with ExitStack() as undo:
-        undo.callback(adapters.detach)
-        for role, (path, modules) in own.items():
-            made = {
-                name: Factors(lora.down.float(), lora.up.float(), lora.alpha / len(lora.down))
-                for name, lora in modules.items()
-            }
-            adapters.add(role, made, where=path)
-        undo.pop_all()
-    return adapters
+    pipe = with_sampler(base, base.process.sampler).pipe
+    noise = base.family.network.packed(invert(base, pixels, prompt, steps))
+    return Canvas(pipe, {"latents": noise, "height": height, "width": width})
