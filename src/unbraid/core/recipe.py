@@ -33,6 +33,7 @@ class Optimization:
 
     optimizer: Callable[[Adapters, Rates], torch.optim.Optimizer] = adamw
     clip: float | None = 1.0  # largest norm of all gradients together
+    factor: Callable[[int], float] | None = None  # step → factor on all learning rates, for warm-up and schedules
 
 
 @dataclass(frozen=True)
