@@ -61,6 +61,14 @@ Method = Annotated[str, typer.Option(help="Which method; all are listed below.")
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
+Rare = Annotated[str, typer.Option(help="The token that stands for the subject in prompts.")]
+Resolution = Annotated[
+    int, typer.Option(help="Pictures are scaled to the area of a square with this side, in pixels; 0: as the base.")
+]
+Schedule = Annotated[
+    str, typer.Option(metavar="constant|linear|cosine", help="How the learning rates fall to 0 at the end.")
+]
+WarmUp = Annotated[int, typer.Option(help="Steps in which the learning rates rise to their full value.")]
 Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
 Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
 UNDONE = 3  # exit status: training is done, but some picture could not be made
@@ -95,6 +103,10 @@ def shared(
     timesteps: Timesteps = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    rare: Rare = "sks",
+    resolution: Resolution = 0,
+    schedule: Schedule = "constant",
+    warm_up: WarmUp = 0,
     thumbnail: Thumbnail = True,
     metadata: Metadata = True,
     config: Config = None,

@@ -5,7 +5,7 @@ It does not print, save or plot. The caller looks at each `Step`, and gets what 
 several jobs can share their passes (core/many.py).
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -89,12 +89,13 @@ def _step(
         else model.draw([branch.image for branch in branches], recipe.passes.shared, state.rng)
     )
     losses: list[Tensor] = []
+    _scale_rates(state.optimizer, recipe.optimization.rate_factor, index)
     size = 1 if recipe.passes.in_turn else max(len(branches), 1)
     for i in range(0, len(branches), size):
         losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
         if i + size < len(branches):
             _clip(state.optimizer, recipe.optimization.clip)
-            _optimize(state.optimizer, recipe, index)
+            state.optimizer.step()
             state.optimizer.zero_grad()
     total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
     penalty = hooks.penalty(adapters, index) if hooks.penalty else None
@@ -107,7 +108,7 @@ def _step(
     assert isinstance(total, Tensor)
     done = Step(index, torch.stack([total, norm.to(total), *losses]))
     state.record(done)
-    _optimize(state.optimizer, recipe, index)
+    state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
     if hooks.after_step and hooks.after_step(adapters, index):
@@ -115,15 +116,6 @@ def _step(
     if state.step == recipe.steps:
         state.raise_if_not_finite()
     return done
-
-
-def _optimize(optimizer: torch.optim.Optimizer, recipe: Recipe, index: int) -> None:
-    """Take an optimiser step, at the learning rates of step `index`."""
-    if recipe.optimization.rate_factor:
-        factor = recipe.optimization.rate_factor(index)
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
-    optimizer.step()
 
 
 def _goes_on(
@@ -135,6 +127,13 @@ def _goes_on(
     samples = [model.draw([branch.image], recipe.passes.shared, rng)[0] for branch in branches]
     losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
     return state.record_validation(float(torch.stack(losses).mean()), stop.patience)
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, factor: Callable[[int], float] | None, step: int) -> None:
+    """Set the learning rates of this step. They depend on the step alone, so a resumed run has the same ones."""
+    for group in optimizer.param_groups if factor else ():
+        assert factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
 
 
 def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:

@@ -17,10 +17,11 @@ from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
 from unbraid.images.given import Source, as_file
+from unbraid.methods import METHODS
 from unbraid.methods.pair import free_slot, numbered
 from unbraid.runs import folder
 from unbraid.runs.drawing import forget_base
-from unbraid.runs.job import RARE, Extras, Job, Progress, TrainingData
+from unbraid.runs.job import RARE, Extras, Job, Progress, Schedule, TrainingData, checked_training
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.preferences import default_base
 from unbraid.runs.run import run
@@ -99,7 +100,8 @@ def pair_job(
     for (first, second), number in builtins.zip(couples, numbered(len(couples)), strict=True):
         files |= {f"before{number}": [first], f"after{number}": [second]}
         if shown := caption_of(first):
-            captions |= {first: f"a {RARE} {shown}", second: f"a {RARE} {shown} in {style} style"}
+            rare = options.get("rare", RARE)
+            captions |= {first: f"a {rare} {shown}", second: f"a {rare} {shown} in {style} style"}
     run_options, settings = separate(options)
     run_options["out"] = run_options.get("out") or Path("runs") / f"{couples[0][1].stem}-{method}"
     settings["pairs"] = len(couples)
@@ -158,6 +160,10 @@ def job(
     timesteps: str = "",
     seed: int = 0,
     previews: int = 3,
+    rare: str = RARE,
+    resolution: int = 0,
+    schedule: Schedule = "constant",
+    warm_up: int = 0,
     config: Path | None = None,
     loras: Mapping[str, Path] | None = None,
     thumbnail: bool = True,
@@ -168,8 +174,8 @@ def job(
     `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
     file, for methods that start from LoRAs. `base`: by default that of `preferences.default_base`. `vae`, `prediction`,
     `vram`, `compile`, `graphs`, `device` and `timesteps` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA
-    files hold a small picture; `metadata`:
-    whether they record what they were trained with."""
+    files hold a small picture; `metadata`: whether they record what they were trained with. `rare`: the token that stands
+    for the subject. `resolution`, `schedule` and `warm_up`: the fields of `job.Training`."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(as_file(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
@@ -179,10 +185,15 @@ def job(
     location(base)  # UsageError if there is no such base
     times = timesteps or family_preset(base, method).timesteps
     loading = Loading(vae, prediction, vram, compile, graphs, device, times)
+    training = checked_training(resolution, schedule, warm_up)
+    if rare != RARE:
+        if "{rare}" not in " ".join(METHODS[method].prompts.values() if method in METHODS else ()):
+            raise UsageError(f"{method} has no rare token in its prompts", "--rare", "Write the token into the prompt.")
+        words = {**words, "rare": rare}
     _ = loading.preset  # UsageError if there is no such preset
     return Job(
         method,
-        TrainingData(files, words, loras=loras or {}),
+        TrainingData(files, words, loras=loras or {}, training=training),
         resolve(method, base, config, settings),
         where,
         base,

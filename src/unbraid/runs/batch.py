@@ -17,7 +17,7 @@ from unbraid.core.many import run_batched
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
 from unbraid.runs.drawing import forget_base
-from unbraid.runs.job import Extras, Job, Progress, TrainingData
+from unbraid.runs.job import Extras, Job, Progress, TrainingData, checked_training
 from unbraid.runs.run import script
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
 
@@ -119,6 +119,9 @@ class _Record(BaseModel):
     timesteps: str = ""
     thumbnail: bool = True
     metadata: bool = True
+    resolution: int = 0
+    schedule: str = "constant"
+    warm_up: int = 0
 
 
 def recorded(file: Path) -> Job:
@@ -135,6 +138,7 @@ def recorded(file: Path) -> Job:
         table.words,
         {Path(path): text for path, text in table.captions.items()},
         {role: Path(path) for role, path in table.loras.items()},
+        checked_training(table.resolution, table.schedule, table.warm_up),
     )
     return Job(
         table.method,

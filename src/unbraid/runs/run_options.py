@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+from unbraid.runs.job import Schedule
+
 
 class RunOptions(TypedDict, total=False):
     """How a run is done. Each has the same name on the command line."""
@@ -31,6 +33,14 @@ class RunOptions(TypedDict, total=False):
     """The same seed gives the same result. Default 0."""
     previews: int
     """Preview sheets during training; 0: no pictures at all. Default 3."""
+    rare: str
+    """The token that stands for the subject in prompts. Default `sks`."""
+    resolution: int
+    """Pixels: pictures are scaled to the area of a square with this side. Default 0: the base's own size."""
+    schedule: Schedule
+    """How the learning rates fall to 0: `constant` (not at all, the default), `linear` or `cosine`."""
+    warm_up: int
+    """Steps in which the learning rates rise to their full value. Default 0."""
     config: Path | None
     """TOML file with a table of settings per method. Default: none."""
     thumbnail: bool
