@@ -329,6 +329,7 @@ def test_an_edit_of_strength_0_gives_the_picture_back(base: Base, picture: Path,
 
     style = random_lora(base, tmp_path / "style.safetensors")
     inputs = ImageInputs(edit=picture)
+    steps = 160 if base.family.name == "z-image" else 40  # its random weights change quickly with the timestep
     best = np.asarray(reconstruct(base, fit(open_image(picture), base.size**2, base.step, picture))).astype(int)
     kept, changed = (
         np.asarray(
@@ -336,7 +337,7 @@ def test_an_edit_of_strength_0_gives_the_picture_back(base: Base, picture: Path,
                 0
             ]
         )
-        for scale, n in ((0.0, 40), (1.0, 5))
+        for scale, n in ((0.0, steps), (1.0, 5))
     )
     error, change = (np.abs(one.astype(int) - best).max() for one in (kept, changed))
     assert error <= 3 < change, (error, change)
