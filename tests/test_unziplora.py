@@ -218,7 +218,9 @@ def test_official_score_is_the_thresholded_count(scale: float) -> None:
     factors = Factors(state["a"], state["b"])
     factors.channels = torch.nn.Parameter(torch.rand(7, generator=rng))
     factors.down.grad, factors.up.grad = state["ga"] * 65536e-10 / scale, state["gb"] * 65536e-10 / scale
-    change = factors.channels[:, None] * (state["b"] @ state["ga"] + state["gb"] @ state["a"]) * 1e-10  # a smaller scale counts larger gradients alike
+    change = (
+        factors.channels[:, None] * (state["b"] @ state["ga"] + state["gb"] @ state["a"]) * 1e-10
+    )  # a smaller scale counts larger gradients alike
     expected = ((state["b"] @ state["a"] * change * 65536).abs() > 1e-5).float().mean(1)
     assert torch.equal(_count(factors, scale), expected) and not torch.equal(_count(factors, 1e9), expected)
     assert 0 < expected.mean() < 1
