@@ -184,7 +184,7 @@ class BreakSettings(RunOptions, total=False):
     orthogonal: bool
     """Whether the frozen halves are orthonormal; if not, they are correlated, as in the published code. Default True."""
     compat: Literal["none", "official"]
-    """`official` lets every loss train both factors. Default 'none'."""
+    """`official` lets every loss train both factors, in turn, with the published clipping and weight decay. Default 'none'."""
     loss: Literal["prediction", "x0"]
     """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
     x0_from: int
@@ -205,7 +205,7 @@ class MakeSettings(RunOptions, total=False):
     patience: int
     """Training stops after this many checks without a lower loss. Default 4."""
     compat: Literal["none", "official"]
-    """`official` initialises the content factor of square layers, and the frozen half of their up, again before training, as the published code does. Default 'none'."""
+    """`official` initialises the content factor and the frozen halves of queries, and of square keys and values, again before training, as the published code does. Default 'none'."""
     loss: Literal["prediction", "x0"]
     """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
     x0_from: int
