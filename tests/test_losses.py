@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from test_graphs import case
 from test_many import start
+from tiny_bases import diffusion
 from torch import Tensor
 
 from unbraid.bases.base import Base, load
@@ -21,9 +22,9 @@ from unbraid.runs.settings import resolve, schema
 
 def clean(base: Base, sample: Sample, prediction: Tensor) -> Tensor:
     """x̂_0 from a prediction, by the definitions of epsilon and v."""
-    signal = base.process.scheduler.alphas_cumprod[sample.t].double()
+    signal = diffusion(base).scheduler.alphas_cumprod[sample.t].double()
     alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
-    if base.process.prediction == "v_prediction":
+    if diffusion(base).prediction == "v_prediction":
         return alpha * sample.noisy - sigma * prediction
     return (sample.noisy - sigma * prediction) / alpha
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_bases import diffusion
 
 from unbraid.bases import base as bases
 from unbraid.bases.base import Base
@@ -153,8 +154,8 @@ def test_bases_say_what_they_are(v_base: Path, sd15_base: Path, tmp_path: Path) 
     v, sd15 = bases.load(str(v_base), "cpu"), bases.load(str(sd15_base), "cpu")
     assert (v.family.name, v.size, v.step) == ("sdxl", 32, 16) and sd15.family.name == "sd15"
     assert (
-        v.process.scheduler.config["prediction_type"] == "v_prediction"
-        and float(v.process.scheduler.alphas_cumprod[-1]) == 0
+        diffusion(v).scheduler.config["prediction_type"] == "v_prediction"
+        and float(diffusion(v).scheduler.alphas_cumprod[-1]) == 0
     )
     assert {"sdxl", "sd15"} <= set(BLOCKS)
     for wrong in ("nowhere", "./nowhere/at-all", str(tmp_path)):
