@@ -7,7 +7,7 @@ from pathlib import Path
 import unbraid
 from unbraid.images.opening import open_image
 from unbraid.images.sheets import contact_sheet, save_image
-from unbraid.sampling.render import OWN, Use
+from unbraid.sampling.uses import OWN, Use
 
 PICTURE = Path(str(files("unbraid") / "bases" / "icons" / "example.png"))  # a fox, which the base was not trained on
 

@@ -116,6 +116,9 @@ class Alone:
     def constants(self) -> Sequence[Tensor]:
         return self.real.constants()
 
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return self.real.x0_factor(t)
+
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         self.roles = list(images)
         return self.real.draw(images, shared, rng)
@@ -350,6 +353,9 @@ class Bowl(nn.Module):
 
     def constants(self) -> Sequence[Tensor]:
         return ()
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         goal = {"train": 3.0, "valid": 1.0}

@@ -12,7 +12,7 @@ import torch
 from ldm import vae_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_bases import SIDE, Tiny, save_both, sd15, sdxl
+from tiny_bases import SIDE, Tiny, diffusion, save_both, sd15, sdxl
 
 from unbraid.bases.base import Base, load
 from unbraid.bases.presets import Loading
@@ -55,7 +55,7 @@ def test_a_single_file_is_the_folder_it_was_made_from(kind: str, request: pytest
         "beta_schedule",
     ):
         assert folder.pipe.scheduler.config.get(key) == file.pipe.scheduler.config.get(key), key
-    assert folder.process.scheduler.config["prediction_type"] == (
+    assert diffusion(folder).scheduler.config["prediction_type"] == (
         "epsilon" if kind in ("tiny_sdxl", "tiny_sd15") else "v_prediction"
     )
     one, other = (drawn(base).astype(int) for base in (folder, file))
@@ -69,7 +69,7 @@ def test_prediction_can_be_said(tiny_sdxl: Tiny) -> None:
     for where in (tiny_sdxl.folder, tiny_sdxl.file):
         base = load(str(where), "cpu", Loading(prediction="v"))
         assert (
-            base.process.scheduler.config["prediction_type"]
+            diffusion(base).scheduler.config["prediction_type"]
             == base.pipe.scheduler.config["prediction_type"]
             == "v_prediction"
         )

@@ -178,7 +178,8 @@ def test_run_toml_is_a_run_of_a_batch(v_base: Path, pictures: list[Path], tmp_pa
         steps.close()  # type: ignore[attr-defined]
         assert recorded(job.out / "run.toml") == job
     files = [str(job.out / "run.toml") for job in todo]
-    assert cli_in_process(["batch", *files, "--quiet"])[1].count("holds a run already") == 4
+    code, text = cli_in_process(["batch", *files, "--quiet"])
+    assert code == 1 and "4 of 4 runs have been begun already. Add --resume" in text and len(text.splitlines()) == 1
     assert cli_in_process(["batch", *files, "--quiet", "--resume"])[0] == 0
     assert all((job.out / "loss.png").exists() for job in todo)
 

@@ -32,7 +32,7 @@ from unbraid.runs.job import Job
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
 FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
 FEW |= {"unziplora": {"steps": 3, "rank": 4, "window": 1}, "ziplora": {"steps": 2}, "make": {"fine_tune": 1}}
-FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}}
+FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}, "consislora": {"steps": 1, "style_steps": 1, "rank": 4}}
 TINY = replace(QUICK, others=1, steps=2, training=FEW)
 
 
@@ -329,7 +329,7 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
     ("arguments", "expected"),
     [
         (["--task", "paint"], "there is no task 'paint'"),
-        (["--only", "ZipLora"], "there is no row 'ZipLora'"),
+        (["--only", "ZipLorra"], "there is no row 'ZipLorra'. Did you mean 'ZipLoRA'?"),
         (["--seed", "7"], "seeds 7"),
         (["--report"], "there is nothing to report"),
         (["--results", "no.jsonl"], "no.jsonl"),

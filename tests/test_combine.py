@@ -13,12 +13,11 @@ from unbraid.core.lora import Active, Lora
 from unbraid.core.lowrank import delta
 from unbraid.files.lora_file import write
 from unbraid.sampling.combine import (
-    ALPHA,
-    BETA,
+    RULES,
     Combine,
+    by_choice,
+    choices,
     composite,
-    k_lora,
-    k_lora_terms,
     sampling_times,
     scheduled,
     switch,
@@ -58,35 +57,41 @@ def test_switch_and_composite() -> None:
     ]  # fmt: skip
 
 
-def test_k_lora_is_its_formula() -> None:
-    """Compared with another implementation of arXiv 2502.18461: dense entries, step by step."""
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_their_formulas(name: str) -> None:
+    """Compared with another implementation of arXiv 2502.18461 and 2508.02165: dense entries, step by step."""
     content = {"x": lora(0), "y": lora(1, 3.0), "mine": lora(2)}
     style = {"x": lora(3), "y": lora(4, rank=2), "yours": lora(5)}
-    turns = k_lora(content, style, STEPS)
-    common = ("x", "y")
-    gamma = sum(float(delta(content[n]).abs().sum()) for n in common) / sum(
-        float(delta(style[n]).abs().sum()) for n in common
+    turns, common = choices(RULES[name], content, style, STEPS), ("x", "y")
+    beta, wraps, power = {"k-lora": (0.5, False, 1), "k-lora-released": (1.275, True, 1), "est-lora": (0.5, True, 2)}[
+        name
+    ]
+    gamma = sum(float((delta(content[n]).abs() ** power).sum()) for n in common) / sum(
+        float((delta(style[n]).abs() ** power).sum()) for n in common
     )
-    for name in common:
-        count = len(content[name].down) * len(style[name].down)
-        s_c, s_s = (sorted(delta(one[name]).abs().flatten().tolist())[-count:] for one in (content, style))
-        chosen = [sum(s_c) / gamma > sum(s_s) * (ALPHA * i / STEPS + BETA) for i in range(STEPS)]
-        assert turns[name] == sum(chosen) and chosen == sorted(chosen, reverse=True)
-    assert 0 < turns["x"] < turns["y"] and turns["mine"] == STEPS and turns["yours"] == 0
-    parts, terms = k_lora_terms(4.0, "main", BOTH, [content, style], TIMES)
+    for module in common:
+        count = len(content[module].down) * len(style[module].down) if power == 1 else 0
+        s_c, s_s = (
+            sum(sorted((delta(one[module]).abs() ** power).flatten().tolist())[-count:]) for one in (content, style)
+        )
+        bars = [1.5 * i / STEPS + beta for i in range(STEPS)]
+        assert turns[module] == tuple(s_c / gamma > s_s * (bar % 1.5 if wraps else bar) for bar in bars)
+    assert turns["mine"] == (True,) * STEPS and turns["yours"] == (False,) * STEPS
+    rises = [all(a >= b for a, b in pairwise(turns[module])) for module in common]
+    assert all(rises) if not wraps else not all(rises), "one change from content to style, unless the bar wraps"
+    parts, terms = by_choice((4.0, "main"), RULES[name], BOTH, [content, style], TIMES)
     for i, time in enumerate(TIMES):
         working = {
             (module, active.adapter[0], active.scale)
             for active in at(terms, time)[0].active
             for module in parts[active.adapter]
         }
-        assert working == {(m, "a", 0.8) for m in turns if i < turns[m]} | {
-            (m, "b", 1.0) for m in turns if i >= turns[m]
-        }
+        wanted = {(m, "a", 0.8) if some[i] else (m, "b", 1.0) for m, some in turns.items()}
+        assert working == wanted
     with pytest.raises(UsageError, match="no module in common"):
-        k_lora({"a": lora(0)}, {"b": lora(1)}, STEPS)
+        choices(RULES[name], {"a": lora(0)}, {"b": lora(1)}, STEPS)
     with pytest.raises(UsageError, match="3 LoRAs"):
-        k_lora_terms(4.0, "main", BOTH, [content] * 3, TIMES)
+        by_choice((4.0, "main"), RULES[name], BOTH, [content] * 3, TIMES)
 
 
 def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
                 modules[f"unet.{name}"] = Lora(torch.randn(4, k, generator=rng), torch.randn(d, 4, generator=rng), 4.0)
         files.append(tmp_path / f"{i}.safetensors")
         write(files[-1], modules, family="sdxl")
-    times = sampling_times(base.pipe.scheduler, 4)
+    times = sampling_times(base.family.network, base.pipe.scheduler, 4, (8, 8))
     assert len(times) == 4 and all(a > b for a, b in pairwise(times)) and max(times) <= 1
 
     def draw(combine: Combine, second: float) -> np.ndarray:
@@ -112,5 +117,7 @@ def test_pictures_of_every_kind(v_base: Path, tmp_path: Path) -> None:
 
     (alone,) = render(base, "a cat", [Use(files[0])], sampling=Sampling(steps=4))
     assert np.abs(draw("sum", 0.0) - np.asarray(alone, np.int16)).max() == 0
-    pictures = [draw(combine, 1.0) for combine in ("sum", "switch", "composite", "k-lora")]
+    pictures = [
+        draw(combine, 1.0) for combine in ("sum", "switch", "composite", "k-lora", "k-lora-released", "est-lora")
+    ]
     assert all(np.abs(a - b).mean() > 0.5 for i, a in enumerate(pictures) for b in pictures[:i])

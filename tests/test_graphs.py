@@ -48,6 +48,7 @@ METHODS = {  # every method that trains; `make` needs modules that fit each othe
     "pair": case("pair", **JOINING),
     "pair official": case("pair", **JOINING, compat="official"),
     "dreambooth": case("dreambooth", prior_weight=0.5),
+    "dreambooth, x0": case("dreambooth", loss="x0"),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from tiny_bases import diffusion
 
 from tools.recipe.vae import psnr
 from unbraid.bases.base import Base, load
@@ -48,8 +49,8 @@ def test_it_has_sdxls_blocks(base: Base) -> None:
     ):
         assert f"{block}.transformer_blocks.0.attn2.to_k" in names
     assert (
-        base.process.scheduler.config["prediction_type"] == "v_prediction"
-        and base.process.scheduler.config["rescale_betas_zero_snr"]
+        diffusion(base).scheduler.config["prediction_type"] == "v_prediction"
+        and diffusion(base).scheduler.config["rescale_betas_zero_snr"]
     )
 
 

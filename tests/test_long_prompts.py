@@ -58,7 +58,8 @@ def test_prompts_of_every_length(kind: str, request: pytest.FixtureRequest) -> N
     base = opened(kind, request)
     room, full = base.pipe.tokenizer.model_max_length - 2, base.pipe.tokenizer.model_max_length
     for text in ("", "a cat", words(base, room)):
-        expected: Any = base.pipe.encode_prompt(
+        pipe: Any = base.pipe
+        expected = pipe.encode_prompt(
             text, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         got = base.encode_prompt(text)

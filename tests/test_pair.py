@@ -9,6 +9,7 @@ import pytest
 import torch
 from double import double, in_double
 from PIL import Image, ImageDraw
+from tiny_bases import diffusion
 from torch import Tensor
 
 from unbraid.bases import base as bases
@@ -111,6 +112,9 @@ class Same:
 
     def constants(self) -> Sequence[Tensor]:
         return self.real.constants()
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return self.real.x0_factor(t)
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         return [self.samples[("before", "after").index(image)] for image in images]
@@ -259,7 +263,7 @@ def test_alignment_tells_pairs_from_strangers(couple: tuple[Path, Path]) -> None
 def guided(base: Base, terms: Sequence[Term], adapters: Adapters, prompts: dict[str, Prompt], time: float) -> Tensor:
     rng = torch.Generator().manual_seed(9)
     latent = torch.randn(2, 4, 4, 4, generator=rng).double()
-    step = torch.tensor(time * base.process.scheduler.config["num_train_timesteps"])
+    step = torch.tensor(time * diffusion(base).scheduler.config["num_train_timesteps"])
     with torch.no_grad():
         return Guided(base, terms, prompts, adapters)(latent, step)[0]
 
@@ -342,7 +346,7 @@ def test_inversion_undoes_ddim(
     def predict(noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor) -> Tensor:
         alpha = alphas[int(t[0])]
         noise = (1 - alpha).sqrt() * noisy / (alpha / 4 + 1 - alpha)
-        if base.process.scheduler.config["prediction_type"] == "epsilon":
+        if diffusion(base).scheduler.config["prediction_type"] == "epsilon":
             return noise
         start = alpha.sqrt() / 4 * noisy / (alpha / 4 + 1 - alpha)
         return alpha.sqrt() * noise - (1 - alpha).sqrt() * start

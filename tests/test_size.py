@@ -7,6 +7,9 @@ from statistics import median, quantiles
 
 SOURCE = Path(__file__).parent.parent / "src" / "unbraid"
 FILE_LINES, FUNCTION_LINES, PARAMETERS, FIELDS = 250, 60, 8, 9
+GENERATED = {
+    "runs/options.py"
+}  # tools/options.py writes it, and nobody edits it: two lines for every setting of every method
 MEDIAN_FILE_LINES, MOST_FUNCTION_LINES = 150, 30  # the median file; nine functions of ten
 
 
@@ -20,7 +23,7 @@ def is_verb(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Verbs of the command line and of the Python API, and methods, whose keyword arguments are their settings, have a parameter per
     option, so the parameter limit does not apply."""
     room = path.relative_to(SOURCE).as_posix()
-    if room in ("runs/api.py", "runs/break_make.py"):
+    if room in ("runs/api.py", "runs/break_make.py", "runs/drawing.py"):
         return not node.name.startswith("_")
     if room.startswith("methods/"):
         return ast.unparse(node.returns or ast.Constant(None)) == "tuple[Recipe, ...]"
@@ -31,7 +34,7 @@ def is_verb(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 def excesses(path: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
     """(name, what is too large) for each excess in a file."""
     file = path.relative_to(SOURCE).as_posix()
-    if (lines := len(path.read_text().splitlines())) > FILE_LINES:
+    if (lines := len(path.read_text().splitlines())) > FILE_LINES and file not in GENERATED:
         yield file, f"{lines} lines"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

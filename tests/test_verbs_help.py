@@ -22,7 +22,7 @@ def test_help_lists_the_methods_and_their_settings(verb: str) -> None:
         for name, parameter in open_settings(entry).items():
             assert f"{name}={parameter.default}" in text, name
     for name in SHARED:
-        assert f"--{name.strip('_')}" in text, name
+        assert f"--{name.strip('_').replace('_', '-')}" in text, name
 
 
 def test_the_first_method_is_the_default() -> None:

@@ -30,7 +30,7 @@ from unbraid.files.tools import Source, merge_files
 from unbraid.methods.ziplora import ziplora
 from unbraid.runs.api import zip_job
 from unbraid.runs.run import run
-from unbraid.sampling.render import attach
+from unbraid.sampling.attach import attach
 
 ROLES = ("content", "style")
 
@@ -173,6 +173,9 @@ class Toy(nn.Module):
 
     def constants(self) -> Sequence[Tensor]:
         return ()
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
         zero = torch.zeros(1)

@@ -18,7 +18,9 @@ from diffusers import (
 from ldm import save_single_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from unbraid.bases.base import Base
 from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
+from unbraid.bases.families.noising import Diffusion
 
 SIDE = 64  # pixels
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -143,3 +145,9 @@ def text(width: int, act: str) -> CLIPTextConfig:
         pad_token_id=1,
         eos_token_id=2,
     )
+
+
+def diffusion(base: Base) -> Diffusion:
+    """The noise process of a base that is no base with flow matching."""
+    assert isinstance(base.process, Diffusion)
+    return base.process

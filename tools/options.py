@@ -28,15 +28,20 @@ from unbraid.runs.run_options import RunOptions
 '''
 STUB_HEAD = '''"""The verbs in Python. Made by `python -m tools.options` from the methods' entries; do not edit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Unpack, overload
 
+from unbraid.common.errors import UsageError as UsageError
+from unbraid.images.given import Source
 from unbraid.methods.b4m import Kind
 from unbraid.runs import options as o
-from unbraid.runs.api import generate as generate
 from unbraid.runs.batch import batch as batch
-from unbraid.runs.job import Job
+from unbraid.runs.drawing import generate as generate
+from unbraid.runs.job import Job, Progress
+from unbraid.sampling.render import Use as Use
+
+__version__: str
 '''
 
 
@@ -99,9 +104,12 @@ def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
         arguments = _arguments(verb)
         default = f' = "{entry.name}"' if entry is methods[0] else ""
         arguments.append(f'method: Literal["{entry.name}"]{default}')
+        if returns == "Path" and verb != "make":
+            arguments.append("progress: Callable[[Progress], None] | None = None")
         arguments.append(f"**options: Unpack[o.{class_name(entry)}]")
         head = "@overload\n" if len(methods) > 1 else ""
-        yield f'{head}def {name}({", ".join(arguments)}) -> {returns}:\n    """{doc}"""\n'
+        body = f'\n    """{doc}"""\n' if entry is methods[0] else " ..."  # once is enough: the file is long
+        yield f"{head}def {name}({', '.join(arguments)}) -> {returns}:{body}"
 
 
 def _arguments(verb: str) -> list[str]:

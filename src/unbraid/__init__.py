@@ -1,19 +1,25 @@
 """unbraid: take an image apart into a content LoRA and a style LoRA, and put LoRAs together again."""
 
 import os
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from unbraid.common.errors import UsageError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import advises on torchvision, which is not used
 
 if TYPE_CHECKING:
-    from unbraid.runs.api import generate, learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
+    from unbraid.runs.api import learn, learn_job, pair, pair_job, split, split_job, zip, zip_job
     from unbraid.runs.batch import batch
     from unbraid.runs.break_make import break_job, break_module, make, make_job
+    from unbraid.runs.drawing import generate
+    from unbraid.sampling.render import Use
 
 __all__ = [
-    "batch", "break_job", "break_module", "generate", "learn", "learn_job", "make", "make_job",
+    "UsageError", "Use", "batch", "break_job", "break_module", "generate", "learn", "learn_job", "make", "make_job",
     "pair", "pair_job", "split", "split_job", "zip", "zip_job",
 ]  # fmt: skip
+__version__ = version("unbraid")
 BREAK_MAKE = ("break_job", "break_module", "make", "make_job")
 
 
@@ -21,7 +27,12 @@ def __getattr__(name: str) -> Any:
     """The verbs, loaded when they are first used: the file tools need no diffusers."""
     if name not in __all__:
         raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
-    from unbraid.runs import api, break_make
-    from unbraid.runs import batch as runs
+    from unbraid.runs import api, batch, break_make, drawing
+    from unbraid.sampling import render
 
-    return getattr(runs if name == "batch" else break_make if name in BREAK_MAKE else api, name)
+    rooms = {"Use": render, "batch": batch, "generate": drawing, **dict.fromkeys(BREAK_MAKE, break_make)}
+    return getattr(rooms.get(name, api), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,35 +1,55 @@
 """The verbs in Python. Made by `python -m tools.options` from the methods' entries; do not edit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Unpack, overload
 
+from unbraid.common.errors import UsageError as UsageError
+from unbraid.images.given import Source
 from unbraid.methods.b4m import Kind
 from unbraid.runs import options as o
-from unbraid.runs.api import generate as generate
 from unbraid.runs.batch import batch as batch
-from unbraid.runs.job import Job
+from unbraid.runs.drawing import generate as generate
+from unbraid.runs.job import Job, Progress
+from unbraid.sampling.render import Use as Use
+
+__version__: str
 
 @overload
 def split(
-    image: str | Path,
+    image: Source,
     *,
     subject: str,
     style: str,
     method: Literal["unziplora"] = "unziplora",
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.UnziploraSettings],
 ) -> Path:
     """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
 
 @overload
 def split(
-    image: str | Path, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
-) -> Path:
-    """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
-
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["blora"],
+    progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[o.BloraSettings],
+) -> Path: ...
+@overload
+def split(
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["consislora"],
+    progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[o.ConsisloraSettings],
+) -> Path: ...
 @overload
 def split_job(
-    image: str | Path,
+    image: Source,
     *,
     subject: str,
     style: str,
@@ -40,39 +60,41 @@ def split_job(
 
 @overload
 def split_job(
-    image: str | Path, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
-) -> Job:
-    """One image → `content.safetensors` and `style.safetensors`."""
-
+    image: Source, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
+) -> Job: ...
+@overload
+def split_job(
+    image: Source, *, subject: str, style: str, method: Literal["consislora"], **options: Unpack[o.ConsisloraSettings]
+) -> Job: ...
 @overload
 def learn(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     prompt: str,
     class_prompt: str = "",
     class_images: str | Path | None = None,
     from_: str | Path | None = None,
     method: Literal["dreambooth"] = "dreambooth",
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.DreamboothSettings],
 ) -> Path:
     """Images of one thing → `lora.safetensors`. Returns the run folder."""
 
 @overload
 def learn(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     prompt: str,
     class_prompt: str = "",
     class_images: str | Path | None = None,
     from_: str | Path | None = None,
     method: Literal["qr-lora"],
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.QrLoraSettings],
-) -> Path:
-    """Images of one thing → `lora.safetensors`. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def learn_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     prompt: str,
     class_prompt: str = "",
@@ -85,7 +107,7 @@ def learn_job(
 
 @overload
 def learn_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     prompt: str,
     class_prompt: str = "",
@@ -93,39 +115,37 @@ def learn_job(
     from_: str | Path | None = None,
     method: Literal["qr-lora"],
     **options: Unpack[o.QrLoraSettings],
-) -> Job:
-    """Images of one thing → `lora.safetensors`."""
-
+) -> Job: ...
 @overload
 def pair(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     *,
     subject: str,
     style: str,
     beside: Sequence[str | Path] = (),
     method: Literal["pair"] = "pair",
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.PairSettings],
 ) -> Path:
     """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
 
 @overload
 def pair(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     *,
     subject: str,
     style: str,
     beside: Sequence[str | Path] = (),
     method: Literal["slider"],
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.SliderSettings],
-) -> Path:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def pair_job(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     *,
     subject: str,
     style: str,
@@ -137,17 +157,15 @@ def pair_job(
 
 @overload
 def pair_job(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     *,
     subject: str,
     style: str,
     beside: Sequence[str | Path] = (),
     method: Literal["slider"],
     **options: Unpack[o.SliderSettings],
-) -> Job:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone."""
-
+) -> Job: ...
 @overload
 def zip(
     content: str | Path,
@@ -157,6 +175,7 @@ def zip(
     images: Mapping[str, str | Path] | None = None,
     prompts: Mapping[str, str] | None = None,
     method: Literal["ziplora"] = "ziplora",
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.ZiploraSettings],
 ) -> Path:
     """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
@@ -170,10 +189,9 @@ def zip(
     images: Mapping[str, str | Path] | None = None,
     prompts: Mapping[str, str] | None = None,
     method: Literal["np-lora"],
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.NpLoraSettings],
-) -> Path:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
-
+) -> Path: ...
 @overload
 def zip_job(
     content: str | Path,
@@ -197,22 +215,21 @@ def zip_job(
     prompts: Mapping[str, str] | None = None,
     method: Literal["np-lora"],
     **options: Unpack[o.NpLoraSettings],
-) -> Job:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`."""
-
+) -> Job: ...
 def break_module(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     kind: Kind,
     prompt: str,
     partners: str | Path | None = None,
     method: Literal["break"] = "break",
+    progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.BreakSettings],
 ) -> Path:
     """Images of one content or style → `module.safetensors`. Returns the run folder."""
 
 def break_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     kind: Kind,
     prompt: str,

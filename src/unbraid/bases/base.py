@@ -13,7 +13,7 @@ from unbraid.bases.compiling import compile_blocks
 from unbraid.bases.devices import found_device, sent_to
 from unbraid.bases.families import family_of
 from unbraid.bases.families.family import Family, Prompt
-from unbraid.bases.families.noising import Diffusion
+from unbraid.bases.families.noising import Process
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.savings import save_memory
@@ -46,13 +46,15 @@ class Base:
     pipe: Pipeline
     device: torch.device
     graphs: bool = True  # whether to capture passes as CUDA graphs
+    timesteps: str = ""  # how they are drawn in training; empty: as published for the family
+    guidance: float = 1.0  # for denoisers that take a guidance scale as an input, such as Flux.1-dev's
     family: Family = field(init=False)
-    process: Diffusion = field(init=False)
+    process: Process = field(init=False)
     embeddings: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)  # a cache
 
     def __post_init__(self) -> None:
         self.family = family_of(self.pipe)
-        self.process = self.family.process(self.pipe.scheduler.config, self.name)
+        self.process = self.family.network.process(self.pipe.scheduler.config, self.name, self.timesteps)
 
     @property
     def denoiser(self) -> Any:
@@ -73,7 +75,7 @@ class Base:
     @property
     def size(self) -> int:
         """The side, in pixels, of the square pictures that the base was trained on."""
-        return self.family.network.size(self.denoiser.config) * self.pipe.vae_scale_factor
+        return self.family.network.side(self.pipe)
 
     @property
     def lora_metadata(self) -> dict[str, str]:
@@ -87,9 +89,10 @@ class Base:
 
     def alike(self, prompts: Mapping[str, Prompt]) -> dict[str, Prompt]:
         """Pad prompts to the same length, so that they can share a batch: with empty chunks, or with zeros if the prompt is
-        all zeros. The text encoders must still be loaded."""
+        all zeros. The text encoders must still be loaded. Prompts of a network that takes different lengths are returned
+        as they are."""
         most = max(len(prompt.embeds) for prompt in prompts.values())
-        if all(len(prompt.embeds) == most for prompt in prompts.values()):
+        if self.family.network.ragged or all(len(prompt.embeds) == most for prompt in prompts.values()):
             return dict(prompts)
         empty = self.encode_prompt("").embeds
         out = {}
@@ -125,7 +128,7 @@ class Base:
     def release(self, tiles: bool = False) -> None:
         """Free memory for training, once all prompts and pictures are encoded: drop the text encoders and move the VAE to
         the CPU. `sample.generate` moves it back while it draws. With `tiles`, it decodes in tiles from now on."""
-        for part in ("text_encoder", "text_encoder_2"):
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             if part in self.pipe.components:
                 setattr(self.pipe, part, None)
         self.vae.to("cpu")  # type: ignore[arg-type]
@@ -148,6 +151,8 @@ class Base:
         [b, 6]`: one per row."""
         dtype = self.denoiser.dtype
         more = self.family.conditions(prompts, sizes, dtype)
+        if not self.family.network.layers.own_prompt:
+            return {"encoder_hidden_states": [prompt.embeds.to(dtype) for prompt in prompts], **more}
         return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), **more}
 
     def _texts(self, key: tuple[object, ...], prompts: Sequence[Prompt]) -> Tensor:
@@ -160,10 +165,10 @@ class Base:
         return self.embeddings[key]
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor, **residuals: Any) -> Tensor:
-        """The denoiser's raw prediction for a batch, in the shape of `noisy [b, c, h, w]`. `residuals`: outputs of a
-        ControlNet, under the names of the denoiser's arguments."""
-        conditions = self.conditions(prompts, sizes)
-        return self.denoiser(noisy.to(self.denoiser.dtype), t, **conditions, **residuals).sample
+        """The denoiser's prediction for a batch, in the shape of `noisy [b, c, h, w]`. `residuals`: outputs of a ControlNet,
+        under the names of the denoiser's arguments."""
+        conditions = {**self.conditions(prompts, sizes), **residuals}
+        return self.family.network.predict(self.denoiser, noisy, t, self.guidance, conditions)
 
 
 class RunData:
@@ -190,7 +195,8 @@ class RunData:
         shape, device = picture.mean.shape, self.base.device
         latent = picture.mean + picture.std * sent_to(torch.randn(shape, generator=rng), device).to(picture.std)
         if "timestep" not in shared or "timestep" not in kept:
-            kept["timestep"] = sent_to(self.base.process.draw_timestep(rng), device)
+            tokens = shape[-2] * shape[-1] // 4
+            kept["timestep"] = sent_to(self.base.process.draw_timestep(rng, tokens), device)
         if "noise" not in shared or "noise" not in kept:
             kept["noise"] = sent_to(torch.randn(shape, generator=rng), device).to(picture.mean)
         t = kept["timestep"]
@@ -198,7 +204,7 @@ class RunData:
         some = picture.prompts
         prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
         weight = None if picture.weight is None else picture.weight[None]
-        return Sample(noisy, t, target, picture.sizes[None], prompt, weight=weight)
+        return Sample(noisy, t, target, picture.sizes[None], prompt, weight=weight, factor=self.base.process.factor(t))
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])
@@ -206,6 +212,9 @@ class RunData:
         sizes = torch.cat([sample.sizes for sample in samples])
         encoded = [self.encoded[sample.prompt or role] for sample, role in zip(samples, prompts, strict=True)]
         return self.base.predict(noisy, t, encoded, sizes)
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        return self.base.process.x0_factor(t)
 
 
 def joined(models: Mapping[str, Denoiser]) -> RunData:
@@ -224,9 +233,10 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
     pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
-    denoiser = getattr(pipe, family_of(pipe).network.part)
+    network = family_of(pipe).network
+    denoiser = getattr(pipe, network.part)
     save_memory(denoiser, where, loading.preset)
     if loading.compile:
-        compile_blocks(denoiser)
+        compile_blocks(denoiser, network.blocks)
     pipe.to(where)
-    return Base(name, pipe, where, loading.graphs)
+    return Base(name, pipe, where, loading.graphs, loading.timesteps)

@@ -1,5 +1,6 @@
 """Choosing a device, and copying tensors to it."""
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -24,6 +25,13 @@ def pick_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes that this process uses: of the card's memory if the device is one, else of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def sent_to(values: Tensor, device: torch.device) -> Tensor:

@@ -6,23 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from socket import gaierror
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from unbraid.bases.families import PIPELINES, family_of
+from unbraid.bases.families import family_of
+from unbraid.bases.recognised import check_supported, pipeline_class
 from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
 from unbraid.common.errors import UsageError, first_line
 
-Pipeline = StableDiffusionXLPipeline | StableDiffusionPipeline  # the classes in `PIPELINES`, for the type checker
+# The pipeline classes of all families, for the type checker
+Pipeline = (
+    StableDiffusionXLPipeline | StableDiffusionPipeline | FluxPipeline | StableDiffusion3Pipeline | ZImagePipeline
+)
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
@@ -31,8 +40,7 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
     """Open a base: UNet and text encoders in `dtype`, the VAE in full precision because some VAEs overflow in fp16.
 
     `vae`: a folder, hub id or file to use in place of the base's own VAE. `prediction`: `epsilon` or `v`, for a base whose
-    files do not state it, or state it wrongly. Raises UsageError for whatever is no SDXL, SD1.5 or SD2.1 text-to-image
-    model."""
+    files do not state it, or state it wrongly. Raises UsageError for whatever is no text-to-image model of a known family."""
     if prediction and prediction not in PREDICTIONS:
         raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
     path = location(name)
@@ -40,6 +48,8 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         other = _open_vae(vae, path) if vae else None
         pipe = load_single_file(Path(path), dtype, other) if Path(path).is_file() else _folder(name, path, dtype, other)
     _check(pipe, name, vae)
+    if prediction and "prediction_type" not in pipe.scheduler.config:
+        raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
     if prediction:
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)
@@ -69,13 +79,26 @@ def _is_file_name(path: str) -> bool:
 
 def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
     given: dict[str, Any] = {"vae": vae} if vae is not None else {}
+    check_supported(pipeline_class(path), name)
     try:
         return DiffusionPipeline.from_pretrained(
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
         )
     except (OSError, ValueError, KeyError) as error:
-        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id (a first download needs a network)."
+        if _offline(error):
+            fix = "Connect for the first download, or give a folder or a file."
+            raise UsageError("there is no network, and this model is not in the cache", name, fix) from error
+        fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id."
         raise UsageError(f"the base cannot be loaded: {first_line(error)}", name, fix) from error
+
+
+def _offline(error: BaseException | None) -> bool:
+    """Whether an error was caused by a network that cannot be reached, or that may not be used."""
+    while error:
+        if isinstance(error, OfflineModeIsEnabled | ConnectionError | TimeoutError | gaierror):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _open_vae(name: str, base: str) -> AutoencoderKL:
@@ -93,31 +116,28 @@ def _open_vae(name: str, base: str) -> AutoencoderKL:
 
 
 def _kind(base: str) -> Kind:
-    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration."""
+    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration. UsageError for a base
+    whose VAE is not read from a file."""
     if Path(base).is_file():
         return sniff(Path(base)).kind
-    try:
-        index: Any = DiffusionPipeline.load_config(base)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the base cannot be loaded: {first_line(error)}", base, "Give a diffusers folder.") from error
-    return "sdxl" if "XL" in str(index.get("_class_name")) else "sd15"
+    name = pipeline_class(base)
+    if not name:
+        raise UsageError("the base cannot be loaded: it has no model_index.json", base, "Give a diffusers folder.")
+    kinds: dict[str, Kind] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+    if name not in kinds:
+        fix = "Give the VAE as a diffusers folder or a hub id."
+        raise UsageError("a VAE in one file goes with SDXL, SD1.5 and SD2.1 alone", "--vae", fix)
+    return kinds[name]
 
 
 def _check(pipe: Any, name: str, vae: str) -> None:
     """Check what training and sampling rely on. Raises UsageError."""
-    if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # SDXL's refiner is an Img2Img pipeline
-        what = f"{type(pipe).__name__} is no text-to-image model"
-        raise UsageError(what, name, "Give the text-to-image model that it was made from.")
-    if not isinstance(pipe, PIPELINES):
-        raise UsageError(
-            f"{type(pipe).__name__} is not an SDXL, SD1.5 or SD2.1 type of model", name, "Choose another base."
-        )
     network = family_of(pipe).network
     network.check(pipe, name)
-    if any(pipe.components[part] is None for part in ("text_encoder", "text_encoder_2") if part in pipe.components):
+    if any(pipe.components[part] is None for part in network.texts if part in pipe.components):
         fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
         raise UsageError("a text encoder is missing, as in SDXL's refiner", name, fix)
-    channels, wanted = pipe.vae.config["latent_channels"], getattr(pipe, network.part).config["in_channels"]
+    channels, wanted = pipe.vae.config["latent_channels"], network.channels(getattr(pipe, network.part).config)
     if channels != wanted:
         what = f"the VAE has {channels} latent channels, the {type(getattr(pipe, network.part)).__name__} {wanted}"
         raise UsageError(what, vae or name, "Give a VAE of this kind of base.")

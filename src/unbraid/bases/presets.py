@@ -46,7 +46,8 @@ class Loading:
     vae: a folder, hub id or file to use in place of the base's own VAE. prediction: `epsilon` or `v`, for a base whose
     files do not state it. vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
     blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
-    cuda:1; empty for the best one."""
+    cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
+    as published for the base."""
 
     vae: str = ""
     prediction: str = ""
@@ -54,6 +55,7 @@ class Loading:
     compile: bool = False
     graphs: bool = True
     device: str = ""
+    timesteps: str = ""
 
     @property
     def preset(self) -> Preset:

@@ -2,6 +2,7 @@
 group `unbraid.bench` (docs/benchmark.md)."""
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 
 from unbraid.bench.rows import combine, modules, sanity, separate, transfer
@@ -34,8 +35,11 @@ def all_rows() -> list[Row]:
 def chosen(tasks: Sequence[str] = (), names: Sequence[str] = ()) -> list[Row]:
     """The rows of these tasks and names; without tasks those of all tasks, without names all but ablations. Errors: an unknown name."""
     rows = [row for row in all_rows() if not tasks or row.task in tasks]
-    unknown = set(names) - {row.name for row in rows}
-    if unknown:
-        known = ", ".join(dict.fromkeys(row.name for row in rows))
-        raise UsageError(f"there is no row {sorted(unknown)[0]!r}", "--only", f"There are: {known}.")
-    return [row for row in rows if (row.name in names if names else not row.ablation)]
+    known = {row.name.lower(): row.name for row in rows}
+    for name in names:
+        if name.lower() not in known:
+            near = get_close_matches(name.lower(), known, 1)
+            fix = f"Did you mean {known[near[0]]!r}?" if near else "`unbraid bench --only list` prints all."
+            raise UsageError(f"there is no row {name!r}", "--only", fix)
+    wanted = {name.lower() for name in names}
+    return [row for row in rows if (row.name.lower() in wanted if names else not row.ablation)]

@@ -36,7 +36,9 @@ def batch(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> int:
-    """Many independent runs over one base, their passes together; each in its own folder, as if run alone."""
+    """Many runs in one process, each in its own folder.
+
+    The runs are independent. Those on the same base share their passes through it."""
     from unbraid.runs.batch import run_many
     from unbraid.runs.spread import run_spread
 
@@ -45,7 +47,9 @@ def batch(
     events = run_many(jobs, at_once, resume, device) if one else run_spread(jobs, processes, at_once, resume, device)
     failed, undone = _watch(jobs, events, quiet)
     if failed:
-        fix = "The others are done; --resume goes on with what is not."
+        fix = (
+            "The others are done; --resume goes on with what is not." if failed < len(jobs) else "See the lines above."
+        )
         raise UsageError(f"{failed} of {len(jobs)} runs failed", ", ".join(map(str, files)), fix)
     return UNDONE if undone else 0
 

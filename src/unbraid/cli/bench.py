@@ -1,6 +1,7 @@
 """`unbraid bench`: parse, call, print."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,36 +13,38 @@ from unbraid.cli.run import BaseName, Quiet
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Your own pictures (docs/field-metrics.md), scored by the models below, not by true answers."),
+]
+Known = Annotated[
+    Path | None,
+    typer.Option("--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."),
+]
+Full = Annotated[
+    bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
+]
 
 
 @app.command()
 def bench(
-    full: Annotated[
-        bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
-    ] = False,
+    full: Full = False,
     work: Annotated[Path, typer.Option(help="Folder for everything; the same folder again resumes.")] = Path("bench"),
     task: Annotated[
         list[str] | None, typer.Option(help="separate, combine, transfer or recombine; repeatable. Default: all.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A row by its name, ablations too; repeatable. Default: all but ablations.")
+        list[str] | None,
+        typer.Option(
+            help="A row by its name, ablations too; repeatable. `list` prints all. Default: all but ablations."
+        ),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
-    known: Annotated[
-        Path | None,
-        typer.Option(
-            "--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."
-        ),
-    ] = None,
+    known: Known = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="Your own pictures (docs/field-metrics.md), scored by the models below, not by true answers."
-        ),
-    ] = None,
+    images: Images = None,
     protocol: Annotated[str, typer.Option(help="Whose prompts, for --images: plain or contexts.")] = "plain",
     clip: Annotated[
         str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
@@ -52,7 +55,9 @@ def bench(
     base: BaseName = "icons",
     quiet: Quiet = False,
 ) -> None:
-    """Every method on tasks with right answers → a table, a page and pictures that show which one works."""
+    """Compare all methods on tasks with right answers.
+
+    Writes a table, a page and pictures that show which one works."""
     from unbraid.bench import grid, results
     from unbraid.bench.registry import chosen
     from unbraid.bench.truth.tasks import FULL, QUICK, TASKS
@@ -60,12 +65,15 @@ def bench(
     for name in task or ():
         if name not in TASKS:
             raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
+    if only == ["list"]:
+        _list(task or ())
+        return
+    models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
     if images:
-        models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
         selection = (task or (), only or (), seed or (0,))
         _field(work, out or work / "report", base, images, protocol, models, selection)
         return
-    if clip or dino or csd or lpips:
+    if any(models.values()):
         raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
     scale = (FULL if full else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
@@ -77,6 +85,14 @@ def bench(
         raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
 
 
+def _list(tasks: Sequence[str]) -> None:
+    """Print the names of all rows, of these tasks if any are given."""
+    from unbraid.bench.registry import all_rows
+
+    for name in dict.fromkeys(row.name for row in all_rows() if not tasks or row.task in tasks):
+        print(name)
+
+
 def _field(
     work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], selection: tuple[Any, ...]
 ) -> None:
@@ -85,6 +101,9 @@ def _field(
     from unbraid.bench.field.protocol import PROTOCOLS, Selection, protocol
     from unbraid.bench.field.report import write
 
+    if not any(models.values()):
+        fix = "Give one or more of --clip, --dino, --csd, --lpips."
+        raise UsageError("there is no model to score the pictures with", "--images", fix)
     units, failed = [], []
     loaded = load_models(**{key: model or None for key, model in models.items()})
     with console.status("training and drawing") as status:

@@ -26,8 +26,9 @@ def bake(
     out: Annotated[Path, typer.Option(help="The .safetensors checkpoint to write.")],
     quiet: Quiet = False,
 ) -> None:
-    """Merge LoRAs into a checkpoint, for tools that load no LoRAs, or to train on.
+    """Merge LoRAs into a checkpoint.
 
+    For tools that load no LoRAs, or to train on the result.
     Exact in fp32 and rounded once to the checkpoint's dtype; all names, order and other tensors stay as they are. It is read and written
     tensor by tensor, so 7 GB need no memory. A LoRA that does not fit the checkpoint is an error, and nothing is written.
 
@@ -57,8 +58,9 @@ def extract(
     dtype: Dtype = None,
     quiet: Quiet = False,
 ) -> None:
-    """Make a LoRA of what differs between two checkpoints: BASE with it is TUNED again, as far as the rank lets.
+    """Make a LoRA of what differs between two checkpoints.
 
+    BASE with this LoRA is TUNED again, as far as the rank allows.
     Every linear layer and convolution of the UNet and the text encoders; the best approximation by SVD, and its error is printed. What a
     LoRA cannot hold (norms, biases, embeddings, the VAE) is counted and named. A checkpoint in fp16 rounds a small change away: give
     both in fp32 where you have them. LoRAs are written in fp16 unless --dtype says otherwise.

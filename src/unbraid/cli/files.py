@@ -59,7 +59,9 @@ def merge(
 
 @app.command()
 def convert(source: In, out: Out, to: To = None, dtype: Dtype = None, base: Base = None) -> None:
-    """Write a LoRA in another dialect, without loss unless you give a dtype; LoHa, LoKr, DoRA and full changes as a LoRA."""
+    """Write a LoRA in another dialect.
+
+    Without loss unless you give a dtype. LoHa, LoKr, DoRA and full changes become LoRAs."""
     from unbraid.files.tools import convert as run
 
     _say(run(source, out, to, dtype_of(dtype), base))
@@ -75,7 +77,9 @@ def resize(
     dtype: Dtype = None,
     base: Base = None,
 ) -> None:
-    """Make a LoRA smaller: the best approximation at a rank, or the smallest one that keeps an energy."""
+    """Make a LoRA smaller.
+
+    The best approximation at a rank, or the smallest one that keeps a share of the squared norm."""
     from unbraid.files.merge import Size
     from unbraid.files.tools import resize as run
 
@@ -114,7 +118,9 @@ def doctor(
     tool: Annotated[str | None, typer.Option("--for", help="comfyui, a1111, forge, invokeai or diffusers.")] = None,
     all_keys: Annotated[bool, typer.Option("--all", help="List every key that is dropped.")] = False,
 ) -> None:
-    """Say what a tool would load of a file, drop or refuse, and the line that mends it."""
+    """Show what each tool loads of a LoRA file, drops or refuses.
+
+    Prints the command that mends the file, if there is one."""
     from unbraid.files.doctor import diagnoses
     from unbraid.files.formats.tool_rules import TOOLS
 
@@ -131,7 +137,9 @@ def inspect(
     second: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Another one, to compare it with.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison into a PNG file.")] = None,
 ) -> None:
-    """Show what a LoRA holds, block by block; with two, how much they are in each other's way."""
+    """Show what a LoRA holds, block by block.
+
+    With two LoRAs it also shows how much they interfere."""
     from unbraid.files.formats.names import KINDS
     from unbraid.files.report import interference, report
 

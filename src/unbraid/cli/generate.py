@@ -1,18 +1,34 @@
 """`unbraid generate`: pictures of a prompt with LoRAs."""
 
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from unbraid.cli.run import BaseName, Device, Graphs, Prediction, Seed, Vae, console
+from unbraid.cli.run import BaseName, Device, Graphs, Prediction, Seed, Vae, Vram, console, loading
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
 
 Prompt = Annotated[str, typer.Option(help="What to draw.")]
 Output = Annotated[Path, typer.Option(help="A .png for one picture, else a folder.")]
-Loras = Annotated[list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA at a strength; repeatable.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:SCALE][@FROM-TO]",
+        help="A LoRA at a strength; repeatable. @0.2-1: not in the first fifth of the steps.",
+    ),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE[:WEIGHT]",
+        help="What the LoRA of the same position is drawn against, such as the style LoRA of the subject's picture.",
+    ),
+]
 LoraPrompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -43,7 +59,7 @@ Mask = Annotated[Path | None, typer.Option(help="What of it is drawn anew: white
 ControlNet = Annotated[str, typer.Option(metavar="NAME[:SCALE]", help="A ControlNet: a diffusers folder, or a hub id.")]
 ControlImage = Annotated[Path | None, typer.Option(help="The map that it reads, ready-made: edges, depth, a pose.")]
 HowCombined = Annotated[
-    Literal["sum", "switch", "composite", "k-lora"],
+    Literal["sum", "switch", "composite", "k-lora", "k-lora-released", "est-lora"],
     typer.Option(help="Several LoRAs: all at once; in turn; each guides, averaged; layer by layer, content first."),
 ]
 Sweep = Annotated[
@@ -53,6 +69,10 @@ Count = Annotated[int, typer.Option("--n", min=1, help="How many pictures, at se
 Steps = Annotated[int, typer.Option(min=1, max=1000)]
 Sampler = Annotated[str, typer.Option(help="ddim, euler, euler-a, dpm++ or unipc; without, the base's own.")]
 
+Embedded = Annotated[
+    float, typer.Option(help="The guidance scale that Flux.1-dev takes as an input; --guidance is classifier-free.")
+]
+
 
 @app.command()
 def generate(
@@ -60,6 +80,7 @@ def generate(
     out: Output,
     lora: Loras = None,
     lora_prompt: LoraPrompts = None,
+    against: Against = None,
     style_guidance: StyleLoras = None,
     style_prompt: StyleNames = None,
     style_from: StyleFrom = 1.0,
@@ -77,48 +98,74 @@ def generate(
     steps: Steps = 25,
     sampler: Sampler = "",
     guidance: float = 4.0,
+    embedded_guidance: Embedded = 1.0,
     height: int | None = None,
     width: int | None = None,
-    base: BaseName = "icons",
+    base: BaseName = "",
     vae: Vae = "",
     prediction: Prediction = "",
+    vram: Vram = "max",
     graphs: Graphs = True,
     device: Device = "",
 ) -> None:
-    """Prompts and LoRAs → pictures. Strengths may be negative."""
-    from unbraid.bases.presets import Loading
-    from unbraid.images.sheets import save_image
-    from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, render
-    from unbraid.sampling.sweep import parse_sweep, sweep_sheet
+    """Prompts and LoRAs → pictures.
 
-    uses = _uses(lora or [], lora_prompt or [])
+    Strengths may be negative. Without --base, the base is the one that the LoRAs were made for, if it is there. A PNG file holds the
+    prompt, the seed and the names of the LoRAs."""
+    with loading("torch and diffusers"):
+        from unbraid.bases.presets import Loading
+        from unbraid.runs.preferences import base_for
+        from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
+        from unbraid.sampling.sweep import parse_sweep
+
+    uses = _against(_uses(lora or [], lora_prompt or []), against or [])
     styles = StyleGuidance(_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
     inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
-    sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative)
+    sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative, embedded_guidance)
     settings: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
     over = parse_sweep(sweep) if sweep else None
     if not over and n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
+    name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
-        model = _opened(base, Loading(vae, prediction, graphs=graphs, device=device), prompt, negative)
-        _note_unknown_words(base, (prompt, negative), (*uses, *styles.uses))
-        if over:
-            sheet = sweep_sheet(model, prompt, over, uses, **settings)
-            pictures = {out if out.suffix else out / "sweep.png": sheet}
-        else:
-            drawn = render(model, prompt, uses, **settings)
-            pictures = {out if out.suffix else out / f"{seed + i:04d}.png": one for i, one in enumerate(drawn)}
-    for file, picture in pictures.items():
-        print(save_image(picture, file))
+        model = _opened(name, Loading(vae, prediction, vram, graphs=graphs, device=device), prompt, negative)
+        _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
+        for file in _drawn(model, prompt, uses, out, settings, over):
+            print(file)
+
+
+def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[str, Any], over: Any) -> Iterator[Path]:
+    """Draw and save the pictures one by one, so that those which are drawn are not lost. Yields their files."""
+    from unbraid.images.sheets import save_image
+    from unbraid.runs.recorded import picture_texts
+    from unbraid.sampling.render import render
+    from unbraid.sampling.sweep import sheet_of, swept
+
+    sampling, styles = settings["sampling"], settings["styles"].uses
+
+    def saved(picture: Any, file: Path, seed: int) -> Path:
+        return save_image(picture, file, picture_texts(model.name, prompt, seed, sampling, uses, styles))
+
+    if not over:
+        for seed in sampling.seeds:
+            (picture,) = render(model, prompt, uses, **{**settings, "sampling": replace(sampling, seeds=(seed,))})
+            yield saved(picture, out if out.suffix else out / f"{seed:04d}.png", seed)
+        return
+    columns = []
+    for value, pictures in swept(model, prompt, over, uses, **settings):
+        columns.append(pictures)
+        for seed, picture in zip(sampling.seeds, pictures, strict=True):
+            if not out.suffix:
+                yield save_image(picture, out / f"{over.what}_{value:g}_{seed:04d}.png")
+    yield save_image(sheet_of(prompt, over, sampling.seeds, columns), out if out.suffix else out / "sweep.png")
 
 
 def _opened(name: str, loading: Any, *prompts: str) -> Any:
     """Load the base, and print a note if a prompt is long, about how it is encoded."""
     from unbraid.bases.base import load
-    from unbraid.bases.families.long_prompts import remarks
 
     base = load(name, loading=loading)
-    for remark in remarks(base.pipe, prompts):
+    for remark in base.family.network.remarks(base.pipe, prompts):
         console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
     return base
 
@@ -127,7 +174,7 @@ def _note_unknown_words(base: str, prompts: tuple[str, ...], uses: tuple[Any, ..
     """Print a note for each word that a small base does not know, unless a LoRA may have taught it."""
     from unbraid.bases.words import remarks
     from unbraid.files.formats.header import read_header
-    from unbraid.sampling.recorded import trained_words
+    from unbraid.sampling.uses import trained_words
 
     taught = [trained_words(read_header(use.file).metadata) for use in uses]
     if all(taught):  # of a LoRA without a recorded prompt, nobody knows which words it was trained with
@@ -154,16 +201,36 @@ def _control(model: str, image: Path | None) -> Any:
 
 
 def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[Any]:
-    from unbraid.sampling.render import Use
+    from unbraid.sampling.uses import Use
 
     if prompts and len(prompts) != len(loras):
         fix = f"Give one per {option}, or none."
         raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", option, fix)
     uses = []
     for i, text in enumerate(loras):
-        name, scale = _scaled(text)
-        uses.append(Use(Path(name), scale, prompt=prompts[i] if prompts else None))
+        whole, steps = _in_steps(text)
+        name, scale = _scaled(whole)
+        uses.append(Use(Path(name), scale, prompts[i] if prompts else None, steps))
     return uses
+
+
+def _against(uses: list[Any], others: list[str]) -> list[Any]:
+    """The uses, each with the LoRA that it is drawn against."""
+    if others and len(others) != len(uses):
+        what, fix = f"{len(others)} files for {len(uses)} LoRAs", "Give one per --lora, or none."
+        raise UsageError(what, "--against", fix)
+    parsed = [_scaled(text) for text in others]
+    both = zip(uses, parsed, strict=True) if parsed else ()
+    return [replace(use, against=Path(name), contrast=weight) for use, (name, weight) in both] or uses
+
+
+def _in_steps(text: str) -> tuple[str, tuple[float, float]]:
+    """Parse NAME[:SCALE] or NAME[:SCALE]@FROM-TO. The name may contain @."""
+    found = re.fullmatch(r"(.+)@([0-9.]+)-([0-9.]+)", text)
+    try:
+        return (found[1], (float(found[2]), float(found[3]))) if found else (text, (0.0, 1.0))
+    except ValueError:  # two dots in a number
+        return text, (0.0, 1.0)
 
 
 def _scaled(text: str) -> tuple[str, float]:

@@ -14,7 +14,7 @@ from unbraid.cli.bench import app as bench_commands
 from unbraid.cli.checkpoints import app as checkpoint_commands
 from unbraid.cli.files import app as file_commands
 from unbraid.cli.generate import app as drawing_commands
-from unbraid.cli.run import BaseName, Todo, console, run_job
+from unbraid.cli.run import BaseName, Todo, console, loading, run_job
 from unbraid.cli.selftest import app as selftest_commands
 from unbraid.cli.train import app as training_commands
 from unbraid.common.errors import UsageError
@@ -56,16 +56,21 @@ def common(
 
 
 @app.command()
-def explain(method: Annotated[str, typer.Argument(help="For example unziplora.")], base: BaseName = "icons") -> None:
-    """Print what a method does at every kind of step, its prompts, its outputs and its settings."""
-    from unbraid.runs.explain import explain as text
+def explain(method: Annotated[str, typer.Argument(help="For example unziplora.")], base: BaseName = "") -> None:
+    """Print what a method does, and its settings.
 
-    print(text(method, base))
+    Its steps, its prompts, the files that it makes, and the defaults of its settings on a base."""
+    with loading("the methods"):
+        from unbraid.runs.explain import explain as text
+        from unbraid.runs.preferences import default_base
+    print(text(method, base or default_base()))
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for the run and the contact sheet.")] = Path("demo")) -> None:
-    """Split a bundled picture on the embedded base, and draw a contact sheet with the two LoRAs."""
+    """Split a bundled picture, and draw a contact sheet.
+
+    On the embedded base, with both LoRAs, each alone and together."""
     from unbraid.runs import demo as show
 
     if not (out / "content.safetensors").exists():
@@ -89,7 +94,7 @@ def main() -> None:
     try:
         done = app(standalone_mode=False)
         if isinstance(done, Todo):
-            done = run_job(done.job, done.resume, done.quiet)
+            done = run_job(done.job, done.resume, done.quiet, done.numbered)
         code = done if isinstance(done, int) else 0
     except UsageError as error:
         print(f"unbraid: {error}", file=sys.stderr)

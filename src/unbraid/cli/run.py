@@ -1,9 +1,9 @@
 """The common part of the training verbs on the command line: options, progress, printed output."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +17,16 @@ from unbraid.common.errors import UsageError
 
 SHOWN = 10  # show the loss every so many steps on an accelerator: reading it waits for the device
 
-Out = Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Run folder; default runs/NAME-METHOD, or the first of runs/NAME-METHOD-2, … that is free."),
+]
 BaseName = Annotated[
     str,
     typer.Option(
         "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1.",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1; as folder or id also"
+        " Flux.1, SD3.5, Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
     ),
 ]
 Vae = Annotated[
@@ -31,6 +35,13 @@ Vae = Annotated[
 ]
 Prediction = Annotated[
     str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
+]
+Timesteps = Annotated[
+    str,
+    typer.Option(
+        metavar="DENSITY[+SHIFT]",
+        help="How timesteps are drawn with flow matching (Flux, SD3.5, Z-Image): uniform or logit-normal, +shift=3 or +dynamic.",
+    ),
 ]
 Vram = Annotated[
     str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
@@ -50,6 +61,14 @@ Method = Annotated[str, typer.Option(help="Which method; all are listed below.")
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
 Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
+Rare = Annotated[str, typer.Option(help="The token that stands for the subject in prompts.")]
+Resolution = Annotated[
+    int, typer.Option(help="Pictures are scaled to the area of a square with this side, in pixels; 0: as the base.")
+]
+Schedule = Annotated[
+    str, typer.Option(metavar="constant|linear|cosine", help="How the learning rates fall to 0 at the end.")
+]
+WarmUp = Annotated[int, typer.Option(help="Steps in which the learning rates rise to their full value.")]
 Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
 Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
 UNDONE = 3  # exit status: training is done, but some picture could not be made
@@ -62,24 +81,32 @@ OTHERS = frozenset(  # arguments of the verbs that are not settings of a method
 
 @dataclass(frozen=True)
 class Todo:
-    """What a training verb returns: a job to run. `main` runs it; `batch` runs it together with others."""
+    """What a training verb returns: a job to run. `main` runs it; `batch` runs it together with others.
+
+    `numbered`: no folder was given. Then `main` takes the first default folder that is free, or with `resume` the last that is not."""
 
     job: Any
     resume: bool
     quiet: bool
+    numbered: bool = False
 
 
 def shared(
     out: Out = None,
-    base: BaseName = "icons",
+    base: BaseName = "",
     vae: Vae = "",
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,
     graphs: Graphs = True,
     device: Device = "",
+    timesteps: Timesteps = "",
     seed: Seed = 0,
     previews: Previews = 3,
+    rare: Rare = "sks",
+    resolution: Resolution = 0,
+    schedule: Schedule = "constant",
+    warm_up: WarmUp = 0,
     thumbnail: Thumbnail = True,
     metadata: Metadata = True,
     config: Config = None,
@@ -123,8 +150,9 @@ def training(app: typer.Typer, verb: str, method: str) -> Callable[[Callable[...
         def command(**values: Any) -> Todo | None:
             resume, quiet, pairs = (values.pop(name) for name in ("resume", "quiet", "set_"))
             mine = {name: values.pop(name) for name in own}
-            job = function(**mine, given=options(pairs, **values))
-            return Todo(job, resume, quiet) if job else None
+            with loading("torch and diffusers", quiet):
+                job = function(**mine, given=options(pairs, **values))
+            return Todo(job, resume, quiet, not (values.get("out") or mine.get("out"))) if job else None
 
         ordered = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters.values()]
         command.__signature__ = inspect.Signature(ordered, return_annotation=Todo | None)  # type: ignore[attr-defined]
@@ -148,20 +176,35 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
     return {**common, **settings}
 
 
-def run_job(job: Any, resume: bool, quiet: bool) -> int:
-    """Train, and show the progress. Returns the exit status."""
+def loading(what: str, quiet: bool = False) -> Any:
+    """Show what is being loaded, until the block ends."""
+    return nullcontext() if quiet else console.status(f"loading {what}", spinner="line")
+
+
+def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
+    """Train, and show the progress. Returns the exit status. `numbered`: see `Todo`."""
+    from unbraid.methods import known_as
+    from unbraid.runs import folder
+    from unbraid.runs.after import next_steps
     from unbraid.runs.job import check
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run
 
+    if numbered:
+        job = replace(job, out=folder.last(job.out) if resume else folder.free(job.out))
     if not quiet and (job.base != "icons" or job.loading.vram != "max"):
         check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
     events, made, status = run(job, resume=resume), [], 0
-    with console.status("loading", spinner="line") if not quiet else nullcontext():
+    with loading(f"the base {job.base}", quiet):
         first = next(events)
     if not quiet:
-        console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{known_as(job.method, job.settings)} on {job.base} → {job.out}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     with progress_bar(TextColumn("{task.fields[loss]}"), quiet=quiet) as bar:
         task = bar.add_task("training", total=first.total, loss="")
         for event in chain((first,), events):
@@ -175,11 +218,12 @@ def run_job(job: Any, resume: bool, quiet: bool) -> int:
                 bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
             if event.file:
                 made.append(event.file)
-                bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
-    for file in _results(made):
+                if not quiet and event.file.suffix != ".safetensors":
+                    bar.console.print(f"  wrote {event.file}", markup=False, highlight=False, soft_wrap=True)
+    loras = [file for file in made if file.suffix == ".safetensors"]
+    for file in loras:
         print(file)
+    if loras and not quiet:
+        for line in next_steps(job):
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     return status
-
-
-def _results(files: Iterable[Path]) -> list[Path]:
-    return [file for file in files if file.suffix == ".safetensors"]

@@ -28,7 +28,9 @@ def selftest(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result for programs, on stdout.")] = False,
 ) -> int:
-    """Does it work here? Everything for a few steps, on this device; a table of what works, exit 1 if anything does not."""
+    """Test everything on this device, for a few steps each.
+
+    Prints a table of what works. Exit status 1 if anything does not."""
     with console.status("loading", spinner="line"):
         from unbraid.runs.selftest.rows import about, choose, pick, run_checks, working
         from unbraid.runs.selftest.scene import Scene

@@ -42,7 +42,9 @@ def pair(
     *,
     given: dict[str, Any],
 ) -> Any:
-    """One picture before and after → style.safetensors, for `generate --style-guidance`, and content.safetensors."""
+    """A picture before and after → style.safetensors.
+
+    For `generate --style-guidance`. Of a single pair also content.safetensors."""
     from unbraid.runs.api import pair_job
 
     return pair_job(before, after, subject=subject, style=style, beside=beside or (), **given)
@@ -88,7 +90,9 @@ def zip_(
     *,
     given: dict[str, Any],
 ) -> Any:
-    """Two LoRAs → the same two without interference, to be stacked at full strength."""
+    """Two LoRAs → the same two without interference.
+
+    They are used together at full strength."""
     from unbraid.runs.api import zip_job
 
     given |= {"single": True} if single else {}
@@ -108,7 +112,7 @@ def break_(
     *,
     given: dict[str, Any],
 ) -> Any:
-    """One content, or one style → module.safetensors, for `make`."""
+    """One content or one style → module.safetensors, for `make`."""
     from unbraid.runs.break_make import break_job
 
     if bool(content) == bool(style):
@@ -137,12 +141,14 @@ def make(
     given: dict[str, Any],
 ) -> Any:
     """A content and a style module → one LoRA, merged.safetensors."""
-    from unbraid.runs.break_make import join, make_job
+    from unbraid.runs.break_make import join, make_job, trains
+    from unbraid.runs.run_options import separate
 
-    if fine_tune == 0 or (fine_tune is None and not (content_images or style_images)):
+    images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
+    settings = {name: value for name, value in separate(given)[1].items() if name != "method"}
+    if not trains(fine_tune, images, settings):
         print(join(content, style, out / "merged.safetensors"))
         return None
-    images = {role: where for role, where in (("content", content_images), ("style", style_images)) if where}
     return make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, out=out, **given)
 
 
@@ -151,10 +157,12 @@ def matrix(
     content: Annotated[list[Path], typer.Option(help="A content module, or its run folder; repeatable.")],
     style: Annotated[list[Path], typer.Option(help="A style module, or its run folder; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the files and matrix.png.")],
-    base: BaseName = "icons",
+    base: BaseName = "",
     seed: Seed = 0,
 ) -> None:
-    """Every content module with every style module → as many LoRAs, and a sheet of what they draw."""
+    """Every content module with every style module → LoRAs.
+
+    As many files as pairs, and a sheet of what they draw."""
     from unbraid.runs.break_make import matrix as made
 
     with console.status("putting together"):

@@ -11,25 +11,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unbraid.common.errors import UsageError
+from unbraid.core.layers import ATTENTION, UNET, Layers
 from unbraid.core.lora import Active, Factors, Lora
 from unbraid.core.packing import grouped, pack
 from unbraid.core.stacked import Added, stacked
 
-ATTENTION = r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)$"  # 560 linears in SDXL, 128 in SD1.5
-TRANSFORMERS = r"\.attentions\.\d+\."  # every linear layer of the attention groups: 722 in SDXL
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # not fp8, which only stores weights
-OWN_PROMPT = re.compile(r"\.attn2\.to_[kv]$")
 MOST_PROMPTS, MOST_ROWS = 8, 8  # limits of the cache of keys and values, which takes 26 MB per prompt in SDXL
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer, W0, and the adapters on it."""
 
-    def __init__(self, base: nn.Linear, name: str) -> None:
+    def __init__(self, base: nn.Linear, own_prompt: bool) -> None:
         super().__init__()
         self.base = base
         self.added: Added | None = None  # what the active adapters add to W0 x
-        self.own_prompt = bool(OWN_PROMPT.search(name))  # whether an adapter can read its own prompt in this layer
+        self.own_prompt = own_prompt  # whether an adapter can read its own prompt in this layer
         self.adapters = nn.ModuleDict()
         self._known: dict[int, tuple[Tensor, int, Tensor]] = {}  # id(x) → (x, version of x, W0 x)
 
@@ -69,26 +67,28 @@ class Adapters:
     layers: dict[str, AdaptedLinear]
     model: nn.Module
     names: list[str] = field(default_factory=list)
+    kinds: Layers = UNET  # which layers the model has
 
     @classmethod
-    def attach(cls, model: nn.Module, targets: str = ATTENTION) -> "Adapters":
-        """Replace every linear layer whose name matches `targets` by an adapted layer that has no adapters yet.
-        Raises UsageError if no layer matches."""
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(targets, n)]
+    def attach(cls, model: nn.Module, targets: str = ATTENTION, kinds: Layers = UNET) -> "Adapters":
+        """Replace every linear layer of the group `targets` (see `Layers.pattern`) by an adapted layer that has no
+        adapters yet. Raises UsageError if there is no such layer."""
+        pattern = re.compile(kinds.pattern(targets))
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and pattern.search(n)]
         if not names:
             raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
-        return cls.attach_named(model, names)
+        return cls.attach_named(model, names, kinds)
 
     @classmethod
-    def attach_named(cls, model: nn.Module, names: Sequence[str]) -> "Adapters":
+    def attach_named(cls, model: nn.Module, names: Sequence[str], kinds: Layers = UNET) -> "Adapters":
         """Like `attach`, for a list of names. All of them must be linear layers of `model`."""
         layers = {}
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            layers[name] = AdaptedLinear(linear, name)
+            layers[name] = AdaptedLinear(linear, kinds.reads_own_prompt(name))
         place(model, layers)
-        return cls(layers, model)
+        return cls(layers, model, kinds=kinds)
 
     def detach(self) -> None:
         """Put the original linear layers back. The model is then bit for bit what it was before `attach`."""

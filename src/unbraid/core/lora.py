@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Part = Literal["down", "up", "merger"]
+Loss = Literal["prediction", "x0"]
 ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
 
 
@@ -37,13 +38,15 @@ class Active:
 @dataclass(frozen=True)
 class Branch:
     """One prediction of a training step. `image` and `prompt` are role names, so a recipe does not depend on the user's
-    files. The target is the prediction of the `teacher` if there is one, else the noise or velocity."""
+    files. The target is the prediction of the `teacher` if there is one, else the noise or velocity. The `loss` is the
+    mean squared error of the prediction, or with `x0` that of the clean latent x̂_0 that the prediction implies."""
 
     image: str
     prompt: str
     active: tuple[Active, ...] = ()
     teacher: "Branch | None" = None
     weight: float = 1.0
+    loss: Loss = "prediction"
 
 
 @dataclass(frozen=True)

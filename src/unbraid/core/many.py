@@ -145,7 +145,8 @@ def common(jobs: Mapping[str, Adapters]) -> Adapters:
     """The adapters of several jobs as one `Adapters`, named JOB/NAME. It uses the same factors, and is not attached to
     the model."""
     names = dict.fromkeys(name for job in jobs.values() for name in job.layers)
-    made = Adapters.attach_named(next(iter(jobs.values())).model, list(names))
+    first = next(iter(jobs.values()))
+    made = Adapters.attach_named(first.model, list(names), first.kinds)
     for key, job in jobs.items():
         for name in job.names:
             made.add(f"{key}/{name}", job.of(name))

@@ -60,9 +60,23 @@ def _losses(model: Denoiser, adapters: Adapters, branches: Sequence[Branch], sam
             losses = losses.flatten(1).mean(1)
         else:
             losses = torch.stack([_weighted(*both) for both in zip(losses, samples, strict=True)])
+        losses = _scaled(model, losses, branches, samples)
         if losses.requires_grad:  # False if none of the branches trains anything
             torch.stack([loss * branch.weight for loss, branch in zip(losses, branches, strict=True)]).sum().backward()
     return losses.detach()
+
+
+def _scaled(model: Denoiser, losses: Tensor, branches: Sequence[Branch], samples: Sequence[Sample]) -> Tensor:
+    """The losses `[b]` times the factors of their timesteps: those of the samples, but for branches with `loss="x0"` the ones
+    that convert errors of predictions to errors of clean latents."""
+    in_x0 = [branch.loss == "x0" for branch in branches]
+    if not any(in_x0) and all(sample.factor is None for sample in samples):
+        return losses
+    factors = torch.cat([_factor(sample) for sample in samples])
+    if any(in_x0):
+        clean = model.x0_factor(torch.cat([sample.t for sample in samples])).to(losses.dtype).unbind()
+        factors = torch.stack([c if x0 else own for own, c, x0 in zip(factors.unbind(), clean, in_x0, strict=True)])
+    return losses * factors
 
 
 def _weighted(errors: Tensor, sample: Sample) -> Tensor:
@@ -93,23 +107,31 @@ def _teacher_predictions(
 
 
 def _filled(samples: Sequence[Sample], *tensors: Tensor) -> list[Sample]:
-    """Copies of the samples with other tensors. `tensors`: one batch for each field, in the order of `_tensors`."""
+    """Copies of the samples with other tensors. `tensors`: one batch for each name, in the order of `_names`."""
     rows = zip(*(one.split(1) for one in tensors), strict=True)
     return [
-        replace(one, noisy=noisy, t=t, target=target, sizes=sizes, weight=weight[0] if weight else None)
-        for one, (noisy, t, target, sizes, *weight) in zip(samples, rows, strict=True)
+        replace(one, **dict(zip(_names(samples), row, strict=True))) for one, row in zip(samples, rows, strict=True)
     ]
 
 
 def _tensors(samples: Sequence[Sample]) -> list[Tensor]:
-    """The tensors of samples that differ from step to step, as batches: noisy, t, target, sizes, and, if any sample has
-    one, weight."""
-    rows = [(one.noisy, one.t, one.target, one.sizes) for one in samples]
-    found = [torch.cat(parts) for parts in zip(*rows, strict=True)]
-    if any(one.weight is not None for one in samples):
-        every = [torch.ones_like(one.noisy[:, :1]) if one.weight is None else one.weight for one in samples]
-        found.append(torch.cat(every))
-    return found
+    """The tensors of samples that differ from step to step, as one batch for each name, in the order of `_names`."""
+    usual = {"weight": lambda one: torch.ones_like(one.noisy[:, :1]), "factor": _factor}
+    found = [[getattr(one, name) for one in samples] for name in _names(samples)]
+    return [
+        torch.cat([usual[name](one) if part is None else part for one, part in zip(samples, parts, strict=True)])
+        for name, parts in zip(_names(samples), found, strict=True)
+    ]
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    """The names of the tensors that differ from step to step. The last two are left out if no sample has them."""
+    optional = [name for name in ("weight", "factor") if any(getattr(one, name) is not None for one in samples)]
+    return ["noisy", "t", "target", "sizes", *optional]
+
+
+def _factor(sample: Sample) -> Tensor:
+    return sample.t.new_ones(1, dtype=torch.float32) if sample.factor is None else sample.factor
 
 
 def _called(

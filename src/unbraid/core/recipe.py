@@ -7,8 +7,9 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from unbraid.core.adapters import ATTENTION, Adapters
+from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
+from unbraid.core.layers import ATTENTION
 from unbraid.core.lora import Branch
 from unbraid.core.optim import Rates, adamw
 
@@ -33,6 +34,7 @@ class Optimization:
 
     optimizer: Callable[[Adapters, Rates], torch.optim.Optimizer] = adamw
     clip: float | None = 1.0  # largest norm of all gradients together
+    rate_factor: Callable[[int], float] | None = None  # step → factor of all learning rates in it
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Recipe:
     passes: Passes = Passes()
     optimization: Optimization = Optimization()
     hooks: Hooks = Hooks()
-    targets: str = ATTENTION  # which linear layers carry adapters, as a regular expression
+    targets: str = ATTENTION  # which linear layers carry adapters: a name in `Layers.targets`, or a regular expression
     stop: Stop | None = None
 
 
@@ -83,6 +85,7 @@ class Sample:
     weight: Tensor | None = (
         None  # [1, 1, h, w], 0 to 1: how much of the loss each place of the latent has; none: all alike
     )
+    factor: Tensor | None = None  # [1]: the loss is multiplied by this; none: 1
 
 
 @runtime_checkable
@@ -95,6 +98,10 @@ class Denoiser(Protocol):
     def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
+
+    def x0_factor(self, t: Tensor) -> Tensor:
+        """The squared error of x̂_0 at timesteps `t [b]`, as a multiple of that of the prediction it comes from: `[b]`."""
+        ...
 
     def constants(self) -> Sequence[Tensor]:
         """What predictions read and the model may forget: a captured step keeps it alive."""

@@ -5,7 +5,7 @@ It does not print, save or plot. The caller looks at each `Step`, and gets what 
 several jobs can share their passes (core/many.py).
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -89,6 +89,7 @@ def _step(
         else model.draw([branch.image for branch in branches], recipe.passes.shared, state.rng)
     )
     losses: list[Tensor] = []
+    _scale_rates(state.optimizer, recipe.optimization.rate_factor, index)
     size = 1 if recipe.passes.in_turn else max(len(branches), 1)
     for i in range(0, len(branches), size):
         losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
@@ -126,6 +127,13 @@ def _goes_on(
     samples = [model.draw([branch.image], recipe.passes.shared, rng)[0] for branch in branches]
     losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
     return state.record_validation(float(torch.stack(losses).mean()), stop.patience)
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, factor: Callable[[int], float] | None, step: int) -> None:
+    """Set the learning rates of this step. They depend on the step alone, so a resumed run has the same ones."""
+    for group in optimizer.param_groups if factor else ():
+        assert factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
 
 
 def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> Tensor:

@@ -1,19 +1,25 @@
 """Labelled contact sheets, and the plot of the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mode
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from unbraid.common.atomic import atomic
 
 GAP = 6  # pixels between pictures
+CELLS = 128, 512  # pixels: the smallest and largest side of a picture on a sheet
 PAPER, INK = "white", "#333333"
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], cell: int = 128) -> Image.Image:
-    """Rows of captioned pictures, `cell` pixels each, every row below its title. A picture that is enlarged by a whole factor is not
-    smoothed, so that its pixels can be seen."""
+def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]], cell: int = 0) -> Image.Image:
+    """Rows of captioned pictures, `cell` pixels each, every row below its title. Without `cell` they have the size that most pictures have,
+    but 128 to 512 pixels. A picture that is enlarged by a whole factor is not smoothed, so that its pixels can be seen."""
+    usual = mode(max(picture.size) for _, cells in rows for _, picture in cells)
+    cell = cell or min(max(usual, CELLS[0]), CELLS[1])
     font = ImageFont.load_default(13)
     columns = max(len(cells) for _, cells in rows)
     row_height = 22 + cell + 20
@@ -53,9 +59,14 @@ def _plain(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-def save_image(picture: Image.Image, path: Path) -> Path:
+def save_image(picture: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> Path:
+    """Save a picture in the format of its suffix. `texts`: key → text to store in it, if it is a PNG."""
+    info = PngInfo()
+    for key, text in (texts or {}).items():
+        info.add_itxt(key, text)
+    more: dict[str, Any] = {"pnginfo": info} if path.suffix.lower() == ".png" else {}
     with atomic(path) as part:
-        picture.save(part)
+        picture.save(part, **more)
     return path
 
 

@@ -7,11 +7,13 @@ and cannot interfere.
 
 import torch
 
+from unbraid.common.errors import UnsuitedError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output
+from unbraid.methods.losses import with_x0_loss
 
 
 def blora(
@@ -21,6 +23,9 @@ def blora(
 
     rank: of each LoRA. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
     """
+    if unknown := [role for role in ROLES if not blocks.get(role)]:
+        what = f"which blocks of this base control {' and '.join(unknown)} is not known"
+        raise UnsuitedError(what, "blora", "Use --method unziplora, or an SDXL or SD1.5 base.")
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for role in ROLES:
@@ -36,7 +41,7 @@ ENTRIES = (
     Entry(
         "blora",
         "split",
-        blora,
+        with_x0_loss(blora),
         {"both": "a {rare}"},
         lambda settings: {role: Output((role,), "both") for role in ROLES},
         "B-LoRA",

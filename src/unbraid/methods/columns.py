@@ -1,7 +1,7 @@
 """Column separation (UnZipLoRA, arXiv 2412.04465): each output channel of a layer is assigned to one of the adapters."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,11 @@ class Columns:
     def check(self, needs_window: bool) -> None:
         """Raise UsageError if more channels than there are would be granted, or the window does not fit the period."""
         if not 0 < self.ratio * self.times <= 1:
-            what, fix = f"column_ratio {self.ratio} × sample_times {self.times}", "Their product may be at most 1."
-            raise UsageError(what, "unziplora", fix)
+            what = f"column_ratio {self.ratio} does not fit {self.times} periods (sample_times)"
+            raise UsageError(what, "unziplora", f"Give column_ratio={most_ratio(self.times)} or less, but not 0.")
         if needs_window and not 1 <= self.window <= self.period:
-            what = f"window {self.window} does not fit a period of {self.period} steps"
-            raise UsageError(what, "unziplora", "Shorten it.")
+            what = f"window {self.window} does not fit a period of {self.period} steps (steps / sample_times)"
+            raise UsageError(what, "unziplora", f"Give window={self.period} or less, or leave it out.")
 
     @property
     def period(self) -> int:
@@ -48,6 +48,11 @@ class Columns:
     def exempt(self, layer: str) -> str | None:
         """The adapter that uses every channel of this layer, if any."""
         return next((role for role in ROLES if layer.startswith(self.blocks.get(role, ()))), None)
+
+
+def most_ratio(times: int) -> float:
+    """The largest share of the channels that can be granted in each of so many periods, rounded down."""
+    return floor(1e4 / times) / 1e4
 
 
 class Ledger(nn.Module):

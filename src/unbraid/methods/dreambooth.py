@@ -2,13 +2,11 @@
 
 from typing import Literal
 
-from unbraid.core.adapters import ATTENTION, TRANSFORMERS
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
-
-TARGETS = {"attention": ATTENTION, "transformers": TRANSFORMERS}
+from unbraid.methods.losses import with_x0_loss
 
 
 def dreambooth(
@@ -40,7 +38,7 @@ def dreambooth(
             lambda step: tuple(branches),
             {("lora", part): Rate(lr, weight_decay) for part in parts},
             steps,
-            targets=TARGETS[targets],
+            targets=targets,
         ),
     )
 
@@ -50,7 +48,7 @@ ENTRIES = (
     Entry(
         "dreambooth",
         "learn",
-        dreambooth,
+        with_x0_loss(dreambooth),
         {"both": "{prompt}", "prior": "{class_prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
         "DreamBooth-LoRA",

@@ -37,13 +37,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All files that a method starts from, and the settings that depend on them."""
+    """All files that a method starts from, and the settings that depend on them or on each other."""
 
     files: tuple[Input, ...]
     set_by_verb: tuple[str, ...] = ()  # settings that the verb derives from its inputs; users cannot give them
     # The shortest run that changes every picture, for tests: settings that differ from those of `unbraid.runs.shortest`
     shortest: Mapping[str, Any] = field(default_factory=dict)
     check: Check = lambda images, files: []  # checks the opened pictures: raises UsageError, or returns warnings
+    # Setting → the largest value that fits the other settings; a default that is larger is lowered to it
+    limits: Mapping[str, Callable[[Mapping[str, Any]], float]] = field(default_factory=dict)
 
     def of_kind(self, *kinds: str) -> tuple[Input, ...]:
         """The inputs of these kinds."""

@@ -26,6 +26,7 @@ from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.losses import with_x0_loss
 
 ALIGNED = 0.2  # correlation of edges; below it, two pictures are probably no pair (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -50,8 +51,8 @@ def pair(
     """Learn a style from what it does to a picture.
 
     pairs: number of pairs (set by the command); each has its own content adapter, and they take turns. rank: of each
-    adapter. steps: optimiser steps. style_from: the step at which training of the style adapter begins. lr: AdamW's
-    learning rate. weight_decay: AdamW's. slot: which orthonormal rows this style uses; styles in different slots do not
+    adapter. steps: optimiser steps. style_from: the step at which training of the style adapter begins; by default after a
+    third of the steps or earlier. lr: AdamW's learning rate. weight_decay: AdamW's. slot: which orthonormal rows this style uses; styles in different slots do not
     interfere. orthogonal: whether the adapters have orthogonal rows; if not, both factors train and nothing separates the
     adapters. joint: whether there is a content adapter; if not, the style adapter learns the picture after alone. compat:
     `official` updates the content adapter before it computes the loss of the style, as published, not both at once.
@@ -60,7 +61,8 @@ def pair(
     if slot < 0:
         raise UsageError(f"there is no slot {slot}", "pair", "Slots count from 0.")
     if not 0 <= style_from < steps:
-        raise UsageError(f"style_from {style_from} leaves no step of {steps}", "pair", "Lower style_from.")
+        what = f"style_from {style_from} leaves none of {steps} steps for the style"
+        raise UsageError(what, "pair", f"Give style_from={steps - 1} or less, or leave it out.")
     parts: tuple[Part, ...] = ("up",) if orthogonal else ("down", "up")
     numbers = numbered(pairs)
     contents = [f"content{number}" for number in numbers]
@@ -181,7 +183,7 @@ ENTRIES = (
     Entry(
         "pair",
         "pair",
-        pair,
+        with_x0_loss(pair),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",
@@ -190,6 +192,6 @@ ENTRIES = (
         outputs,
         "Pair Customization",
         "arXiv 2405.01536",
-        replace(PAIRS, shortest={"style_from": 0}),
+        replace(PAIRS, shortest={"style_from": 0}, limits={"style_from": lambda settings: settings["steps"] // 3}),
     ),
 )

@@ -17,8 +17,8 @@ from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Recipe
-from unbraid.methods.dreambooth import TARGETS
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.losses import with_x0_loss
 
 
 def qrlora(
@@ -58,7 +58,7 @@ def qrlora(
             rates,
             steps,
             hooks=Hooks(after_backward=after_backward),
-            targets=TARGETS[targets],
+            targets=targets,
         ),
     )
 
@@ -85,7 +85,7 @@ ENTRIES = (
     Entry(
         "qr-lora",
         "learn",
-        qrlora,
+        with_x0_loss(qrlora),
         {"both": "{prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
         "QR-LoRA",

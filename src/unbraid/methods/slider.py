@@ -4,13 +4,13 @@ strength -1 (arXiv 2311.12092)."""
 import torch
 
 from unbraid.core.adapters import Adapters
+from unbraid.core.layers import SELF_ATTENTION
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Passes, Recipe
 from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.pair import PAIRS, numbered
-
-SELF_ATTENTION = r"\.attn1\.(to_q|to_k|to_v|to_out\.0)$"
 
 
 def slider(
@@ -50,7 +50,7 @@ ENTRIES = (
     Entry(
         "slider",
         "pair",
-        slider,
+        with_x0_loss(slider),
         {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
         lambda settings: {"style": Output(("style",), "content")},
         "Concept Slider",

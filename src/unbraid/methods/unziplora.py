@@ -11,6 +11,7 @@ The differences from the published code, and the reasons, are in docs/unziplora.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,10 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Hooks, Recipe
-from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, pairs, pieces
+from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, most_ratio, pairs, pieces
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
-from unbraid.methods.unziplora_official import official
+from unbraid.methods.losses import with_x0_loss
+from unbraid.methods.unziplora_official import Official, official
 
 
 def unziplora(
@@ -42,6 +44,7 @@ def unziplora(
     block_separation: bool = True,
     content_alone: float = 0.0,
     style_alone: float = 0.0,
+    loss_scale: float = 65536.0,
     compat: Literal["none", "official"] = "none",
 ) -> tuple[Recipe, ...]:
     """Split one image.
@@ -50,10 +53,12 @@ def unziplora(
     AdamW's learning rate for the style adapter. merger_lr: AdamW's learning rate for the gates. weight_decay: AdamW's, for
     the adapters (with `official`, for the gates too). sample_times: periods of column separation. column_ratio: share of
     the channels that each adapter is granted per period. overlap: weight λ of the penalty on channels that both adapters
-    use. window: steps per period in which channels are scored. column_separation: whether each adapter gets its own output
-    channels. block_separation: whether an adapter uses all channels in the blocks that control its role. content_alone,
-    style_alone: weight of an additional loss with this adapter alone, under its own prompt; 0 as published. compat:
-    `official` reproduces the published code, defects included.
+    use. window: steps per period in which channels are scored; by default at most the whole period. column_separation:
+    whether each adapter gets its own output channels. block_separation: whether an adapter uses all channels in the blocks
+    that control its role. content_alone, style_alone: weight of an additional loss with this adapter alone, under its own
+    prompt; 0 as published. loss_scale: with `official`, what gradients are multiplied by before the threshold that channels
+    are scored with; 65536 is that of fp16 training, 1 that of bf16. compat: `official` reproduces the published code,
+    defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
     columns.check(needs_window=column_separation and compat == "none")
@@ -64,7 +69,7 @@ def unziplora(
     }
     if compat == "official":
         rates |= {(role, "merger"): Rate(merger_lr, weight_decay) for role in ROLES}
-        return (official(columns, rates, rank, overlap, column_separation),)
+        return (official(columns, rates, Official(rank, overlap, column_separation, loss_scale)),)
     alone = {"content": content_alone, "style": style_alone}
     branches = (
         Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),
@@ -176,12 +181,16 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     return alone | {f"{role}_joint": Output((role,), role) for role in ROLES}
 
 
+LIMITS = {
+    "window": lambda settings: ceil(settings["steps"] / settings["sample_times"]),
+    "column_ratio": lambda settings: most_ratio(settings["sample_times"]),
+}
 SHORTEST = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
 ENTRIES = (
     Entry(
         "unziplora",
         "split",
-        unziplora,
+        with_x0_loss(unziplora),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",
@@ -190,6 +199,6 @@ ENTRIES = (
         outputs,
         "UnZipLoRA",
         "arXiv 2412.04465",
-        replace(ONE_PICTURE, shortest=SHORTEST),
+        replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS),
     ),
 )

@@ -13,7 +13,7 @@ The default granularity is `rank` (DuoLoRA's ZipRank), which measured better (do
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Passes, Recipe
 from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
 
+TITLE, PAPER = "ZipRank, or ZipLoRA with granularity=column", "arXiv 2504.13206, 2311.13600"
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
     "cos": lambda a, b: F.cosine_similarity(a, b, dim=1).abs(),
@@ -133,4 +134,9 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
     return torch.cat(out)
 
 
-ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, "ZipLoRA", "arXiv 2311.13600", TWO_LORAS),)
+def known_as(settings: Mapping[str, Any]) -> str:
+    """The name under which results with these settings should be published: `ziprank` with one coefficient per rank."""
+    return "ziprank" if settings["granularity"] == "rank" and settings["compat"] == "none" else "ziplora"
+
+
+ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, TITLE, PAPER, TWO_LORAS),)

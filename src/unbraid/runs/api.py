@@ -5,42 +5,47 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ParamSpec, Unpack
+from typing import Any, Unpack
 
-from PIL import Image
+from PIL.Image import Image
 
-from unbraid.bases.base import load
+from unbraid.bases.pipeline import location
 from unbraid.bases.presets import Loading
+from unbraid.bases.recognised import family_preset
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
+from unbraid.images.given import Source, as_file
+from unbraid.methods import METHODS
 from unbraid.methods.pair import free_slot, numbered
-from unbraid.runs.job import RARE, Extras, Job, TrainingData
+from unbraid.runs import folder
+from unbraid.runs.drawing import forget_base
+from unbraid.runs.job import RARE, Extras, Job, Progress, Schedule, TrainingData, checked_training
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
+from unbraid.runs.preferences import default_base
 from unbraid.runs.run import run
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
-from unbraid.sampling.canvas import Control, Start
-from unbraid.sampling.combine import Combine
-from unbraid.sampling.recorded import own_prompt
-from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
-
-P = ParamSpec("P")
+from unbraid.sampling.uses import own_prompt
 
 
 @documented("split")
 def split_job(
-    image: str | Path, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
+    image: Source, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
 ) -> Job:
     """One image → `content.safetensors` and `style.safetensors`."""
     run_options, settings = separate(options)
-    return job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
+    todo = job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
+    if (count := len(todo.data.images["image"])) > 1:
+        fix = "Give one picture of it. `unbraid learn` takes a folder."
+        raise UsageError(f"a folder of {count} pictures, where one picture is split", image, fix)
+    return todo
 
 
 @documented("learn")
 def learn_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     prompt: str,
     class_prompt: str = "",
@@ -54,7 +59,7 @@ def learn_job(
     Learns from each image under `prompt`, or under a line of NAME.txt or NAME.caption beside NAME.png. With a `class_prompt`
     the prior is preserved: on `class_images`, or on pictures that the base draws of it. `from_`: a LoRA to go on from, in place of a
     fresh one: its modules, ranks and strengths (alpha, folded into the factors)."""
-    words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path) else list(images)}
+    words, roles = {"prompt": prompt}, {"image": [images] if isinstance(images, str | Path | Image) else list(images)}
     run_options, settings = separate(options)
     if class_prompt:
         words["class_prompt"] = class_prompt
@@ -75,8 +80,8 @@ def learn_job(
 
 @documented("pair")
 def pair_job(
-    before: str | Path,
-    after: str | Path,
+    before: Source,
+    after: Source,
     *,
     subject: str,
     style: str,
@@ -88,13 +93,15 @@ def pair_job(
 
     Learns what a style does to a picture. Folders are paired by name; NAME.txt beside a picture before says in a word
     or two what that one shows, in place of `subject`. `beside`: other styles, which this one shall not meet."""
-    couples = matched(Path(before), Path(after))
+    before, after = as_file(before), as_file(after)
+    couples = matched(before, after)
     files: dict[str, Sequence[str | Path]] = {}
     captions: dict[Path, str] = {}
     for (first, second), number in builtins.zip(couples, numbered(len(couples)), strict=True):
         files |= {f"before{number}": [first], f"after{number}": [second]}
         if shown := caption_of(first):
-            captions |= {first: f"a {RARE} {shown}", second: f"a {RARE} {shown} in {style} style"}
+            rare = options.get("rare", RARE)
+            captions |= {first: f"a {rare} {shown}", second: f"a {rare} {shown} in {style} style"}
     run_options, settings = separate(options)
     run_options["out"] = run_options.get("out") or Path("runs") / f"{couples[0][1].stem}-{method}"
     settings["pairs"] = len(couples)
@@ -106,7 +113,7 @@ def pair_job(
         slot = free_slot(others, todo.settings["rank"], options.get("slot"))
         todo = replace(todo, settings={**todo.settings, "slot": slot})
     data = replace(todo.data, captions=captions)
-    return replace(todo, data=data, notes=unused([Path(before), Path(after)]))
+    return replace(todo, data=data, notes=unused([before, after]))
 
 
 @documented("zip")
@@ -127,7 +134,7 @@ def zip_job(
     if its file does not say; `both`: what to draw for looking at."""
     files = [Path(one) for one in (content, style, *also)]
     loras = {("content", "style")[i] if i < 2 else f"lora{i + 1}": file for i, file in enumerate(files)}
-    words = {role: (prompts or {}).get(role) or own_prompt(file, read(file).metadata) for role, file in loras.items()}
+    words = {role: (prompts or {}).get(role) or own_prompt(file, read(file)) for role, file in loras.items()}
     words["both"] = (prompts or {}).get("both") or ", ".join(words.values())
     found = {role: [where] for role, where in (images or {}).items()}
     run_options, settings = separate(options)
@@ -137,21 +144,26 @@ def zip_job(
 
 
 def job(
-    images: Sequence[str | Path] | Mapping[str, Sequence[str | Path]],
+    images: Sequence[Source] | Mapping[str, Sequence[Source]],
     words: Mapping[str, str],
     settings: Mapping[str, object],
     *,
     method: str,
     out: str | Path | None = None,
-    base: str = "icons",
+    base: str = "",
     vae: str = "",
     prediction: str = "",
     vram: str = "max",
     compile: bool = False,
     graphs: bool = True,
     device: str = "",
+    timesteps: str = "",
     seed: int = 0,
     previews: int = 3,
+    rare: str = RARE,
+    resolution: int = 0,
+    schedule: Schedule = "constant",
+    warm_up: int = 0,
     config: Path | None = None,
     loras: Mapping[str, Path] | None = None,
     thumbnail: bool = True,
@@ -160,18 +172,28 @@ def job(
     """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
 
     `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
-    file, for methods that start from LoRAs. `vae`, `prediction`, `vram`, `compile`, `graphs` and
-    `device` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA files hold a small picture; `metadata`:
-    whether they record what they were trained with."""
+    file, for methods that start from LoRAs. `base`: by default that of `preferences.default_base`. `vae`, `prediction`,
+    `vram`, `compile`, `graphs`, `device` and `timesteps` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA
+    files hold a small picture; `metadata`: whether they record what they were trained with. `rare`: the token that stands
+    for the subject. `resolution`, `schedule` and `warm_up`: the fields of `job.Training`."""
     roles = images if isinstance(images, Mapping) else {"image": images}
-    looked = {role: [look(Path(image)) for image in some] for role, some in roles.items()}
+    looked = {role: [look(as_file(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
+    base = base or default_base()
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading = Loading(vae, prediction, vram, compile, graphs, device)
+    location(base)  # UsageError if there is no such base
+    times = timesteps or family_preset(base, method).timesteps
+    loading = Loading(vae, prediction, vram, compile, graphs, device, times)
+    training = checked_training(resolution, schedule, warm_up)
+    if rare != RARE:
+        if "{rare}" not in " ".join(METHODS[method].prompts.values() if method in METHODS else ()):
+            raise UsageError(f"{method} has no rare token in its prompts", "--rare", "Write the token into the prompt.")
+        words = {**words, "rare": rare}
+    _ = loading.preset  # UsageError if there is no such preset
     return Job(
         method,
-        TrainingData(files, words, loras=loras or {}),
+        TrainingData(files, words, loras=loras or {}, training=training),
         resolve(method, base, config, settings),
         where,
         base,
@@ -182,62 +204,26 @@ def job(
     )
 
 
-def generate(
-    prompt: str,
-    loras: Sequence[Use | str | Path] = (),
-    *,
-    combine: Combine = "sum",
-    styles: Sequence[Use] = (),
-    style_from: float = 1.0,
-    negative: str = "",
-    guidance: float = 4.0,
-    seeds: Sequence[int] = (0,),
-    steps: int = 25,
-    sampler: str = "",
-    height: int | None = None,
-    width: int | None = None,
-    start: Start | None = None,
-    control: Control | None = None,
-    edit: Path | None = None,
-    base: str = "icons",
-    vae: str = "",
-    prediction: str = "",
-    graphs: bool = True,
-    device: str = "",
-) -> list[Image.Image]:
-    """Pictures of a prompt with LoRA files, one per seed.
-
-    `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
-    `render.StyleGuidance`. `negative` to `width`: those of `render.Sampling`. `start`, `control`, `edit`: those of
-    `render.ImageInputs`. `vae`, `prediction`, `graphs` and `device`: those of `presets.Loading`."""
-    uses = [one if isinstance(one, Use) else Use(Path(one)) for one in loras]
-    return render(
-        load(base, loading=Loading(vae, prediction, graphs=graphs, device=device)),
-        prompt,
-        uses,
-        combine=combine,
-        styles=StyleGuidance(styles, style_from),
-        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative),
-        inputs=ImageInputs(start, control, edit),
-    )
-
-
-def finish(todo: Job) -> Path:
-    """Run a job to its end; returns its folder."""
+def finish(todo: Job, progress: Callable[[Progress], None] | None = None) -> Path:
+    """Run a job to its end, and return its folder. `progress` is called with every event of the run."""
+    forget_base()
     for event in run(todo):
+        if progress:
+            progress(event)
         if event.undone:
             warnings.warn(event.warning, RuntimeWarning, stacklevel=3)
     return todo.out
 
 
-def finished(make_job: Callable[P, Job]) -> Callable[P, Path]:
+def finished(make_job: Callable[..., Job]) -> Callable[..., Path]:
     """Turn a function that makes a job into one that also runs it to its end, and returns the run folder."""
 
-    def verb(*given: P.args, **options: P.kwargs) -> Path:
-        return finish(make_job(*given, **options))
+    def verb(*given: Any, progress: Callable[[Progress], None] | None = None, **options: Any) -> Path:
+        todo = make_job(*given, **options)
+        return finish(todo if options.get("out") else replace(todo, out=folder.free(todo.out)), progress)
 
     verb.__name__ = verb.__qualname__ = make_job.__name__.removesuffix("_job")
-    verb.__doc__ = f"{make_job.__doc__}\n\nTrains to the end, and returns the run folder."
+    verb.__doc__ = f"{make_job.__doc__}\n\nTrains to the end, and returns the run folder. `progress`: see `finish`."
     return verb
 
 

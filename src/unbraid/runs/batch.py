@@ -16,7 +16,8 @@ from unbraid.common.errors import UsageError
 from unbraid.core.many import run_batched
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
-from unbraid.runs.job import Extras, Job, Progress, TrainingData
+from unbraid.runs.drawing import forget_base
+from unbraid.runs.job import Extras, Job, Progress, TrainingData, checked_training
 from unbraid.runs.run import script
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
 
@@ -30,6 +31,7 @@ def batch(
 
     `at_once`: how many runs train at a time; by default as many as there is memory for, up to 8. If a run fails, the
     others still go on. At the end UsageError gives the number of failed runs and the first error."""
+    forget_base()
     failed = list[UsageError]()
     for which, event in run_many(jobs, at_once, resume, device):
         if isinstance(event, UsageError):
@@ -47,7 +49,7 @@ def run_many(
     """Train several jobs as `run` does. Yields the index of a job with its progress, or with its error if it failed.
 
     With `resume`, finished runs are left as they are, and runs that have not begun start from the beginning."""
-    distinct(jobs)
+    check_folders(jobs, resume)
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
 
@@ -64,12 +66,16 @@ def run_many(
     return _run_together([_script(job, resume, find) for job in jobs], at_once)
 
 
-def distinct(jobs: Sequence[Job]) -> None:
-    """Raise UsageError if two jobs have the same folder."""
+def check_folders(jobs: Sequence[Job], resume: bool) -> None:
+    """Raise UsageError if two jobs have the same folder, or, without `resume`, if a folder holds a run already."""
     seen: dict[Path, int] = {}
     for i, job in enumerate(jobs):
         if (other := seen.setdefault(job.out.resolve(), i)) != i:
             raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
+    begun = [job.out for job in jobs if (job.out / folder.RECORD).exists()]
+    if begun and not resume:
+        fix = "Add --resume: it trains what is not finished. Or give other folders."
+        raise UsageError(f"{len(begun)} of {len(jobs)} runs have been begun already", begun[0], fix)
 
 
 def _run_together(
@@ -110,8 +116,12 @@ class _Record(BaseModel):
     compile: bool = False
     graphs: bool = True
     device: str = ""
+    timesteps: str = ""
     thumbnail: bool = True
     metadata: bool = True
+    resolution: int = 0
+    schedule: str = "constant"
+    warm_up: int = 0
 
 
 def recorded(file: Path) -> Job:
@@ -128,6 +138,7 @@ def recorded(file: Path) -> Job:
         table.words,
         {Path(path): text for path, text in table.captions.items()},
         {role: Path(path) for role, path in table.loras.items()},
+        checked_training(table.resolution, table.schedule, table.warm_up),
     )
     return Job(
         table.method,
@@ -135,7 +146,7 @@ def recorded(file: Path) -> Job:
         resolve(table.method, table.base, file, {}),
         file.parent,
         table.base,
-        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device),
+        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device, table.timesteps),
         counted("seed", table.seed, SEEDS),
         Extras(counted("previews", table.previews, PREVIEWS), table.thumbnail, table.metadata),
     )

@@ -17,14 +17,16 @@ from unbraid.files.lora_file import read, write
 from unbraid.images import sheets
 from unbraid.images.captions import captions_of
 from unbraid.images.folders import Found, look
+from unbraid.images.given import Source, as_file
 from unbraid.methods.b4m import CUT, KINDS, Cut, Kind
 from unbraid.runs.api import finish, finished, job
 from unbraid.runs.job import Job
 from unbraid.runs.options import BreakOptions, MakeOptions
+from unbraid.runs.preferences import base_for
 from unbraid.runs.run_options import separate
 from unbraid.runs.settings import documented, resolve
-from unbraid.sampling.recorded import own_prompt
-from unbraid.sampling.render import Sampling, Use, render
+from unbraid.sampling.render import Sampling, render
+from unbraid.sampling.uses import Use, own_prompt
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Module:
 
 @documented("break")
 def break_job(
-    images: str | Path | Sequence[str | Path],
+    images: Source | Sequence[Source],
     *,
     kind: Kind,
     prompt: str,
@@ -58,9 +60,9 @@ def break_job(
         raise UsageError(
             "a module needs its metadata", "--no-metadata", "`make` reads its settings there; leave it out."
         )
-    own = [images] if isinstance(images, str | Path) else list(images)
+    own = [as_file(one) for one in ([images] if isinstance(images, str | Path | Image.Image) else images)]
     run_options, settings = separate(options)
-    run_options["out"] = run_options.get("out") or Path("runs") / f"{Path(own[0]).stem}-{kind}"
+    run_options["out"] = run_options.get("out") or Path("runs") / f"{own[0].stem}-{kind}"
     todo = job({"own": own}, {"prompt": prompt}, {**settings, "kind": kind}, method=method, **run_options)
     wanted, found = todo.settings["partner_count"], look(Path(partners)) if partners else Found(())
     files = found.files
@@ -125,11 +127,24 @@ def make(
     """A content and a style module → one LoRA; returns `merged.safetensors` in the folder `out`.
 
     At once, or fine-tuned as in `make_job`, which is the default where there are `images`."""
-    if fine_tune or (fine_tune is None and images):
+    if trains(fine_tune, images, separate(options)[1]):
         job = make_job(content, style, fine_tune=fine_tune, images=images, prompt=prompt, method=method, **options)
         return finish(job) / "merged.safetensors"
     folder = options.get("out") or _folder(*matching(content, style))
     return join(content, style, Path(folder) / "merged.safetensors")
+
+
+def trains(fine_tune: int | None, images: Mapping[str, str | Path] | None, settings: Mapping[str, object]) -> bool:
+    """Whether `make` trains: for `fine_tune` steps if they are given, else only where there are images.
+
+    UsageError for settings if it does not: they would have no effect."""
+    if fine_tune or (fine_tune is None and images):
+        return True
+    if settings:
+        name, steps = next(iter(settings)), settings.get("steps", 300)
+        what = f"the modules are joined without training, where {name!r} has no effect"
+        raise UsageError(what, "make", f"Give --fine-tune {steps}, or leave it out.")
+    return False
 
 
 def _folder(content: Module, style: Module) -> Path:
@@ -202,16 +217,16 @@ def opened(path: str | Path) -> Module:
         raise UsageError(
             f"a module with a wrong setting: {error.what}", path, "Make it anew with `unbraid break`."
         ) from error
-    return Module(path, settings["kind"], base, file.family, own_prompt(path, file.metadata), cut, file.modules)
+    return Module(path, settings["kind"], base, file.family, own_prompt(path, file), cut, file.modules)
 
 
 def matrix(
-    contents: Sequence[str | Path], styles: Sequence[str | Path], out: Path, *, base: str = "icons", seed: int = 0
+    contents: Sequence[str | Path], styles: Sequence[str | Path], out: Path, *, base: str = "", seed: int = 0
 ) -> Iterator[Path]:
     """Join every content with every style: N × M files from N + M trainings, and a sheet of what they draw.
 
     Yields the files."""
-    rows, model = [], load(base)
+    rows, model = [], load(base or base_for(opened(one).path for one in (*contents, *styles)))
     for content in contents:
         row: list[tuple[str, Image.Image]] = []
         for style in styles:

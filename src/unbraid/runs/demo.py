@@ -10,7 +10,8 @@ from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.runs.api import split_job
 from unbraid.runs.job import RARE, Job
-from unbraid.sampling.render import OWN, Sampling, Use, render
+from unbraid.sampling.render import Sampling, render
+from unbraid.sampling.uses import OWN, Use
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
@@ -23,7 +24,7 @@ def image() -> Path:
 
 
 def job(out: Path) -> Job:
-    return split_job(image(), subject=SUBJECT, style=STYLE, out=out)
+    return split_job(image(), subject=SUBJECT, style=STYLE, out=out, base="icons")
 
 
 def sheet(out: Path) -> Path:

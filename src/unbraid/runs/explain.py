@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from unbraid.bases.families import BLOCKS
+from unbraid.common.errors import UsageError
 from unbraid.core.lora import ALL, Active, Branch
 from unbraid.core.recipe import Recipe
 from unbraid.methods import METHODS
@@ -12,6 +13,8 @@ from unbraid.runs.settings import resolve, schema
 
 def explain(method: str, base: str = "icons") -> str:
     """Paper, steps, prompts, output files and settings of a method, with the settings' defaults on `base`."""
+    if methods := [entry.name for entry in METHODS.values() if entry.verb == method and method not in METHODS]:
+        raise UsageError(f"{method} is a command", "explain", f"Its methods: {', '.join(methods)}.")
     settings = resolve(method, base, None, {})
     entry = METHODS[method]
     lines = [f"{method}: unbraid {entry.verb} ({entry.paper})", ""]
@@ -51,7 +54,8 @@ def _branch(branch: Branch) -> str:
     adapters = " + ".join(map(_active, branch.active)) or "base alone"
     teacher = f", towards [{_branch(branch.teacher)}]" if branch.teacher else ""
     weight = f" × {branch.weight:g}" if branch.weight != 1 else ""
-    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{teacher}"
+    loss = ", x0 loss" if branch.loss == "x0" else ""
+    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{loss}{teacher}"
 
 
 def _active(active: Active) -> str:

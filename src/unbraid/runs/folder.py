@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,22 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         )
 
 
+def free(out: Path) -> Path:
+    """The first of OUT, OUT-2, OUT-3, … that holds no run."""
+    return next(one for one in numbered(out) if not (one / RECORD).exists())
+
+
+def last(out: Path) -> Path:
+    """The last of OUT, OUT-2, OUT-3, … before the first that holds no run; OUT if there is no run at all."""
+    return [out, *takewhile(lambda one: (one / RECORD).exists(), numbered(out))][-1]
+
+
+def numbered(out: Path) -> Iterator[Path]:
+    """OUT, OUT-2, OUT-3, …"""
+    yield out
+    yield from (out.with_name(f"{out.name}-{i}") for i in count(2))
+
+
 def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """The first difference of two records, as text: `style: 'ink' there, 'oil' here`. Empty if there is none."""
     for key in dict.fromkeys((*there, *here)):
@@ -145,7 +162,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Events:
-    """events.jsonl: one line per training step. Lines from `step` on are dropped: a resumed run repeats them."""
+    """events.jsonl: one line per training step: its number (from 0), the loss and its parts by name, the norm of the gradient,
+    the time (seconds since 1970), the rate (steps per second) and the memory in use (bytes). Lines from `step` on are dropped: a resumed run repeats them."""
 
     def __init__(self, out: Path, step: int) -> None:
         self.path = out / EVENTS

@@ -1,37 +1,67 @@
 """The job of a run, and the records that a run writes: run.toml and the metadata of its LoRAs."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import cos, pi
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from PIL import Image
 
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.common.atomic import sha256
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.state import Step
 from unbraid.files.formats.metadata import card
 from unbraid.images.crop import check_size, open_image
 from unbraid.methods import METHODS
 from unbraid.runs import folder
-from unbraid.runs.settings import Settings
+from unbraid.runs.settings import RESOLUTIONS, WARM_UPS, Settings, base_defaults, counted
 
 RARE = "sks"
 
 
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a run is trained, apart from the settings of its method."""
+
+    resolution: int = 0  # pixels: pictures are scaled to the area of a square with this side; 0: the base's own
+    schedule: Schedule = "constant"  # how the learning rates fall to 0: not at all, linearly, or along half a cosine
+    warm_up: int = 0  # steps in which the learning rates rise to their full value
+
+    def factor(self, step: int, steps: int) -> float:
+        """The factor on the learning rates in a step of so many."""
+        rise = min(1.0, (step + 1) / (self.warm_up + 1))
+        left = 1 - max(0, step - self.warm_up) / max(1, steps - self.warm_up)
+        return rise * {"constant": 1.0, "linear": left, "cosine": (1 - cos(pi * left)) / 2}[self.schedule]
+
+
+def checked_training(resolution: int, schedule: str, warm_up: int) -> Training:
+    """The values as a `Training`. UsageError if one is out of its range."""
+    if schedule not in get_args(Schedule):
+        raise UsageError(f"there is no schedule {schedule!r}", "--schedule", suggestion(schedule, get_args(Schedule)))
+    return Training(
+        counted("resolution", resolution, RESOLUTIONS), cast(Schedule, schedule), counted("warm-up", warm_up, WARM_UPS)
+    )
+
+
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from."""
+    """What a run learns from, and how."""
 
     images: Mapping[str, tuple[Path, ...]]  # role → files
     words: Mapping[str, str]  # what fills the prompt templates
     captions: Mapping[Path, str] = field(default_factory=dict)  # image → its own prompts, one a line, if it has any
     loras: Mapping[str, Path] = field(default_factory=dict)  # role → file, for methods that start from LoRAs
+    training: Training = Training()
 
 
 @dataclass(frozen=True)
@@ -78,9 +108,22 @@ def prompts_of(job: Job) -> dict[str, str]:
     for name, value in words.items():
         if not value.strip():
             raise UsageError("is empty", f"--{name.replace('_', '-')}", "Say in a word or two what it is.")
-    templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.data.words}
+    templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.data.words if role != "rare"}
     known = {role: text for role, text in templates.items() if all(name in words for name in _fields(text))}
+    if base_defaults(job.base).get("prompts", {}).get("article") != "a":
+        known = {role: with_article(template, words) for role, template in known.items()}
     return {role: template.format(**words) for role, template in known.items()}
+
+
+def with_article(template: str, words: Mapping[str, str]) -> str:
+    """A template with `an` in place of `a` before a word that begins with a vowel: `a {subject}` for an owl."""
+
+    def article(found: re.Match[str]) -> str:
+        word = words[found[1]].strip().lower()
+        vowel = word.startswith(tuple("aeiou")) and not word.startswith(("uni", "use", "eu", "one"))
+        return f"an {{{found[1]}}}" if vowel else found[0]
+
+    return re.sub(r"\ba \{(\w+)\}", article, template)
 
 
 def _fields(template: str) -> list[str]:
@@ -122,6 +165,7 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
         **{key: value for key, value in asdict(job.loading).items() if value != getattr(AS_IT_IS, key)},
         "seed": job.seed,
         "previews": job.extras.previews,
+        **{key: value for key, value in asdict(data.training).items() if value != getattr(Training(), key)},
         **{name: False for name in ("thumbnail", "metadata") if not getattr(job.extras, name)},
         "words": dict(data.words),
         "images": images,
@@ -139,10 +183,14 @@ def metadata(
     """The metadata of a LoRA file, in the keys that other tools read (ss_*, ModelSpec) and in our own (unbraid.*)."""
     if not job.extras.metadata:
         return {}
+    style = job.data.words.get("style") if METHODS[job.method].prompts else None
     base = Path(job.base).name if Path(job.base).exists() else job.base  # for a local path only its last part
     return {
         **card(
-            f"{stem} of {texts['both']}", prompt, stem.capitalize(), thumbnail=shown if job.extras.thumbnail else None
+            f"{stem} of {texts['both']}",
+            f"in {style} style" if style and stem == "style" else prompt,
+            stem.capitalize(),
+            thumbnail=shown if job.extras.thumbnail else None,
         ),
         "modelspec.date": datetime.now(UTC).date().isoformat(),
         "ss_output_name": stem,
@@ -152,10 +200,6 @@ def metadata(
         "unbraid.method": job.method,
         "unbraid.prompt": prompt,
         "unbraid.base": base,
-        **(
-            {"unbraid.style": job.data.words["style"]}
-            if METHODS[job.method].prompts and "style" in job.data.words
-            else {}
-        ),
+        **({"unbraid.style": style} if style else {}),
         "unbraid.settings": json.dumps(job.settings),
     }

@@ -28,10 +28,10 @@ from unbraid.core.recipe import Recipe
 from unbraid.files.lora_file import read
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
-from unbraid.sampling.render import attach_to
+from unbraid.sampling.attach import attach_to
 
 GIB = 2**30
-TOKENS = 77
+STREAMS = ("hidden_states", "encoder_hidden_states")  # the inputs of a unit that is called with names
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,15 @@ def _adapted(job: Job, recipe: Recipe, network: Network, make: Callable[[], Any]
     files = {role: (path, read(path).modules) for role, path in job.data.loras.items()}
     with quiet(), torch.device("meta"):
         denoiser, rng = make(), torch.Generator("cpu")
-        adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(denoiser, recipe.targets)
+        adapters = attach_to(denoiser, network, files, job.base) or Adapters.attach(
+            denoiser, recipe.targets, network.layers
+        )
         try:
             if recipe.steps:  # with no steps, preparing makes the result, and nothing is trained
                 recipe.prepare(adapters, rng)
         except RuntimeError:  # raised by torch for reading values on the meta device
             denoiser = make()
-            adapters = Adapters.attach(denoiser, recipe.targets)
+            adapters = Adapters.attach(denoiser, recipe.targets, network.layers)
             active = {one.adapter for branch in recipe.branches(0) for one in branch.active}
             for name in sorted(active | {name for name, _ in recipe.rates}):
                 adapters.new(name, job.settings.get("rank", 64), rng)
@@ -127,11 +129,12 @@ def _activations(denoiser: Any, network: Network, adapters: Adapters, recipe: Re
 
 
 def _forward(denoiser: Any, network: Network, adapters: Adapters, branches: tuple[Branch, ...]) -> Tensor:
-    given = network.example(denoiser.config, len(branches), TOKENS, denoiser.dtype)
+    noisy, conditions = network.example(denoiser.config, len(branches), denoiser.dtype)
+    t = torch.empty(len(branches), device="meta")
     prompts = {active.prompt for branch in branches for active in branch.active if active.prompt}
-    texts = {role: torch.empty_like(given["encoder_hidden_states"][0]) for role in prompts}
+    texts = {role: torch.empty_like(conditions["encoder_hidden_states"][0]) for role in prompts}
     with adapters.activate([branch.active for branch in branches], texts):
-        return denoiser(**given).sample
+        return network.predict(denoiser, noisy, t, 1.0, conditions)
 
 
 class _Ledger:
@@ -155,8 +158,9 @@ class _Ledger:
                 self.outside += storage.nbytes()
         return x
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inputs.append(args[0].numel() * args[0].element_size())
+    def enter(self, module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        streams = args[:1] or [given[name] for name in STREAMS if name in given]
+        self.inputs.append(sum(one.numel() * one.element_size() for one in streams))
         self.inside.append(0)
         self.within = True
 
@@ -166,7 +170,7 @@ class _Ledger:
     @contextmanager
     def keeping(self, denoiser: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
         units = [module for module in denoiser.modules() if isinstance(module, kinds)]
-        hooks = [unit.register_forward_pre_hook(self.enter) for unit in units]
+        hooks = [unit.register_forward_pre_hook(self.enter, with_kwargs=True) for unit in units]
         hooks += [unit.register_forward_hook(self.leave) for unit in units]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda x: x):
@@ -197,5 +201,6 @@ class _Fused(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            return _FusedAttention.apply(named["query"], named["key"], named["value"])
         return func(*args, **(kwargs or {}))

@@ -27,7 +27,7 @@ class UnziploraSettings(RunOptions, total=False):
     overlap: float
     """Weight λ of the penalty on channels that both adapters use. Default 0.5."""
     window: int
-    """Steps per period in which channels are scored. Default 16."""
+    """Steps per period in which channels are scored; by default at most the whole period. Default 16."""
     column_separation: bool
     """Whether each adapter gets its own output channels. Default True."""
     block_separation: bool
@@ -36,12 +36,18 @@ class UnziploraSettings(RunOptions, total=False):
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0; on icons 0.5."""
     style_alone: float
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0."""
+    loss_scale: float
+    """With `official`, what gradients are multiplied by before the threshold that channels are scored with; 65536 is that of fp16 training, 1 that of bf16. Default 65536.0."""
     compat: Literal["none", "official"]
     """`official` reproduces the published code, defects included. Default 'none'."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
 class ZiploraSettings(RunOptions, total=False):
-    """ZipLoRA (arXiv 2311.13600): zip(…, method="ziplora")."""
+    """ZipRank, or ZipLoRA with granularity=column (arXiv 2504.13206, 2311.13600): zip(…, method="ziplora")."""
 
     granularity: Literal["rank", "column", "row", "layer"]
     """One coefficient per rank (ZipRank; per column in layers where the ranks differ and cannot be compared), input column (ZipLoRA), output row, or layer. Default 'rank'."""
@@ -84,7 +90,7 @@ class PairSettings(RunOptions, total=False):
     steps: int
     """Optimiser steps. Default 750; on icons 300."""
     style_from: int
-    """The step at which training of the style adapter begins. Default 250; on icons 100."""
+    """The step at which training of the style adapter begins; by default after a third of the steps or earlier. Default 250; on icons 100."""
     lr: float
     """AdamW's learning rate. Default 1e-05; on icons 0.003."""
     weight_decay: float
@@ -97,6 +103,10 @@ class PairSettings(RunOptions, total=False):
     """Whether there is a content adapter; if not, the style adapter learns the picture after alone. Default True."""
     compat: Literal["none", "official"]
     """`official` updates the content adapter before it computes the loss of the style, as published, not both at once. Default 'none'."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
 class SliderSettings(RunOptions, total=False):
@@ -110,6 +120,10 @@ class SliderSettings(RunOptions, total=False):
     """AdamW's learning rate. Default 0.0002; on icons 0.001."""
     weight_decay: float
     """AdamW's. Default 0.0001."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
 class BloraSettings(RunOptions, total=False):
@@ -121,6 +135,29 @@ class BloraSettings(RunOptions, total=False):
     """Optimiser steps. Default 1000; on icons 300."""
     lr: float
     """AdamW's learning rate. Default 5e-05; on icons 0.002."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
+
+
+class ConsisloraSettings(RunOptions, total=False):
+    """ConsisLoRA (arXiv 2503.10614): split(…, method="consislora")."""
+
+    rank: int
+    """Of each LoRA. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps of the content adapter. Default 1500; on icons 300."""
+    x0_from: int
+    """The step from which on the loss is that of the clean picture; before it, the loss is that of the prediction; by default after a third of the steps or earlier. Default 500; on icons 100."""
+    style_steps: int
+    """Further steps, which train the style adapter beside the finished content adapter; by default at most two thirds of `steps`. Default 1000; on icons 200."""
+    lr: float
+    """AdamW's learning rate before `x0_from`. Default 0.0002; on icons 0.002."""
+    x0_lr: float
+    """AdamW's learning rate after it. Default 0.0001; on icons 0.001."""
     weight_decay: float
     """AdamW's. Default 0.0001."""
 
@@ -147,7 +184,11 @@ class BreakSettings(RunOptions, total=False):
     orthogonal: bool
     """Whether the frozen halves are orthonormal; if not, they are correlated, as in the published code. Default True."""
     compat: Literal["none", "official"]
-    """`official` lets every loss train both factors. Default 'none'."""
+    """`official` lets every loss train both factors, in turn, with the published clipping and weight decay. Default 'none'."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
 class MakeSettings(RunOptions, total=False):
@@ -164,7 +205,11 @@ class MakeSettings(RunOptions, total=False):
     patience: int
     """Training stops after this many checks without a lower loss. Default 4."""
     compat: Literal["none", "official"]
-    """`official` initialises the content factor of square layers, and the frozen half of their up, again before training, as the published code does. Default 'none'."""
+    """`official` initialises the content factor and the frozen halves of queries, and of square keys and values, again before training, as the published code does. Default 'none'."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
 class DreamboothSettings(RunOptions, total=False):
@@ -184,6 +229,10 @@ class DreamboothSettings(RunOptions, total=False):
     """Weight of the loss on pictures of the class (prior preservation). Default 0.0."""
     mask: Literal["none", "alpha"]
     """With `alpha`, the transparent parts of a picture do not count in its loss. Default 'none'."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
 class QrLoraSettings(RunOptions, total=False):
@@ -199,9 +248,13 @@ class QrLoraSettings(RunOptions, total=False):
     """AdamW's. Default 0.0001."""
     targets: Literal["attention", "transformers"]
     """Which layers train: attention's projections, or all linear layers of the transformers. Default 'attention'."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
-class SplitOptions(UnziploraSettings, BloraSettings, total=False):
+class SplitOptions(UnziploraSettings, BloraSettings, ConsisloraSettings, total=False):
     """Settings of any method of `split`; which of them a method has is checked when it is called."""
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from unbraid.core import mergers
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Lora
+from unbraid.files.formats.encode import dialect_for
 from unbraid.files.lora_file import write
 from unbraid.files.merge import merge
 from unbraid.images import sheets
@@ -61,11 +62,12 @@ def written(ready: Ready, texts: Mapping[str, str]) -> Iterator[Path]:
         modules = {
             f"{ready.base.family.network.part}.{name}": lora for name, lora in _folded(ready.adapters, output).items()
         }
-        path = job.out / f"{stem}.safetensors"
+        path, family = job.out / f"{stem}.safetensors", ready.base.family.name
         write(
             path,
             modules,
-            family=ready.base.family.name,
+            family=family,
+            dialect=dialect_for(modules, family),
             metadata={
                 **metadata(job, ready.recipe.steps, stem, texts[output.prompt], texts, shown),
                 **ready.base.lora_metadata,

@@ -23,8 +23,8 @@ from unbraid.images.crop import fit
 from unbraid.images.opening import open_alpha
 from unbraid.methods import METHODS
 from unbraid.runs import pace
-from unbraid.runs.job import Job
-from unbraid.sampling.render import attach
+from unbraid.runs.job import Job, Training
+from unbraid.sampling.attach import attach
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
 
 GUIDANCE = 4.0  # guidance scale for previews, sheets, and pictures that are drawn for training
@@ -47,10 +47,12 @@ class Ready:
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
     (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
-    recipe = with_8bit_optimizer(made, job.loading.preset)
+    recipe = with_schedule(with_8bit_optimizer(made, job.loading.preset), job.data.training)
+    if not base.family.network.layers.own_prompt:
+        _check_alone(recipe)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
-    adapters = started or Adapters.attach(base.denoiser, recipe.targets)
+    adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
         captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
@@ -66,6 +68,28 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
     return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images)
+
+
+def _check_alone(recipe: Recipe) -> None:
+    """For networks in which adapters cannot read their own prompts: UsageError if an adapter that should is never trained
+    alone, under its own prompt."""
+    branches = recipe.branches(0)
+    alone = {branch.active[0].adapter for branch in branches if len(branch.active) == 1}
+    own = {active.adapter for branch in branches for active in branch.active if active.prompt}
+    if missing := sorted(own - alone):
+        fix = "Use --method unziplora with content_alone and style_alone above 0."
+        raise UsageError(f"on this base, {missing[0]} cannot read a prompt of its own", "split", fix)
+
+
+def with_schedule(recipe: Recipe, training: Training) -> Recipe:
+    """A recipe with the run's schedule and warm-up, if it has any, on top of the recipe's own."""
+    if training.schedule == "constant" and not training.warm_up:
+        return recipe
+    own = recipe.optimization.rate_factor or (lambda step: 1.0)
+    optimization = replace(
+        recipe.optimization, rate_factor=lambda step: own(step) * training.factor(step, recipe.steps)
+    )
+    return replace(recipe, optimization=optimization)
 
 
 def _drawn(
@@ -92,18 +116,19 @@ def _captions(job: Job, picture: Path) -> list[tuple[str, str]]:
 
 
 def _picture(base: Base, image: Image.Image, where: Path, job: Job) -> Picture:
-    pixels = fit(image, base.size**2, base.step, where)
+    side = job.data.training.resolution or base.size
+    pixels = fit(image, side**2, base.step, where)
     picture = base.encode_picture(pixels.values, pixels.sizes)
     masked = job.settings.get("mask") == "alpha" and any(where in some for some in job.data.images.values())
-    weight = opacity(where, base, picture) if masked else None
+    weight = opacity(where, base, picture, side) if masked else None
     return replace(picture, prompts=tuple(name for name, _ in _captions(job, where)), weight=weight)
 
 
-def opacity(where: Path, base: Base, picture: Picture) -> Tensor:
-    """The opacity of a picture, from 0 to 1, at each position of its latent: `[1, h, w]`.
+def opacity(where: Path, base: Base, picture: Picture, side: int = 0) -> Tensor:
+    """The opacity of a picture, from 0 to 1, at each position of its latent: `[1, h, w]`. `side`: see `Training.resolution`.
 
     UsageError if the whole picture is transparent."""
-    alpha = fit(open_alpha(where).convert("RGB"), base.size**2, base.step, where).values[:1] / 2 + 0.5
+    alpha = fit(open_alpha(where).convert("RGB"), (side or base.size) ** 2, base.step, where).values[:1] / 2 + 0.5
     _, height, width = picture.mean.shape
     found = adaptive_avg_pool2d(alpha, (height, width))
     if not bool(found.any()):

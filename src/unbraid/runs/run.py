@@ -1,17 +1,18 @@
 """One run: train a method on images, into a folder with run.toml, events.jsonl, previews, pictures and LoRA files."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from unbraid.bases.base import Base, load
-from unbraid.bases.families.long_prompts import remarks as long_prompts
+from unbraid.bases.devices import memory_in_use
 from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers
+from unbraid.core.lora import Branch
 from unbraid.core.recipe import ForwardRequest, TrainingCoroutine, go_on
 from unbraid.core.train import precomputed_targets, run_one, training_coroutine
 from unbraid.images import sheets
@@ -60,7 +61,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
     warnings = [*job.notes, *remarks(job), *METHODS[job.method].inputs.check(opened, job.data.images)]
     ready = prepare(job, texts, opened, find(job))
     try:
-        warnings += long_prompts(
+        warnings += ready.base.family.network.remarks(
             ready.base.pipe, [*texts.values(), *"\n".join(job.data.captions.values()).splitlines()]
         )
         ready.base.release(tiles=job.loading.preset.fp8)
@@ -125,7 +126,8 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Train
         at_once = max(4, 2 * job.loading.preset.at_once)
         targets = precomputed_targets(ready.run_data, ready.recipe, state.adapters, begin, state.step, at_once)
     preview_at = {round(steps * (i + 1) / job.extras.previews) for i in range(job.extras.previews)}
-    saved, training = time.monotonic(), training_coroutine(ready.run_data, ready.recipe, state, targets)
+    saved = before = time.monotonic()
+    training = training_coroutine(ready.run_data, ready.recipe, state, targets)
     item = next(training, None)
     while item:
         if isinstance(item, ForwardRequest):
@@ -135,7 +137,12 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Train
         if (graphs := ready.run_data.graphs) and graphs.reason:
             yield Progress(state.step, steps, warning=f"{UNCAPTURED}: {graphs.reason}")
             ready.run_data.graphs = None
-        events.add(step=item.index, loss=loss, losses=losses, norm=norm, **mergers.summary(ready.adapters))
+        named = dict(zip(_names(ready.recipe.branches(item.index)), losses, strict=True))
+        now = time.monotonic()
+        cost = {"time": round(time.time(), 3), "rate": round(1 / max(now - before, 1e-6), 3)}
+        cost["memory"] = memory_in_use(ready.base.device)
+        events.add(step=item.index, loss=loss, losses=named, norm=norm, **mergers.summary(ready.adapters), **cost)
+        before = now
         yield Progress(state.step, steps, step=item)
         if state.step in preview_at:
             yield _picture(ready, f"the preview of step {state.step}", partial(preview, ready))
@@ -144,3 +151,9 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Train
             folder.save_state(job.out, state.tensors())
             saved = time.monotonic()
         item = go_on(training, [])
+
+
+def _names(branches: Sequence[Branch]) -> list[str]:
+    """A name for the loss of each branch: its picture's role, with its prompt's where that differs; numbered if it comes twice."""
+    names = [one.image if one.image == one.prompt else f"{one.image} under {one.prompt}" for one in branches]
+    return [name if names.index(name) == i else f"{name} {i + 1}" for i, name in enumerate(names)]

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
+from unbraid.runs.job import Schedule
+
 
 class RunOptions(TypedDict, total=False):
     """How a run is done. Each has the same name on the command line."""
@@ -11,7 +13,7 @@ class RunOptions(TypedDict, total=False):
     out: str | Path | None
     """The run folder. Default: `runs/NAME-METHOD`."""
     base: str
-    """`icons` (embedded, the default), a diffusers folder, a hub id, or a `.safetensors` checkpoint."""
+    """`icons` (embedded), a diffusers folder, a hub id, or a `.safetensors` checkpoint. Default: UNBRAID_BASE, else `icons`."""
     vae: str
     """Another VAE: a folder, a hub id or a file. Default: the base's own."""
     prediction: str
@@ -24,10 +26,21 @@ class RunOptions(TypedDict, total=False):
     """Capture steps as CUDA graphs where the device has them. Default True."""
     device: str
     """Where to compute, such as `cuda:1`. Default: the best device."""
+    timesteps: str
+    """How timesteps are drawn with flow matching: `uniform` or `logit-normal`, if wanted with `+shift=3` or `+dynamic`.
+    Default: as published for the base."""
     seed: int
     """The same seed gives the same result. Default 0."""
     previews: int
     """Preview sheets during training; 0: no pictures at all. Default 3."""
+    rare: str
+    """The token that stands for the subject in prompts. Default `sks`."""
+    resolution: int
+    """Pixels: pictures are scaled to the area of a square with this side. Default 0: the base's own size."""
+    schedule: Schedule
+    """How the learning rates fall to 0: `constant` (not at all, the default), `linear` or `cosine`."""
+    warm_up: int
+    """Steps in which the learning rates rise to their full value. Default 0."""
     config: Path | None
     """TOML file with a table of settings per method. Default: none."""
     thumbnail: bool

@@ -3,7 +3,7 @@
 import inspect
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -18,12 +18,12 @@ from unbraid.methods.entry import Entry
 
 Settings = dict[str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
-SEEDS, PREVIEWS = range(2**62), range(1001)
+SEEDS, PREVIEWS, RESOLUTIONS, WARM_UPS = range(2**62), range(1001), range(4097), range(10**6 + 1)
 MOST = 10_000_000  # the upper limit of every setting that is a whole number
-LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1}
+LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1, "sample_times": 1}
 SIGNED: frozenset[str] = frozenset()  # settings of type float that may be negative
 RECORDED = frozenset(  # keys of a run.toml other than the table of its method
-    "unbraid method base vae prediction vram compile graphs device seed previews thumbnail metadata words images sha256 loras captions prompts".split()
+    "unbraid method base vae prediction vram compile graphs device timesteps seed resolution schedule warm_up previews thumbnail metadata words images sha256 loras captions prompts".split()
 )
 
 
@@ -78,14 +78,18 @@ def documented(verb: str) -> Callable[[F], F]:
 def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:
     """All settings of a run. UsageError for unknown names and wrong values.
 
-    Later sources override earlier ones: the method's defaults, the base's unbraid.toml, the config file, `given`."""
+    Later sources override earlier ones: the method's defaults, those of the base's family, the base's unbraid.toml, the
+    config file, `given`."""
+    from unbraid.bases.recognised import family_preset  # imports diffusers, which the help of the verbs does not need
+
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", "--method", suggestion(method, METHODS))
     known = schema(METHODS[method])
-    merged = {**base_defaults(base).get(method, {}), **(_configured(config, method) if config else {}), **given}
+    chosen = {**(_configured(config, method) if config else {}), **given}
+    merged = {**family_preset(base, method).settings, **base_defaults(base).get(method, {}), **chosen}
     for key in merged:
         if key not in known:
-            raise UsageError(f"{method} has no setting {_short(key)}", "settings", suggestion(key, known))
+            raise UsageError(f"{method} has no setting {_short(key)}", "settings", _other_setting(key, known, merged))
         if type(merged[key]) is bool and known[key].annotation is not bool:
             raise UsageError(
                 f"a number is wanted, not {merged[key]}", f"setting {key}", f"See `unbraid explain {method}`."
@@ -101,7 +105,18 @@ def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any
         raise UsageError(f"{first['msg']}, not {_short(first['input'])}", where, fix) from error
     for name, value in found.items():
         _in_range(name, value, known[name].default)
+    for name, most in METHODS[method].inputs.limits.items():
+        if name not in chosen:
+            found[name] = min(found[name], most(found))
     return found
+
+
+def _other_setting(key: str, known: Iterable[str], merged: Mapping[str, Any]) -> str:
+    """What to give instead of an unknown setting. Two methods have no `steps`: one trains nothing, one has `fine_tune`."""
+    if key == "steps":
+        fine_tune = f"Its steps are --fine-tune {_short(merged[key])}."
+        return fine_tune if "fine_tune" in known else "It trains nothing: leave steps out."
+    return suggestion(key, known)
 
 
 def _configured(path: Path, method: str) -> Settings:

@@ -1,5 +1,6 @@
 """The image inputs of a drawing: a start picture (image to image), a mask on it (inpainting), or a ControlNet map."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,14 @@ class Canvas:
     pipe: Any
     given: Mapping[str, Any]
 
+    @property
+    def width(self) -> int:
+        return self.given["width"] if "width" in self.given else self.given["image"].size[0]
+
+    @property
+    def height(self) -> int:
+        return self.given["height"] if "height" in self.given else self.given["image"].size[1]
+
 
 def prepare(base: Base, start: Start | None, control: Control | None, height: int | None, width: int | None) -> Canvas:
     """Choose the pipeline and its arguments. Raises UsageError for a size that cannot be drawn.
@@ -58,17 +67,17 @@ def prepare(base: Base, start: Start | None, control: Control | None, height: in
     given = _begin(base, start) if start else {}
     map_ = _upright(base, control.image) if control else None
     size = (width or base.size, height or base.size)
-    if any(side < base.step or side % base.pipe.vae_scale_factor for side in size):
+    grain = base.pipe.vae_scale_factor * base.family.network.patch
+    if any(side < base.step or side % grain for side in size):
         fix = f"Give multiples of {base.step}."
         raise UsageError(f"{size[0]}×{size[1]} pixels cannot be drawn", "--width, --height", fix)
     if start:
         size = given["image"].size
     elif map_ and not (height or width):
         size = map_.size
-    if not start or start.mask:
-        given |= {"width": size[0], "height": size[1]}
+    sized = {"width": size[0], "height": size[1]}
     if not start and not control:
-        return Canvas(base.pipe, given)
+        return Canvas(base.pipe, {**given, **sized})
     kind, more = AutoPipelineForText2Image, {}
     if start:
         kind = AutoPipelineForInpainting if start.mask else AutoPipelineForImage2Image
@@ -78,7 +87,8 @@ def prepare(base: Base, start: Start | None, control: Control | None, height: in
         more["controlnet"] = load_control(base, control.model)
     pipe: Any = kind.from_pipe(base.pipe, **more)
     pipe.set_progress_bar_config(disable=True)
-    return Canvas(pipe, given)
+    takes = inspect.signature(type(pipe).__call__).parameters  # image to image with a UNet takes no size
+    return Canvas(pipe, given | sized if "height" in takes else given)
 
 
 def _begin(base: Base, start: Start) -> dict[str, Any]:
@@ -105,6 +115,9 @@ def _upright(base: Base, file: Path) -> Image.Image:
 
 def load_control(base: Base, name: str) -> ControlNetModel:
     """Load a ControlNet. Raises UsageError if it was made for another kind of base."""
+    if not base.family.network.control_keys:
+        what = f"ControlNets for a {base.family.network.title} are not supported"
+        raise UsageError(what, name, "Leave out --controlnet.")
     known_model(name, "ControlNet", "Give a diffusers folder, or a hub id such as diffusers/controlnet-canny-sdxl-1.0.")
     try:
         model = ControlNetModel.from_pretrained(name, torch_dtype=base.denoiser.dtype, use_safetensors=True)

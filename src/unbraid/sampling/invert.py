@@ -1,9 +1,9 @@
 """Inversion, to edit a real picture: find the noise from which sampling draws that picture.
 
-This is DDIM inversion (arXiv 2010.02502), with a fixed-point iteration per step as in ReNoise (arXiv 2403.14602)."""
+This is DDIM inversion (arXiv 2010.02502), or the same for flow matching, where a step is one of Euler's method; with a
+fixed-point iteration per step as in ReNoise (arXiv 2403.14602)."""
 
 import torch
-from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from unbraid.bases.base import Base
 from unbraid.bases.families.family import Prompt
 from unbraid.images.crop import Pixels
 from unbraid.sampling.sample import Guided, Term
+from unbraid.sampling.samplers import with_sampler
 
 ITERATIONS = 3  # evaluations of the model per step; each one shrinks the error by a factor that depends on the step
 
@@ -19,29 +20,25 @@ ITERATIONS = 3  # evaluations of the model per step; each one shrinks the error 
 def invert(base: Base, pixels: Pixels, prompt: Prompt, steps: int = 50) -> Tensor:
     """The starting noise of a picture, a latent `[1, c, h, w]`.
 
-    DDIM from this latent with the same `steps` and `prompt`, without guidance, gives the picture back.
+    Drawing from this latent with the same sampler, `steps` and `prompt`, without guidance, gives the picture back.
 
-    A DDIM step from t to s is z_s = (α_s α_t + σ_s σ_t) z_t + (σ_s α_t − α_s σ_t) v(z_t), with the velocity v and
-    α² + σ² = 1. Inversion knows z_s and solves for z_t: each iteration evaluates v at the last estimate of z_t. No
-    noise is added, and none is regularised."""
+    A step of drawing computes z_s from z_t and the prediction for z_t. Inversion knows z_s and solves for z_t: each
+    iteration evaluates the network at the last estimate of z_t. No noise is added, and none is regularised."""
     picture = base.encode_picture(pixels.values, pixels.sizes)
-    scheduler: DDIMScheduler = DDIMScheduler.from_config(base.pipe.scheduler.config)  # type: ignore[assignment]
-    scheduler.set_timesteps(steps)
-    guided = Guided(base, (Term(1.0, "source"),), {"source": prompt}, None)
-    stride = scheduler.config["num_train_timesteps"] // steps
     latent = picture.mean[None]
+    scheduler = with_sampler(base, base.process.sampler).pipe.scheduler
+    base.family.network.schedule(scheduler, steps, (latent.shape[2], latent.shape[3]))
+    guided = Guided(base, (Term(1.0, "source"),), {"source": prompt}, None)
     height, width = pixels.values.shape[1:]
     sizes = torch.tensor(
         [[height, width, 0, 0, height, width]], device=base.device
     )  # the values that the pipelines pass when they draw
-    for t in reversed(scheduler.timesteps.tolist()):
-        below = scheduler.alphas_cumprod[t - stride] if t >= stride else scheduler.final_alpha_cumprod
-        (a_s, o_s), (a_t, o_t) = _signal_noise(below), _signal_noise(scheduler.alphas_cumprod[t])
-        found = latent
+    for rung in base.process.rungs(scheduler):
+        found, t = latent, torch.tensor(rung[0])
         for _ in range(ITERATIONS):
-            out = guided(found, torch.tensor(t), added_cond_kwargs={"time_ids": sizes})[0]
-            velocity = base.process.velocity(out, found, a_t, o_t)
-            found = (latent - (o_s * a_t - a_s * o_t) * velocity) / (a_s * a_t + o_s * o_t)
+            found = base.process.raised(
+                latent, found, guided.at(found, t, {"added_cond_kwargs": {"time_ids": sizes}}), rung
+            )
         latent = found
     return latent
 
@@ -53,7 +50,3 @@ def reconstruct(base: Base, pixels: Pixels) -> Image.Image:
         scale, shift = base.vae.config["scaling_factor"], base.vae.config.get("shift_factor") or 0.0
         decoded = base.vae.decode(mean / scale + shift).sample  # type: ignore[union-attr]
     return base.pipe.image_processor.postprocess(decoded)[0]  # type: ignore[return-value]
-
-
-def _signal_noise(alpha: Tensor) -> tuple[float, float]:
-    return float(alpha) ** 0.5, (1 - float(alpha)) ** 0.5

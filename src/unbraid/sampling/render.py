@@ -1,42 +1,35 @@
 """LoRA files and a prompt → pictures."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from torch import nn
 
 from unbraid.bases.base import Base
-from unbraid.bases.families.family import Network, Prompt
+from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
-from unbraid.core.adapters import Adapters
-from unbraid.core.lora import Active, Factors, Lora
-from unbraid.files.lora_file import LoraFile, read
+from unbraid.core.lora import Active
 from unbraid.images.crop import fit, open_image
+from unbraid.sampling.attach import attach
 from unbraid.sampling.canvas import Canvas, Control, Start, prepare
-from unbraid.sampling.combine import Combine, composite, k_lora_terms, sampling_times, switch
+from unbraid.sampling.combine import (
+    RULES,
+    Combine,
+    by_choice,
+    by_step,
+    composite,
+    difference,
+    sampling_times,
+    switch,
+    within,
+)
 from unbraid.sampling.invert import invert
-from unbraid.sampling.recorded import own_prompt, style_words
 from unbraid.sampling.sample import NEGATIVE, Style, Term, generate, style_guidance
 from unbraid.sampling.samplers import with_sampler
-
-Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file (for error messages), and its modules
-OWN = "own"  # a value of Use.prompt: stands for the prompt that the file was trained with
-
-
-@dataclass(frozen=True)
-class Use:
-    """One LoRA file and its strength.
-
-    `prompt`: the text that this LoRA gets in the keys and values of cross-attention, in place of the main prompt
-    (UnZipLoRA's joint inference). `own` stands for the prompt that is recorded in the file."""
-
-    file: Path
-    scale: float = 1.0
-    prompt: str | None = None
+from unbraid.sampling.uses import ALL_STEPS, Cast, Loras, Use, away, check_uses, open_uses, toward
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     negative: str = ""  # the negative prompt
+    embedded: float = 1.0  # the guidance scale that a distilled denoiser takes as an input, such as Flux.1-dev's
 
 
 @dataclass(frozen=True)
@@ -78,15 +72,6 @@ class ImageInputs:
     start: Start | None = None
     control: Control | None = None
     edit: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Cast:
-    """The LoRAs and styles of a drawing, role → its use and its opened file; and all prompts, role → text."""
-
-    loras: Mapping[str, tuple[Use, LoraFile]]
-    styles: Mapping[str, tuple[Use, LoraFile]]
-    texts: Mapping[str, str]
 
 
 def render(
@@ -104,8 +89,13 @@ def render(
     `uses`: the LoRAs in the model. `combine`: how several of them work together, see `unbraid.sampling.combine`.
     UsageError if the settings do not fit together."""
     _check(uses, combine, styles, sampling, inputs)
+    check_uses(uses, styles.uses, combine, sampling.steps)
     base = with_sampler(base, sampling.sampler) if sampling.sampler else base
-    cast = _cast(prompt, uses, styles.uses)
+    base = replace(base, guidance=sampling.embedded) if sampling.embedded != base.guidance else base
+    cast = open_uses(prompt, uses, styles.uses)
+    if not base.family.network.layers.own_prompt and (own := cast.texts.keys() & cast.loras.keys()):
+        what = f"the attention of a {base.family.network.title} reads one prompt: a LoRA cannot have its own"
+        raise UsageError(what, cast.loras[min(own)][0].file, "Leave out --lora-prompt.")
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(sampling.negative)
     prompts = base.alike(prompts)
@@ -119,7 +109,7 @@ def render(
     else:
         canvas = prepare(base, inputs.start, inputs.control, sampling.height, sampling.width)
         unguided = "main" if sampling.negative == prompt else NEGATIVE
-        terms, parts = _together(base, cast, combine, sampling, guides, unguided)
+        terms, parts = _together(base, cast, combine, sampling, guides, unguided, canvas)
         loras = {**loras, **parts}
     adapters = attach(base, loras)
     try:
@@ -150,81 +140,59 @@ def _check(
         raise UsageError(what, "--strength", "Raise it, or --steps.")
 
 
-def _cast(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> _Cast:
-    opened = {f"lora{i}": (use, read(use.file)) for i, use in enumerate(uses)}
-    guides = {f"style{i}": (use, read(use.file)) for i, use in enumerate(styles)}
-    texts = {"main": prompt}
-    for role, (use, file) in opened.items():
-        if use.prompt is not None:
-            texts[role] = own_prompt(use.file, file.metadata) if use.prompt == OWN else use.prompt
-    for role, (use, file) in guides.items():
-        texts[role] = f"{prompt} in {use.prompt or style_words(use.file, file.metadata)} style"
-    return _Cast(opened, guides, texts)
-
-
 def _together(
-    base: Base, cast: _Cast, combine: Combine, sampling: Sampling, styles: Sequence[Style], unguided: str
+    base: Base,
+    cast: Cast,
+    combine: Combine,
+    sampling: Sampling,
+    styles: Sequence[Style],
+    unguided: str,
+    canvas: Canvas,
 ) -> tuple[tuple[Term, ...], Loras]:
     """The guidance terms, and the LoRAs to attach apart from the style LoRAs. K-LoRA splits its two into parts."""
     guidance = sampling.guidance
     active = [
         Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
     ]
-    loras: Loras = {role: (use.file, file.modules) for role, (use, file) in cast.loras.items()}
+    loras = cast.attached()
+    size = canvas.height // base.pipe.vae_scale_factor, canvas.width // base.pipe.vae_scale_factor
+    times = sampling_times(base.family.network, copy.deepcopy(base.pipe.scheduler), sampling.steps, size)
     if combine == "sum" or not active:
-        return style_guidance(guidance, "main", styles, tuple(active), unguided), loras
+        formula = partial(style_guidance, guidance, "main", styles, negative=unguided)
+        return _summed(cast, active, times, formula), loras
     if combine == "composite":
         return composite(guidance, "main", active), loras
-    times = sampling_times(copy.deepcopy(base.pipe.scheduler), sampling.steps)
     if combine == "switch":
         return switch(guidance, "main", active, times), loras
-    parts, terms = k_lora_terms(guidance, "main", active, [modules for _, modules in loras.values()], times)
+    some = [modules for _, modules in loras.values()]
+    parts, terms = by_choice((guidance, "main"), RULES[combine], active, some, times)
     return terms, {name: (loras[name.rpartition("_")[0]][0], modules) for name, modules in parts.items()}
 
 
+def _summed(
+    cast: Cast, active: Sequence[Active], times: Sequence[float], formula: Callable[..., tuple[Term, ...]]
+) -> tuple[Term, ...]:
+    """The terms of LoRAs that add up, each in its own part of the steps, which are at `times`, with what they are drawn
+    against. `formula`: the guidance terms with some LoRAs active."""
+
+    def terms(now: tuple[Active, ...]) -> tuple[Term, ...]:
+        found = formula(active=now)
+        for role in (one.adapter for one in now if one.adapter in cast.against):
+            use, _ = cast.loras[role]
+            near, far = (toward(role), Active(role, use.scale)), (away(role), Active(away(role), use.scale))
+            found += difference(use.contrast, near, far)
+        return found
+
+    windows = [use.steps for use, _ in cast.loras.values()]
+    if all(window == ALL_STEPS for window in windows):
+        return terms(tuple(active))
+    return by_step(within(active, windows, len(times)), times, terms)
+
+
 def _edited(base: Base, file: Path, prompt: Prompt, steps: int) -> Canvas:
-    """A canvas that starts from the inverted noise of a picture, with DDIM, the sampler that undoes the inversion."""
+    """A canvas that starts from the inverted noise of a picture, with the sampler that undoes the inversion."""
     pixels = fit(open_image(file), base.size**2, base.step, file)
     height, width = pixels.values.shape[1:]
-    pipe = with_sampler(base, "ddim").pipe
-    return Canvas(pipe, {"latents": invert(base, pixels, prompt, steps), "height": height, "width": width})
-
-
-def attach(base: Base, loras: Loras) -> Adapters | None:
-    """Attach LoRAs to the base's denoiser, by name. None if there are none. UsageError if one does not fit."""
-    return attach_to(base.denoiser, base.family.network, loras, base.name)
-
-
-def attach_to(denoiser: nn.Module, network: Network, loras: Loras, base: str) -> Adapters | None:
-    """`attach` for a denoiser without its base. `base`: the name of the base, for error messages."""
-    prefix = f"{network.part}."
-    for path, modules in loras.values():
-        outside = [name for name in modules if not name.startswith(prefix)]
-        if outside:
-            what = f"{len(outside)} of its modules are not in the {network.title}, such as {outside[0]}"
-            fix = f"unbraid applies {network.title} LoRAs; drop the rest with `unbraid edit`."
-            raise UsageError(what, path, fix)
-    own = {
-        role: (path, {name.removeprefix(prefix): lora for name, lora in modules.items()})
-        for role, (path, modules) in loras.items()
-    }
-    linears = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
-    for path, modules in own.values():
-        if missing := sorted(modules.keys() - linears):
-            what = (
-                f"{len(missing)} of its {len(modules)} modules are no linear layers of this base, such as {missing[0]}"
-            )
-            raise UsageError(what, path, f"It was made for another base than {base}.")
-    if not (names := {name for _, modules in own.values() for name in modules}):
-        return None
-    adapters = Adapters.attach_named(denoiser, sorted(names))
-    with ExitStack() as undo:
-        undo.callback(adapters.detach)
-        for role, (path, modules) in own.items():
-            made = {
-                name: Factors(lora.down.float(), lora.up.float(), lora.alpha / len(lora.down))
-                for name, lora in modules.items()
-            }
-            adapters.add(role, made, where=path)
-        undo.pop_all()
-    return adapters
+    pipe = with_sampler(base, base.process.sampler).pipe
+    noise = base.family.network.packed(invert(base, pixels, prompt, steps))
+    return Canvas(pipe, {"latents": noise, "height": height, "width": width})

@@ -13,7 +13,6 @@ from math import inf, nextafter
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch import Tensor, nn
 
@@ -87,26 +86,33 @@ class Guided(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
-        self.config, self.add_embedding = base.denoiser.config, getattr(base.denoiser, "add_embedding", None)
         self.dtype, self.device = base.denoiser.dtype, base.device
         self.graphs = base.new_graphs()
+        self.imitate(masked=False)
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, **given: Any
-    ) -> tuple[Tensor]:
-        """`sample` [b, c, h, w] → ([b, c, h, w],), the form that pipelines expect.
+    def imitate(self, masked: bool) -> None:
+        """Take over the attributes that pipelines read from the denoiser."""
+        self.__dict__.update(self.base.family.network.stand_in(self.base.denoiser, masked))
 
-        The pipeline's own prompt embeddings are ignored. `given` may hold residuals of a ControlNet that ran with the
-        pre-hook `ask_control`: these have one row per term and picture."""
+    def forward(self, *args: Any, **given: Any) -> tuple[Any]:
+        """The answer to a pipeline's call of its denoiser. The pipeline's own prompt embeddings are ignored."""
+        network = self.base.family.network
+        return network.returned(self.at(*network.received(args, given), given))
+
+    def at(self, sample: Tensor, timestep: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The guided prediction for `sample` [b, c, h, w], in its shape.
+
+        `given` has SDXL's size numbers and may have residuals of a ControlNet that ran with the pre-hook `ask_control`:
+        these have one row per term and picture."""
         terms = self.counting(timestep)
         residuals = self._residuals(given)
         t = torch.as_tensor(timestep, device=sample.device)
         inputs = [sample, t, self._sizes(sample, len(terms), given), *_flat(residuals)]
         if self.graphs is None:
-            return (self._predict(terms, residuals, *inputs),)
+            return self._predict(terms, residuals, *inputs)
         keep = lambda: (self.base.embeddings.copy(), self.adapters and self.adapters.constants())  # noqa: E731
         key = (tuple(terms), tuple((name, len(_flat({name: one}))) for name, one in residuals.items()))
-        return (self.graphs(key, lambda *static: self._predict(terms, residuals, *static), inputs, keep=keep),)
+        return self.graphs(key, lambda *static: self._predict(terms, residuals, *static), inputs, keep=keep)
 
     def _predict(
         self,
@@ -181,12 +187,8 @@ def generate(
     channels_last(base.denoiser, False)
     pipe, guided = copy.copy(canvas.pipe), Guided(base, terms, prompts, adapters)
     setattr(pipe, base.family.network.part, guided)
-    if "mask_image" in canvas.given and base.denoiser.config["in_channels"] == base.vae.config["latent_channels"]:
-        guided.config = FrozenDict({**guided.config, "in_channels": 4})  # so that the pipelines add no mask channels
-    first, n = prompts[terms[-1].prompt], len(seeds)
-    given: dict[str, Any] = {"prompt_embeds": first.embeds.expand(n, -1, -1)}
-    if first.pooled is not None:
-        given["pooled_prompt_embeds"] = first.pooled.expand(n, -1)
+    guided.imitate(masked="mask_image" in canvas.given)
+    given = base.family.network.prompt_arguments(prompts[terms[-1].prompt], len(seeds))
     control = getattr(pipe, "controlnet", None)
     hook = control.register_forward_pre_hook(guided.ask_control, with_kwargs=True) if control else None
     home = base.vae.device  # during training the VAE is not on the accelerator
@@ -196,7 +198,6 @@ def generate(
             done = pipe(
                 **given,
                 **canvas.given,
-                guidance_scale=1.0,
                 num_inference_steps=steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             )

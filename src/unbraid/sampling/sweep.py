@@ -1,9 +1,9 @@
 """A sheet of one picture at several strengths of a LoRA, of style guidance, or of guidance itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -50,24 +50,36 @@ def sweep_sheet(
     sampling: Sampling = Sampling(),
     inputs: ImageInputs = ImageInputs(),
 ) -> Image.Image:
-    """A row per seed, a column per value. The value multiplies the strength given with each LoRA or style.
+    """A sheet of the pictures of `swept`: a row per seed, a column per value."""
+    given: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
+    return sheet_of(prompt, over, sampling.seeds, [images for _, images in swept(base, prompt, over, uses, **given)])
 
-    Everything but `over` is as for `render`."""
+
+def swept(
+    base: Base, prompt: str, over: Sweep, uses: Sequence[Use] = (), **settings: Any
+) -> Iterator[tuple[float, list[Image.Image]]]:
+    """Each value, with a picture per seed. The value multiplies the strength given with each LoRA or style.
+
+    `settings`: the keyword arguments of `render`."""
+    styles, sampling = settings.get("styles", StyleGuidance()), settings.get("sampling", Sampling())
     if over.what != "guidance" and not (uses if over.what == "lora" else styles.uses):
         option = "--lora" if over.what == "lora" else "--style-guidance"
         raise UsageError("there is nothing to vary", f"--sweep {over.what}", f"Give {option} FILE.")
-    columns = []
     for value in over.values:
         loras = _scaled(uses, value) if over.what == "lora" else uses
         guides = replace(styles, uses=_scaled(styles.uses, value)) if over.what == "style" else styles
-        settings = replace(sampling, guidance=value) if over.what == "guidance" else sampling
-        columns.append(render(base, prompt, loras, combine=combine, styles=guides, sampling=settings, inputs=inputs))
+        how = replace(sampling, guidance=value) if over.what == "guidance" else sampling
+        yield value, render(base, prompt, loras, **{**settings, "styles": guides, "sampling": how})
+
+
+def sheet_of(prompt: str, over: Sweep, seeds: Sequence[int], columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """The sheet of a sweep. `columns`: for each value of `over`, a picture per seed."""
     rows = [
         (
             f"{prompt}, seed {seed}",
             [(f"{over.what} {value:g}", column[i]) for value, column in zip(over.values, columns, strict=True)],
         )
-        for i, seed in enumerate(sampling.seeds)
+        for i, seed in enumerate(seeds)
     ]
     return contact_sheet(rows)
 

@@ -61,9 +61,16 @@ def partners(cache: TrainingCache, kind: str) -> Path:
 
 
 BREAK, BOTH = ("break",), ("break", "make")
+OFFICIAL = {  # as published: correlated halves, the first ones, and AdamW
+    "compat": "official",
+    "orthogonal": False,
+    "halves": "first",
+    "tune": {"compat": "official", "optimizer": "adamw"},
+}
 ROWS = [
     Row("combine", "Break-for-Make, at once", modules, methods=BREAK),
     Row("combine", "Break-for-Make, fine-tuned", modules, {"tune": {}}, methods=BOTH),
+    Row("combine", "Break-for-Make, official", modules, OFFICIAL, methods=BOTH),
     Row("combine", "ablation: Break-for-Make, no partners", modules, {"partner_count": 0}, True, BREAK),
     Row("combine", "ablation: Break-for-Make, no orthonormal start", modules, {"orthogonal": False}, True, BREAK),
     Row(

@@ -1,12 +1,13 @@
 """Rows of `separate` and `recombine`: content and style are each learnt from one picture."""
 
+from unbraid.bases.families import BLOCKS
 from unbraid.bench.rows.row import Drawers, Make, Row, every_use
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
-from unbraid.runs.settings import Settings
-from unbraid.sampling.render import OWN, Use
+from unbraid.runs.settings import Settings, base_defaults
+from unbraid.sampling.uses import OWN, Use
 
 
 def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -29,13 +30,27 @@ def separated(method: str) -> Make:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
         folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
         outputs = METHODS[method].outputs(settings)
-        own = OWN if outputs["content"].prompt != outputs["style"].prompt else None
+        own = OWN if reads_own_prompts(method, settings) else None
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
         joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
         both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=own) for role in ROLES]
         return {**alone, "both": cache.drawer(*both)}
 
     return make
+
+
+def reads_own_prompts(method: str, settings: Settings) -> bool:
+    """Whether the method trains its LoRAs together, each under its own prompt."""
+    (recipe,) = METHODS[method].make(BLOCKS["sdxl"], **settings)
+    return any(active.prompt for branch in recipe.branches(0) for active in branch.active)
+
+
+def guided(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """ConsisLoRA with its guidance: each LoRA is drawn against the LoRA of the other picture."""
+    first, second = (cache.split(one, "consislora", seed=cell.seed, **settings) for one in (cell.content, cell.style))
+    content, style = "content.safetensors", "style.safetensors"
+    both = Use(first / content, against=second / content), Use(second / style, against=first / style)
+    return {"both": cache.drawer(*both)}
 
 
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -50,12 +65,30 @@ def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Dr
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
+UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are granted channels, as SDXL's are at 65536
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
     Row("recombine", "DreamBooth-LoRAs", dreambooth, methods=("dreambooth",)),
     *(Row(task, METHODS[name].title, make, methods=(name,)) for task in TASKS for name, make in MAKERS.items()),
-    *(Row(task, "UnZipLoRA, official", MAKERS[UNZIP], OFFICIAL, methods=(UNZIP,)) for task in TASKS),
+    *(
+        Row(task, f"UnZipLoRA, official{name}", MAKERS[UNZIP], {**OFFICIAL, **more}, methods=(UNZIP,))
+        for task in TASKS
+        for name, more in (
+            ("", {}),  # at SDXL's loss scale, where the count is saturated on a base as small as `icons`
+            (", loss scale 300", UNSATURATED),
+            (
+                ", loss scale 300, our ratio",
+                {**UNSATURATED, "column_ratio": base_defaults("icons")[UNZIP]["column_ratio"]},
+            ),
+        )
+    ),
     Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
+    Row("recombine", "ConsisLoRA, guided", guided, methods=("consislora",)),
+    *(
+        Row(task, f"ablation: {METHODS[name].title}, x0 loss", MAKERS[name], {"loss": "x0"}, True, (name,))
+        for task in TASKS
+        for name in (UNZIP, "blora")
+    ),
     *(
         Row("separate", f"ablation: {name}", MAKERS[UNZIP], settings, ablation=True, methods=(UNZIP,))
         for name, settings in (

@@ -52,9 +52,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         fix = "Such files can run any code when they are opened. Get or make a .safetensors of it."
         raise UsageError("pickle files are not read", path, fix)
     if not path.is_file():
-        raise UsageError(
-            "there is no such file" if not path.exists() else "not a file", path, "Give a .safetensors file."
-        )
+        raise _no_file(path)
     try:
         check_size(path)
         # pread copies tensors, so that a file which shrinks while it is read gives an error, not a crash
@@ -62,6 +60,20 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
             yield handle
     except (SafetensorError, OSError, UnicodeError) as error:
         raise UsageError(f"not a readable safetensors file ({_short(error)})", path, _fix(path)) from error
+
+
+def _no_file(path: Path) -> UsageError:
+    """The error for a path that is no file: a folder that may hold LoRAs, a strength that is no number, or nothing."""
+    inside = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if inside:
+        kind = "a run" if (path / "run.toml").exists() else "a folder"
+        return UsageError(
+            f"is {kind}, not a file", path, f"Give a file in it: {' or '.join(one.name for one in inside[:4])}."
+        )
+    name, colon, strength = path.name.rpartition(":")
+    if colon and path.with_name(name).is_file():
+        return UsageError(f"{strength!r} is not a strength", path.with_name(name), f"Give a number, as in {name}:0.8.")
+    return UsageError("not a file" if path.exists() else "there is no such file", path, "Give a .safetensors file.")
 
 
 def read_header(path: Path) -> Header:
