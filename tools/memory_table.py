@@ -7,8 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from unbraid.bases.families import FAMILIES
 from unbraid.bases.presets import PRESETS
 from unbraid.runs.api import learn_job, pair_job, split_job
 from unbraid.runs.job import Job
@@ -36,6 +39,33 @@ UNETS: Mapping[str, dict[str, Any]] = {  # as in the models' own configurations
     },
 }
 
+# The transformers as in the models' own configurations, where they differ from the defaults of diffusers' classes
+TRANSFORMERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "Flux.1-dev, 1024 px": ("flux", {"guidance_embeds": True}),
+    "SD3.5 medium, 1024 px": (
+        "sd3",
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": list(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "SD3.5 large, 1024 px": (
+        "sd3",
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "Z-Image, 1024 px": ("z-image", {}),
+}
+
 
 def jobs(picture: Path) -> dict[str, Callable[..., Job]]:
     """Verb → a function that makes its job."""
@@ -53,20 +83,48 @@ def rows(folder: Path) -> list[str]:
     Image.new("RGB", (64, 64)).save(picture)
     out = [f"| | {' | '.join(f'`--vram {name}`' for name in PRESETS)} |", "|---" * (len(PRESETS) + 1) + "|"]
     for base, config in UNETS.items():
-        where = folder / base / "unet"
-        where.mkdir(parents=True)
-        (where / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **config}))
+        where = written(folder / base, "unet", "UNet2DConditionModel", config)
         for verb, make in jobs(picture).items():
-            for rank in (64, 16):
-                found = [estimate(make(base=str(where.parent), rank=rank, vram=name), "cuda") for name in PRESETS]
-                cells = [f"{one.total / GIB:.1f} ({one.activations / GIB:.1f})" for one in found]
-                out.append(f"| {base}: {verb}, rank {rank} | {' | '.join(cells)} |")
+            out += [line(base, verb, make, where, rank) for rank in (64, 16)]
+    for base, (name, config) in TRANSFORMERS.items():
+        family = next(one for one in FAMILIES if one.name == name)
+        network: Any = family.network
+        where = written(folder / base, network.part, network.model.__name__, config)
+        (where / "model_index.json").write_text(json.dumps({"_class_name": family.pipeline.__name__}))
+        out += [line(base, verb, jobs(picture)[verb], where, 16) for verb in ("split", "learn")]
     return out
 
 
+def written(folder: Path, part: str, kind: str, config: Mapping[str, Any]) -> Path:
+    """A base that has only the configuration of its denoiser."""
+    (folder / part).mkdir(parents=True)
+    (folder / part / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    return folder
+
+
+def line(base: str, verb: str, make: Callable[..., Job], where: Path, rank: int) -> str:
+    """A row of the table."""
+    found = [estimate(make(base=str(where), rank=rank, vram=name), "cuda") for name in PRESETS]
+    cells = [f"{one.total / GIB:.1f} ({one.activations / GIB:.1f})" for one in found]
+    return f"| {base}: {verb}, rank {rank} | {' | '.join(cells)} |"
+
+
+def flops(name: str, config: Mapping[str, Any]) -> float:
+    """Floating-point operations of a forward pass of a transformer with one picture, on the meta device."""
+    network: Any = next(one.network for one in FAMILIES if one.name == name)
+    denoiser = network.empty(config)
+    noisy, conditions = network.example(denoiser.config, 1, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.predict(denoiser, noisy, torch.empty(1, device="meta"), 1.0, conditions)
+    return counter.get_total_flops()
+
+
 def main() -> None:
+    """Prints the table, and the operations of a forward pass of each transformer."""
     with TemporaryDirectory() as folder:
         print("\n".join(rows(Path(folder))))
+    for base, (name, config) in TRANSFORMERS.items():
+        print(f"{base}: {flops(name, config) / 1e12:.1f} TFLOP a forward pass")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 from unbraid.bases.families import FAMILIES, family_of_config
 from unbraid.bases.families.family import Family
 from unbraid.bases.pipeline import location
+from unbraid.bases.recognised import check_supported, pipeline_class
 from unbraid.bases.single_file import configs
 from unbraid.bases.sniff import sniff
 from unbraid.common.errors import UsageError, first_line
@@ -15,6 +16,7 @@ from unbraid.common.errors import UsageError, first_line
 def denoiser_config(base: str) -> tuple[Family, Mapping[str, Any]]:
     """The family of a base and the configuration of its denoiser. `base`: a folder, a hub id (the configuration is
     downloaded), or a checkpoint (it is derived from the header). Raises UsageError if there is none."""
+    check_supported(pipeline_class(base), base)
     config = _of_file(Path(base)) if Path(base).is_file() else _of_folder(base)
     return family_of_config(config), config
 

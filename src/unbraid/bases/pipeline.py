@@ -13,19 +13,23 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from unbraid.bases.families import PIPELINES, family_of
+from unbraid.bases.families import family_of
+from unbraid.bases.recognised import check_supported, pipeline_class
 from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
 from unbraid.common.errors import UsageError, first_line
 
+# The pipeline classes of all families, for the type checker
 Pipeline = (
-    StableDiffusionXLPipeline | StableDiffusionPipeline | FluxPipeline
-)  # the classes in `PIPELINES`, for the type checker
+    StableDiffusionXLPipeline | StableDiffusionPipeline | FluxPipeline | StableDiffusion3Pipeline | ZImagePipeline
+)
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
@@ -34,8 +38,7 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
     """Open a base: UNet and text encoders in `dtype`, the VAE in full precision because some VAEs overflow in fp16.
 
     `vae`: a folder, hub id or file to use in place of the base's own VAE. `prediction`: `epsilon` or `v`, for a base whose
-    files do not state it, or state it wrongly. Raises UsageError for whatever is no SDXL, SD1.5 or SD2.1 text-to-image
-    model."""
+    files do not state it, or state it wrongly. Raises UsageError for whatever is no text-to-image model of a known family."""
     if prediction and prediction not in PREDICTIONS:
         raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
     path = location(name)
@@ -43,6 +46,8 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         other = _open_vae(vae, path) if vae else None
         pipe = load_single_file(Path(path), dtype, other) if Path(path).is_file() else _folder(name, path, dtype, other)
     _check(pipe, name, vae)
+    if prediction and "prediction_type" not in pipe.scheduler.config:
+        raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
     if prediction:
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)
@@ -72,6 +77,7 @@ def _is_file_name(path: str) -> bool:
 
 def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
     given: dict[str, Any] = {"vae": vae} if vae is not None else {}
+    check_supported(pipeline_class(path), name)
     try:
         return DiffusionPipeline.from_pretrained(
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
@@ -96,25 +102,22 @@ def _open_vae(name: str, base: str) -> AutoencoderKL:
 
 
 def _kind(base: str) -> Kind:
-    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration."""
+    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration. UsageError for a base
+    whose VAE is not read from a file."""
     if Path(base).is_file():
         return sniff(Path(base)).kind
-    try:
-        index: Any = DiffusionPipeline.load_config(base)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the base cannot be loaded: {first_line(error)}", base, "Give a diffusers folder.") from error
-    return "sdxl" if "XL" in str(index.get("_class_name")) else "sd15"
+    name = pipeline_class(base)
+    if not name:
+        raise UsageError("the base cannot be loaded: it has no model_index.json", base, "Give a diffusers folder.")
+    kinds: dict[str, Kind] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+    if name not in kinds:
+        fix = "Give the VAE as a diffusers folder or a hub id."
+        raise UsageError("a VAE in one file goes with SDXL, SD1.5 and SD2.1 alone", "--vae", fix)
+    return kinds[name]
 
 
 def _check(pipe: Any, name: str, vae: str) -> None:
     """Check what training and sampling rely on. Raises UsageError."""
-    if "Inpaint" in type(pipe).__name__ or "Img2Img" in type(pipe).__name__:  # SDXL's refiner is an Img2Img pipeline
-        what = f"{type(pipe).__name__} is no text-to-image model"
-        raise UsageError(what, name, "Give the text-to-image model that it was made from.")
-    if not isinstance(pipe, PIPELINES):
-        raise UsageError(
-            f"{type(pipe).__name__} is not an SDXL, SD1.5 or SD2.1 type of model", name, "Choose another base."
-        )
     network = family_of(pipe).network
     network.check(pipe, name)
     if any(pipe.components[part] is None for part in network.texts if part in pipe.components):

@@ -24,11 +24,16 @@ POSITIONS = (
     "embeddings.position_embedding.weight",
     "positional_embedding",
 )  # the two names that a text encoder's positions can have
-TAKEN = "unbraid takes SDXL, SD1.5 and SD2.1."
+TAKEN = "As one file: SDXL, SD1.5, SD2.1. As a diffusers folder also Flux.1, SD3.5, Z-Image."
 LORA = re.compile(r"(^|[._])(lora|hada|lokr|oft)_|\.lora\.|_lora\.")
 OTHERS: Mapping[str, tuple[str, str]] = {  # a prefix that only one kind of file has → what the file is, what to do
+    "double_stream_modulation_img.": ("a FLUX.2 checkpoint", TAKEN),
+    "distilled_guidance_layer.": ("a Chroma checkpoint", TAKEN),
+    "double_stream_blocks.": ("a HiDream checkpoint", TAKEN),
     "double_blocks.": ("a Flux checkpoint", TAKEN),
     "joint_blocks.": ("an SD3 checkpoint", TAKEN),
+    "txt_norm.": ("a Qwen-Image checkpoint", TAKEN),
+    "context_refiner.": ("a Z-Image or Lumina checkpoint", TAKEN),
     "double_layers.": ("an AuraFlow checkpoint", TAKEN),
     "control_model.": ("a ControlNet", "Give it to `generate --controlnet`, and a checkpoint as the base."),
     "input_hint_block.": ("a ControlNet", "Give it to `generate --controlnet`, and a checkpoint as the base."),
@@ -83,7 +88,7 @@ def _kind(path: Path, shapes: Mapping[str, Shape]) -> Kind:
         if any(key.startswith(mark) or f".{mark}" in key for key in shapes):
             raise UsageError(f"this is {what}", path, fix)
     if FIRST not in shapes or UNET + "out.2.weight" not in shapes or not context:
-        raise UsageError(f"this is {_part(shapes)}", path, f"Give a whole checkpoint. {TAKEN}")
+        raise UsageError(f"this is {_part(shapes)}", path, "Give a whole checkpoint of SDXL, SD1.5 or SD2.1.")
     if any(key.startswith(REFINER_TEXT) for key in shapes) or context == 1280:
         fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
         raise UsageError("this is an SDXL refiner", path, fix)

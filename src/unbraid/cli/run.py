@@ -22,7 +22,7 @@ BaseName = Annotated[
     str,
     typer.Option(
         "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1.",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1; as folder or id also Flux.1, SD3.5, Z-Image.",
     ),
 ]
 Vae = Annotated[

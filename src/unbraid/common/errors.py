@@ -19,6 +19,10 @@ class UsageError(Exception):
         super().__init__(": ".join(parts) + (f". {printable(fix, 90)}" if fix else ""))
 
 
+class UnsuitedError(UsageError):
+    """A method cannot train on this kind of base."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The `fix` for an unknown name: the most similar known name, or all of them if none is similar."""
     names = list(known)

@@ -54,11 +54,12 @@ class Fp8Conv2d(nn.Conv2d):
 
 
 def store_in_fp8(model: nn.Module) -> None:
-    """Convert the weights of all linear layers and convolutions to fp8, in place. Layers with
-    `norm` in their name are left as they are."""
+    """Convert the weights of all linear layers and convolutions to fp8, in place. Layers with `norm` in their name are left
+    as they are, and so are those that diffusers excludes for the model, because their code looks at the weight's dtype."""
+    excluded = ("norm", *(getattr(model, "_skip_layerwise_casting_patterns", None) or ()))
     for name, module in model.named_modules():
         kind = {nn.Linear: Fp8Linear, nn.Conv2d: Fp8Conv2d}.get(type(module))
-        if kind is None or "norm" in name:
+        if kind is None or any(part in name for part in excluded):
             continue
         weight = module.weight.detach().to(STORAGE)  # type: ignore[union-attr]
         module.__class__ = kind

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError
 
 ATTENTION, SELF_ATTENTION, TRANSFORMERS = "attention", "self-attention", "transformers"  # names in `Layers.targets`
 
@@ -21,9 +21,9 @@ class Layers:
 
     def pattern(self, targets: str) -> str:
         """The regular expression of a group of layers. `targets`: its name, or a regular expression, which is returned.
-        Raises UsageError if the network has no such group."""
+        Raises UnsuitedError if the network has no such group."""
         if targets in (ATTENTION, SELF_ATTENTION, TRANSFORMERS) and targets not in self.targets:
-            raise UsageError(f"this base has no layers of the kind {targets!r}", "targets", "Choose another method.")
+            raise UnsuitedError(f"this base has no layers of the kind {targets!r}", "targets", "Choose another method.")
         return self.targets.get(targets, targets)
 
     def reads_own_prompt(self, name: str) -> bool:

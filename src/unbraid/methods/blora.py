@@ -7,7 +7,7 @@ and cannot interfere.
 
 import torch
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
@@ -24,7 +24,7 @@ def blora(
     """
     if unknown := [role for role in ROLES if not blocks.get(role)]:
         what = f"which blocks of this base control {' and '.join(unknown)} is not known"
-        raise UsageError(what, "blora", "Use --method unziplora, or an SDXL or SD1.5 base.")
+        raise UnsuitedError(what, "blora", "Use --method unziplora, or an SDXL or SD1.5 base.")
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for role in ROLES:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from unbraid.bases.base import load
 from unbraid.bases.presets import Loading
+from unbraid.bases.recognised import family_preset
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
@@ -168,7 +169,8 @@ def job(
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
-    loading = Loading(vae, prediction, vram, compile, graphs, device, timesteps)
+    times = timesteps or family_preset(base, method).timesteps
+    loading = Loading(vae, prediction, vram, compile, graphs, device, times)
     return Job(
         method,
         TrainingData(files, words, loras=loras or {}),
@@ -191,7 +193,7 @@ def generate(
     style_from: float = 1.0,
     negative: str = "",
     guidance: float = 4.0,
-    embedded: float = 1.0,
+    embedded_guidance: float = 1.0,
     seeds: Sequence[int] = (0,),
     steps: int = 25,
     sampler: str = "",
@@ -218,7 +220,7 @@ def generate(
         uses,
         combine=combine,
         styles=StyleGuidance(styles, style_from),
-        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded),
+        sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded_guidance),
         inputs=ImageInputs(start, control, edit),
     )
 

@@ -31,6 +31,7 @@ from unbraid.runs.job import Job
 from unbraid.sampling.attach import attach_to
 
 GIB = 2**30
+STREAMS = ("hidden_states", "encoder_hidden_states")  # the inputs of a unit that is called with names
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,9 @@ class _Ledger:
                 self.outside += storage.nbytes()
         return x
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inputs.append(args[0].numel() * args[0].element_size())
+    def enter(self, module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        streams = args[:1] or [given[name] for name in STREAMS if name in given]
+        self.inputs.append(sum(one.numel() * one.element_size() for one in streams))
         self.inside.append(0)
         self.within = True
 
@@ -168,7 +170,7 @@ class _Ledger:
     @contextmanager
     def keeping(self, denoiser: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[None]:
         units = [module for module in denoiser.modules() if isinstance(module, kinds)]
-        hooks = [unit.register_forward_pre_hook(self.enter) for unit in units]
+        hooks = [unit.register_forward_pre_hook(self.enter, with_kwargs=True) for unit in units]
         hooks += [unit.register_forward_hook(self.leave) for unit in units]
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda x: x):
@@ -199,5 +201,6 @@ class _Fused(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
+            named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+            return _FusedAttention.apply(named["query"], named["key"], named["value"])
         return func(*args, **(kwargs or {}))

@@ -48,6 +48,8 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
     (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
     recipe = with_8bit_optimizer(made, job.loading.preset)
+    if not base.family.network.layers.own_prompt:
+        _check_alone(recipe)
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
     adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
@@ -66,6 +68,17 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
     return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images)
+
+
+def _check_alone(recipe: Recipe) -> None:
+    """For networks in which adapters cannot read their own prompts: UsageError if an adapter that should is never trained
+    alone, under its own prompt."""
+    branches = recipe.branches(0)
+    alone = {branch.active[0].adapter for branch in branches if len(branch.active) == 1}
+    own = {active.adapter for branch in branches for active in branch.active if active.prompt}
+    if missing := sorted(own - alone):
+        fix = "Use --method unziplora with content_alone and style_alone above 0."
+        raise UsageError(f"on this base, {missing[0]} cannot read a prompt of its own", "split", fix)
 
 
 def _drawn(

@@ -78,11 +78,15 @@ def documented(verb: str) -> Callable[[F], F]:
 def resolve(method: str, base: str, config: Path | None, given: Mapping[str, Any]) -> Settings:
     """All settings of a run. UsageError for unknown names and wrong values.
 
-    Later sources override earlier ones: the method's defaults, the base's unbraid.toml, the config file, `given`."""
+    Later sources override earlier ones: the method's defaults, those of the base's family, the base's unbraid.toml, the
+    config file, `given`."""
+    from unbraid.bases.recognised import family_preset  # imports diffusers, which the help of the verbs does not need
+
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", "--method", suggestion(method, METHODS))
     known = schema(METHODS[method])
-    merged = {**base_defaults(base).get(method, {}), **(_configured(config, method) if config else {}), **given}
+    own = {**family_preset(base, method).settings, **base_defaults(base).get(method, {})}
+    merged = {**own, **(_configured(config, method) if config else {}), **given}
     for key in merged:
         if key not in known:
             raise UsageError(f"{method} has no setting {_short(key)}", "settings", suggestion(key, known))

@@ -67,7 +67,8 @@ def prepare(base: Base, start: Start | None, control: Control | None, height: in
     given = _begin(base, start) if start else {}
     map_ = _upright(base, control.image) if control else None
     size = (width or base.size, height or base.size)
-    if any(side < base.step or side % base.pipe.vae_scale_factor for side in size):
+    grain = base.pipe.vae_scale_factor * base.family.network.patch
+    if any(side < base.step or side % grain for side in size):
         fix = f"Give multiples of {base.step}."
         raise UsageError(f"{size[0]}×{size[1]} pixels cannot be drawn", "--width, --height", fix)
     if start:

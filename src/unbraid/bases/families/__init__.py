@@ -7,12 +7,11 @@ To add a family, write a file with its `Family` and add it to FAMILIES below. fa
 from collections.abc import Mapping
 from typing import Any
 
-from unbraid.bases.families import flux, sd15, sdxl
+from unbraid.bases.families import flux, sd3, sd15, sdxl, z_image
 from unbraid.bases.families.family import Family
 
-FAMILIES = (flux.FAMILY, sdxl.FAMILY, sd15.FAMILY)
+FAMILIES = (flux.FAMILY, sd3.FAMILY, z_image.FAMILY, sdxl.FAMILY, sd15.FAMILY)
 BLOCKS = {family.name: family.blocks for family in FAMILIES}
-PIPELINES = tuple(family.pipeline for family in FAMILIES)
 
 
 def family_of(pipe: Any) -> Family:

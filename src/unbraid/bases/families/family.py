@@ -37,6 +37,7 @@ class Network(Protocol):
     control_keys: tuple[str, ...]  # entries that a ControlNet's configuration must share with its own; empty: none fits
     units: tuple[type[nn.Module], ...]  # modules that gradient checkpointing recomputes, one at a time
     blocks: tuple[type[nn.Module], ...]  # modules that torch.compile compiles, one at a time
+    patch: int  # the side of the patches into which it divides a latent; 1: none
     ragged: bool  # whether prompts of different lengths may share a batch
 
     def side(self, pipe: Any) -> int:
@@ -90,6 +91,10 @@ class Network(Protocol):
 
     def prompt_arguments(self, prompt: Prompt, count: int) -> dict[str, Any]:
         """The arguments of a pipeline's call for `count` pictures of a prompt, without classifier-free guidance."""
+        ...
+
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        """The arguments of a stock pipeline's call with a prompt, for classifier-free guidance with this scale."""
         ...
 
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from unbraid.bases.families.noising import Rung
 from unbraid.common.errors import UsageError
 
 DENSITIES = ("uniform", "logit-normal")
-FIX = "Give uniform or logit-normal, if wanted with +shift=NUMBER or +dynamic, such as uniform+shift=3.16."
+FIX = "Give uniform or logit-normal, alone or with +shift=3.16 or +dynamic."
 
 
 class Flow:

@@ -13,8 +13,8 @@ from diffusers.models.transformers.transformer_flux import (
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
-from unbraid.bases.families.family import Family, Prompt
-from unbraid.bases.families.transformer import PATCH, SIDE, Transformer, pooled, stacked
+from unbraid.bases.families.family import Family, Preset, Prompt
+from unbraid.bases.families.transformer import PATCH, SIDE, THREE_PASSES, Transformer, pooled, stacked
 from unbraid.core.layers import ATTENTION, TRANSFORMERS, Layers
 
 BLOCKS = (FluxTransformerBlock, FluxSingleTransformerBlock)
@@ -69,6 +69,10 @@ class Flux(Transformer):
         )[0]
         return unpack(out, height // PATCH, width // PATCH)
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        given = {"guidance_scale": 1.0, "true_cfg_scale": guidance, "negative_prompt": ""}
+        return {**given, "max_sequence_length": text_tokens(pipe.transformer.config)}
+
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         height, width = (int(given["img_ids"][-1, i]) + 1 for i in (1, 2))
         return unpack(given["hidden_states"], height, width), given["timestep"][:1] * 1000
@@ -116,6 +120,10 @@ def lora_metadata(pipe: Any) -> dict[str, str]:
     return {} if pipe.transformer.config["guidance_embeds"] else {"modelspec.architecture": "flux-1-schnell/lora"}
 
 
+# The schedule of Pair Customization's own version for Flux: timesteps of the schedule for 4096 tokens, e^1.15 = 3.1582.
+PAIR = Preset(
+    {"rank": 32, "steps": 1500, "style_from": 750, "lr": 1e-5, "weight_decay": 0.01}, timesteps="uniform+shift=3.1582"
+)
 FAMILY = Family(
     "flux",
     FluxPipeline,
@@ -125,4 +133,5 @@ FAMILY = Family(
     encode_text,
     pooled,
     lora_metadata,
+    {"unziplora": THREE_PASSES, "pair": PAIR},
 )

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.bases.families.family import Prompt
+from unbraid.bases.families.family import Preset, Prompt
 from unbraid.bases.families.flow import Flow, dynamic_shift
 from unbraid.bases.families.noising import Process
 from unbraid.common.errors import UsageError
 from unbraid.core.layers import Layers
 
 SIDE = 128  # side of the usual latents, for pictures of 1024 px
+# Attention reads text and picture together, so an adapter cannot read a prompt of its own. In place of that, each adapter
+# has a loss under its own prompt beside the loss of both: three passes with three prompts.
+THREE_PASSES = Preset({"content_alone": 1.0, "style_alone": 1.0})
 PATCH = 2  # side of the patches of which each is a token
 
 
@@ -29,6 +32,7 @@ class Transformer:
     control_keys: tuple[str, ...] = ()
     units: tuple[type[nn.Module], ...]
     blocks: tuple[type[nn.Module], ...]
+    patch: int = PATCH
     ragged: bool = False
     density: str = "uniform"  # how timesteps are drawn in training, as published
     preconditioned: bool = False  # whether the published loss is that of x_0
@@ -69,6 +73,9 @@ class Transformer:
         given: dict[str, Any] = {"prompt_embeds": prompt.embeds.expand(count, -1, -1), "guidance_scale": 1.0}
         assert prompt.pooled is not None
         return {**given, "pooled_prompt_embeds": prompt.pooled.expand(count, -1)}
+
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance}
 
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return given["hidden_states"], given["timestep"]

@@ -30,6 +30,7 @@ class UNet:
     control_keys: tuple[str, ...] = ("in_channels", "cross_attention_dim", "block_out_channels")
     units: tuple[type[nn.Module], ...] = (ResnetBlock2D, BasicTransformerBlock)
     blocks: tuple[type[nn.Module], ...] = (BasicTransformerBlock,)
+    patch: int = 1
     ragged: bool = False
 
     def side(self, pipe: Any) -> int:
@@ -91,6 +92,9 @@ class UNet:
         if prompt.pooled is not None:
             given["pooled_prompt_embeds"] = prompt.pooled.expand(count, -1)
         return given
+
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance}
 
     def received(self, args: Sequence[Any], given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         named = {**dict(zip(("sample", "timestep"), args, strict=False)), **given}

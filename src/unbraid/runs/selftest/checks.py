@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from unbraid.bases.presets import PRESETS
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.methods.entry import ROLES
 from unbraid.runs.batch import run_many
 from unbraid.runs.folder import STATE, read_events
@@ -46,7 +46,10 @@ def checks(device: str) -> tuple[Check, ...]:
 
 def trains(method: str, scene: Scene) -> Found:
     """A method from pictures to files, which the stock pipeline of the base loads whole and draws otherwise with."""
-    files = scene.loras(method)
+    try:
+        files = scene.loras(method)
+    except UnsuitedError as error:
+        return Found(f"not for this base: {error.what}")
     for file in files:
         draws(scene, file)
     return Found("" if find_spec("peft") else "without peft: not loaded by diffusers")

@@ -130,12 +130,8 @@ class Scene:
         """By the diffusers pipeline alone."""
         pipe: Any = self.model.pipe
         size, rng = self.model.size, torch.Generator().manual_seed(0)
-        given = {
-            "height": size,
-            "width": size,
-            "guidance_scale": SAMPLING.guidance,
-            "num_inference_steps": SAMPLING.steps,
-        }
+        given = {"height": size, "width": size, "num_inference_steps": SAMPLING.steps}
+        given |= self.model.family.network.stock_arguments(pipe, SAMPLING.guidance)
         return pixels(pipe(PROMPT, **given, generator=rng).images[0])
 
     def picture(

@@ -1,0 +1,75 @@
+"""What a diffusers folder or hub repository holds, from the name of its pipeline class alone. Nothing else is downloaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from unbraid.bases.families import FAMILIES
+from unbraid.bases.families.family import Preset
+from unbraid.common.errors import UsageError
+
+TAKEN = "unbraid takes SDXL, SD1.5, SD2.1, Flux.1, SD3.5 and Z-Image."
+REFINER = "StableDiffusionXLImg2ImgPipeline"
+OTHERS: Mapping[str, str] = {  # how the name of a pipeline class begins → what it is; the first that fits counts
+    "Flux2Klein": "FLUX.2 klein",
+    "Flux2": "FLUX.2",
+    "Flux3": "FLUX.3",
+    "FluxKontext": "Flux Kontext, which edits pictures",
+    "FluxFill": "Flux Fill, which paints into pictures",
+    "FluxControl": "Flux with a control picture",
+    "QwenImage": "Qwen-Image",
+    "ZImageOmni": "Z-Image Omni",
+    "Chroma": "Chroma",
+    "HiDream": "HiDream",
+    "Anima": "Anima",
+    "Cosmos": "Cosmos",
+    "Krea2": "Krea 2",
+    "Ideogram": "Ideogram",
+    "Lumina": "Lumina",
+    "Sana": "Sana",
+    "PixArt": "PixArt",
+    "Kolors": "Kolors",
+    "AuraFlow": "AuraFlow",
+    "StableCascade": "Stable Cascade",
+    "HunyuanVideo": "HunyuanVideo",
+    "HunyuanImage": "HunyuanImage",
+    "HunyuanDiT": "HunyuanDiT",
+    "Wan": "Wan",
+    "LTX": "LTX",
+}
+
+
+def pipeline_class(base: str) -> str:
+    """The name of the pipeline class of a folder or a hub id; empty if it cannot be found out, or if `base` is a file."""
+    if base == "icons" or Path(base).is_file():
+        return ""
+    try:
+        index: Any = DiffusionPipeline.load_config(base)
+    except (OSError, ValueError):
+        return ""
+    return str(index.get("_class_name") or "")
+
+
+def check_supported(name: str, base: str) -> None:
+    """Raise UsageError if a pipeline class of this name cannot be a base, before anything is loaded. `base`: for the
+    error. An empty name is accepted."""
+    if not name or name in {family.pipeline.__name__ for family in FAMILIES}:
+        return
+    if name == REFINER:
+        fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
+        raise UsageError("this is SDXL's refiner, or an SDXL model for image to image", base, fix)
+    if kind := next((kind for begin, kind in OTHERS.items() if name.startswith(begin)), ""):
+        raise UsageError(f"this is {kind}, which is not supported", base, TAKEN)
+    if "Inpaint" in name or "Img2Img" in name:
+        fix = "Give the text-to-image model that it was made from."
+        raise UsageError(f"{name} is no text-to-image model", base, fix)
+    raise UsageError(f"models of the kind {name} are not supported", base, TAKEN)
+
+
+def family_preset(base: str, method: str) -> Preset:
+    """What the family of a base changes in a method. Nothing, if the family is not known before the base is loaded."""
+    name = pipeline_class(base)
+    presets = next((family.presets for family in FAMILIES if family.pipeline.__name__ == name), {})
+    return presets.get(method, Preset())
