@@ -47,7 +47,11 @@ from unbraid.sampling.sample import Guided, classifier_free
 
 pytestmark = pytest.mark.slow
 
-REFUSED = {"blora": "which blocks", "slider": "self-attention"}  # method → why it cannot train without such layers
+REFUSED = {
+    "blora": "which blocks",
+    "consislora": "which blocks",
+    "slider": "self-attention",
+}  # method → why it cannot train without such layers
 SIZE: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": 3}
 SUFFIXES: Mapping[str, Sequence[str]] = {  # the layers that diffusers' scripts train by default
     "flux": "attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj attn.to_add_out".split(),
