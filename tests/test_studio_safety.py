@@ -155,6 +155,37 @@ def test_other_methods_are_refused(home: Home, method: str) -> None:
     assert ask(home, "/", method)[0] == 405
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "HOME/../secret.png",
+        "HOME/cache/../../secret.png",
+        "HOME/cache/link.png",
+        "HOME/runs/away/secret.png",
+        "HOME/presets/mine.toml",
+        "HOME",
+        "secret.png",
+        "../secret.png",
+        "http://127.0.0.1/a.png",
+        "",
+        "\x00",
+        7,
+        ["a"],
+    ],
+    ids=ascii,
+)
+def test_requests_name_uploaded_files_alone(home: Home, path: Any) -> None:
+    def join(path: Any) -> int:
+        body = json.dumps({"data": [None, {"background": {"path": path}, "layers": [[{"path": None}]]}]}).encode()
+        return ask(home, "/gradio_api/queue/join", "POST", body)[0]
+
+    assert join(path.replace("HOME", str(home.folder)) if isinstance(path, str) else path) == 403
+    assert join(f"{home.folder}/cache/shown.png") == 200
+    assert ask(home, "/gradio_api/queue/join", "POST", b"[" * 99999)[0] == 403
+    assert ask(home, "/gradio_api/queue/join", "POST", b"{")[0] == 403
+
+
 def test_posts_come_from_the_studio_and_are_small(home: Home) -> None:
     join = "/gradio_api/queue/join"
     assert ask(home, join, "POST", b"{}", sec_fetch_site="same-origin")[0] == 200

@@ -4,14 +4,16 @@
 """
 
 import ipaddress
+import json
 import re
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from unbraid.studio.safety import MOST, Home
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -57,8 +59,36 @@ class Guard:
             most = MOST["LoRA"] + MOST_BODY if scope["path"].startswith("/gradio_api/upload") else MOST_BODY
             if _length(scope) > most:
                 await _answer(send, 413, "This request is too large.")
-            else:
-                await self.app(scope, _Limited(receive, most), _with_headers(send))
+                return
+            limited: Receive = _Limited(receive, most)
+            if scope["path"].startswith("/gradio_api/queue/join"):
+                limited, body = await _buffered(limited)
+                if body is None:
+                    await _answer(send, 413, "This request is too large, or it was cut off.")
+                    return
+                if not self.names_own_files(body):
+                    await _answer(send, 403, "Only files that were uploaded here can be used.")
+                    return
+            await self.app(scope, limited, _with_headers(send))
+
+    def names_own_files(self, body: bytes) -> bool:
+        """Whether all files that a request names are in the cache, where uploads are.
+
+        gradio itself copies any file that a request names into its cache, unless it was started by `launch`."""
+        try:
+            pending = [json.loads(body or b"null")]
+        except (ValueError, RecursionError):
+            return False
+        while pending:
+            one = pending.pop()
+            if isinstance(one, dict):
+                path = one.get("path")
+                if path is not None and not (isinstance(path, str) and self.home.uploaded(Path(path))):
+                    return False
+                pending += one.values()
+            elif isinstance(one, list):
+                pending += one
+        return True
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Why a request is refused, as HTTP status and sentence; None if it is not."""
@@ -107,6 +137,21 @@ class _Limited:
         message = await self.receive()
         self.left -= len(message.get("body", b""))
         return message if self.left >= 0 else {"type": "http.disconnect"}
+
+
+async def _buffered(receive: Receive) -> tuple[Receive, bytes | None]:
+    """A `receive` that gives the body of a request once more, and the body; None if it is too large, or did not all come."""
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+    waiting = iter(messages)
+
+    async def again() -> Message:
+        return next(waiting, None) or await receive()
+
+    if messages[-1]["type"] == "http.disconnect":
+        return again, None
+    return again, b"".join(message.get("body", b"") for message in messages)
 
 
 def _with_headers(send: Send) -> Send:

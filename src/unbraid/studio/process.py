@@ -66,10 +66,10 @@ def terminate(folder: Path) -> None:
             return
 
 
-def tail(folder: Path, size: int = 4000) -> str:
-    """The last `size` bytes of a folder's log.txt, as text; empty if there is none."""
+def tail(folder: Path, size: int = 4000, name: str = LOG) -> str:
+    """The last `size` bytes of a folder's log.txt, or of another file, as text; empty if there is none."""
     try:
-        with (folder / LOG).open("rb") as file:
+        with (folder / name).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))
             return file.read().decode("utf-8", "replace")
     except OSError:

@@ -1,5 +1,6 @@
 """The queue of trainings. All that is known of a run is in its folder, so studios may end, start again, and be several."""
 
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -59,19 +60,19 @@ def runs(home: Home) -> list[Run]:
 
 def look(folder: Path) -> Run:
     """A run's state, from its folder alone."""
-    task, record = read_json(folder / TASK), _record(folder)
-    total = _steps(record)
+    task, recorded = read_json(folder / TASK), record(folder)
+    total = _steps(recorded)
     last = _last_event(folder)
     done, loss = (last["step"] + 1, last["loss"]) if last else (0, None)
     device = str(read_json(folder / process.RECORD).get("device", ""))
-    state, message = _state(folder, task, record)
+    state, message = _state(folder, task, recorded)
     return Run(folder.name, folder, state, total if state == "done" else done, total, loss, message, device)
 
 
-def _state(folder: Path, task: dict[str, Any], record: dict[str, Any]) -> tuple[State, str]:
+def _state(folder: Path, task: dict[str, Any], recorded: dict[str, Any]) -> tuple[State, str]:
     if process.found(folder):
-        return "stopping" if "stop" in task else "running" if record else "starting", ""
-    if record and _finished(folder, record):
+        return "stopping" if "stop" in task else "running" if recorded else "starting", ""
+    if recorded and _finished(folder, recorded):
         return "done", ""
     if "stop" in task:
         return "stopped", ""
@@ -83,31 +84,37 @@ def _state(folder: Path, task: dict[str, Any], record: dict[str, Any]) -> tuple[
     return ("failed", lines[-1]) if lines and "Error" in lines[-1] else ("stopped", CUT_OFF)
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record(folder: Path) -> dict[str, Any]:
+    """The run.toml of a run; empty if there is none yet, or if it is damaged."""
     with suppress(UsageError):
-        record = read_toml(folder / run_folder.RECORD, "")
-        if record.get("method") in METHODS and isinstance(record.get(record["method"]), dict):
-            return record
+        found = read_toml(folder / run_folder.RECORD, "")
+        if found.get("method") in METHODS and isinstance(found.get(found["method"]), dict):
+            return found
     return {}
 
 
-def _steps(record: dict[str, Any]) -> int:
-    steps = record.get(record.get("method", ""), {}).get("steps", 0)
+def _steps(recorded: dict[str, Any]) -> int:
+    steps = recorded.get(recorded.get("method", ""), {}).get("steps", 0)
     return steps if isinstance(steps, int) else 0
 
 
-def _finished(folder: Path, record: dict[str, Any]) -> bool:
+def _finished(folder: Path, recorded: dict[str, Any]) -> bool:
     """Whether all LoRAs are there, and no saved state to go on from."""
     try:
-        stems = METHODS[record["method"]].outputs(record[record["method"]])
+        stems = METHODS[recorded["method"]].outputs(recorded[recorded["method"]])
     except (KeyError, TypeError):
         return False
     return all((folder / f"{stem}.safetensors").exists() for stem in stems) and not (folder / run_folder.STATE).exists()
 
 
 def _last_event(folder: Path) -> dict[str, Any] | None:
-    events = run_folder.read_events(folder)
-    return events[-1] if events else None
+    """The last event of a run. Only the end of the file is read: the list of runs asks for it every two seconds."""
+    for line in reversed(process.tail(folder, 8000, run_folder.EVENTS).splitlines()):
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("loss"), float):
+                return event
+    return None
 
 
 def _since(task: Path) -> float:

@@ -1,5 +1,6 @@
 """What the studio may read and write: its own folder alone, and uploads that unbraid's own readers accept."""
 
+import os
 import re
 import shutil
 import unicodedata
@@ -47,6 +48,11 @@ class Home:
         except (OSError, ValueError, RuntimeError):  # another folder, a NUL in the name, a circle of links
             return False
         return not any(part.startswith(".") for part in inside)
+
+    def uploaded(self, path: Path) -> bool:
+        """Whether a path is absolute and in the folder of uploads."""
+        inside = path.is_absolute() and ".." not in path.parts and self.contains(path)
+        return inside and path.resolve().is_relative_to(self.folder / "cache")
 
     def serves(self, text: str) -> bool:
         """Whether the file of this absolute path may be sent to the browser."""
@@ -99,7 +105,7 @@ class Home:
             if not path.is_symlink() and path.is_file() and self.contains(path):
                 yield path
 
-    def new_file(self, room: Literal["loras", "sheets"], wish: str, suffix: str) -> Path:
+    def new_file(self, room: Literal["loras", "sheets", "cache"], wish: str, suffix: str) -> Path:
         """A path for a new file, in a folder that exists. Its name is like `wish`, with a number if that one is taken."""
         folder, stem = self.folder / room, slug(wish)
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +117,7 @@ class Home:
 
         UsageError for files that the browser did not upload, that are too large, or that the readers refuse."""
         given = Path(upload)
-        if given.is_symlink() or not self.contains(given) or not given.resolve().is_relative_to(self.folder / "cache"):
+        if given.is_symlink() or not self.uploaded(given):
             raise UsageError("this is not an uploaded file", printable(given.name, 60), "Upload it again.")
         check_upload(given, kind)
         if shutil.disk_usage(self.folder).free - given.stat().st_size < SPARE:
@@ -170,3 +176,11 @@ def checked_text(text: object, label: str, most: int = LONGEST) -> str:
     if any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") for letter in found):
         raise UsageError("holds characters that cannot be shown", label, "Type it again, in one line.")
     return found
+
+
+def keep_to(home: Home) -> None:
+    """Make gradio keep its files in the studio's folder, and send nothing about its use. To be called before its import."""
+    os.environ["GRADIO_TEMP_DIR"] = str(home.folder / "cache")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.chdir(home.folder / "cache")  # gradio gives out files of the folder in which it runs
