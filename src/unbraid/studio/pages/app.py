@@ -10,7 +10,8 @@ from fastapi import FastAPI
 
 from unbraid.common.errors import UsageError
 from unbraid.studio.guard import LOCAL, Guard
-from unbraid.studio.pages.common import Studio
+from unbraid.studio.pages.common import Studio, lora_choices
+from unbraid.studio.pages.generate import generate_page
 from unbraid.studio.pages.queue import EVERY, queue_page, status
 from unbraid.studio.pages.split import split_page
 from unbraid.studio.queue import cards, keep_advancing
@@ -59,8 +60,11 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Split", id="split"):
                 split_page(studio)
+            with gr.Tab("Generate", id="generate") as generate:
+                drawn = generate_page(studio)
             with gr.Tab("Queue", id="queue"):
                 queue_page(studio)
+        generate.select(lambda: lora_choices(studio, len(drawn)), None, drawn, **hidden)
         dark.click(None, js=DARK)
     return blocks
 
