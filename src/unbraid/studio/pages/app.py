@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from unbraid.common.errors import UsageError
 from unbraid.studio.guard import LOCAL, Guard
+from unbraid.studio.pages.combine import combine_page
 from unbraid.studio.pages.common import Studio, lora_choices
 from unbraid.studio.pages.generate import generate_page
 from unbraid.studio.pages.queue import EVERY, queue_page, status
@@ -60,10 +61,13 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Split", id="split"):
                 split_page(studio)
+            with gr.Tab("Combine", id="combine") as combine:
+                combined = combine_page(studio)
             with gr.Tab("Generate", id="generate") as generate:
                 drawn = generate_page(studio)
             with gr.Tab("Queue", id="queue"):
                 queue_page(studio)
+        combine.select(lambda: lora_choices(studio, len(combined)), None, combined, **hidden)
         generate.select(lambda: lora_choices(studio, len(drawn)), None, drawn, **hidden)
         dark.click(None, js=DARK)
     return blocks
