@@ -13,6 +13,7 @@ from unbraid.studio.guard import LOCAL, Guard
 from unbraid.studio.pages.combine import combine_page
 from unbraid.studio.pages.common import Studio, lora_choices
 from unbraid.studio.pages.generate import generate_page
+from unbraid.studio.pages.library import library_page
 from unbraid.studio.pages.queue import EVERY, queue_page, status
 from unbraid.studio.pages.split import split_page
 from unbraid.studio.queue import cards, keep_advancing
@@ -65,10 +66,13 @@ def build(studio: Studio) -> gr.Blocks:
                 combined = combine_page(studio)
             with gr.Tab("Generate", id="generate") as generate:
                 drawn = generate_page(studio)
+            with gr.Tab("Library", id="library") as library:
+                refresh, listed = library_page(studio)
             with gr.Tab("Queue", id="queue"):
                 queue_page(studio)
         combine.select(lambda: lora_choices(studio, len(combined)), None, combined, **hidden)
         generate.select(lambda: lora_choices(studio, len(drawn)), None, drawn, **hidden)
+        library.select(refresh, None, listed, **hidden)
         dark.click(None, js=DARK)
     return blocks
 
