@@ -14,6 +14,7 @@ from unbraid.studio.pages.combine import combine_page
 from unbraid.studio.pages.common import Studio, lora_choices
 from unbraid.studio.pages.generate import generate_page
 from unbraid.studio.pages.library import library_page
+from unbraid.studio.pages.pair import pair_page
 from unbraid.studio.pages.queue import EVERY, queue_page, status
 from unbraid.studio.pages.split import split_page
 from unbraid.studio.queue import cards, keep_advancing
@@ -62,6 +63,8 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Split", id="split"):
                 split_page(studio)
+            with gr.Tab("Pair", id="pair"):
+                pair_page(studio)
             with gr.Tab("Combine", id="combine") as combine:
                 combined = combine_page(studio)
             with gr.Tab("Generate", id="generate") as generate:
