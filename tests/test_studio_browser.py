@@ -206,6 +206,8 @@ def test_one_column_on_a_phone(browser: Any, url: str, scheme: str) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     page = opened(context, url)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    for name in ("Split", "Pair", "Combine", "Generate", "Library", "Queue"):
+        page.get_by_role("tab", name=name, exact=True).wait_for()
     box, words = page.locator("#split-picture").bounding_box(), page.get_by_label("Subject").first.bounding_box()
     assert words["y"] > box["y"] + box["height"] and box["width"] > 300
     shot = Image.open(io.BytesIO(page.screenshot())).convert("L").resize((1, 1))
