@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mode
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -63,8 +64,9 @@ def save_image(picture: Image.Image, path: Path, texts: Mapping[str, str] | None
     info = PngInfo()
     for key, text in (texts or {}).items():
         info.add_itxt(key, text)
+    more: dict[str, Any] = {"pnginfo": info} if path.suffix.lower() == ".png" else {}
     with atomic(path) as part:
-        picture.save(part, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))
+        picture.save(part, **more)
     return path
 
 
