@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -150,6 +150,7 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
 
 def run_job(job: Any, resume: bool, quiet: bool) -> int:
     """Train, and show the progress. Returns the exit status."""
+    from unbraid.common.progress import watched
     from unbraid.runs.job import check
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run
@@ -158,7 +159,9 @@ def run_job(job: Any, resume: bool, quiet: bool) -> int:
         check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
     events, made, status = run(job, resume=resume), [], 0
-    with console.status("loading", spinner="line") if not quiet else nullcontext():
+    with console.status("loading", spinner="line") if not quiet else nullcontext() as spinner, ExitStack() as watching:
+        if spinner:
+            watching.enter_context(watched(lambda what, i, of: spinner.update(f"{what}: {i} of {of}")))
         first = next(events)
     if not quiet:
         console.print(f"{job.method} on {job.base} → {job.out}", markup=False, highlight=False, soft_wrap=True)
