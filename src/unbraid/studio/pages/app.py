@@ -36,11 +36,13 @@ progress { width: 100%; height: .6em; accent-color: #0f766e; }
 pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 footer { display: none !important; }
 @media (max-width: 640px) {
-  .fillable.app { padding: 8px !important; }
   .tab-container button { padding: 0 6px !important; font-size: 13px !important; }
   button { min-height: 44px; }
 }
 """
+HEAD = (  # not in CSS, which gradio applies to what is inside of this element
+    "<style>@media (max-width: 640px) { .fillable.app { padding: 8px !important; } }</style>"
+)
 CONTRAST: dict[str, Any] = {  # white on gradio's own teal is hard to read
     "button_primary_background_fill": "*primary_700",
     "button_primary_background_fill_hover": "*primary_800",
@@ -102,6 +104,7 @@ def application(studio: Studio, password: str = "", names: Sequence[str] = ()) -
         mcp_server=False,
         theme=theme,
         css=CSS,
+        head=HEAD,
     )
     blocks.has_launched = True  # without it, gradio does not check which files it copies into its cache
     return Guard(mounted, studio.home, names)

@@ -46,8 +46,9 @@ def _path(payload: Any) -> str | None:
 
 
 def shown_picture(label: str, **more: Any) -> gr.Image:
-    buttons: Any = ["download", "fullscreen"]
-    return gr.Image(label=label, type="filepath", interactive=False, buttons=buttons, image_mode=None, **more)
+    """A picture of ours. Its label is for screen readers alone: it would lie over the picture's own titles."""
+    more |= {"buttons": ["download", "fullscreen"], "image_mode": None, "show_label": False}
+    return gr.Image(label=label, alt_text=label, type="filepath", interactive=False, **more)
 
 
 def shown_pictures(label: str, **more: Any) -> gr.Gallery:
