@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zlib
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def ask(home: Home, path: str, method: str = "GET", body: bytes = b"", **headers
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
 
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(dict(message))
 
     pairs = {"host": "127.0.0.1:7860", **{key.replace("_", "-"): value for key, value in headers.items()}}
     scope = {

@@ -159,7 +159,7 @@ def use(camera: Camera, home: Home) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=120, help="of the training that is shown")
+    parser.add_argument("--steps", type=int, default=60, help="of the training that is shown")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
