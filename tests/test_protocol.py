@@ -58,6 +58,8 @@ NAMES = (
     "DreamBooth-LoRA",
     "UnZipLoRA",
     "B-LoRA",
+    "QR-LoRA",
+    "QR-LoRA, split",
     "ConsisLoRA",
     "direct sum",
     "KnOTS",
