@@ -10,8 +10,9 @@ import gradio as gr
 from unbraid.common.errors import UsageError
 from unbraid.sampling.canvas import Start
 from unbraid.sampling.combine import Combine
-from unbraid.sampling.render import OWN, ImageInputs, Sampling, StyleGuidance, Use
+from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use
 from unbraid.sampling.samplers import SAMPLERS
+from unbraid.sampling.uses import OWN
 from unbraid.studio.drawing import Drawing, drawn, mask_of, stored
 from unbraid.studio.pages.common import DRAWING, Studio, count, filled, lora_choice, number, on, shown_pictures
 from unbraid.studio.safety import checked_text
