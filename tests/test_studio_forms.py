@@ -83,7 +83,9 @@ def test_wrong_settings_are_refused_before_the_queue(
 
 
 def test_settings_that_do_not_fit_each_other_are_refused(home: Home, picture: Path) -> None:
-    short = forms.Request("split", (picture,), {"subject": "a", "style": "b"}, "unziplora", "icons", 0, {"steps": "2"})
+    short = forms.Request(
+        "split", (picture,), {"subject": "a", "style": "b"}, "unziplora", "icons", 0, {"steps": "2", "window": "9"}
+    )
     with pytest.raises(UsageError, match="does not fit a period"):
         forms.enqueue(home, short)
 
