@@ -38,10 +38,6 @@ def studio(
     Split, pair, combine and generate, with a queue of trainings that outlive it. Others can reach it only with --host, and with the password in the environment variable UNBRAID_STUDIO_PASSWORD."""
     from unbraid.studio.safety import keep_to, open_home
 
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a script started it in the background, and trainings inherit that
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     bases = ["icons", *(str(Path(one).resolve()) if Path(one).exists() else one for one in base or ())]
     home = open_home(folder)
     keep_to(home)
