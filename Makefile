@@ -1,9 +1,9 @@
-# The two commands of the README: `make demo` and `make test`. Everything else is for developers.
+# For users: `make demo`, `make studio` and `make test`. Everything else is for developers.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test quick lint types check format clean
+.PHONY: demo studio test quick lint types check format clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -13,6 +13,9 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 demo: $(BIN)/.installed
 	$(BIN)/unbraid demo --out demo
+
+studio: $(BIN)/.installed # a window in the browser; everything is kept in the folder studio
+	$(BIN)/unbraid studio
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import signal
 import warnings
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ from tools.recipe import captions, config, model, vae
 from unbraid.bases import base as bases
 from unbraid.bases.pipeline import Pipeline, location, open_pipeline
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background by a script: trainings would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
 WORDS = ("dog", "cat", "line", "teapot")
 

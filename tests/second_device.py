@@ -77,6 +77,9 @@ def _built() -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        (folder / "lock").unlink(
+            missing_ok=True
+        )  # torch's, left by a build that was killed: it would be waited for without end
         return cpp_extension.load(
             "unbraid_second", [str(SOURCE)], build_directory=str(folder), extra_cflags=["-O1", "-std=c++20", "-w"]
         )

@@ -33,6 +33,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
 FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "break", "slider")}
 FEW |= {"unziplora": {"steps": 3, "rank": 4, "window": 1}, "ziplora": {"steps": 2}, "make": {"fine_tune": 1}}
 FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}, "consislora": {"steps": 1, "style_steps": 1, "rank": 4}}
+FEW |= {method: {"steps": 2, "rank": 4} for method in ("qr-lora", "qr-split")}
 TINY = replace(QUICK, others=1, steps=2, training=FEW)
 
 

@@ -2,6 +2,8 @@
 
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +23,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("chaos") / "base")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_breaks(kind: str, base: Path) -> None:
-    done, broken = chaos(base.parent, base, seed=7, cases=3, only=kind, steps=(4, 8))
+def in_fresh_process(name: str, *arguments: str) -> None:
+    """Call a function of this file in a new interpreter: the suite forks, and torch's autograd cannot be forked once it was used."""
+    tests = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(tests), str(tests.parent)]!r}; import test_chaos; test_chaos.{name}(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def nothing_breaks(kind: str, base: str) -> None:
+    done, broken = chaos(Path(base).parent, Path(base), seed=7, cases=3, only=kind, steps=(4, 8))
     assert done == {kind: 3} and not broken, broken
 
 
-def test_broken_promises_are_noticed(base: Path, tmp_path: Path) -> None:
+def broken_promises_are_noticed(folder: str, out: str) -> None:
+    base, tmp_path = Path(folder), Path(out)
     given = material(base, base.parent / "given")
     kills = Kills(base, given, tmp_path, (4, 4))
     whole, _ = kills.reference("dreambooth", 4)
@@ -42,6 +52,15 @@ def test_broken_promises_are_noticed(base: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
     (jobs[0].out / "events.jsonl").write_text('{"step": 0')
     assert {line.split()[0] for line in half_written(tmp_path / "cut")} == {"lora.safetensors", "events.jsonl"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_breaks(kind: str, base: Path) -> None:
+    in_fresh_process("nothing_breaks", kind, str(base))
+
+
+def test_broken_promises_are_noticed(base: Path, tmp_path: Path) -> None:
+    in_fresh_process("broken_promises_are_noticed", str(base), str(tmp_path))
 
 
 def test_how_a_command_ends_is_judged(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ METHODS = {  # every method that trains; `make` needs modules that fit each othe
     **{name: case(name) for name in ENTRIES if name != "make" and case(name)[0].steps},
     "unziplora alone": case("unziplora", content_alone=0.5),
     "unziplora official": case("unziplora", compat="official"),
+    "consislora": case("consislora", steps=2 * STEPS, x0_from=STEPS, style_steps=STEPS),
     "pair": case("pair", **JOINING),
     "pair official": case("pair", **JOINING, compat="official"),
     "dreambooth": case("dreambooth", prior_weight=0.5),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin, features
 
@@ -125,7 +126,7 @@ FORMS: list[Form] = [
     ("clear-grey.png", Image.fromarray(np.where(HALF > 0, np.asarray(GREY), np.uint8(3))), GREY_ON_WHITE, 0, {"transparency": 3}),
     ("cmyk.tif", REF.convert("CMYK"), RGB, 1, {}),
     ("cmyk.jpg", REF.convert("CMYK"), RGB, 6, JPEG),
-    ("ycbcr.tif", REF.convert("YCbCr"), RGB, 3, {}),
+    ("ycbcr.tif", REF.convert("YCbCr"), RGB, 3, {"compression": "tiff_lzw"}),
     ("lab.tif", as_lab(SOFT), np.asarray(SOFT), 3, {}),
     ("profile.png", wide_gamut()[0], RGB, 1, {"icc_profile": wide_gamut()[1]}),
     ("profile.jpg", wide_gamut()[0], RGB, 6, {"icc_profile": wide_gamut()[1], **JPEG}),
@@ -147,6 +148,17 @@ def test_every_form_gives_the_picture(form: Form, tmp_path: Path) -> None:
     apart = np.abs(np.asarray(got, int) - wanted)
     assert apart.max() <= near
     assert len(FORMS) >= 40
+
+
+def test_uncompressed_ycbcr_in_tiff(tmp_path: Path) -> None:
+    """Pillow 12 cannot read it without compression: then it is refused, as any file that cannot be read."""
+    REF.convert("YCbCr").save(tmp_path / "ycbcr.tif")
+    try:
+        got = open_image(tmp_path / "ycbcr.tif")
+    except UsageError as error:
+        assert PIL.__version__ < "13" and "can be read" in str(error)
+    else:
+        assert np.abs(np.asarray(got, int) - RGB).max() <= 3
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")

@@ -6,7 +6,9 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 TOP = Path(__file__).parent.parent / "src" / "unbraid"
-FLOORS = "common | core images | files methods | bases | sampling | runs | bench | cli".split("|")  # the lowest first
+FLOORS = "common | core images | files methods | bases | sampling | runs | bench studio | cli".split(
+    "|"
+)  # the lowest first
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 CORE = {"torch", "jaxtyping", "psutil", "unbraid"}  # what core may import beside the standard library
 

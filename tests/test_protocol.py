@@ -52,7 +52,19 @@ TRAINING: dict[str, Any] = {
 
 
 TASKS = ("separate", "combine")
-NAMES = ("base alone", "copy of the input", "DreamBooth-LoRA", "UnZipLoRA", "B-LoRA", "direct sum", "KnOTS", "ZipRank")
+NAMES = (
+    "base alone",
+    "copy of the input",
+    "DreamBooth-LoRA",
+    "UnZipLoRA",
+    "B-LoRA",
+    "QR-LoRA",
+    "QR-LoRA, split",
+    "ConsisLoRA",
+    "direct sum",
+    "KnOTS",
+    "ZipRank",
+)
 NAMES += ("Break-for-Make, at once", "Break-for-Make, fine-tuned", "joint training")
 ROWS_RUN = chosen_rows(TASKS, NAMES)
 

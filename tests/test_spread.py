@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,7 @@ def test_each_process_has_its_share(v_base: Path, picture: Path, tmp_path: Path)
     """All LoRAs are written and equal those of single runs; errors are reported for the run that failed."""
     jobs = [job(tmp_path / f"{i}", v_base, picture, i) for i in range(3)]
     list(run(job(tmp_path / "alone", v_base, picture, 2), device="cpu"))
-    jobs.append(job(tmp_path / "no", tmp_path / "no base", picture, 0))
+    jobs.append(replace(job(tmp_path / "no", v_base, picture, 0), base=str(tmp_path / "no base")))
     events = list(run_spread(jobs, 2, at_once=1, device="cpu"))
     assert [n for n, event in events if isinstance(event, UsageError)] == [3]
     files = [event.file for _, event in events if isinstance(event, Progress) and event.file]

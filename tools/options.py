@@ -108,7 +108,8 @@ def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
             arguments.append("progress: Callable[[Progress], None] | None = None")
         arguments.append(f"**options: Unpack[o.{class_name(entry)}]")
         head = "@overload\n" if len(methods) > 1 else ""
-        body = f'\n    """{doc}"""\n' if entry is methods[0] else " ..."  # once is enough: the file is long
+        documented = entry is methods[0] and name == VERBS[verb]  # once is enough: the file is long
+        body = f'\n    """{doc}"""\n' if documented else " ..."
         yield f"{head}def {name}({', '.join(arguments)}) -> {returns}:{body}"
 
 

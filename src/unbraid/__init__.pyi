@@ -48,6 +48,16 @@ def split(
     **options: Unpack[o.ConsisloraSettings],
 ) -> Path: ...
 @overload
+def split(
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    method: Literal["qr-split"],
+    progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[o.QrSplitSettings],
+) -> Path: ...
+@overload
 def split_job(
     image: Source,
     *,
@@ -55,9 +65,7 @@ def split_job(
     style: str,
     method: Literal["unziplora"] = "unziplora",
     **options: Unpack[o.UnziploraSettings],
-) -> Job:
-    """One image → `content.safetensors` and `style.safetensors`."""
-
+) -> Job: ...
 @overload
 def split_job(
     image: Source, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
@@ -65,6 +73,10 @@ def split_job(
 @overload
 def split_job(
     image: Source, *, subject: str, style: str, method: Literal["consislora"], **options: Unpack[o.ConsisloraSettings]
+) -> Job: ...
+@overload
+def split_job(
+    image: Source, *, subject: str, style: str, method: Literal["qr-split"], **options: Unpack[o.QrSplitSettings]
 ) -> Job: ...
 @overload
 def learn(
@@ -102,9 +114,7 @@ def learn_job(
     from_: str | Path | None = None,
     method: Literal["dreambooth"] = "dreambooth",
     **options: Unpack[o.DreamboothSettings],
-) -> Job:
-    """Images of one thing → `lora.safetensors`."""
-
+) -> Job: ...
 @overload
 def learn_job(
     images: Source | Sequence[Source],
@@ -152,9 +162,7 @@ def pair_job(
     beside: Sequence[str | Path] = (),
     method: Literal["pair"] = "pair",
     **options: Unpack[o.PairSettings],
-) -> Job:
-    """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone."""
-
+) -> Job: ...
 @overload
 def pair_job(
     before: Source,
@@ -202,9 +210,7 @@ def zip_job(
     prompts: Mapping[str, str] | None = None,
     method: Literal["ziplora"] = "ziplora",
     **options: Unpack[o.ZiploraSettings],
-) -> Job:
-    """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`."""
-
+) -> Job: ...
 @overload
 def zip_job(
     content: str | Path,
@@ -236,9 +242,7 @@ def break_job(
     partners: str | Path | None = None,
     method: Literal["break"] = "break",
     **options: Unpack[o.BreakSettings],
-) -> Job:
-    """Images of one content or style → `module.safetensors`."""
-
+) -> Job: ...
 def make(
     content: str | Path,
     style: str | Path,
@@ -260,5 +264,4 @@ def make_job(
     prompt: str = "",
     method: Literal["make"] = "make",
     **options: Unpack[o.MakeSettings],
-) -> Job:
-    """A content and a style module → one LoRA, `merged.safetensors`, by training both together."""
+) -> Job: ...

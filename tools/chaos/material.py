@@ -36,6 +36,7 @@ def tiny_base(out: Path) -> Path:
     )
     levels: dict[str, Any] = {"block_out_channels": (16, 16, 16), "layers_per_block": 1, "norm_num_groups": 8}
     levels |= {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    scheduler: Any = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     scheduler: Any = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     with quiet(), warnings.catch_warnings():

@@ -55,6 +55,7 @@ class Base:
     def __post_init__(self) -> None:
         self.family = family_of(self.pipe)
         self.process = self.family.network.process(self.pipe.scheduler.config, self.name, self.timesteps)
+        self.process.to(self.device)
 
     @property
     def denoiser(self) -> Any:

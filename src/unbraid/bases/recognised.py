@@ -1,5 +1,6 @@
 """What a diffusers folder or hub repository holds, from the name of its pipeline class alone. Nothing else is downloaded."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def pipeline_class(base: str) -> str:
     if base == "icons" or Path(base).is_file():
         return ""
     try:
-        index: Any = DiffusionPipeline.load_config(base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers passes arguments that the hub's library has deprecated
+            index: Any = DiffusionPipeline.load_config(base)
     except (OSError, ValueError):
         return ""
     return str(index.get("_class_name") or "")

@@ -126,6 +126,8 @@ def generate(
     over = parse_sweep(sweep) if sweep else None
     if not over and n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
+    if edit and n > 1:
+        raise UsageError(f"{n} pictures of one edit would be the same", edit, "Leave out --n.")
     name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
         model = _opened(name, Loading(vae, prediction, vram, graphs=graphs, device=device), prompt, negative)

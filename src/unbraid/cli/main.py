@@ -16,6 +16,7 @@ from unbraid.cli.files import app as file_commands
 from unbraid.cli.generate import app as drawing_commands
 from unbraid.cli.run import BaseName, Todo, console, loading, run_job
 from unbraid.cli.selftest import app as selftest_commands
+from unbraid.cli.studio import app as studio_commands
 from unbraid.cli.train import app as training_commands
 from unbraid.common.errors import UsageError
 
@@ -34,6 +35,7 @@ COMMANDS = (
     bench_commands,
     selftest_commands,
     drawing_commands,
+    studio_commands,
 )
 for commands in COMMANDS:
     app.registered_commands += commands.registered_commands

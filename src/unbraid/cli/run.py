@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -183,6 +183,7 @@ def loading(what: str, quiet: bool = False) -> Any:
 
 def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
     """Train, and show the progress. Returns the exit status. `numbered`: see `Todo`."""
+    from unbraid.common.progress import watched
     from unbraid.methods import known_as
     from unbraid.runs import folder
     from unbraid.runs.after import next_steps
@@ -196,7 +197,9 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
         check(job, resume)
         console.print(memory_line(job), markup=False, highlight=False, soft_wrap=True)
     events, made, status = run(job, resume=resume), [], 0
-    with loading(f"the base {job.base}", quiet):
+    with loading(f"the base {job.base}", quiet) as spinner, ExitStack() as watching:
+        if spinner:
+            watching.enter_context(watched(lambda what, i, of: spinner.update(f"{what}: {i} of {of}")))
         first = next(events)
     if not quiet:
         console.print(

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.layers import ATTENTION, UNET, Layers
 from unbraid.core.lora import Active, Factors, Lora
 from unbraid.core.packing import grouped, pack
@@ -72,11 +72,11 @@ class Adapters:
     @classmethod
     def attach(cls, model: nn.Module, targets: str = ATTENTION, kinds: Layers = UNET) -> "Adapters":
         """Replace every linear layer of the group `targets` (see `Layers.pattern`) by an adapted layer that has no
-        adapters yet. Raises UsageError if there is no such layer."""
+        adapters yet. Raises UnsuitedError if there is no such layer."""
         pattern = re.compile(kinds.pattern(targets))
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and pattern.search(n)]
         if not names:
-            raise UsageError("no linear layer of the base matches", targets, "Check the targets expression.")
+            raise UnsuitedError("no linear layer of the base matches", targets, "Check the targets expression.")
         return cls.attach_named(model, names, kinds)
 
     @classmethod

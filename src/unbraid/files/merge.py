@@ -15,7 +15,7 @@ import torch
 from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import matrices, rescaled
-from unbraid.files.merge_methods import METHODS, Method, Part, Size, one_down
+from unbraid.files.merge_methods import METHODS, Method, Part, Size, all_equal
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def _common_strength(lora: Mapping[str, Lora], weight: float) -> float:
 def _common_rank(loras: Sequence[Mapping[str, Lora]]) -> int:
     ranks: Counter[int] = Counter()
     for name in dict.fromkeys(name for lora in loras for name in lora):
-        downs = [lora[name].down for lora in loras if name in lora]
-        ranks[len(downs[0]) if one_down(downs) else sum(len(down) for down in downs)] += 1
+        downs, ups = zip(*((lora[name].down, lora[name].up) for lora in loras if name in lora), strict=True)
+        shared = all_equal(downs) or all_equal(ups)
+        ranks[len(downs[0]) if shared else sum(len(down) for down in downs)] += 1
     return ranks.most_common(1)[0][0] if ranks else 1

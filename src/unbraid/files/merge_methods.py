@@ -53,7 +53,7 @@ Method = Callable[..., Made]
 def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
     """Σ w ΔW, exactly: the rows of all `down` are stacked unchanged, and the columns of all `up`. The first LoRA's w·alpha/r becomes the
     result's; the others' are divided by it and multiplied into their `up`. LoRAs with the same `down` (styles that `pair` trained in one
-    slot) keep it, and their `up` are summed. Truncated by QR and SVD if a size is given."""
+    slot) keep it, and their `up` are summed; LoRAs with the same `up` (QR-LoRAs of one base and rank) the other way round. Truncated by QR and SVD if a size is given."""
     if len(parts) == 1:
         lora = parts[0].lora
         joined = Lora(lora.down, lora.up, lora.alpha * parts[0].weight)
@@ -61,8 +61,11 @@ def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
         downs, ups = zip(*(matrices(part.lora) for part in parts), strict=True)
         first = _strength(parts[0])  # goes into alpha, so that LoRAs of equal strength are joined unscaled
         scaled = [_times(up, _strength(part) / first) for up, part in zip(ups, parts, strict=True)]
-        if one_down(downs):
+        if all_equal(downs):
             down, up = downs[0], torch.stack(_promoted([wide(one) for one in scaled])).sum(0)
+        elif all_equal(ups):
+            weighted = [wide(down) * (_strength(part) / first) for down, part in zip(downs, parts, strict=True)]
+            down, up = torch.stack(_promoted(weighted)).sum(0), ups[0]
         else:
             down, up = torch.cat(_promoted(downs)), torch.cat(_promoted(scaled), 1)
         joined = shaped(down, up, first * len(down), parts[0].lora)
@@ -145,9 +148,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def one_down(downs: Sequence[Tensor]) -> bool:
-    """Whether all `down` matrices are equal."""
-    return all(other.shape == downs[0].shape and torch.equal(other, downs[0]) for other in downs[1:])
+def all_equal(factors: Sequence[Tensor]) -> bool:
+    """Whether all `down`, or all `up`, are equal."""
+    return all(other.shape == factors[0].shape and torch.equal(other, factors[0]) for other in factors[1:])
 
 
 def _strength(part: Part) -> float:

@@ -7,12 +7,11 @@ and cannot interfere.
 
 import torch
 
-from unbraid.common.errors import UnsuitedError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, known_blocks
 from unbraid.methods.losses import with_x0_loss
 
 
@@ -23,9 +22,7 @@ def blora(
 
     rank: of each LoRA. steps: optimiser steps. lr: AdamW's learning rate. weight_decay: AdamW's.
     """
-    if unknown := [role for role in ROLES if not blocks.get(role)]:
-        what = f"which blocks of this base control {' and '.join(unknown)} is not known"
-        raise UnsuitedError(what, "blora", "Use --method unziplora, or an SDXL or SD1.5 base.")
+    known_blocks(blocks, "blora")
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for role in ROLES:

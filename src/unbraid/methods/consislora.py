@@ -18,7 +18,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Recipe
-from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output
+from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, known_blocks
 
 ADAPTERS = {"content": "content", "draft": "style", "style": "style"}  # adapter → the role whose layers it has
 FROZEN: frozenset[Part] = frozenset()
@@ -43,6 +43,7 @@ def consislora(
     thirds of `steps`. lr: AdamW's learning rate before `x0_from`. x0_lr: AdamW's learning rate
     after it. weight_decay: AdamW's.
     """
+    known_blocks(blocks, "consislora")
     if not lr:
         raise UsageError("at a learning rate of 0 nothing is trained", "setting lr", "For example 0.0002.")
 
@@ -78,6 +79,6 @@ ENTRIES = (
         lambda settings: {"content": Output(("content",), "both"), "style": Output(("style",), "style")},
         "ConsisLoRA",
         "arXiv 2503.10614",
-        replace(ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 1e-2}, limits=LIMITS),
+        replace(ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS),
     ),
 )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from unbraid.common.errors import UnsuitedError
 from unbraid.core.recipe import Recipe
 
 ROLES = ("content", "style")
@@ -88,3 +89,10 @@ def zip_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
     """One file for each LoRA, or one file with both if `single` is set."""
     roles = tuple(settings["roles"])
     return {"merged": Output(roles, "both")} if settings["single"] else {role: Output((role,), role) for role in roles}
+
+
+def known_blocks(blocks: Blocks, method: str) -> None:
+    """Raise UnsuitedError if it is not known which blocks of the base control content, or style."""
+    if unknown := [role for role in ROLES if not blocks.get(role)]:
+        what = f"which blocks of this base control {' and '.join(unknown)} is not known"
+        raise UnsuitedError(what, method, "Use --method unziplora, or an SDXL or SD1.5 base.")

@@ -72,7 +72,7 @@ def check_folders(jobs: Sequence[Job], resume: bool) -> None:
     for i, job in enumerate(jobs):
         if (other := seen.setdefault(job.out.resolve(), i)) != i:
             raise UsageError(f"run {other + 1} and run {i + 1} have one folder", job.out, "Give each its own `out`.")
-    begun = [job.out for job in jobs if (job.out / folder.RECORD).exists()]
+    begun = [job.out for job in jobs if folder.begun(job.out)]
     if begun and not resume:
         fix = "Add --resume: it trains what is not finished. Or give other folders."
         raise UsageError(f"{len(begun)} of {len(jobs)} runs have been begun already", begun[0], fix)
@@ -90,7 +90,7 @@ def _run_together(
 
 def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoroutine[Progress]:
     try:
-        yield from script(job, resume and (job.out / folder.RECORD).exists(), find)
+        yield from script(job, resume and folder.begun(job.out), find)
     except FAULTS as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(

@@ -97,14 +97,19 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
         )
 
 
+def begun(out: Path) -> bool:
+    """Whether a folder holds a run. False also for a path that the system cannot look at, such as a name that is too long."""
+    return os.path.exists(out / RECORD)  # noqa: PTH110 (pathlib raises for names that are too long)
+
+
 def free(out: Path) -> Path:
     """The first of OUT, OUT-2, OUT-3, … that holds no run."""
-    return next(one for one in numbered(out) if not (one / RECORD).exists())
+    return next(one for one in numbered(out) if not begun(one))
 
 
 def last(out: Path) -> Path:
     """The last of OUT, OUT-2, OUT-3, … before the first that holds no run; OUT if there is no run at all."""
-    return [out, *takewhile(lambda one: (one / RECORD).exists(), numbered(out))][-1]
+    return [out, *takewhile(begun, numbered(out))][-1]
 
 
 def numbered(out: Path) -> Iterator[Path]:

@@ -239,11 +239,11 @@ class QrLoraSettings(RunOptions, total=False):
     """QR-LoRA (arXiv 2507.04599): learn(…, method="qr-lora")."""
 
     rank: int
-    """Of the adapter, and of the basis. Default 64."""
+    """Of the adapter, and of the basis. Default 64; on icons 16."""
     steps: int
-    """Optimiser steps. Default 1000."""
+    """Optimiser steps. Default 1000; on icons 300."""
     lr: float
-    """AdamW's learning rate. Default 0.0001."""
+    """AdamW's learning rate. Default 0.0001; on icons 0.002."""
     weight_decay: float
     """AdamW's. Default 0.0001."""
     targets: Literal["attention", "transformers"]
@@ -254,7 +254,30 @@ class QrLoraSettings(RunOptions, total=False):
     """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
 
 
-class SplitOptions(UnziploraSettings, BloraSettings, ConsisloraSettings, total=False):
+class QrSplitSettings(RunOptions, total=False):
+    """QR-LoRA, split (arXiv 2507.04599): split(…, method="qr-split")."""
+
+    rank: int
+    """Of each adapter, and of the basis. Default 64; on icons 16."""
+    steps: int
+    """Optimiser steps. Default 1000; on icons 300."""
+    lr: float
+    """AdamW's learning rate. Default 0.0001; on icons 0.002."""
+    weight_decay: float
+    """AdamW's. Default 0.0001."""
+    overlap: float
+    """Weight of the penalty on what both adapters change alike: the mean over layers of cos² between ΔW of content and style, which the shared basis makes cheap and exact. Default 0.5."""
+    content_alone: float
+    """Weight of an additional loss with this adapter alone, under its own prompt. Default 0.0; on icons 0.5."""
+    style_alone: float
+    """Weight of an additional loss with this adapter alone, under its own prompt. Default 0.0."""
+    loss: Literal["prediction", "x0"]
+    """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
+    x0_from: int
+    """With `x0`, the step from which on that loss is used; before it, the loss is that of the prediction. Default 0."""
+
+
+class SplitOptions(UnziploraSettings, BloraSettings, ConsisloraSettings, QrSplitSettings, total=False):
     """Settings of any method of `split`; which of them a method has is checked when it is called."""
 
 

@@ -42,7 +42,7 @@ def run(job: Job, *, resume: bool = False, device: str | None = None) -> Iterato
         at_once = job.loading.preset.at_once
         yield from run_one(script(job, resume, lambda job: load(job.base, device, job.loading)), at_once)
     except torch.OutOfMemoryError as error:
-        raise memory_error(job.loading.preset, (job.out / folder.RECORD).exists()) from error
+        raise memory_error(job.loading.preset, folder.begun(job.out)) from error
 
 
 def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoroutine[Progress]:

@@ -37,6 +37,9 @@ class Flow:
         self.density, self.shift = parsed(timesteps)
         self.preconditioned = preconditioned
 
+    def to(self, device: torch.device) -> None:
+        """A training step reads no table."""
+
     def draw_timestep(self, rng: torch.Generator, tokens: int) -> Tensor:
         place = torch.rand(1, generator=rng)
         if self.density == "logit-normal":

@@ -133,5 +133,5 @@ FAMILY = Family(
     encode_text,
     pooled,
     lora_metadata,
-    {"unziplora": THREE_PASSES, "pair": PAIR},
+    {"unziplora": THREE_PASSES, "qr-split": THREE_PASSES, "pair": PAIR},
 )

@@ -21,6 +21,10 @@ class Process(Protocol):
     steps: int  # timesteps run from 0 to this number
     sampler: str  # the sampler whose steps `raised` inverts
 
+    def to(self, device: torch.device) -> None:
+        """Move what a training step reads to a device: a copy in every step would wait for it."""
+        ...
+
     def draw_timestep(self, rng: torch.Generator, tokens: int) -> Tensor:
         """A random timestep for training, `[1]`. `tokens`: the number of 2×2 patches of the latent."""
         ...
@@ -76,6 +80,9 @@ class Diffusion:
             what = f"this base is trained with uniform timesteps, not with {timesteps!r}"
             raise UsageError(what, "--timesteps", "Leave it out: it is for bases with flow matching, such as Flux.")
 
+    def to(self, device: torch.device) -> None:
+        self._signal = self._signal.to(device)
+
     def draw_timestep(self, rng: torch.Generator, tokens: int) -> Tensor:
         """A uniformly distributed timestep, `[1]`."""
         del tokens
@@ -90,8 +97,6 @@ class Diffusion:
         """The squared error of x̂_0 as a multiple of that of the prediction it comes from, `[b]`, at timesteps `t [b]`.
 
         x̂_0 is (x_t − σ ε) / α or α x_t − σ v, so the factor is σ² / α², which is 1 / SNR, or σ²."""
-        if self._signal.device != t.device:  # kept on the device: a copy in every step would wait for it
-            self._signal = self._signal.to(t.device)
         signal = self._signal[t]
         return 1 - signal if self.prediction == "v_prediction" else (1 - signal) / signal
 

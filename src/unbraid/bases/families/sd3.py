@@ -103,5 +103,5 @@ FAMILY = Family(
     encode_text,
     pooled,
     lora_metadata,
-    {"unziplora": THREE_PASSES},
+    {"unziplora": THREE_PASSES, "qr-split": THREE_PASSES},
 )

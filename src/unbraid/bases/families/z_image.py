@@ -86,5 +86,5 @@ FAMILY = Family(
     encode_text,
     lambda prompts, sizes, dtype: {},
     lambda pipe: {},
-    {"unziplora": THREE_PASSES},
+    {"unziplora": THREE_PASSES, "qr-split": THREE_PASSES},
 )

@@ -44,6 +44,15 @@ def zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     return {"both": cache.drawer(*both)}
 
 
+def on_one_basis(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """Two QR-LoRAs, which share the basis of each layer, merged into one file of the same rank."""
+    content = cache.learn(cache.contents(cell), content_prompt(cell.subject), cell.seed, method="qr-lora", **settings)
+    style = cache.learn(cache.picture(cell.style), style_prompt(cell.style), cell.seed, method="qr-lora", **settings)
+    sources = [Source(content), Source(style)]
+    out = cache.derive("concat", (content, style), lambda out: merge_files(sources, out, "concat", Size()), "concat")
+    return {"both": cache.drawer(Use(out))}
+
+
 def combined_blora(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """B-LoRA: the content blocks learnt from one of the subject's pictures, the style blocks from the picture of the style."""
     return {"both": MAKERS["blora"](cache, cell, settings)["both"]}
@@ -91,6 +100,7 @@ ROWS = [
     Row("combine", "KnOTS", merged, {"method": "knots"}, methods=SUM),
     Row("combine", "NP-LoRA", merged, {"method": "np-lora"}, methods=SUM),
     Row("combine", METHODS["blora"].title, combined_blora, methods=("blora",)),
+    Row("combine", METHODS["qr-lora"].title, on_one_basis, methods=("qr-lora",)),
     Row("combine", "K-LoRA", summed, {"combine": "k-lora"}, methods=SUM),
     Row("combine", "K-LoRA, released rule", summed, {"combine": "k-lora-released"}, methods=SUM),
     Row("combine", "EST-LoRA", summed, {"combine": "est-lora"}, methods=SUM),

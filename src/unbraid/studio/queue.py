@@ -1,0 +1,196 @@
+"""The queue of trainings. All that is known of a run is in its folder, so studios may end, start again, and be several."""
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+
+from unbraid.common.atomic import read_toml
+from unbraid.common.errors import UsageError
+from unbraid.methods import METHODS
+from unbraid.runs import folder as run_folder
+from unbraid.studio import process
+from unbraid.studio.process import read_json, write_json
+from unbraid.studio.safety import Home
+
+State = Literal["waiting", "starting", "running", "stopping", "stopped", "done", "failed"]
+TASK = "task.json"  # what to do: the words of the command line, and what was asked for since
+PATIENCE = 20.0  # seconds until a process that was interrupted is terminated
+CUT_OFF = (
+    "It ended without a word: the machine was switched off, or memory ran out. Go on continues from its last save."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder shows it. `done` of `total` steps (0: not known yet). `message`: why it failed, or ""."""
+
+    name: str
+    folder: Path
+    state: State
+    done: int = 0
+    total: int = 0
+    loss: float | None = None
+    message: str = ""
+    device: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ("starting", "running", "stopping")
+
+
+def add(folder: Path, words: Sequence[str]) -> None:
+    """Put a run into the queue. `words`: what follows `unbraid` on the command line, without --resume and --device."""
+    write_json(folder / TASK, {"words": list(words), "since": time.time()})
+
+
+def runs(home: Home) -> list[Run]:
+    """All runs of the studio's folder, the newest first."""
+    tasks = [path for path in home.runs.glob(f"*/{TASK}") if home.contains(path)]
+    tasks.sort(key=_since)
+    return [look(path.parent) for path in reversed(tasks)]
+
+
+def look(folder: Path) -> Run:
+    """A run's state, from its folder alone."""
+    task, recorded = read_json(folder / TASK), record(folder)
+    total = _steps(recorded)
+    last = _last_event(folder)
+    done, loss = (last["step"] + 1, last["loss"]) if last else (0, None)
+    device = str(read_json(folder / process.RECORD).get("device", ""))
+    state, message = _state(folder, task, recorded)
+    return Run(folder.name, folder, state, total if state == "done" else done, total, loss, message, device)
+
+
+def _state(folder: Path, task: dict[str, Any], recorded: dict[str, Any]) -> tuple[State, str]:
+    if process.found(folder):
+        return "stopping" if "stop" in task else "running" if recorded else "starting", ""
+    if recorded and _finished(folder, recorded):
+        return "done", ""
+    if "stop" in task:
+        return "stopped", ""
+    if not (folder / process.RECORD).exists():
+        return "waiting", ""
+    lines = process.tail(folder).strip().splitlines()
+    if lines and lines[-1].startswith("unbraid: "):
+        return "failed", lines[-1].removeprefix("unbraid: ")
+    return ("failed", lines[-1]) if lines and "Error" in lines[-1] else ("stopped", CUT_OFF)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """The run.toml of a run; empty if there is none yet, or if it is damaged."""
+    with suppress(UsageError):
+        found = read_toml(folder / run_folder.RECORD, "")
+        if found.get("method") in METHODS and isinstance(found.get(found["method"]), dict):
+            return found
+    return {}
+
+
+def _steps(recorded: dict[str, Any]) -> int:
+    steps = recorded.get(recorded.get("method", ""), {}).get("steps", 0)
+    return steps if isinstance(steps, int) else 0
+
+
+def _finished(folder: Path, recorded: dict[str, Any]) -> bool:
+    """Whether all LoRAs are there, and no saved state to go on from."""
+    try:
+        stems = METHODS[recorded["method"]].outputs(recorded[recorded["method"]])
+    except (KeyError, TypeError):
+        return False
+    return all((folder / f"{stem}.safetensors").exists() for stem in stems) and not (folder / run_folder.STATE).exists()
+
+
+def _last_event(folder: Path) -> dict[str, Any] | None:
+    """The last event of a run. Only the end of the file is read: the list of runs asks for it every two seconds."""
+    for line in reversed(process.tail(folder, 8000, run_folder.EVENTS).splitlines()):
+        with suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("loss"), float):
+                return event
+    return None
+
+
+def _since(task: Path) -> float:
+    since = read_json(task).get("since")
+    return float(since) if isinstance(since, int | float) else 0.0
+
+
+def stop(folder: Path) -> None:
+    """Stop a run as Ctrl-C does, or take it out of the queue. What it has saved stays: at most 20 seconds are lost."""
+    run = look(folder)
+    if run.state not in ("waiting", "starting", "running"):
+        raise UsageError(f"it is {run.state}", run.name, "There is nothing to stop.")
+    write_json(folder / TASK, read_json(folder / TASK) | {"stop": time.time()})
+    process.interrupt(folder)
+
+
+def go_on(folder: Path) -> None:
+    """Put a run that was stopped, or that failed, back into the queue. It goes on from its last save."""
+    run = look(folder)
+    if run.state not in ("stopped", "failed"):
+        raise UsageError(f"it is {run.state}", run.name, "There is nothing to go on with.")
+    (folder / process.RECORD).unlink(missing_ok=True)
+    task = {key: value for key, value in read_json(folder / TASK).items() if key != "stop"}
+    write_json(folder / TASK, task | {"since": time.time()})
+
+
+def remove(home: Home, folder: Path) -> Path:
+    """Move a run that is not at work out of the list, into the folder `removed`. Returns where it is now."""
+    run = look(folder)
+    if run.alive:
+        raise UsageError("it is at work", run.name, "Stop it first.")
+    target = home.folder / "removed" / f"{folder.name}-{time.time_ns():x}"
+    target.parent.mkdir(exist_ok=True)
+    return folder.rename(target)
+
+
+def advance(home: Home, devices: Sequence[str]) -> list[str]:
+    """Start waiting runs, the oldest first, on devices without a run. Returns the names of those that were started.
+
+    Also terminates processes that do not react to being interrupted."""
+    try:
+        with FileLock(home.folder / ".queue.lock").acquire(timeout=0):
+            found = runs(home)
+            for run in found:
+                since = read_json(run.folder / TASK).get("stop", 0.0)
+                if run.state == "stopping" and time.time() - since > PATIENCE:
+                    process.terminate(run.folder)
+            busy = [run.device for run in found if run.alive]
+            free = [device for device in devices if device not in busy]
+            waiting = [run for run in reversed(found) if run.state == "waiting"]
+            return [_begin(run, device) for device, run in zip(free, waiting, strict=False)]
+    except Timeout:  # another studio is doing it
+        return []
+
+
+def _begin(run: Run, device: str) -> str:
+    words = read_json(run.folder / TASK).get("words", [])
+    again = ["--resume"] if (run.folder / run_folder.RECORD).exists() else []
+    process.start([*map(str, words), *again], run.folder, device)
+    return run.name
+
+
+def cards() -> list[str]:
+    """The devices to train on: each CUDA card if there are several; else one, of which the name is left open."""
+    count = torch.cuda.device_count()
+    return [f"cuda:{i}" for i in range(count)] if count > 1 else [""]
+
+
+def keep_advancing(home: Home, devices: Sequence[str], every: float = 1.0) -> threading.Event:
+    """Call `advance` again and again in a thread, until the returned event is set."""
+    ended = threading.Event()
+
+    def loop() -> None:
+        while not ended.wait(every):
+            with suppress(OSError, UsageError):  # a full disk, a folder that was moved: tried again
+                advance(home, devices)
+
+    threading.Thread(target=loop, daemon=True, name="queue").start()
+    return ended

@@ -1,0 +1,137 @@
+"""The studio's queue: states are read from run folders, and trainings are processes that outlive the studio."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from unbraid.common.errors import UsageError
+from unbraid.files.formats.header import read_header
+from unbraid.studio import process, queue
+from unbraid.studio.safety import Home, open_home
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    found = open_home(tmp_path / "studio")
+    yield found
+    for run in queue.runs(found):
+        process.terminate(run.folder)
+
+
+def words(home: Home, base: Path, picture: Path, name: str = "cat", steps: int = 2) -> Path:
+    folder = home.new_run(name)
+    more = [f"--base={base}", "--method=blora", "--set", f"steps={steps}", "--set", "rank=2", "--previews=0"]
+    given = ["split", str(picture), "--subject=cat", "--style=ink", f"--out={folder}", *more]
+    queue.add(folder, given)
+    return folder
+
+
+def until(folder: Path, wanted: Callable[[queue.Run], bool], seconds: float = 240.0) -> queue.Run:
+    end = time.monotonic() + seconds
+    while not wanted(run := queue.look(folder)):
+        assert time.monotonic() < end, (run, process.tail(folder))
+        time.sleep(0.1)
+    return run
+
+
+def command_of(folder: Path) -> list[str]:
+    running = process.found(folder)
+    return running.cmdline() if running else []
+
+
+def states(home: Home) -> dict[str, str]:
+    return {run.name: run.state for run in queue.runs(home)}
+
+
+@pytest.mark.slow
+def test_runs_go_one_after_another_and_a_failure_is_a_sentence(home: Home, v_base: Path, picture: Path) -> None:
+    first, second = words(home, v_base, picture), words(home, v_base, picture.parent / "none.png", "dog")
+    assert states(home) == {"dog": "waiting", "cat": "waiting"}
+    assert queue.advance(home, [""]) == ["cat"]
+    assert queue.advance(home, [""]) == []
+    with pytest.raises(UsageError, match="at work"):
+        queue.remove(home, first)
+    run = until(first, lambda run: not run.alive)
+    assert (run.state, run.done, run.total) == ("done", 2, 2)
+    assert read_header(first / "content.safetensors").shapes
+    assert queue.advance(home, [""]) == ["dog"]
+    run = until(second, lambda run: not run.alive)
+    assert run.state == "failed" and "there is no such image" in run.message
+    assert [*home.lora_files()] and all(name.startswith("runs/cat/") for name in home.lora_files())
+    queue.remove(home, second)
+    assert states(home) == {"cat": "done"}
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_and_goes_on(home: Home, v_base: Path, picture: Path) -> None:
+    folder = words(home, v_base, picture, steps=4000)
+    queue.advance(home, [""])
+    until(folder, lambda run: run.state == "running")
+    other = words(home, v_base, picture, "dog")
+    queue.stop(folder)
+    queue.stop(other)
+    assert until(folder, lambda run: not run.alive).state == "stopped"
+    assert queue.look(other).state == "stopped"
+    assert queue.advance(home, [""]) == []
+    queue.go_on(folder)
+    assert queue.advance(home, ["", "cuda:7"]) == ["cat"]
+    until(folder, lambda run: "--resume" in command_of(folder))
+    queue.stop(folder)
+    until(folder, lambda run: run.state == "stopped")
+
+
+@pytest.mark.slow
+def test_a_training_outlives_the_studio(home: Home, v_base: Path, picture: Path) -> None:
+    folder = words(home, v_base, picture)
+    code = (
+        "import os, signal, sys; from pathlib import Path; from unbraid.studio import queue, safety;"
+        "print(queue.advance(safety.open_home(Path(sys.argv[1])), ['']), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    studio = subprocess.run([sys.executable, "-c", code, str(home.folder)], capture_output=True, text=True)
+    assert studio.returncode == -9 and studio.stdout.strip() == "['cat']", studio.stderr
+    assert queue.look(folder).alive
+    assert until(folder, lambda run: not run.alive).state == "done"
+
+
+def test_another_process_of_the_same_number_is_not_taken_for_it(home: Home) -> None:
+    folder = home.new_run("cat")
+    queue.add(folder, ["split"])
+    me = psutil.Process(os.getpid())
+    process.write_json(folder / process.RECORD, {"pid": me.pid, "born": me.create_time(), "device": ""})
+    assert queue.look(folder).state == "starting"
+    process.write_json(folder / process.RECORD, {"pid": me.pid, "born": me.create_time() - 99, "device": ""})
+    run = queue.look(folder)
+    assert (run.state, run.message) == ("stopped", queue.CUT_OFF)
+    queue.go_on(folder)
+    assert queue.look(folder).state == "waiting"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 99999, '{"pid": "x"}', '{"pid": 1e400, "born": 0}', "\ud800"])
+def test_damaged_records_are_no_running_process(home: Home, text: str) -> None:
+    folder = home.new_run("cat")
+    queue.add(folder, ["split"])
+    (folder / process.RECORD).write_bytes(text.encode("utf-8", "surrogatepass"))
+    (folder / "run.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert queue.look(folder).state == "stopped"
+    (folder / queue.TASK).write_text(json.dumps({"since": "x"}))
+    assert [run.name for run in queue.runs(home)] == ["cat"]
+
+
+def test_each_card_has_one_run(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(process, "start", lambda words, folder, device: begun.append((folder.name, device)))
+    for name in ("a", "b", "c"):
+        queue.add(home.new_run(name), ["split"])
+        time.sleep(0.01)
+    me = psutil.Process(os.getpid())
+    here = {"pid": me.pid, "born": me.create_time(), "device": "cuda:1"}
+    process.write_json(home.run("b") / process.RECORD, here)
+    assert queue.advance(home, ["cuda:0", "cuda:1"]) == ["a"] and begun == [("a", "cuda:0")]
+    (home.run("b") / process.RECORD).unlink()  # or the fixture would end this process
