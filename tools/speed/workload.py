@@ -34,7 +34,7 @@ def icons(device: str) -> Workload:
     base = load("icons", device)
     pixels = held_out_art().picture("fox", "openmoji") * 2 - 1
     prompts = {role: base.encode_prompt(f"a {role}") for role in WORDS}
-    return Workload(base, prompts, _encoder(base, pixels), 16, f"icons, 64 px, rank 16, {device}")
+    return Workload(base, prompts, _encoder(base, pixels), 16, f"icons, {base.size} px, rank 16, {device}")
 
 
 def half(device: str, side: int = 256) -> Workload:
