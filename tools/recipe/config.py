@@ -47,7 +47,7 @@ PRESETS: dict[str, Schedules] = {
     # On from a finished base, at small rates, on a CPU: hours.
     "further": Schedules(
         vae=Schedule(batch=4, steps=2_400, rate=6e-4, muon=0.012, warmup=30, ema=0.995),
-        unet=Schedule(batch=32, steps=1_500, rate=2e-4, muon=0.004, warmup=100, ema=0.998),
+        unet=Schedule(batch=32, steps=1_100, rate=2e-4, muon=0.004, warmup=100, ema=0.998),
         decoder=Schedule(batch=4, steps=300, rate=3e-4, muon=0.004, warmup=30, ema=0.99),
     ),
 }

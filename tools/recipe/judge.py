@@ -34,7 +34,7 @@ LOOKALIKES = frozenset(  # words of subjects that differ in details: half of all
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 4500
+    steps: int = 6400
     subjects: int = 24  # per batch, once in each of the four sets
     looks: tuple[float, ...] = (0.4, 0.2, 0.2, 0.2)  # shares per set: plain, one training filter, random styles
     rate: float = 2e-3
