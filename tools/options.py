@@ -39,6 +39,7 @@ from unbraid.runs import options as o
 from unbraid.runs.batch import batch as batch
 from unbraid.runs.drawing import generate as generate
 from unbraid.runs.job import Job, Progress
+from unbraid.runs.push import push as push
 from unbraid.sampling.render import Use as Use
 
 __version__: str
