@@ -38,10 +38,12 @@ def test_it_is_saved_without_outputs_and_is_plain_python() -> None:
 
 def displayed(code: str, names: dict[str, Any]) -> Any:
     """Execute a cell as a notebook does. Returns the value of its last line, which is displayed; None if that is no expression."""
-    tree = ast.parse(code)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    tree, value = ast.parse(code), None
+    if tree.body and isinstance(last := tree.body[-1], ast.Expr):
+        tree.body.pop()
+        value = compile(ast.Expression(last.value), "cell", "eval")
     exec(compile(tree, "cell", "exec"), names)
-    return eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+    return eval(value, names) if value else None
 
 
 @pytest.mark.slow
