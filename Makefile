@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo studio test quick lint types check format clean
+.PHONY: demo studio test quick lint types check format package clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,5 +36,13 @@ format: $(BIN)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+package: # a wheel in dist, checked as PyPI checks it, and smaller than 80 MB
+	rm -rf build dist
+	test -x $(VENV)-package/bin/twine || $(PYTHON) -m venv $(VENV)-package
+	$(VENV)-package/bin/pip install -q --upgrade pip twine
+	$(VENV)-package/bin/pip wheel -q . --no-deps --build-constraint constraints.txt --wheel-dir dist
+	$(VENV)-package/bin/twine check --strict dist/*.whl
+	$(PYTHON) -m tools.wheel dist
+
 clean:
-	rm -rf $(VENV) build demo dist runs
+	rm -rf $(VENV) $(VENV)-package build demo dist runs

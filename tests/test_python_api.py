@@ -155,3 +155,18 @@ def test_a_run_ends_with_what_to_do_next(v_base: Path, picture: Path, tmp_path: 
     from test_docs import parse
 
     parse(line.strip().removeprefix("next: "))
+
+
+def test_a_notebook_shows_a_run_as_its_sheet(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    given = {"prompt": "a sks cat", "base": str(v_base), "rank": 2, "steps": 2}
+    run = unbraid.learn(picture, **given, previews=1, out=tmp_path / "run")  # type: ignore[arg-type]
+    assert isinstance(run, unbraid.Run) and isinstance(run, Path) and run == tmp_path / "run"
+    assert hash(run) == hash(tmp_path / "run") and (run / "lora.safetensors").is_file()
+    shown = run._repr_png_()
+    assert shown == (run / "sheet.png").read_bytes()
+    with Image.open(run / "sheet.png") as sheet:
+        assert np.array_equal(np.asarray(run.sheet), np.asarray(sheet.convert("RGB")))
+    plain = unbraid.learn(picture, **given, previews=0, out=tmp_path / "plain")  # type: ignore[arg-type]
+    assert plain._repr_png_() is None
+    with pytest.raises(UsageError, match="no sheet"):
+        _ = plain.sheet

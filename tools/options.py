@@ -39,6 +39,8 @@ from unbraid.runs import options as o
 from unbraid.runs.batch import batch as batch
 from unbraid.runs.drawing import generate as generate
 from unbraid.runs.job import Job, Progress
+from unbraid.runs.push import push as push
+from unbraid.runs.run_path import Run as Run
 from unbraid.sampling.render import Use as Use
 
 __version__: str
@@ -88,7 +90,10 @@ def stub() -> str:
     functions = [
         text
         for verb in VERBS
-        for text in (*_overloads(verb, VERBS[verb], "Path"), *_overloads(verb, JOBS[verb], "Job"))
+        for text in (
+            *_overloads(verb, VERBS[verb], "Path" if verb == "make" else "Run"),
+            *_overloads(verb, JOBS[verb], "Job"),
+        )
     ]
     return "\n".join([STUB_HEAD, *functions])
 
@@ -98,13 +103,13 @@ def _overloads(verb: str, name: str, returns: str) -> Iterator[str]:
     methods = of(verb)
     module = break_make if hasattr(break_make, name) and name.startswith(("break", "make")) else api
     doc = (inspect.getdoc(getattr(module, name)) or "").split("\n")[0] + (
-        " Returns the run folder." if returns == "Path" and verb != "make" else ""
+        " Returns the run folder." if returns == "Run" else ""
     )
     for entry in methods:
         arguments = _arguments(verb)
         default = f' = "{entry.name}"' if entry is methods[0] else ""
         arguments.append(f'method: Literal["{entry.name}"]{default}')
-        if returns == "Path" and verb != "make":
+        if returns == "Run":
             arguments.append("progress: Callable[[Progress], None] | None = None")
         arguments.append(f"**options: Unpack[o.{class_name(entry)}]")
         head = "@overload\n" if len(methods) > 1 else ""

@@ -11,6 +11,8 @@ from unbraid.runs import options as o
 from unbraid.runs.batch import batch as batch
 from unbraid.runs.drawing import generate as generate
 from unbraid.runs.job import Job, Progress
+from unbraid.runs.push import push as push
+from unbraid.runs.run_path import Run as Run
 from unbraid.sampling.render import Use as Use
 
 __version__: str
@@ -24,7 +26,7 @@ def split(
     method: Literal["unziplora"] = "unziplora",
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.UnziploraSettings],
-) -> Path:
+) -> Run:
     """One image → `content.safetensors` and `style.safetensors`. Returns the run folder."""
 
 @overload
@@ -36,7 +38,7 @@ def split(
     method: Literal["blora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.BloraSettings],
-) -> Path: ...
+) -> Run: ...
 @overload
 def split(
     image: Source,
@@ -46,7 +48,7 @@ def split(
     method: Literal["consislora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.ConsisloraSettings],
-) -> Path: ...
+) -> Run: ...
 @overload
 def split(
     image: Source,
@@ -56,7 +58,7 @@ def split(
     method: Literal["qr-split"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.QrSplitSettings],
-) -> Path: ...
+) -> Run: ...
 @overload
 def split_job(
     image: Source,
@@ -89,7 +91,7 @@ def learn(
     method: Literal["dreambooth"] = "dreambooth",
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.DreamboothSettings],
-) -> Path:
+) -> Run:
     """Images of one thing → `lora.safetensors`. Returns the run folder."""
 
 @overload
@@ -103,7 +105,7 @@ def learn(
     method: Literal["qr-lora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.QrLoraSettings],
-) -> Path: ...
+) -> Run: ...
 @overload
 def learn_job(
     images: Source | Sequence[Source],
@@ -137,7 +139,7 @@ def pair(
     method: Literal["pair"] = "pair",
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.PairSettings],
-) -> Path:
+) -> Run:
     """A picture before and after → `style.safetensors` and `content.safetensors`; of two folders, the style alone. Returns the run folder."""
 
 @overload
@@ -151,7 +153,7 @@ def pair(
     method: Literal["slider"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.SliderSettings],
-) -> Path: ...
+) -> Run: ...
 @overload
 def pair_job(
     before: Source,
@@ -185,7 +187,7 @@ def zip(
     method: Literal["ziplora"] = "ziplora",
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.ZiploraSettings],
-) -> Path:
+) -> Run:
     """LoRAs → the same LoRAs without interference, one file each, or `merged.safetensors` with `single=True`. Returns the run folder."""
 
 @overload
@@ -199,7 +201,7 @@ def zip(
     method: Literal["np-lora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.NpLoraSettings],
-) -> Path: ...
+) -> Run: ...
 @overload
 def zip_job(
     content: str | Path,
@@ -231,7 +233,7 @@ def break_module(
     method: Literal["break"] = "break",
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.BreakSettings],
-) -> Path:
+) -> Run:
     """Images of one content or style → `module.safetensors`. Returns the run folder."""
 
 def break_job(

@@ -14,6 +14,7 @@ from unbraid.cli.bench import app as bench_commands
 from unbraid.cli.checkpoints import app as checkpoint_commands
 from unbraid.cli.files import app as file_commands
 from unbraid.cli.generate import app as drawing_commands
+from unbraid.cli.push import app as publishing_commands
 from unbraid.cli.run import BaseName, Todo, console, loading, run_job
 from unbraid.cli.selftest import app as selftest_commands
 from unbraid.cli.studio import app as studio_commands
@@ -36,6 +37,7 @@ COMMANDS = (
     selftest_commands,
     drawing_commands,
     studio_commands,
+    publishing_commands,
 )
 for commands in COMMANDS:
     app.registered_commands += commands.registered_commands

@@ -26,6 +26,7 @@ from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOpt
 from unbraid.runs.preferences import default_base
 from unbraid.runs.run import run
 from unbraid.runs.run_options import separate
+from unbraid.runs.run_path import Run
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.uses import own_prompt
 
@@ -204,7 +205,7 @@ def job(
     )
 
 
-def finish(todo: Job, progress: Callable[[Progress], None] | None = None) -> Path:
+def finish(todo: Job, progress: Callable[[Progress], None] | None = None) -> Run:
     """Run a job to its end, and return its folder. `progress` is called with every event of the run."""
     forget_base()
     for event in run(todo):
@@ -212,13 +213,13 @@ def finish(todo: Job, progress: Callable[[Progress], None] | None = None) -> Pat
             progress(event)
         if event.undone:
             warnings.warn(event.warning, RuntimeWarning, stacklevel=3)
-    return todo.out
+    return Run(todo.out)
 
 
-def finished(make_job: Callable[..., Job]) -> Callable[..., Path]:
+def finished(make_job: Callable[..., Job]) -> Callable[..., Run]:
     """Turn a function that makes a job into one that also runs it to its end, and returns the run folder."""
 
-    def verb(*given: Any, progress: Callable[[Progress], None] | None = None, **options: Any) -> Path:
+    def verb(*given: Any, progress: Callable[[Progress], None] | None = None, **options: Any) -> Run:
         todo = make_job(*given, **options)
         return finish(todo if options.get("out") else replace(todo, out=folder.free(todo.out)), progress)
 
