@@ -20,7 +20,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core import mergers
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
-from unbraid.core.lora import Factors, Lora
+from unbraid.core.lora import Factors, Lora, Noise
 from unbraid.core.lowrank import delta
 from unbraid.core.recipe import Sample, Shared
 from unbraid.core.state import State
@@ -177,7 +177,9 @@ class Toy(nn.Module):
     def x0_factor(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]:
         zero = torch.zeros(1)
         made = [torch.randn(1, 16, self.WIDTH, generator=rng) + (role == "style") for role in images]
         return [Sample(one, zero, zero.expand_as(one), zero) for one in made]

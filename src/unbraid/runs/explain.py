@@ -55,7 +55,8 @@ def _branch(branch: Branch) -> str:
     teacher = f", towards [{_branch(branch.teacher)}]" if branch.teacher else ""
     weight = f" × {branch.weight:g}" if branch.weight != 1 else ""
     loss = ", x0 loss" if branch.loss == "x0" else ""
-    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{loss}{teacher}"
+    noise = f", noise offset {branch.noise.offset:g}" if branch.noise.offset else ""
+    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{loss}{noise}{teacher}"
 
 
 def _active(active: Active) -> str:

@@ -160,6 +160,8 @@ class ConsisloraSettings(RunOptions, total=False):
     """AdamW's learning rate after it. Default 0.0001; on icons 0.001."""
     weight_decay: float
     """AdamW's. Default 0.0001."""
+    noise_offset: float
+    """While the style trains, this times one normal number per channel is added to the noise at all positions, so that the mean colour has to be learnt, too; 0 for none. Default 0.03."""
 
 
 class BreakSettings(RunOptions, total=False):
