@@ -27,7 +27,7 @@ from unbraid.core.state import State
 from unbraid.core.train import precomputed_targets, train
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
-from unbraid.methods.ziplora import ziplora
+from unbraid.methods.ziplora import excess, ziplora
 from unbraid.runs.api import zip_job
 from unbraid.runs.run import run
 from unbraid.sampling.attach import attach
@@ -104,6 +104,49 @@ def test_factorised_equals_dense_over_100_steps(run_data: RunData) -> None:
         assert (a - c).abs().max() < 1e-8 and (b - d).abs().max() < 1e-8  # type: ignore[operator]
         moved = max(moved, float((c - 1).abs().max()))
     assert moved > 0.1, "at the paper's rate the coefficients must really move"
+
+
+COARSE = ("mid_block.", "up_blocks.0.")  # the small model has two levels
+
+
+def test_the_layer_prior_is_its_formula(run_data: RunData) -> None:
+    """Σ over layers of low resolution of max(0, Σ|m_style| − Σ|m_content|), also for packed layers; only they get gradients,
+    and only where the style has more."""
+    adapters, rng = two_loras(run_data.base, ranks=(4, 4)), torch.Generator().manual_seed(5)
+    (recipe,) = ziplora(BLOCKS["sdxl"], steps=1)
+    recipe.prepare(adapters, rng)
+    wanted, ahead = 0.0, {}
+    for name, layer in adapters.layers.items():
+        content, style = (one.ranks for one in layer.factors().values())
+        assert content is not None and style is not None
+        content.data, style.data = (torch.randn(4, generator=rng).double() for _ in range(2))
+        more = float(style.detach().abs().sum() - content.detach().abs().sum())
+        ahead[name] = name.startswith(COARSE) and more > 0
+        wanted += more if ahead[name] else 0.0
+    assert 0 < sum(ahead.values()) < len(ahead)
+    assert excess(adapters, COARSE).item() == pytest.approx(wanted, rel=1e-12)
+    excess(adapters, COARSE).backward()
+    for name, layer in adapters.layers.items():
+        found = [one.ranks.grad for one in layer.factors().values() if one.ranks is not None]
+        assert all(
+            one is not None and bool(one.any()) == ahead[name] for one in found if ahead[name] or one is not None
+        )
+    adapters.pack()
+    assert excess(adapters, COARSE).item() == pytest.approx(wanted, rel=1e-12)
+    assert excess(adapters, ("elsewhere.",)).item() == 0
+
+
+def test_the_layer_prior_keeps_the_content_ahead_where_it_belongs(run_data: RunData) -> None:
+    """It changes a training, and lowers what it measures. A base without known levels is refused."""
+    found = {}
+    for weight in (0.0, 10.0):
+        adapters = two_loras(run_data.base, ranks=(4, 4))
+        zipped(run_data, adapters, 6, granularity="rank", lr=0.05, layer_prior=weight)
+        found[weight] = excess(adapters, COARSE).item()
+        adapters.detach()
+    assert found[10.0] < found[0.0]
+    with pytest.raises(UsageError, match="low resolution"):
+        ziplora(BLOCKS["flux"], layer_prior=0.1)
 
 
 @pytest.mark.slow

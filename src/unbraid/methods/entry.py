@@ -12,7 +12,8 @@ from unbraid.common.errors import UnsuitedError
 from unbraid.core.recipe import Recipe
 
 ROLES = ("content", "style")
-Blocks = Mapping[str, tuple[str, ...]]  # role → prefixes of the layers that are known to control it
+# Role → prefixes of the layers that are known to control it; `coarse` → those of layers of low resolution
+Blocks = Mapping[str, tuple[str, ...]]
 Method = Callable[..., tuple[Recipe, ...]]
 Check = Callable[[Mapping[str, Sequence[Image.Image]], Mapping[str, Sequence[Path]]], list[str]]
 

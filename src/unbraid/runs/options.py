@@ -55,6 +55,8 @@ class ZiploraSettings(RunOptions, total=False):
     """The penalty on two LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. Default 'cos'."""
     weight: float
     """Factor λ of the sum of similarities over layers. Default 0.01."""
+    layer_prior: float
+    """Weight of DuoLoRA's penalty on layers of low resolution in which the style has larger coefficients than the content; 0.1 in its paper. Default 0.0."""
     lr: float
     """AdamW's learning rate for the coefficients. Default 0.01; on icons 0.003."""
     weight_decay: float
