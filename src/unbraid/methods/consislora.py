@@ -16,7 +16,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Noise, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Recipe
-from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, known_blocks
+from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, Publication, known_blocks
 
 ADAPTERS = {"content": "content", "draft": "style", "style": "style"}  # adapter → the role whose layers it has
 FROZEN: frozenset[Part] = frozenset()
@@ -78,8 +78,7 @@ ENTRIES = (
         consislora,
         {"both": "a {rare}", "style": "an image in {style} style"},
         lambda settings: {"content": Output(("content",), "both"), "style": Output(("style",), "style")},
-        "ConsisLoRA",
-        "arXiv 2503.10614",
+        Publication("ConsisLoRA", "arXiv 2503.10614"),
         replace(ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS),
         version=2,  # 2: noise_offset
     ),

@@ -25,7 +25,7 @@ from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
-from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication
 from unbraid.methods.losses import with_x0_loss
 
 ALIGNED = 0.2  # correlation of edges; below it, two pictures are probably no pair (docs/pair.md)
@@ -190,8 +190,7 @@ ENTRIES = (
             "style": "a {rare} {subject} in {style} style",
         },
         outputs,
-        "Pair Customization",
-        "arXiv 2405.01536",
+        Publication("Pair Customization", "arXiv 2405.01536"),
         replace(PAIRS, shortest={"style_from": 0}, limits={"style_from": lambda settings: settings["steps"] // 3}),
     ),
 )

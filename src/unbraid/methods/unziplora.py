@@ -22,7 +22,7 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, most_ratio, pairs, pieces
-from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, Publication, split_outputs
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.unziplora_official import Official, official
 
@@ -197,8 +197,7 @@ ENTRIES = (
             "style": "a {subject} in {style} style",
         },
         outputs,
-        "UnZipLoRA",
-        "arXiv 2412.04465",
+        Publication("UnZipLoRA", "arXiv 2412.04465"),
         replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS),
     ),
 )

@@ -25,9 +25,8 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Passes, Recipe
-from unbraid.methods.entry import ROLES, TWO_LORAS, Blocks, Entry, zip_outputs
+from unbraid.methods.entry import ROLES, TWO_LORAS, Blocks, Entry, Publication, zip_outputs
 
-TITLE, PAPER = "ZipRank, or ZipLoRA with granularity=column", "arXiv 2504.13206, 2311.13600"
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
     "cos": lambda a, b: F.cosine_similarity(a, b, dim=1).abs(),
@@ -166,4 +165,6 @@ def known_as(settings: Mapping[str, Any]) -> str:
     return "ziprank" if settings["granularity"] == "rank" and settings["compat"] == "none" else "ziplora"
 
 
-ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, TITLE, PAPER, TWO_LORAS),)
+TITLE, PAPER = "ZipRank, or ZipLoRA with granularity=column", "arXiv 2504.13206, 2311.13600"
+PUBLICATION = Publication(TITLE, PAPER, known_as)
+ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, PUBLICATION, TWO_LORAS),)
