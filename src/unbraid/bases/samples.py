@@ -8,9 +8,11 @@ from torch import Tensor
 
 from unbraid.bases.devices import sent_to
 from unbraid.bases.families.noising import Process
-from unbraid.core.lora import Noise
+from unbraid.common.errors import UsageError
+from unbraid.core.lora import Noise, Span
 from unbraid.core.recipe import Sample, Shared
 
+MOST_DRAWS = 10_000  # of a timestep, until it lies in the part that is wanted
 Once = Callable[[Shared, object, Callable[[], Tensor]], Tensor]  # draws what is not shared, or not there yet
 
 
@@ -50,13 +52,24 @@ def _sample(process: Process, pictures: Sequence[Picture], how: Noise, once: Onc
     shape, device = picture.mean.shape, picture.mean.device
     latent = picture.mean + picture.std * sent_to(torch.randn(shape, generator=rng), device).to(picture.std)
     tokens = shape[-2] * shape[-1] // 4
-    t = once("timestep", None, lambda: sent_to(process.draw_timestep(rng, tokens), device))
-    noise = once("noise", how.offset, lambda: sent_to(_noise(shape, how.offset, rng), device).to(picture.mean))
+    t = once("timestep", how.part, lambda: sent_to(_timestep(process, tokens, how.part, rng), device))
+    noise = once("noise", (how.offset, shape), lambda: sent_to(_noise(shape, how.offset, rng), device).to(picture.mean))
     noisy, target = process.corrupt(latent[None], noise[None], t)
     own = picture.prompts
     prompt = own[int(torch.randint(len(own), (), generator=rng))] if len(own) > 1 else (*own, None)[0]
     weight = None if picture.weight is None else picture.weight[None]
     return Sample(noisy, t, target, picture.sizes[None], prompt, weight=weight, factor=process.factor(t))
+
+
+def _timestep(process: Process, tokens: int, part: Span, rng: torch.Generator) -> Tensor:
+    """A timestep `[1]`, as the process draws it, but from this part of the way from noise to picture alone. Raises UsageError
+    if the process draws hardly any there."""
+    for _ in range(MOST_DRAWS):
+        t = process.draw_timestep(rng, tokens)
+        if part[0] <= 1 - process.time(t) <= part[1]:
+            return t
+    what = f"this base hardly trains with timesteps between {part[0]:g} and {part[1]:g}"
+    raise UsageError(what, "content_part, style_part", "Give a larger part, or other --timesteps.")
 
 
 def _noise(shape: torch.Size, offset: float, rng: torch.Generator) -> Tensor:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 Part = Literal["down", "up", "merger"]
 Loss = Literal["prediction", "x0"]
+Span = tuple[float, float]
+WHOLE: Span = (0.0, 1.0)
 ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
 
 
@@ -38,10 +40,12 @@ class Active:
 @dataclass(frozen=True)
 class Noise:
     """How a branch's noisy picture is drawn. `offset`: standard deviation of one further random number per channel, which
-    is added to the noise at all its positions, so that a picture's mean colour is hidden too. Branches that share their
-    noise do so if it is drawn in the same way."""
+    is added to the noise at all its positions, so that a picture's mean colour is hidden too. `part`: the part of the way
+    from pure noise (0) to the picture (1) that timesteps are drawn from. Branches that share their noise or timestep do so
+    if it is drawn in the same way."""
 
     offset: float = 0.0
+    part: Span = WHOLE
 
 
 @dataclass(frozen=True)

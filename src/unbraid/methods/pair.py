@@ -27,6 +27,7 @@ from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication
 from unbraid.methods.losses import with_x0_loss
+from unbraid.methods.windows import with_windows
 
 ALIGNED = 0.2  # correlation of edges; below it, two pictures are probably no pair (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -183,7 +184,7 @@ ENTRIES = (
     Entry(
         "pair",
         "pair",
-        with_x0_loss(pair),
+        with_x0_loss(with_windows(pair)),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",

@@ -25,6 +25,7 @@ from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger,
 from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, Publication, split_outputs
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.unziplora_official import Official, official
+from unbraid.methods.windows import with_windows
 
 
 def unziplora(
@@ -190,7 +191,7 @@ ENTRIES = (
     Entry(
         "unziplora",
         "split",
-        with_x0_loss(unziplora),
+        with_x0_loss(with_windows(unziplora)),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",

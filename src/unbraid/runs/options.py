@@ -40,6 +40,10 @@ class UnziploraSettings(RunOptions, total=False):
     """With `official`, what gradients are multiplied by before the threshold that channels are scored with; 65536 is that of fp16 training, 1 that of bf16. Default 65536.0."""
     compat: Literal["none", "official"]
     """`official` reproduces the published code, defects included. Default 'none'."""
+    content_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
+    style_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
     loss: Literal["prediction", "x0"]
     """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
     x0_from: int
@@ -105,6 +109,10 @@ class PairSettings(RunOptions, total=False):
     """Whether there is a content adapter; if not, the style adapter learns the picture after alone. Default True."""
     compat: Literal["none", "official"]
     """`official` updates the content adapter before it computes the loss of the style, as published, not both at once. Default 'none'."""
+    content_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
+    style_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
     loss: Literal["prediction", "x0"]
     """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
     x0_from: int
