@@ -1,5 +1,6 @@
 """How the noise of a branch is drawn, compared with its definition."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_branches_share_noise_that_is_drawn_in_the_same_way(eps_model: Base) -> 
     one, two, three = model.draw(["image"] * 3, shared, rng, noises)  # type: ignore[arg-type]
     assert torch.equal(one.target, two.target) and not torch.equal(one.target, three.target)
     assert torch.equal(one.t, three.t)
+
+
+def test_pictures_of_different_shapes_share_the_timestep_alone(eps_model: Base) -> None:
+    model, rng = run_data(eps_model), torch.Generator().manual_seed(0)
+    wide = replace(model.pictures["image"][0], mean=torch.zeros(4, 8, 16), std=torch.zeros(4, 8, 16))
+    model.pictures = {**model.pictures, "prior": [wide]}
+    one, two = model.draw(["image", "prior"], frozenset(("noise", "timestep")), rng)
+    assert torch.equal(one.t, two.t) and one.target.shape != two.target.shape == (1, 4, 8, 16)
 
 
 def test_consislora_has_it_while_the_style_trains() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from unbraid.core.recipe import Recipe
 from unbraid.methods.entry import Blocks, Method
 
-Change = Callable[[Recipe, Mapping[str, Any]], Recipe]  # a recipe, and the values of the added settings
+Change = Callable[[Recipe, Mapping[str, Any]], Recipe]  # a recipe, and the settings: those given, and the added ones
 
 
 def setting(name: str, default: Any, annotation: Any) -> Parameter:
@@ -24,7 +24,7 @@ def adding(settings: Sequence[Parameter], about: str, change: Change) -> Callabl
         @wraps(method)
         def made(blocks: Blocks, **given: Any) -> tuple[Recipe, ...]:
             own = {one.name: given.pop(one.name, one.default) for one in settings}
-            return tuple(change(recipe, own) for recipe in method(blocks, **given))
+            return tuple(change(recipe, {**given, **own}) for recipe in method(blocks, **given))
 
         signature = inspect.signature(method)
         made.__signature__ = signature.replace(parameters=(*signature.parameters.values(), *settings))  # type: ignore[attr-defined]

@@ -26,6 +26,7 @@ from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication
+from unbraid.methods.further import with_prior
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.windows import with_windows
 
@@ -184,11 +185,12 @@ ENTRIES = (
     Entry(
         "pair",
         "pair",
-        with_x0_loss(with_windows(pair)),
+        with_x0_loss(with_windows(with_prior(("style",))(pair))),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",
             "style": "a {rare} {subject} in {style} style",
+            "prior": "a {subject}",
         },
         outputs,
         Publication("Pair Customization", "arXiv 2405.01536"),

@@ -8,6 +8,7 @@ whose adapters have different windows becomes one pass for each window, in which
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import WHOLE, Branch, Span
@@ -58,7 +59,7 @@ def divided(branch: Branch, content: Span, style: Span) -> tuple[Branch, ...]:
     )
 
 
-def _change(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
+def _change(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     content, style = (spanned(given[name], name) for name in ("content_part", "style_part"))
     return in_windows(recipe, content, style)
 

@@ -40,6 +40,12 @@ class UnziploraSettings(RunOptions, total=False):
     """With `official`, what gradients are multiplied by before the threshold that channels are scored with; 65536 is that of fp16 training, 1 that of bf16. Default 65536.0."""
     compat: Literal["none", "official"]
     """`official` reproduces the published code, defects included. Default 'none'."""
+    style_steps: int
+    """Further steps at the end, in which the style is learnt again beside the finished content adapter, which acts but does not train, so that the style is what the content has not. Not with `official`. Default 0."""
+    prior_weight: float
+    """Weight of a further loss on pictures that the base draws of `a {subject}`, under that prompt, with one adapter alone (the two take turns): prior preservation as in DreamBooth, against what an adapter does without its words. It costs a pass per step. Default 0.0."""
+    leak_weight: float
+    """Weight of a further loss: under the prompt of the content, the style adapter alone must predict what the base predicts, so that it holds nothing of the subject. It costs a pass per step, and one of the base without gradients. Default 0.0."""
     content_part: str
     """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
     style_part: str
@@ -109,6 +115,8 @@ class PairSettings(RunOptions, total=False):
     """Whether there is a content adapter; if not, the style adapter learns the picture after alone. Default True."""
     compat: Literal["none", "official"]
     """`official` updates the content adapter before it computes the loss of the style, as published, not both at once. Default 'none'."""
+    prior_weight: float
+    """Weight of a further loss on pictures that the base draws of `a {subject}`, under that prompt, with one adapter alone (the style): prior preservation as in DreamBooth, against what an adapter does without its words. It costs a pass per step. Default 0.0."""
     content_part: str
     """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
     style_part: str
