@@ -20,11 +20,21 @@ class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.done: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what was written into, and its values before the recording
+        self.made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         assert name not in WAITING, f"{name} in a captured call"
+        for argument, one in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write and isinstance(one, Tensor)
+            if written and not {key := one.untyped_storage()._cdata} & (self.made | self.before.keys()):
+                self.before[key] = (one, one.clone())
         out = func(*args, **(kwargs or {}))
+        if not func._schema.is_mutable:
+            given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+            made = {one.untyped_storage()._cdata for one in tree_leaves(out) if isinstance(one, Tensor)}
+            self.made |= made - given
         self.done.append((func, args, kwargs or {}, out))
         return out
 
@@ -45,6 +55,9 @@ class Recorder:
         self.captures += 1
         with _Recording() as recording:
             static = call()
+        with torch.no_grad():
+            for tensor, values in recording.before.values():  # CUDA records kernels without running them
+                tensor.copy_(values)
 
         def replay() -> Tensor:
             self.replays += 1

@@ -19,7 +19,7 @@ from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
-from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora
+from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Noise
 from unbraid.core.lowrank import delta
 from unbraid.core.optim import Rate, Riemannian
 from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared, Stop
@@ -119,9 +119,11 @@ class Alone:
     def x0_factor(self, t: Tensor) -> Tensor:
         return self.real.x0_factor(t)
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]:
         self.roles = list(images)
-        return self.real.draw(images, shared, rng)
+        return self.real.draw(images, shared, rng, noises)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         out = self.real.predict(samples, prompts)
@@ -357,7 +359,9 @@ class Bowl(nn.Module):
     def x0_factor(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]:
         goal = {"train": 3.0, "valid": 1.0}
         return [
             Sample(torch.ones(1, 1), torch.zeros(1), torch.full((1, 1), goal[one]), torch.zeros(1, 6)) for one in images

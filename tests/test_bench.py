@@ -265,6 +265,11 @@ def test_verdicts_follow_the_figures() -> None:
     assert claims.verdicts(some(0.1, 3))[0].word == "undecided", "three problems prove nothing"
 
 
+def test_claims_are_about_rows_that_exist() -> None:
+    known = {(row.task, row.name) for row in all_rows()}
+    assert all({(one.task, one.row), (one.task, one.other)} <= known for one in claims.CLAIMS)
+
+
 def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
     units = [unit(row, problem, 0, 0.5, 0.5) for problem, rows in (("x", "ab"), ("y", "a")) for row in rows]
     assert [one.cell for one in results.complete(units, {"combine": {"a", "b"}})] == ["x, seed 0"] * 2

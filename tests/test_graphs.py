@@ -44,6 +44,7 @@ JOINING = {"steps": 2 * STEPS, "style_from": STEPS}
 METHODS = {  # every method that trains; `make` needs modules that fit each other
     **{name: case(name) for name in ENTRIES if name != "make" and case(name)[0].steps},
     "unziplora alone": case("unziplora", content_alone=0.5),
+    "unziplora, further": case("unziplora", steps=2 * STEPS, leak_weight=0.1, prior_weight=0.1, content_part="0-0.7"),
     "unziplora official": case("unziplora", compat="official"),
     "consislora": case("consislora", steps=2 * STEPS, x0_from=STEPS, style_steps=STEPS),
     "pair": case("pair", **JOINING),

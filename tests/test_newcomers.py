@@ -14,7 +14,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.files.lora_file import read, write
 from unbraid.images.sheets import contact_sheet
-from unbraid.methods import known_as
+from unbraid.methods import METHODS
 from unbraid.runs import folder
 from unbraid.runs.api import learn_job, split_job, zip_job
 from unbraid.runs.explain import explain
@@ -130,8 +130,8 @@ def test_quiet_prints_the_loras_once(picture: Path, v_base: Path, tmp_path: Path
 def test_zipping_by_rank_goes_by_its_name() -> None:
     from unbraid.runs.settings import resolve
 
-    names = {one: known_as("ziplora", resolve("ziplora", "icons", None, {"granularity": one})) for one in ("rank", "column")}  # fmt: skip
-    assert names == {"rank": "ziprank", "column": "ziplora"} and known_as("blora", {}) == "blora"
+    names = {one: METHODS["ziplora"].known_as(resolve("ziplora", "icons", None, {"granularity": one})) for one in ("rank", "column")}  # fmt: skip
+    assert names == {"rank": "ziprank", "column": "ziplora"} and METHODS["blora"].known_as({}) == "blora"
 
 
 def test_summaries_are_whole() -> None:

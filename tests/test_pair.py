@@ -18,7 +18,7 @@ from unbraid.bases.families import BLOCKS
 from unbraid.bases.families.family import Prompt
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
-from unbraid.core.lora import Active
+from unbraid.core.lora import Active, Noise
 from unbraid.core.lowrank import delta
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Denoiser, Recipe, Sample, Shared
@@ -116,7 +116,9 @@ class Same:
     def x0_factor(self, t: Tensor) -> Tensor:
         return self.real.x0_factor(t)
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]:
         return [self.samples[("before", "after").index(image)] for image in images]
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tools import choose, second_opinion
+from unbraid.bases.families import BLOCKS
 from unbraid.bench import results
 from unbraid.bench.registry import all_rows
 from unbraid.bench.results import Drawing, Unit
@@ -13,7 +14,7 @@ from unbraid.bench.truth.art import held_out_art, to_image
 from unbraid.bench.truth.subjects import held_out
 from unbraid.bench.truth.tasks import FULL, OTHERS, PLACE, QUICK, SHOWN, TAUGHT
 from unbraid.methods import METHODS
-from unbraid.runs.settings import open_settings
+from unbraid.runs.settings import open_settings, resolve
 
 
 def test_settings_are_chosen_on_other_pictures_than_those_of_the_benchmark() -> None:
@@ -26,6 +27,9 @@ def test_a_search_is_of_settings_that_its_method_has_and_of_a_row_that_trains_it
     search = choose.SEARCHES[method]
     (row,) = (one for one in all_rows() if (one.task, one.name) == (search.task, search.row))
     assert method in row.methods and set(search.values) <= set(open_settings(METHODS[method]))
+    for name, values in search.values.items():
+        for value in values:
+            METHODS[method].make(BLOCKS["sdxl"], **resolve(method, "icons", None, {name: value}))
     assert len(choose.todos(Path("work"), row, {}, "icons")) in (len(choose.SUBJECTS), len(choose.STYLES))
 
 

@@ -20,14 +20,14 @@ from unbraid.common.errors import UsageError
 from unbraid.core import mergers
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
-from unbraid.core.lora import Factors, Lora
+from unbraid.core.lora import Factors, Lora, Noise
 from unbraid.core.lowrank import delta
 from unbraid.core.recipe import Sample, Shared
 from unbraid.core.state import State
 from unbraid.core.train import precomputed_targets, train
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
-from unbraid.methods.ziplora import ziplora
+from unbraid.methods.ziplora import excess, ziplora
 from unbraid.runs.api import zip_job
 from unbraid.runs.run import run
 from unbraid.sampling.attach import attach
@@ -106,6 +106,49 @@ def test_factorised_equals_dense_over_100_steps(run_data: RunData) -> None:
     assert moved > 0.1, "at the paper's rate the coefficients must really move"
 
 
+COARSE = ("mid_block.", "up_blocks.0.")  # the small model has two levels
+
+
+def test_the_layer_prior_is_its_formula(run_data: RunData) -> None:
+    """Σ over layers of low resolution of max(0, Σ|m_style| − Σ|m_content|), also for packed layers; only they get gradients,
+    and only where the style has more."""
+    adapters, rng = two_loras(run_data.base, ranks=(4, 4)), torch.Generator().manual_seed(5)
+    (recipe,) = ziplora(BLOCKS["sdxl"], steps=1)
+    recipe.prepare(adapters, rng)
+    wanted, ahead = 0.0, {}
+    for name, layer in adapters.layers.items():
+        content, style = (one.ranks for one in layer.factors().values())
+        assert content is not None and style is not None
+        content.data, style.data = (torch.randn(4, generator=rng).double() for _ in range(2))
+        more = float(style.detach().abs().sum() - content.detach().abs().sum())
+        ahead[name] = name.startswith(COARSE) and more > 0
+        wanted += more if ahead[name] else 0.0
+    assert 0 < sum(ahead.values()) < len(ahead)
+    assert excess(adapters, COARSE).item() == pytest.approx(wanted, rel=1e-12)
+    excess(adapters, COARSE).backward()
+    for name, layer in adapters.layers.items():
+        found = [one.ranks.grad for one in layer.factors().values() if one.ranks is not None]
+        assert all(
+            one is not None and bool(one.any()) == ahead[name] for one in found if ahead[name] or one is not None
+        )
+    adapters.pack()
+    assert excess(adapters, COARSE).item() == pytest.approx(wanted, rel=1e-12)
+    assert excess(adapters, ("elsewhere.",)).item() == 0
+
+
+def test_the_layer_prior_keeps_the_content_ahead_where_it_belongs(run_data: RunData) -> None:
+    """It changes a training, and lowers what it measures. A base without known levels is refused."""
+    found = {}
+    for weight in (0.0, 10.0):
+        adapters = two_loras(run_data.base, ranks=(4, 4))
+        zipped(run_data, adapters, 6, granularity="rank", lr=0.05, layer_prior=weight)
+        found[weight] = excess(adapters, COARSE).item()
+        adapters.detach()
+    assert found[10.0] < found[0.0]
+    with pytest.raises(UsageError, match="low resolution"):
+        ziplora(BLOCKS["flux"], layer_prior=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shared_noise", [True, False])
 def test_teachers_asked_ahead_say_the_same(run_data: RunData, shared_noise: bool) -> None:
@@ -177,7 +220,9 @@ class Toy(nn.Module):
     def x0_factor(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]:
         zero = torch.zeros(1)
         made = [torch.randn(1, 16, self.WIDTH, generator=rng) + (role == "style") for role in images]
         return [Sample(one, zero, zero.expand_as(one), zero) for one in made]

@@ -41,6 +41,12 @@ class Search:
     values: Mapping[str, tuple[Any, ...]]
 
 
+IDEAS = {  # of both `split` and `pair`, off by default; CRAFT's parts are 0-0.7 and 0.28-1
+    "loss": ("x0",),
+    "prior_weight": (0.1, 0.5),
+    "content_part": ("0-0.7", "0-0.85"),
+    "style_part": ("0.28-1", "0.14-1"),
+}
 SEARCHES = {
     "unziplora": Search(
         "separate",
@@ -49,20 +55,38 @@ SEARCHES = {
             "style_lr": (1e-3, 2e-3, 4e-3),
             "content_lr": (5e-4, 1e-3, 2e-3),
             "steps": (200, 300, 450),
-            "rank": (8, 16, 32),
-            "column_ratio": (0.1, 0.3, 0.5),
+            "rank": (4, 8, 16, 32, 64),
+            "column_ratio": (0.1, 0.2, 0.3),  # of three periods: at most a third
             "content_alone": (0.0, 0.5, 1.0),
+            **IDEAS,
+            "leak_weight": (0.1, 1.0),
+            "style_steps": (75, 150, 300),
         },
     ),
     "dreambooth": Search(
         "separate", "DreamBooth-LoRA", {"lr": (5e-4, 1e-3, 2e-3, 4e-3), "steps": (200, 300, 450), "rank": (8, 16, 32)}
     ),
     "blora": Search("separate", "B-LoRA", {"lr": (1e-3, 2e-3, 4e-3), "steps": (200, 300, 450), "rank": (8, 16, 32)}),
-    "ziplora": Search("combine", "ZipLoRA", {"lr": (1e-3, 3e-3, 1e-2), "steps": (50, 100, 200)}),
+    "consislora": Search(
+        "separate",
+        "ConsisLoRA",
+        {"lr": (1e-3, 2e-3, 4e-3), "x0_lr": (5e-4, 1e-3, 2e-3), "noise_offset": (0.0, 0.03, 0.1)},
+    ),
+    "ziplora": Search(
+        "combine",
+        "ZipLoRA",
+        {"lr": (1e-3, 3e-3, 1e-2), "steps": (50, 100, 200), "layer_prior": (0.03, 0.1, 0.3)},
+    ),
     "pair": Search(
         "transfer",
         "Pair",
-        {"lr": (1e-3, 3e-3, 6e-3), "steps": (200, 300, 450), "style_from": (50, 100, 150)},
+        {
+            "lr": (1e-3, 3e-3, 6e-3),
+            "steps": (200, 300, 450),
+            "style_from": (50, 100, 150),
+            "rank": (4, 8, 16, 32, 64),
+            **IDEAS,
+        },
     ),
     "break": Search("combine", "Break-for-Make, at once", {"lr": (2e-3, 5e-3, 1e-2), "steps": (200, 300, 450)}),
     "make": Search("combine", "Break-for-Make, fine-tuned", {"lr": (5e-4, 1e-3, 2e-3)}),

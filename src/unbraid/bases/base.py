@@ -10,32 +10,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unbraid.bases.compiling import compile_blocks
-from unbraid.bases.devices import found_device, sent_to
+from unbraid.bases.devices import found_device
 from unbraid.bases.families import family_of
 from unbraid.bases.families.family import Family, Prompt
 from unbraid.bases.families.noising import Process
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
+from unbraid.bases.samples import Picture, drawn
 from unbraid.bases.savings import save_memory
 from unbraid.common.errors import UsageError
 from unbraid.core.graphs import CudaExecutor, Graphs
+from unbraid.core.lora import Noise
 from unbraid.core.recipe import Denoiser, Sample, Shared
 
 TILE = 512  # pixels: side of the tiles in which the VAE decodes, if it decodes in tiles
 DRAWING = 6 * 2**30  # bytes that drawing a picture of 1024 px needs: the passes, and the VAE in full precision
 MOST_BATCHES = 16  # batches of prompts whose embeddings are cached; 0.3 MB per row in SDXL
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An encoded picture: mean and standard deviation of its scaled latent, `[c, h, w]` each, and SDXL's six size
-    numbers, `[6]`."""
-
-    mean: Tensor
-    std: Tensor
-    sizes: Tensor
-    prompts: tuple[str, ...] = ()  # roles of its own captions; each step chooses one of them at random
-    weight: Tensor | None = None  # [1, h, w]: how much each position of the latent counts in the loss
 
 
 @dataclass
@@ -183,29 +173,13 @@ class RunData:
     def constants(self) -> list[Tensor]:
         return list(self.base.embeddings.values())
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]:
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]:
         """One sample per branch: x_t, t and the target. Random numbers are drawn on the CPU, so that a seed gives the same
-        samples on every device."""
-        kept: dict[str, Tensor] = {}
-        return [self._draw_one(self.pictures[role], shared, kept, rng) for role in images]
-
-    def _draw_one(
-        self, pictures: Sequence[Picture], shared: frozenset[Shared], kept: dict[str, Tensor], rng: torch.Generator
-    ) -> Sample:
-        picture = pictures[int(torch.randint(len(pictures), (), generator=rng))]
-        shape, device = picture.mean.shape, self.base.device
-        latent = picture.mean + picture.std * sent_to(torch.randn(shape, generator=rng), device).to(picture.std)
-        if "timestep" not in shared or "timestep" not in kept:
-            tokens = shape[-2] * shape[-1] // 4
-            kept["timestep"] = sent_to(self.base.process.draw_timestep(rng, tokens), device)
-        if "noise" not in shared or "noise" not in kept:
-            kept["noise"] = sent_to(torch.randn(shape, generator=rng), device).to(picture.mean)
-        t = kept["timestep"]
-        noisy, target = self.base.process.corrupt(latent[None], kept["noise"][None], t)
-        some = picture.prompts
-        prompt = some[int(torch.randint(len(some), (), generator=rng))] if len(some) > 1 else (*some, None)[0]
-        weight = None if picture.weight is None else picture.weight[None]
-        return Sample(noisy, t, target, picture.sizes[None], prompt, weight=weight, factor=self.base.process.factor(t))
+        samples on every device. `noises`: how each is drawn; by default all in the usual way."""
+        some = [self.pictures[role] for role in images]
+        return drawn(self.base.process, some, noises or [Noise()] * len(images), shared, rng)
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor:
         noisy = torch.cat([sample.noisy for sample in samples])

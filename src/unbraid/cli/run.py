@@ -184,7 +184,7 @@ def loading(what: str, quiet: bool = False) -> Any:
 def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
     """Train, and show the progress. Returns the exit status. `numbered`: see `Todo`."""
     from unbraid.common.progress import watched
-    from unbraid.methods import known_as
+    from unbraid.methods import METHODS
     from unbraid.runs import folder
     from unbraid.runs.after import next_steps
     from unbraid.runs.job import check
@@ -203,7 +203,7 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
         first = next(events)
     if not quiet:
         console.print(
-            f"{known_as(job.method, job.settings)} on {job.base} → {job.out}",
+            f"{METHODS[job.method].known_as(job.settings)} on {job.base} → {job.out}",
             markup=False,
             highlight=False,
             soft_wrap=True,

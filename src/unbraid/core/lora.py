@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 Part = Literal["down", "up", "merger"]
 Loss = Literal["prediction", "x0"]
+Span = tuple[float, float]
+WHOLE: Span = (0.0, 1.0)
 ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
 
 
@@ -36,6 +38,17 @@ class Active:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How a branch's noisy picture is drawn. `offset`: standard deviation of one further random number per channel, which
+    is added to the noise at all its positions, so that a picture's mean colour is hidden too. `part`: the part of the way
+    from pure noise (0) to the picture (1) that timesteps are drawn from. Branches that share their noise or timestep do so
+    if it is drawn in the same way."""
+
+    offset: float = 0.0
+    part: Span = WHOLE
+
+
+@dataclass(frozen=True)
 class Branch:
     """One prediction of a training step. `image` and `prompt` are role names, so a recipe does not depend on the user's
     files. The target is the prediction of the `teacher` if there is one, else the noise or velocity. The `loss` is the
@@ -47,6 +60,7 @@ class Branch:
     teacher: "Branch | None" = None
     weight: float = 1.0
     loss: Loss = "prediction"
+    noise: Noise = Noise()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from unbraid.core.adapters import Adapters
 from unbraid.core.graphs import Graphs
 from unbraid.core.layers import ATTENTION
-from unbraid.core.lora import Branch
+from unbraid.core.lora import Branch, Noise
 from unbraid.core.optim import Rates, adamw
 
 T = TypeVar("T")
@@ -95,7 +95,9 @@ class Denoiser(Protocol):
     prompts: Mapping[str, Tensor]  # role → [tokens, channels], for adapters that read their own prompt
     graphs: Graphs | None  # where steps are captured and replayed; None: they run as they are
 
-    def draw(self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator) -> list[Sample]: ...
+    def draw(
+        self, images: Sequence[str], shared: frozenset[Shared], rng: torch.Generator, noises: Sequence[Noise] = ()
+    ) -> list[Sample]: ...
 
     def predict(self, samples: Sequence[Sample], prompts: Sequence[str]) -> Tensor: ...
 

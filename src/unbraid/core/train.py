@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unbraid.core.adapters import Adapters
+from unbraid.core.lora import Branch
 from unbraid.core.passes import answer, chunks, teacher_predictions
 from unbraid.core.recipe import Denoiser, ForwardRequest, Recipe, Sample, Stop, TrainingCoroutine, go_on
 from unbraid.core.state import State, Step
@@ -67,7 +68,7 @@ def precomputed_targets(
 
     Teachers are evaluated in batches of `at_once`. A resumed run skips those of the steps before `begin`."""
     plan = [recipe.branches(i) for i in range(recipe.steps)]
-    drawn = [model.draw([branch.image for branch in branches], recipe.passes.shared, rng) for branches in plan]
+    drawn = [draw(model, recipe, branches, rng) for branches in plan]
     wanted = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
     for chunk in chunks([drawn[i][j] for i, j in wanted], at_once):
         places = [wanted[k] for k in chunk]
@@ -78,16 +79,18 @@ def precomputed_targets(
     return drawn
 
 
+def draw(model: Denoiser, recipe: Recipe, branches: Sequence[Branch], rng: torch.Generator) -> list[Sample]:
+    """The samples of one step."""
+    images, noises = [branch.image for branch in branches], [branch.noise for branch in branches]
+    return model.draw(images, recipe.passes.shared, rng, noises)
+
+
 def _step(
     model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None
 ) -> Generator[ForwardRequest, list[Tensor], Step]:
     adapters, index, hooks = state.adapters, state.step, recipe.hooks
     branches = recipe.branches(index)
-    samples = (
-        precomputed_targets[index]
-        if precomputed_targets
-        else model.draw([branch.image for branch in branches], recipe.passes.shared, state.rng)
-    )
+    samples = precomputed_targets[index] if precomputed_targets else draw(model, recipe, branches, state.rng)
     losses: list[Tensor] = []
     _scale_rates(state.optimizer, recipe.optimization.rate_factor, index)
     size = 1 if recipe.passes.in_turn else max(len(branches), 1)
@@ -124,7 +127,7 @@ def _goes_on(
     """Compute the validation loss of early stopping, on the same samples every time. Returns whether to continue."""
     rng = torch.Generator().manual_seed(0)
     branches = [branch for branch in stop.branches for _ in range(stop.samples)]
-    samples = [model.draw([branch.image], recipe.passes.shared, rng)[0] for branch in branches]
+    samples = [draw(model, recipe, [branch], rng)[0] for branch in branches]
     losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
     return state.record_validation(float(torch.stack(losses).mean()), stop.patience)
 

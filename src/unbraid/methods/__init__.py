@@ -1,11 +1,8 @@
 """The training methods, one or a few per file, each with its `Entry`. A new method needs a file here, its name in FILES,
 a test and a row in the docs. This package does not depend on files, base models or run folders."""
 
-from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
 
-from unbraid.methods import ziplora
 from unbraid.methods.entry import Entry
 
 FILES = (  # in the order in which methods are listed; the first method of a verb is its default
@@ -22,8 +19,3 @@ FILES = (  # in the order in which methods are listed; the first method of a ver
 )
 ENTRIES: tuple[Entry, ...] = tuple(entry for file in FILES for entry in import_module(f"{__name__}.{file}").ENTRIES)
 METHODS = {entry.name: entry for entry in ENTRIES}
-
-
-def known_as(method: str, settings: Mapping[str, Any]) -> str:
-    """The name under which a run's results should be published. With some settings it is another one than the method's."""
-    return ziplora.known_as(settings) if method == "ziplora" else method

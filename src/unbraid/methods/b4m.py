@@ -28,7 +28,7 @@ from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
 from unbraid.core.recipe import Hooks, Optimization, Passes, Recipe, Stop
 from unbraid.methods.b4m_official import is_redrawn, official, redraw
-from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, two
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication, two
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.pair import rows
 
@@ -227,15 +227,15 @@ def _discard_after_last(steps: int, other: Part, adapters: Adapters, step: int) 
             getattr(factors, other).zero_()
 
 
-PAPER = "doi 10.1145/3728461"
 MODULE = Inputs(
     (Input("own", "pictures"), Input("partner", "pictures", optional=True)),
     set_by_verb=("kind",),
     shortest={"lr": 1e-1, "partner_count": 1},
 )
 TWO_MODULES = Inputs(two("module"), set_by_verb=("roles", *CUT, "fine_tune"), shortest={"lr": 1e-4, "fine_tune": 2})
-BREAK = ("Break-for-Make: a module", PAPER, MODULE)
-MAKE = ("Break-for-Make: fine-tuning", PAPER, TWO_MODULES)
+PAPER = "doi 10.1145/3728461"
+BREAK = (Publication("Break-for-Make: a module", PAPER), MODULE)
+MAKE = (Publication("Break-for-Make: fine-tuning", PAPER), TWO_MODULES)
 ENTRIES = (
     Entry(
         "break",

@@ -11,7 +11,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, known_blocks
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, Publication, known_blocks
 from unbraid.methods.losses import with_x0_loss
 
 
@@ -41,8 +41,7 @@ ENTRIES = (
         with_x0_loss(blora),
         {"both": "a {rare}"},
         lambda settings: {role: Output((role,), "both") for role in ROLES},
-        "B-LoRA",
-        "arXiv 2403.14572",
+        Publication("B-LoRA", "arXiv 2403.14572"),
         ONE_PICTURE,
     ),
 )

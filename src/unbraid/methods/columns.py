@@ -39,11 +39,11 @@ class Columns:
 
     def scoring(self, step: int) -> bool:
         """Whether channels are scored in this step."""
-        return step % self.period < self.window
+        return step < self.steps and step % self.period < self.window
 
     def granting(self, step: int) -> bool:
         """Whether channels are granted after this step."""
-        return step % self.period == self.window - 1
+        return step < self.steps and step % self.period == self.window - 1
 
     def exempt(self, layer: str) -> str | None:
         """The adapter that uses every channel of this layer, if any."""

@@ -2,10 +2,8 @@
 
 First a content adapter and a draft of the style are trained together, as in B-LoRA: with the usual loss, then with the x0
 loss (unbraid.methods.losses). Then the draft is thrown away. The content adapter is frozen, and a fresh style adapter is
-trained beside it under a prompt of the style, so that it learns only what the content adapter has not. The paper's guidance
-for drawing is `unbraid.sampling.sample.difference`.
-
-Not taken from the paper: its noise offset of 0.03 while the style trains.
+trained beside it under a prompt of the style, so that it learns only what the content adapter has not. While it trains, the
+noise has an offset. The paper's guidance for drawing is `unbraid.sampling.sample.difference`.
 """
 
 from dataclasses import replace
@@ -15,10 +13,10 @@ import torch
 
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
-from unbraid.core.lora import Active, Branch, Part
+from unbraid.core.lora import Active, Branch, Noise, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Recipe
-from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, known_blocks
+from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, Publication, known_blocks
 
 ADAPTERS = {"content": "content", "draft": "style", "style": "style"}  # adapter → the role whose layers it has
 FROZEN: frozenset[Part] = frozenset()
@@ -34,6 +32,7 @@ def consislora(
     lr: float = 2e-4,
     x0_lr: float = 1e-4,
     weight_decay: float = 1e-4,
+    noise_offset: float = 0.03,
 ) -> tuple[Recipe, ...]:
     """Split one image by blocks, the content first.
 
@@ -41,7 +40,8 @@ def consislora(
     the clean picture; before it, the loss is that of the prediction; by default after a third of the steps or earlier.
     style_steps: further steps, which train the style adapter beside the finished content adapter; by default at most two
     thirds of `steps`. lr: AdamW's learning rate before `x0_from`. x0_lr: AdamW's learning rate
-    after it. weight_decay: AdamW's.
+    after it. weight_decay: AdamW's. noise_offset: while the style trains, this times one normal number per channel is added
+    to the noise at all positions, so that the mean colour has to be learnt, too; 0 for none.
     """
     known_blocks(blocks, "consislora")
     if not lr:
@@ -52,7 +52,8 @@ def consislora(
             adapters.new(name, rank, rng, within=blocks[role][0])
 
     first = Branch("image", "both", (Active("content"), Active("draft")))
-    style = Branch("image", "style", (Active("content", trains=FROZEN), Active("style")), loss="x0")
+    beside = (Active("content", trains=FROZEN), Active("style"))
+    style = Branch("image", "style", beside, loss="x0", noise=Noise(noise_offset))
 
     def branches(step: int) -> tuple[Branch, ...]:
         if step >= steps:
@@ -77,8 +78,8 @@ ENTRIES = (
         consislora,
         {"both": "a {rare}", "style": "an image in {style} style"},
         lambda settings: {"content": Output(("content",), "both"), "style": Output(("style",), "style")},
-        "ConsisLoRA",
-        "arXiv 2503.10614",
+        Publication("ConsisLoRA", "arXiv 2503.10614"),
         replace(ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS),
+        version=2,  # 2: noise_offset
     ),
 )

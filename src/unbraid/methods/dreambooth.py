@@ -5,7 +5,7 @@ from typing import Literal
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication
 from unbraid.methods.losses import with_x0_loss
 
 
@@ -51,8 +51,7 @@ ENTRIES = (
         with_x0_loss(dreambooth),
         {"both": "{prompt}", "prior": "{class_prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
-        "DreamBooth-LoRA",
-        "arXiv 2208.12242",
+        Publication("DreamBooth-LoRA", "arXiv 2208.12242"),
         PICTURES,
     ),
 )

@@ -12,7 +12,8 @@ from unbraid.common.errors import UnsuitedError
 from unbraid.core.recipe import Recipe
 
 ROLES = ("content", "style")
-Blocks = Mapping[str, tuple[str, ...]]  # role → prefixes of the layers that are known to control it
+# Role → prefixes of the layers that are known to control it; `coarse` → those of layers of low resolution
+Blocks = Mapping[str, tuple[str, ...]]
 Method = Callable[..., tuple[Recipe, ...]]
 Check = Callable[[Mapping[str, Sequence[Image.Image]], Mapping[str, Sequence[Path]]], list[str]]
 
@@ -63,6 +64,16 @@ TWO_LORAS = Inputs(two("LoRA"), set_by_verb=("roles",))
 
 
 @dataclass(frozen=True)
+class Publication:
+    """Where a method is from, and the name to publish its results under."""
+
+    title: str
+    paper: str
+    # Settings → the name to publish results under, for a method with settings that have names of their own
+    known_as: Callable[[Mapping[str, Any]], str] | None = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """A method. Its settings are the keyword-only arguments of `make`, whose docstring describes each as `name: text.`"""
 
@@ -73,10 +84,21 @@ class Entry:
     # is left out. If there are no templates, the words themselves are the prompts.
     prompts: Mapping[str, str]
     outputs: Callable[[Mapping[str, Any]], dict[str, Output]]  # settings → file stem → output
-    title: str
-    paper: str
+    publication: Publication
     inputs: Inputs
     version: int = 1  # raise it when the same settings train other LoRAs: the benchmark then does them again
+
+    @property
+    def title(self) -> str:
+        return self.publication.title
+
+    @property
+    def paper(self) -> str:
+        return self.publication.paper
+
+    def known_as(self, settings: Mapping[str, Any]) -> str:
+        """The name to publish the results of a run with these settings under: by default that of the method."""
+        return self.publication.known_as(settings) if self.publication.known_as else self.name
 
 
 def split_outputs(settings: Mapping[str, Any]) -> dict[str, Output]:

@@ -6,38 +6,15 @@ on the timestep alone (`unbraid.bases.families.noising.Diffusion.x0_factor`), an
 where the layout and the large shapes of a picture are decided.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
-from inspect import Parameter
-from typing import Any
 
 from unbraid.core.lora import Branch, Loss
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import Blocks, Method
+from unbraid.methods.added import adding, setting
 
 ABOUT = """loss: what is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`).
     x0_from: with `x0`, the step from which on that loss is used; before it, the loss is that of the prediction."""
-SETTINGS = (
-    Parameter("loss", Parameter.KEYWORD_ONLY, default="prediction", annotation=Loss),
-    Parameter("x0_from", Parameter.KEYWORD_ONLY, default=0, annotation=int),
-)
-
-
-def with_x0_loss(method: Method) -> Method:
-    """Give a method the settings `loss` and `x0_from`."""
-
-    @wraps(method)
-    def made(blocks: Blocks, *, loss: Loss = "prediction", x0_from: int = 0, **settings: Any) -> tuple[Recipe, ...]:
-        recipes = method(blocks, **settings)
-        return recipes if loss == "prediction" else tuple(in_x0(recipe, x0_from) for recipe in recipes)
-
-    signature = inspect.signature(method)
-    parameters = (*signature.parameters.values(), *SETTINGS)
-    made.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    made.__doc__ = f"{(method.__doc__ or '').rstrip()}\n    {ABOUT}\n    "
-    return made
 
 
 def in_x0(recipe: Recipe, first: int) -> Recipe:
@@ -49,3 +26,10 @@ def in_x0(recipe: Recipe, first: int) -> Recipe:
             branches(step) if step < first else tuple(replace(branch, loss="x0") for branch in branches(step))
         ),
     )
+
+
+with_x0_loss = adding(
+    (setting("loss", "prediction", Loss), setting("x0_from", 0, int)),
+    ABOUT,
+    lambda recipe, given: recipe if given["loss"] == "prediction" else in_x0(recipe, given["x0_from"]),
+)

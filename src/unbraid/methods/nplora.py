@@ -6,7 +6,7 @@ import torch
 from unbraid.core.adapters import Adapters
 from unbraid.core.lowrank import outside
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
+from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, Publication, zip_outputs
 
 
 def nplora(
@@ -32,4 +32,4 @@ def nplora(
     return (Recipe(prepare, lambda step: (), {}, 0),)
 
 
-ENTRIES = (Entry("np-lora", "zip", nplora, {}, zip_outputs, "NP-LoRA", "arXiv 2511.11051", TWO_LORAS),)
+ENTRIES = (Entry("np-lora", "zip", nplora, {}, zip_outputs, Publication("NP-LoRA", "arXiv 2511.11051"), TWO_LORAS),)

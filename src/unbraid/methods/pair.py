@@ -25,8 +25,10 @@ from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Passes, Recipe
 from unbraid.images.crop import alignment
-from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output
+from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication
+from unbraid.methods.further import with_prior
 from unbraid.methods.losses import with_x0_loss
+from unbraid.methods.windows import with_windows
 
 ALIGNED = 0.2  # correlation of edges; below it, two pictures are probably no pair (docs/pair.md)
 STYLED, PLAIN = ("after", "styled", "stylised", "stylized"), ("before", "original", "unstyled", "plain")
@@ -183,15 +185,15 @@ ENTRIES = (
     Entry(
         "pair",
         "pair",
-        with_x0_loss(pair),
+        with_x0_loss(with_windows(with_prior(("style",))(pair))),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",
             "style": "a {rare} {subject} in {style} style",
+            "prior": "a {subject}",
         },
         outputs,
-        "Pair Customization",
-        "arXiv 2405.01536",
+        Publication("Pair Customization", "arXiv 2405.01536"),
         replace(PAIRS, shortest={"style_from": 0}, limits={"style_from": lambda settings: settings["steps"] // 3}),
     ),
 )

@@ -21,7 +21,7 @@ from unbraid.core.lora import Active, Branch, Factors, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.bases import basis
-from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Input, Inputs, Output, split_outputs
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Input, Inputs, Output, Publication, split_outputs
 from unbraid.methods.losses import with_x0_loss
 
 DOWN: frozenset[Part] = frozenset({"down"})
@@ -130,8 +130,7 @@ ENTRIES = (
         with_x0_loss(qrlora),
         {"both": "{prompt}"},
         lambda settings: {"lora": Output(("lora",), "both")},
-        "QR-LoRA",
-        "arXiv 2507.04599",
+        Publication("QR-LoRA", "arXiv 2507.04599"),
         Inputs((Input("image", "pictures"),)),
     ),
     Entry(
@@ -144,8 +143,7 @@ ENTRIES = (
             "style": "a {subject} in {style} style",
         },
         split_outputs,
-        "QR-LoRA, split",
-        "arXiv 2507.04599",
+        Publication("QR-LoRA, split", "arXiv 2507.04599"),
         ONE_PICTURE,
     ),
 )

@@ -8,7 +8,7 @@ from unbraid.core.layers import SELF_ATTENTION
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Passes, Recipe
-from unbraid.methods.entry import Blocks, Entry, Output
+from unbraid.methods.entry import Blocks, Entry, Output, Publication
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.pair import PAIRS, numbered
 
@@ -53,8 +53,7 @@ ENTRIES = (
         with_x0_loss(slider),
         {"both": "a {rare} {subject}", "content": "a {rare} {subject}"},
         lambda settings: {"style": Output(("style",), "content")},
-        "Concept Slider",
-        "arXiv 2311.12092",
+        Publication("Concept Slider", "arXiv 2311.12092"),
         PAIRS,
     ),
 )

@@ -22,9 +22,11 @@ from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Hooks, Recipe
 from unbraid.methods.columns import Columns, Ledger, clamp_gates, gates, ledger, most_ratio, pairs, pieces
-from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, split_outputs
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, Publication, split_outputs
+from unbraid.methods.further import with_leak, with_prior, with_style_steps
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.unziplora_official import Official, official
+from unbraid.methods.windows import with_windows
 
 
 def unziplora(
@@ -112,7 +114,8 @@ def add_ledgers(adapters: Adapters, columns: Columns) -> None:
 
 
 def _after_backward(adapters: Adapters, columns: Columns, step: int) -> None:
-    every = [factors for both in pieces(adapters) for factors in both]
+    again = step >= columns.steps  # the style trains beside the finished content
+    every = [factors for both in pieces(adapters) for factors in (both[1:] if again else both)]
     if columns.scoring(step):
         for factors in every:
             ledger(factors).score += _gradient(factors.up).norm(dim=-1)
@@ -190,15 +193,15 @@ ENTRIES = (
     Entry(
         "unziplora",
         "split",
-        with_x0_loss(unziplora),
+        with_x0_loss(with_windows(with_leak(with_prior(ROLES)(with_style_steps(unziplora))))),
         {
             "both": "a {rare} {subject} in {style} style",
             "content": "a {rare} {subject}",
             "style": "a {subject} in {style} style",
+            "prior": "a {subject}",
         },
         outputs,
-        "UnZipLoRA",
-        "arXiv 2412.04465",
+        Publication("UnZipLoRA", "arXiv 2412.04465"),
         replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS),
     ),
 )

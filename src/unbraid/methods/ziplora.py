@@ -8,6 +8,7 @@ Differences from the public re-implementation (`compat="official"`): at its lear
 more than 0.005 in 100 steps, so its result is the plain sum. At the paper's rate of 0.01, its similarity term, and the raw
 dot product in the paper's formula, shrink all LoRAs together. The cosine, which the paper's text describes, does neither.
 The default granularity is `rank` (DuoLoRA's ZipRank), which measured better (docs/ziplora.md); ZipLoRA's own is `column`.
+DuoLoRA's layer prior is an option; its cycle loss is not implemented.
 """
 
 from collections import defaultdict
@@ -19,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Passes, Recipe
-from unbraid.methods.entry import TWO_LORAS, Blocks, Entry, zip_outputs
+from unbraid.methods.entry import ROLES, TWO_LORAS, Blocks, Entry, Publication, zip_outputs
 
-TITLE, PAPER = "ZipRank, or ZipLoRA with granularity=column", "arXiv 2504.13206, 2311.13600"
 Similarity = Literal["cos", "dot", "product"]
 SIMILARITIES: dict[Similarity, Callable[[Tensor, Tensor], Tensor]] = {  # [n, k], [n, k] → [n]
     "cos": lambda a, b: F.cosine_similarity(a, b, dim=1).abs(),
@@ -42,6 +42,7 @@ def ziplora(
     granularity: Literal["rank", "column", "row", "layer"] = "rank",
     similarity: Similarity = "cos",
     weight: float = 0.01,
+    layer_prior: float = 0.0,
     lr: float = 0.01,
     weight_decay: float = 0.0,
     steps: int = 100,
@@ -56,12 +57,16 @@ def ziplora(
     roles: the LoRAs' names (set by the command). granularity: one coefficient per rank (ZipRank; per column in layers where
     the ranks differ and cannot be compared), input column (ZipLoRA), output row, or layer. similarity: the penalty on two
     LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. weight: factor λ of the sum of similarities over
-    layers. lr: AdamW's learning rate for the coefficients. weight_decay: AdamW's. steps: optimiser steps at most. tolerance:
+    layers. layer_prior: weight of DuoLoRA's penalty on layers of low resolution in which the style has larger coefficients than
+    the content; 0.1 in its paper. lr: AdamW's learning rate for the coefficients. weight_decay: AdamW's. steps: optimiser steps at most. tolerance:
     stop when the mean similarity over layers is below it. clamp: keep coefficients in 0..1. shared_noise: use one noise and
     one timestep for all LoRAs of a step, as published. single: write one file, with the sum of the ranks, in place of one
     per LoRA. compat: `official` is the public re-implementation (product, 5e-5, decay).
     """
-    del blocks
+    coarse = blocks.get("coarse", ())
+    if layer_prior and not coarse:
+        what, fix = "which layers of this base have a low resolution is not known", "Leave layer_prior out."
+        raise UnsuitedError(what, "ziplora", fix)
     if compat == "official":
         granularity, similarity, lr, weight_decay, tolerance, clamp = "column", "product", 5e-5, 1e-4, 0.0, False
     student = tuple(Active(role, trains=frozenset({"merger"})) for role in roles)
@@ -81,6 +86,8 @@ def ziplora(
     def penalty(adapters: Adapters, step: int) -> Tensor | None:
         del step
         total = weight * similarities(adapters, similarity).sum()
+        if layer_prior:
+            total = total + layer_prior * excess(adapters, coarse)
         return total if total.requires_grad else None
 
     rates: Rates = {(role, "merger"): Rate(lr, weight_decay) for role in roles}
@@ -134,9 +141,30 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
     return torch.cat(out)
 
 
+def excess(adapters: Adapters, coarse: tuple[str, ...]) -> Tensor:
+    """DuoLoRA's layer prior (arXiv 2504.13206), a scalar: by how much the coefficients of the style exceed those of the
+    content, Σ max(0, Σ|m_style| − Σ|m_content|) over the shared layers whose names begin with one of `coarse`. Σ|m| is the
+    nuclear norm of diag(m). 0 if there is no such layer."""
+    stacks = defaultdict[tuple[nn.Parameter, ...], list[int]](
+        list
+    )  # coefficients of content and style → places in them
+    for name, layer in adapters.layers.items():
+        both = [factors for role, factors in layer.factors().items() if role in ROLES]
+        if name.startswith(coarse) and len(both) == len(ROLES):
+            mergers = tuple((one.place.stack if one.place else one).mergers()[0] for one in both)
+            stacks[mergers].append(both[0].place.index if both[0].place else 0)
+    total = torch.zeros(())
+    for (content, style), places in stacks.items():
+        content, style = (one.abs().view(-1, one.shape[-1])[places].sum(-1) for one in (content, style))
+        total = total.to(content) + (style - content).clamp(min=0).sum()
+    return total
+
+
 def known_as(settings: Mapping[str, Any]) -> str:
     """The name under which results with these settings should be published: `ziprank` with one coefficient per rank."""
     return "ziprank" if settings["granularity"] == "rank" and settings["compat"] == "none" else "ziplora"
 
 
-ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, TITLE, PAPER, TWO_LORAS),)
+TITLE, PAPER = "ZipRank, or ZipLoRA with granularity=column", "arXiv 2504.13206, 2311.13600"
+PUBLICATION = Publication(TITLE, PAPER, known_as)
+ENTRIES = (Entry("ziplora", "zip", ziplora, {}, zip_outputs, PUBLICATION, TWO_LORAS),)

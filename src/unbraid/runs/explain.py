@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from unbraid.bases.families import BLOCKS
 from unbraid.common.errors import UsageError
-from unbraid.core.lora import ALL, Active, Branch
+from unbraid.core.lora import ALL, WHOLE, Active, Branch
 from unbraid.core.recipe import Recipe
 from unbraid.methods import METHODS
 from unbraid.methods.entry import Output
@@ -55,7 +55,9 @@ def _branch(branch: Branch) -> str:
     teacher = f", towards [{_branch(branch.teacher)}]" if branch.teacher else ""
     weight = f" × {branch.weight:g}" if branch.weight != 1 else ""
     loss = ", x0 loss" if branch.loss == "x0" else ""
-    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{loss}{teacher}"
+    noise = f", noise offset {branch.noise.offset:g}" if branch.noise.offset else ""
+    noise += ", from {:g} to {:g} of the way".format(*branch.noise.part) if branch.noise.part != WHOLE else ""
+    return f"{branch.image!r} under {branch.prompt!r}: {adapters}{weight}{loss}{noise}{teacher}"
 
 
 def _active(active: Active) -> str:

@@ -40,6 +40,16 @@ class UnziploraSettings(RunOptions, total=False):
     """With `official`, what gradients are multiplied by before the threshold that channels are scored with; 65536 is that of fp16 training, 1 that of bf16. Default 65536.0."""
     compat: Literal["none", "official"]
     """`official` reproduces the published code, defects included. Default 'none'."""
+    style_steps: int
+    """Further steps at the end, in which the style is learnt again beside the finished content adapter, which acts but does not train, so that the style is what the content has not. Not with `official`. Default 0."""
+    prior_weight: float
+    """Weight of a further loss on pictures that the base draws of `a {subject}`, under that prompt, with one adapter alone (the two take turns): prior preservation as in DreamBooth, against what an adapter does without its words. It costs a pass per step. Default 0.0."""
+    leak_weight: float
+    """Weight of a further loss: under the prompt of the content, the style adapter alone must predict what the base predicts, so that it holds nothing of the subject. It costs a pass per step, and one of the base without gradients. Default 0.0."""
+    content_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
+    style_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
     loss: Literal["prediction", "x0"]
     """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
     x0_from: int
@@ -55,6 +65,8 @@ class ZiploraSettings(RunOptions, total=False):
     """The penalty on two LoRAs' coefficients in a layer: |cos|, |dot product|, or mean |product|. Default 'cos'."""
     weight: float
     """Factor λ of the sum of similarities over layers. Default 0.01."""
+    layer_prior: float
+    """Weight of DuoLoRA's penalty on layers of low resolution in which the style has larger coefficients than the content; 0.1 in its paper. Default 0.0."""
     lr: float
     """AdamW's learning rate for the coefficients. Default 0.01; on icons 0.003."""
     weight_decay: float
@@ -103,6 +115,12 @@ class PairSettings(RunOptions, total=False):
     """Whether there is a content adapter; if not, the style adapter learns the picture after alone. Default True."""
     compat: Literal["none", "official"]
     """`official` updates the content adapter before it computes the loss of the style, as published, not both at once. Default 'none'."""
+    prior_weight: float
+    """Weight of a further loss on pictures that the base draws of `a {subject}`, under that prompt, with one adapter alone (the style): prior preservation as in DreamBooth, against what an adapter does without its words. It costs a pass per step. Default 0.0."""
+    content_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
+    style_part: str
+    """The part of the way from noise (0) to picture (1) whose timesteps this adapter learns from, such as 0-0.7 or 0.3-1. If the two differ, each adapter has a pass of its own in every step, in which the other one acts but does not train, so that a step costs twice as much. Default '0-1'."""
     loss: Literal["prediction", "x0"]
     """What is compared with the truth: the base's `prediction`, or the clean picture that it implies (`x0`). Default 'prediction'."""
     x0_from: int
@@ -160,6 +178,8 @@ class ConsisloraSettings(RunOptions, total=False):
     """AdamW's learning rate after it. Default 0.0001; on icons 0.001."""
     weight_decay: float
     """AdamW's. Default 0.0001."""
+    noise_offset: float
+    """While the style trains, this times one normal number per channel is added to the noise at all positions, so that the mean colour has to be learnt, too; 0 for none. Default 0.03."""
 
 
 class BreakSettings(RunOptions, total=False):

@@ -74,7 +74,11 @@ def _check_alone(recipe: Recipe) -> None:
     """For networks in which adapters cannot read their own prompts: UsageError if an adapter that should is never trained
     alone, under its own prompt."""
     branches = recipe.branches(0)
-    alone = {branch.active[0].adapter for branch in branches if len(branch.active) == 1}
+    alone = {
+        one.adapter
+        for branch in branches
+        if len(branch.active) == 1 and (one := branch.active[0]).prompt == branch.prompt
+    }
     own = {active.adapter for branch in branches for active in branch.active if active.prompt}
     if missing := sorted(own - alone):
         fix = "Use --method unziplora with content_alone and style_alone above 0."
@@ -97,7 +101,8 @@ def _drawn(
 ) -> dict[str, list[Image.Image]]:
     """Draw pictures for roles without any, under the role's prompt: with the role's LoRA if there is one."""
     out = {}
-    for role in sorted({branch.image for branch in recipe.branches(0)} - set(given)):
+    wanted = {branch.image for step in range(max(recipe.steps, 1)) for branch in recipe.branches(step)}
+    for role in sorted(wanted - set(given)):
         active, count = ((Active(role),), DRAWN) if role in job.data.loras else ((), DRAWN_OF_CLASS)
         terms = classifier_free(GUIDANCE, role, active)
         seeds = range(job.seed, job.seed + count)  # one at a time: sixteen in one batch do not fit beside a large base

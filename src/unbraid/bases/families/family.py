@@ -136,7 +136,8 @@ class Family:
     matches: Callable[[Mapping[str, Any]], bool]  # the denoiser's configuration → whether it is of this family
     network: Network
     # Role → prefixes of the attention groups that control it, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv
-    # 2412.04465). In them that role's adapter uses every channel, and the other role's only its selected ones.
+    # 2412.04465). In them that role's adapter uses every channel, and the other role's only its selected ones. Under the name
+    # `coarse`, the layers of low resolution, for which DuoLoRA (arXiv 2504.13206) expects content.
     blocks: Mapping[str, tuple[str, ...]]
     encode_text: Callable[[Any, str, torch.device], Prompt]  # pipeline, text, device
     # prompts, sizes [b, 6], dtype → the denoiser's arguments other than latents, timesteps and text

@@ -26,6 +26,7 @@ FAMILY = Family(
     {  # by analogy with SDXL (the same place in the decoder); not measured
         "content": ("up_blocks.1.attentions.0.", "up_blocks.1.attentions.2."),
         "style": ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.", "up_blocks.3.attentions."),
+        "coarse": ("down_blocks.2.", "mid_block.", "up_blocks.1."),
     },
     encode_text,
     lambda prompts, sizes, dtype: {"added_cond_kwargs": None},

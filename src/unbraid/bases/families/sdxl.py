@@ -25,6 +25,7 @@ FAMILY = Family(
     {
         "content": ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.2."),
         "style": ("up_blocks.0.attentions.1.", "up_blocks.1.attentions."),
+        "coarse": ("down_blocks.2.", "mid_block.", "up_blocks.0."),
     },
     encode_text,
     conditions,

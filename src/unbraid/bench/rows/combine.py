@@ -107,6 +107,7 @@ ROWS = [
     Row("combine", "LoRA Switch", summed, {"combine": "switch"}, methods=SUM),
     Row("combine", "LoRA Composite", summed, {"combine": "composite"}, methods=SUM),
     Row("combine", "ZipRank", zipped, methods=ZIP),
+    Row("combine", "ZipRank, layer prior", zipped, {"layer_prior": 0.1}, methods=ZIP),
     Row("combine", "ZipLoRA", zipped, {"granularity": "column"}, methods=ZIP),
     Row("combine", "ZipLoRA, public recipe", zipped, {"compat": "official"}, methods=ZIP),
     Row("combine", "joint training", joint, methods=SUM),

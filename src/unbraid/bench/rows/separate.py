@@ -1,5 +1,7 @@
 """Rows of `separate` and `recombine`: content and style are each learnt from one picture."""
 
+from collections.abc import Mapping
+
 from unbraid.bases.families import BLOCKS
 from unbraid.bench.rows.row import Drawers, Make, Row, every_use
 from unbraid.bench.rows.training_cache import TrainingCache
@@ -61,6 +63,13 @@ def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Dr
     return {"both": cache.drawer(*cache.zipped(cell, content, style, images, **settings))}
 
 
+IDEAS: Mapping[str, Settings] = {  # settings that are off by default, each against what the two LoRAs have in common
+    "x0 loss": {"loss": "x0"},
+    "style learnt again": {"style_steps": 150},
+    "prior preserved": {"prior_weight": 0.5},
+    "leak loss": {"leak_weight": 1.0},
+    "windows": {"content_part": "0-0.7", "style_part": "0.28-1"},
+}
 # Every method of the verb `split` has a row in both tasks
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
@@ -85,9 +94,11 @@ ROWS = [
     Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
     Row("recombine", "ConsisLoRA, guided", guided, methods=("consislora",)),
     *(
-        Row(task, f"ablation: {METHODS[name].title}, x0 loss", MAKERS[name], {"loss": "x0"}, True, (name,))
+        Row(task, f"ablation: {METHODS[name].title}, {idea}", MAKERS[name], settings, True, (name,))
         for task in TASKS
-        for name in (UNZIP, "blora")
+        for name, ideas in ((UNZIP, tuple(IDEAS)), ("blora", ("x0 loss",)))
+        for idea, settings in IDEAS.items()
+        if idea in ideas
     ),
     *(
         Row("separate", f"ablation: {name}", MAKERS[UNZIP], settings, ablation=True, methods=(UNZIP,))

@@ -58,6 +58,9 @@ ROWS = [
         for name, settings in (
             (", not orthogonal", {"orthogonal": False}),
             (", without the content adapter", {"joint": False}),
+            (", x0 loss", {"loss": "x0"}),
+            (", prior preserved", {"prior_weight": 0.5}),
+            (", windows", {"content_part": "0-0.7", "style_part": "0.28-1"}),
             (" at half strength", {"strength": 0.5}),
             (" at strength 1.5", {"strength": 1.5}),
         )
