@@ -55,8 +55,8 @@ def test_golden_branches() -> None:
         == repr(recipe.branches(599))
         == (
             "(Branch(image='image', prompt='both', active=("
-            f"Active(adapter='content', scale=1.0, merger=True, {trains}, prompt='content'), "
-            f"Active(adapter='style', scale=1.0, merger=True, {trains}, prompt='style')), teacher=None, weight=1.0, loss='prediction'),)"
+            f"Active(adapter='content', scale=1.0, merger=True, {trains}, prompt='content', segment=None), "
+            f"Active(adapter='style', scale=1.0, merger=True, {trains}, prompt='style', segment=None)), teacher=None, weight=1.0, loss='prediction'),)"
         )
     )
     (recipe,) = unziplora(BLOCKS["sdxl"], content_alone=0.5, style_alone=0.5)

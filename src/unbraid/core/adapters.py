@@ -188,7 +188,8 @@ class Adapters:
         before = {name: layer.added for name, layer in self.layers.items()}
         awake = [tuple(one for one in row if one.scale) for row in rows]
         dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # skips fp8
-        self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype))
+        texts = frozenset(name for name in self.layers if self.kinds.reads_text(name))
+        self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype, texts))
         try:
             yield
         finally:

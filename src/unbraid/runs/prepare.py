@@ -12,8 +12,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
+from unbraid.bases.families.segments import with_segments
 from unbraid.bases.savings import with_8bit_optimizer
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
 from unbraid.core.recipe import Recipe
@@ -50,13 +51,16 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     recipe = with_schedule(with_8bit_optimizer(made, job.loading.preset), job.data.training)
     if not base.family.network.layers.own_prompt:
         _check_alone(recipe)
+    if not base.family.network.layers.text and any(one.segment for two in recipe.branches(0) for one in two.active):
+        what = f"the text of this {base.family.network.title} cannot be divided into segments"
+        raise UnsuitedError(what, "setting segments", "Leave it out, or use Flux.1 or SD3.5.")
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
     adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
         captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
-        prompts = base.alike(prompts | captions)
+        prompts = with_segments([branch.prompt for branch in recipe.branches(0)], base.alike(prompts | captions))
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         encoded = {
             role: [
@@ -72,10 +76,10 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
 
 def _check_alone(recipe: Recipe) -> None:
     """For networks in which adapters cannot read their own prompts: UsageError if an adapter that should is never trained
-    alone, under its own prompt."""
+    alone, under its own prompt, nor with a segment of the text."""
     branches = recipe.branches(0)
     alone = {branch.active[0].adapter for branch in branches if len(branch.active) == 1}
-    own = {active.adapter for branch in branches for active in branch.active if active.prompt}
+    own = {active.adapter for branch in branches for active in branch.active if active.prompt and not active.segment}
     if missing := sorted(own - alone):
         fix = "Use --method unziplora with content_alone and style_alone above 0."
         raise UsageError(f"on this base, {missing[0]} cannot read a prompt of its own", "split", fix)

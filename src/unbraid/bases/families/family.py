@@ -15,10 +15,12 @@ from unbraid.files.formats.blocks import Family as FileFamily
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """An encoded text: `embeds [tokens, channels]`, and SDXL's pooled vector `[channels]`. Compared by identity: two prompts are
-    equal only if they are the same object."""
+    equal only if they are the same object. `segments`: how many texts of equal length it consists of, one after the other,
+    that do not read each other (`unbraid.bases.families.segments`)."""
 
     embeds: Tensor
     pooled: Tensor | None
+    segments: int = 1
 
 
 @runtime_checkable
