@@ -18,7 +18,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Recipe
-from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, known_blocks
+from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, alone, known_blocks
 
 ADAPTERS = {"content": "content", "draft": "style", "style": "style"}  # adapter → the role whose layers it has
 FROZEN: frozenset[Part] = frozenset()
@@ -49,7 +49,7 @@ def consislora(
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for name, role in ADAPTERS.items():
-            adapters.new(name, rank, rng, within=blocks[role][0])
+            adapters.new(name, rank, rng, within=alone(blocks, role))
 
     first = Branch("image", "both", (Active("content"), Active("draft")))
     style = Branch("image", "style", (Active("content", trains=FROZEN), Active("style")), loss="x0")
@@ -79,6 +79,8 @@ ENTRIES = (
         lambda settings: {"content": Output(("content",), "both"), "style": Output(("style",), "style")},
         "ConsisLoRA",
         "arXiv 2503.10614",
-        replace(ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS),
+        replace(
+            ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS, reads_blocks=True
+        ),
     ),
 )

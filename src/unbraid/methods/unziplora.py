@@ -219,6 +219,6 @@ ENTRIES = (
         outputs,
         "UnZipLoRA",
         "arXiv 2412.04465",
-        replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS),
+        replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS, reads_blocks=True),
     ),
 )

@@ -74,7 +74,7 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
         resting = make()
         save_memory(resting, torch.device("cpu"), preset)
     weights = sum(one.numel() * one.element_size() for one in (*resting.parameters(), *resting.buffers()))
-    (recipe,) = METHODS[job.method].make(family.blocks, **job.settings)
+    (recipe,) = METHODS[job.method].make(job.data.training.blocks or family.blocks, **job.settings)
     denoiser, adapters = _adapted(job, recipe, family.network, make)
     trained = sum(p.numel() for group in groups(adapters, recipe.rates) for p in group["params"]) if recipe.steps else 0
     kept = sum(p.numel() for name in adapters.names for one in adapters.of(name).values() for _, p in one.parts())

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
 from unbraid.core.recipe import Recipe
+from unbraid.core.selectors import chosen
 from unbraid.core.state import State
 from unbraid.files.lora_file import read
 from unbraid.images.crop import fit
@@ -43,11 +44,12 @@ class Ready:
     recipe: Recipe
     state: State
     images: Mapping[str, Sequence[Image.Image]]  # role → pictures, as opened or as drawn for the role
+    matched: Mapping[str, Sequence[str]] = field(default_factory=dict)  # role → the layers that --blocks selects for it
 
 
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
-    (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
+    (made,) = METHODS[job.method].make(job.data.training.blocks or base.family.blocks, **job.settings)
     recipe = with_schedule(with_8bit_optimizer(made, job.loading.preset), job.data.training)
     if not base.family.network.layers.own_prompt:
         _check_alone(recipe)
@@ -59,6 +61,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
+        matched = chosen(given, adapters.layers, "--blocks") if (given := job.data.training.blocks) else {}
         captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
         prompts = with_segments([branch.prompt for branch in recipe.branches(0)], base.alike(prompts | captions))
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
@@ -71,7 +74,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
-    return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images)
+    return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images, matched)
 
 
 def _check_alone(recipe: Recipe) -> None:

@@ -24,8 +24,10 @@ FAMILY = Family(
     lambda config: not config.get("addition_embed_type"),
     UNet(),
     {  # by analogy with SDXL (the same place in the decoder); not measured
-        "content": ("up_blocks.1.attentions.0.", "up_blocks.1.attentions.2."),
-        "style": ("up_blocks.1.attentions.1.", "up_blocks.2.attentions.", "up_blocks.3.attentions."),
+        "content": ("up_blocks.1.attentions.0", "up_blocks.1.attentions.2"),
+        "style": ("up_blocks.1.attentions.1", "up_blocks.2.attentions", "up_blocks.3.attentions"),
+        "content alone": ("up_blocks.1.attentions.0",),
+        "style alone": ("up_blocks.1.attentions.1",),
     },
     encode_text,
     lambda prompts, sizes, dtype: {"added_cond_kwargs": None},
