@@ -64,7 +64,7 @@ class Joint:
     second attention, of the picture alone, is diffusers' own."""
 
     def __init__(self) -> None:
-        self.stock = JointAttnProcessor2_0()
+        self.stock: Any = JointAttnProcessor2_0()
 
     def __call__(
         self,
