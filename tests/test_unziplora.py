@@ -55,8 +55,8 @@ def test_golden_branches() -> None:
         == repr(recipe.branches(599))
         == (
             "(Branch(image='image', prompt='both', active=("
-            f"Active(adapter='content', scale=1.0, merger=True, {trains}, prompt='content'), "
-            f"Active(adapter='style', scale=1.0, merger=True, {trains}, prompt='style')), teacher=None, weight=1.0, loss='prediction', noise=Noise(offset=0.0, part=(0.0, 1.0))),)"
+            f"Active(adapter='content', scale=1.0, merger=True, {trains}, prompt='content', segment=None), "
+            f"Active(adapter='style', scale=1.0, merger=True, {trains}, prompt='style', segment=None)), teacher=None, weight=1.0, loss='prediction', noise=Noise(offset=0.0, part=(0.0, 1.0))),)"
         )
     )
     (recipe,) = unziplora(BLOCKS["sdxl"], content_alone=0.5, style_alone=0.5)

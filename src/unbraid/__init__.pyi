@@ -23,6 +23,7 @@ def split(
     *,
     subject: str,
     style: str,
+    blocks: str | Path = "",
     method: Literal["unziplora"] = "unziplora",
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.UnziploraSettings],
@@ -35,6 +36,7 @@ def split(
     *,
     subject: str,
     style: str,
+    blocks: str | Path = "",
     method: Literal["blora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.BloraSettings],
@@ -45,6 +47,7 @@ def split(
     *,
     subject: str,
     style: str,
+    blocks: str | Path = "",
     method: Literal["consislora"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.ConsisloraSettings],
@@ -55,6 +58,7 @@ def split(
     *,
     subject: str,
     style: str,
+    blocks: str | Path = "",
     method: Literal["qr-split"],
     progress: Callable[[Progress], None] | None = None,
     **options: Unpack[o.QrSplitSettings],
@@ -65,20 +69,39 @@ def split_job(
     *,
     subject: str,
     style: str,
+    blocks: str | Path = "",
     method: Literal["unziplora"] = "unziplora",
     **options: Unpack[o.UnziploraSettings],
 ) -> Job: ...
 @overload
 def split_job(
-    image: Source, *, subject: str, style: str, method: Literal["blora"], **options: Unpack[o.BloraSettings]
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    blocks: str | Path = "",
+    method: Literal["blora"],
+    **options: Unpack[o.BloraSettings],
 ) -> Job: ...
 @overload
 def split_job(
-    image: Source, *, subject: str, style: str, method: Literal["consislora"], **options: Unpack[o.ConsisloraSettings]
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    blocks: str | Path = "",
+    method: Literal["consislora"],
+    **options: Unpack[o.ConsisloraSettings],
 ) -> Job: ...
 @overload
 def split_job(
-    image: Source, *, subject: str, style: str, method: Literal["qr-split"], **options: Unpack[o.QrSplitSettings]
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    blocks: str | Path = "",
+    method: Literal["qr-split"],
+    **options: Unpack[o.QrSplitSettings],
 ) -> Job: ...
 @overload
 def learn(

@@ -14,6 +14,7 @@ from unbraid.bases.devices import found_device
 from unbraid.bases.families import family_of
 from unbraid.bases.families.family import Family, Prompt
 from unbraid.bases.families.noising import Process
+from unbraid.bases.families.segments import rows
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.samples import Picture, drawn
@@ -143,7 +144,8 @@ class Base:
         dtype = self.denoiser.dtype
         more = self.family.conditions(prompts, sizes, dtype)
         if not self.family.network.layers.own_prompt:
-            return {"encoder_hidden_states": [prompt.embeds.to(dtype) for prompt in prompts], **more}
+            texts, segments = rows(prompts, dtype)
+            return {"encoder_hidden_states": texts, **segments, **more}
         return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), **more}
 
     def _texts(self, key: tuple[object, ...], prompts: Sequence[Prompt]) -> Tensor:

@@ -45,14 +45,22 @@ def merge(
     ] = None,
     mu: Annotated[float | None, typer.Option(help="Strength of np-lora's projection.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of dare.")] = None,
+    blocks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="For --method blocks: b-lora, unziplora, splitflux, b-lora-flux, or a TOML file of roles.",
+        ),
+    ] = "",
     to: To = None,
     base: Base = None,
 ) -> None:
     """Merge LoRAs into one. `a.safetensors:0.7 b.safetensors:0.4` is a at 0.7 stacked on b at 0.4, exactly."""
+    from unbraid.core.selectors import open_blocks
     from unbraid.files.merge import Size
     from unbraid.files.tools import merge_files
 
-    given = {"density": density, "mu": mu, "seed": seed}
+    given = {"density": density, "mu": mu, "seed": seed, "blocks": open_blocks(blocks) if blocks else None}
     settings = {key: value for key, value in given.items() if value is not None}
     _say(merge_files([source_of(file) for file in files], out, method, Size(rank, energy), to, base, **settings))
 
@@ -206,6 +214,8 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
 
 
 def _say(done: "Done") -> None:
+    from unbraid.core.selectors import groups_of
+
     low, high = done.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     kept = (
@@ -214,6 +224,8 @@ def _say(done: "Done") -> None:
     more = f", and {len(done.bundled)} embeddings" if done.bundled else ""
     base = "a base that is not known" if done.family == "unknown" else done.family
     typer.echo(f"{done.path}: {done.modules} modules for {base}, {ranks}{kept}{more}")
+    for role, modules in done.matched.items():
+        typer.echo(f"  {role}: {len(modules)} modules, {printable(', '.join(groups_of(modules)), 200)}")
     if done.converted[0]:
         count, worst = done.converted
         typer.echo(f"  {count} modules were no LoRA and are one now: off by at most {worst:.2g} of the change")

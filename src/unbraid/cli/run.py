@@ -74,7 +74,7 @@ Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompt
 UNDONE = 3  # exit status: training is done, but some picture could not be made
 OTHERS = frozenset(  # arguments of the verbs that are not settings of a method
     (
-        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside kind fine_tune out"
+        "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside blocks kind fine_tune out"
     ).split()
 )
 
@@ -217,6 +217,8 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
                 if shown:
                     bar.update(task, loss=f"loss {event.step.loss:.4f}")
             status = UNDONE if event.undone else status
+            if event.note:
+                bar.console.print(f"  {event.note}", markup=False, highlight=False, soft_wrap=True)
             if event.warning:
                 bar.console.print(f"  warning: {event.warning}", markup=False, highlight=False, soft_wrap=True)
             if event.file:

@@ -17,13 +17,20 @@ def split(
     image: Annotated[Path, typer.Argument(help="One picture.")],
     subject: Annotated[str, typer.Option(help="What is drawn, in a word or two: octopus.")],
     style: Annotated[str, typer.Option(help="How it is drawn: line art.")],
+    blocks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Which layers are content and which style: b-lora, unziplora, splitflux, b-lora-flux, or a TOML file.",
+        ),
+    ] = "",
     *,
     given: dict[str, Any],
 ) -> Any:
     """One image → content.safetensors and style.safetensors."""
     from unbraid.runs.api import split_job
 
-    return split_job(image, subject=subject, style=style, **given)
+    return split_job(image, subject=subject, style=style, blocks=blocks, **given)
 
 
 @training(app, "pair", "pair")

@@ -14,6 +14,7 @@ from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.layers import ATTENTION, UNET, Layers
 from unbraid.core.lora import Active, Factors, Lora
 from unbraid.core.packing import grouped, pack
+from unbraid.core.selectors import selects
 from unbraid.core.stacked import Added, stacked
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # not fp8, which only stores weights
@@ -116,15 +117,15 @@ class Adapters:
         rng: torch.Generator,
         up_std: float = 0.0,
         down_std: float | None = None,
-        within: str = "",
+        within: Sequence[str] = (),
     ) -> None:
-        """Add a new adapter to every layer, or to the layers whose names begin with `within`.
+        """Add a new adapter to every layer, or to those that the selectors `within` select.
 
         `down_std` and `up_std` are standard deviations. By default, down ~ N(0, 1/r), and up = 0 so that the model's
         output does not change. Raises UsageError if no layer is found or the rank does not fit."""
-        layers = {name: layer for name, layer in self.layers.items() if name.startswith(within)}
+        layers = {name: layer for name, layer in self.layers.items() if not within or selects(within, name)}
         if not layers:
-            raise UsageError("this base has no attention there", within, "The method needs another base.")
+            raise UsageError("this base has no attention there", ", ".join(within), "The method needs another base.")
         highest = min(min(layer.base.weight.shape) for layer in layers.values())
         if not 1 <= rank <= highest:
             raise UsageError(f"rank {rank} does not fit this base", "rank", f"Choose 1 to {highest}.")
@@ -188,7 +189,8 @@ class Adapters:
         before = {name: layer.added for name, layer in self.layers.items()}
         awake = [tuple(one for one in row if one.scale) for row in rows]
         dtype = next(p.dtype for p in self.model.parameters() if p.dtype in COMPUTED)  # skips fp8
-        self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype))
+        texts = frozenset(name for name in self.layers if self.kinds.reads_text(name))
+        self._add(stacked(grouped(*self._factors()), awake, prompts or {}, dtype, texts))
         try:
             yield
         finally:

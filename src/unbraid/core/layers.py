@@ -14,10 +14,13 @@ class Layers:
     """Which linear layers of a network can be adapted.
 
     `targets`: the name of a group of layers → a regular expression for their names. `own_prompt`: a regular expression for
-    the layers in which an adapter can read a prompt of its own; without one, there are no such layers."""
+    the layers in which an adapter can read a prompt of its own; without one, there are no such layers. `text`: a regular
+    expression for the layers that read the tokens of the text, which are then the first of the sequence; without one, a text
+    cannot be divided into segments."""
 
     targets: Mapping[str, str]
     own_prompt: str = ""
+    text: str = ""
 
     def pattern(self, targets: str) -> str:
         """The regular expression of a group of layers. `targets`: its name, or a regular expression, which is returned.
@@ -29,6 +32,10 @@ class Layers:
     def reads_own_prompt(self, name: str) -> bool:
         """Whether an adapter on this layer can read a prompt of its own."""
         return bool(self.own_prompt and re.search(self.own_prompt, name))
+
+    def reads_text(self, name: str) -> bool:
+        """Whether this layer reads the tokens of a text that may be divided into segments."""
+        return bool(self.text and re.search(self.text, name))
 
 
 UNET = Layers(

@@ -28,13 +28,15 @@ ALL: frozenset[Part] = frozenset(("down", "up", "merger"))
 class Active:
     """One adapter that is active in a branch. `prompt` names the text that its cross-attention keys and values read
     (None: the prompt of the branch). Parts that are not in `trains` get no gradient; their values are used as they
-    are."""
+    are. `segment`, (i, n): the branch's text has n segments of equal length, and the adapter acts on segment i of it and on
+    the picture, not on the other segments. The text of the segment is then the one that `prompt` names."""
 
     adapter: str
     scale: float = 1.0
     merger: bool = True
     trains: frozenset[Part] = ALL
     prompt: str | None = None
+    segment: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ EVERY = slice(None)
 @dataclass(frozen=True)
 class Added:
     """What one layer adds to a range of rows: ((x downᵀ) ⊙ ranks) up + `prompt_term`. The latter comes from adapters that
-    read their own prompts. If the rows are g shares of equal size, each share has its own factors."""
+    read their own prompts. If the rows are g shares of equal size, each share has its own factors. `texts`: 1 where a rank
+    acts on a token of the text, else 0; the text's tokens are the first, and every rank acts on those after them."""
 
     rows: slice
     down: Float[Tensor, "*g r k"] | None = None
     up: Float[Tensor, "*g r d"] | None = None
     ranks: Float[Tensor, "*g 1 r"] | None = None
     prompt_term: Float[Tensor, "g n d"] | None = None
+    texts: Float[Tensor, "*g n r"] | None = None
 
     def to(self, y: Float[Tensor, "b *n d"], x: Float[Tensor, "b *n k"]) -> Float[Tensor, "b *n d"]:
         """y plus this change."""
@@ -49,23 +51,37 @@ class Added:
             *g, _, k = self.down.shape
             inner = torch.bmm(x.reshape(*g, -1, k), self.down.mT) if g else F.linear(x.reshape(-1, k), self.down)
             inner = inner if self.ranks is None else inner * self.ranks
+            inner = inner if self.texts is None else _gated(inner, self.texts, x.shape[-2])
             y = (torch.baddbmm if g else torch.addmm)(y.reshape(*g, -1, shape[-1]), inner, self.up).view(shape)
         if self.prompt_term is not None:
             y = (y.unflatten(0, (len(self.prompt_term), -1)) + self.prompt_term[:, None]).view(shape)
         return y
 
 
+def _gated(inner: Float[Tensor, "*g m r"], texts: Float[Tensor, "*g n r"], tokens: int) -> Float[Tensor, "*g m r"]:
+    """`inner` times `texts` in the first tokens of each row, and unchanged in the others. `tokens`: of a row."""
+    if tokens < texts.shape[-2]:
+        raise ValueError(f"{tokens} tokens, but the segments of the text have {texts.shape[-2]}")
+    every = F.pad(texts, (0, 0, 0, tokens - texts.shape[-2]), value=1.0)
+    return (inner.unflatten(-2, (-1, tokens)) * every.unsqueeze(-3)).flatten(-3, -2)
+
+
 def stacked(
-    groups: Iterable[Group], rows: Sequence[tuple[Active, ...]], prompts: Prompts, dtype: torch.dtype
+    groups: Iterable[Group],
+    rows: Sequence[tuple[Active, ...]],
+    prompts: Prompts,
+    dtype: torch.dtype,
+    text_layers: frozenset[str] = frozenset(),
 ) -> dict[str, Added]:
     """Layer → what the active adapters add to it. `rows`: the active adapters of each row of the batch. Layers without
-    any are left out."""
+    any are left out. `text_layers`: the layers that read the tokens of the text."""
     active = [i for i, row in enumerate(rows) if row]
     if not active:
         return {}
     within = slice(active[0], active[-1] + 1) if len(active) < len(rows) else EVERY
     with_prompts = _shares(rows[within])
     without = _shares([tuple(replace(one, prompt=None) if one.prompt else one for one in row) for row in rows[within]])
+    tokens = next((len(prompts[one.prompt or ""]) for row in rows for one in row if one.segment), 0)
     out: dict[str, Added] = {}
     for group in groups:
         some = group.factors
@@ -73,17 +89,37 @@ def stacked(
             tuple(one for one in share if one.adapter in some)
             for share in (with_prompts if group.own_prompt else without)
         ]
-        fields: dict[str, tuple[Tensor, ...]] = {}
+        fields, texts = dict[str, tuple[Tensor, ...]](), None
         if from_x := _chosen(shares, lambda one: one.prompt is None):
             found = {"down": _downs(some, from_x), "up": _ups(some, from_x), "ranks": _ranks(some, from_x)}
             for key, value in found.items():
                 if value is not None:
                     fields[key] = (value if len(from_x) > 1 else value.squeeze(1)).to(dtype).unbind(0)
+            texts = _texts(some, from_x, tokens, dtype) if tokens else None
         if from_prompts := _chosen(shares, lambda one: one.prompt is not None):
             fields["prompt_term"] = _prompt_term(some, from_prompts, prompts).to(dtype).unbind(0)
         for i, name in enumerate(group.names if fields else ()):
-            out[name] = Added(within, **{key: value[i] for key, value in fields.items()})
+            masks = texts if name in text_layers else None
+            out[name] = Added(within, **{key: value[i] for key, value in fields.items()}, texts=masks)
     return out
+
+
+def _texts(some: Stacks, shares: Sequence[Share], tokens: int, dtype: torch.dtype) -> Float[Tensor, "*g n r"] | None:
+    """Where each rank acts on the text; None: everywhere. `tokens`: of one segment."""
+    count = next((one.segment[1] for share in shares for one in share if one.segment), 0)
+    if not count:
+        return None
+    items, shape = _items(some, shares)
+    like, parts = next(iter(some.values())).down.detach(), list[Tensor]()
+    for item in items:
+        segment = None if isinstance(item, int) else item[1].segment
+        rank = item if isinstance(item, int) else item[0].down.shape[-2]
+        part = like.new_full((count, tokens, rank), 0.0 if segment else 1.0, dtype=dtype)
+        if segment:
+            part[segment[0]] = 1.0
+        parts.append(part.flatten(0, 1))
+    found = torch.cat(parts, 1).unflatten(1, shape).movedim(1, 0)
+    return found if len(shares) > 1 else found.squeeze(0)
 
 
 def _shares(rows: Sequence[Share]) -> list[Share]:

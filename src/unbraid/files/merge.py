@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
 
@@ -33,11 +34,11 @@ def merge(
     method: str = "concat",
     size: Size | None = None,
     dtype: torch.dtype | None = None,
-    **settings: float | int,
+    **settings: Any,
 ) -> Iterator[Merged]:
     """Merge LoRAs (module name → factors). Yields the merged modules one by one, all with the same alpha.
 
-    `dtype=None`: the widest dtype of the inputs. `settings` are those of the method (`density`, `seed`, `mu`).
+    `dtype=None`: the widest dtype of the inputs. `settings` are those of the method (`density`, `seed`, `mu`, `blocks`).
     Errors: unknown methods and settings, shapes that do not fit each other, NaN.
     """
     size, function = size or Size(), _method(method, settings)
@@ -63,7 +64,7 @@ def merge(
         raise UsageError("nothing is left to merge", method, "Check the weights and the method's blocks.")
 
 
-def _method(method: str, settings: Mapping[str, float | int]) -> Method:
+def _method(method: str, settings: Mapping[str, Any]) -> Method:
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", "merge", suggestion(method, METHODS))
     known = [p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -73,7 +74,7 @@ def _method(method: str, settings: Mapping[str, float | int]) -> Method:
     return METHODS[method]
 
 
-def _check(size: Size, settings: Mapping[str, float | int]) -> None:
+def _check(size: Size, settings: Mapping[str, Any]) -> None:
     if size.rank is not None and size.rank < 1:
         raise UsageError(f"rank {size.rank} is not possible", "rank", "Give 1 or more.")
     if size.energy is not None and not 0 < size.energy <= 1:

@@ -23,8 +23,7 @@ from unbraid.core.lowrank import (
     wide,
     wide_pair,
 )
-
-CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."  # B-LoRA, arXiv 2403.14572
+from unbraid.core.selectors import TABLES, Blocks, selects
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,10 @@ def np_lora(name: str, parts: Sequence[Part], size: Size, *, mu: float = 0.5) ->
     return concat(name, projected, size)
 
 
-def blocks(name: str, parts: Sequence[Part], size: Size) -> Made:
-    """B-LoRA: the content block (OUT00) of all LoRAs but the last, and the style block (OUT01) of the last."""
-    mine = [part for part in parts if (STYLE_BLOCK if part.source == -1 else CONTENT_BLOCK) in name]
+def blocks(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks = TABLES["b-lora"].blocks) -> Made:
+    """The content's layers of all LoRAs but the last, and the style's layers of the last; by default those of B-LoRA (OUT00,
+    OUT01)."""
+    mine = [part for part in parts if selects(blocks["style" if part.source == -1 else "content"], name)]
     return concat(name, mine, size) if mine else None
 
 

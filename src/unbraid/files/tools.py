@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import wide
+from unbraid.core.selectors import Blocks, chosen
 from unbraid.files.changes import LENIENT, Conversion
 from unbraid.files.checkpoint_file import opened_checkpoint
 from unbraid.files.formats.block_weights import block_weights
@@ -38,7 +40,7 @@ class Source:
 class Done:
     """What was written. `ranks`: lowest and highest. `kept`: share of the squared norm, mean and worst module. `bundled`: names of
     embeddings in the file. `vectors`: number of changes of norms and biases. `converted`: number of modules that were converted from
-    another kind than LoRA, and their worst relative error."""
+    another kind than LoRA, and their worst relative error. `matched`: role → the modules that its `blocks` took."""
 
     path: Path
     modules: int
@@ -48,6 +50,7 @@ class Done:
     bundled: tuple[str, ...] = ()
     vectors: int = 0
     converted: tuple[int, float] = (0, 0.0)
+    matched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def convert(
@@ -106,7 +109,7 @@ def merge_files(
     size: Size | None = None,
     to: Dialect | None = None,
     base: str | Path | None = None,
-    **settings: float | int,
+    **settings: Any,
 ) -> Done:
     """Merge LoRA files into one; see `unbraid.files.merge`. Files of different families are refused."""
     with lenient(base) as conversion:  # not in parallel: torch uses all cores already
@@ -114,6 +117,7 @@ def merge_files(
     names = [{**lora.modules, **dict.fromkeys(_owners(lora).values())} for lora in loras]
     family = common_family([(str(s.path), lora.family, n) for s, lora, n in zip(sources, loras, names, strict=True)])
     kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
+    matched = chosen_blocks(names, settings["blocks"]) if "blocks" in settings else {}
     parts = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
     modules, vectors = [one for one, _ in parts], _summed([one for _, one in parts], sources, method)
     errors = {f"{i} {name}": error for i, lora in enumerate(loras) for name, error in lora.errors.items()}
@@ -135,7 +139,15 @@ def merge_files(
         "modelspec.title": Path(out).stem,
     }
     lora = LoraFile(_modules(merged), kept | strings, family, bundled, vectors, errors)
-    return _write(lora, out, _dtype(merged), _kept(merged), to)
+    return replace(_write(lora, out, _dtype(merged), _kept(merged), to), matched=matched)
+
+
+def chosen_blocks(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, tuple[str, ...]]:
+    """Role → the modules that it takes: the content's from all LoRAs but the last, the style's from the last. `names`: the
+    modules of each. Raises UsageError if a selector selects none."""
+    found = chosen(blocks, dict.fromkeys(name for some in names for name in some), "--blocks")
+    held = {"content": {name for some in names[:-1] for name in some}, "style": set(names[-1])}
+    return {role: tuple(name for name in found[role] if name in held[role]) for role in found}
 
 
 def scaled(

@@ -5,13 +5,15 @@ controls the content of a picture and the second its style. So the LoRA is divid
 and cannot interfere.
 """
 
+from dataclasses import replace
+
 import torch
 
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Recipe
-from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, Publication, known_blocks
+from unbraid.methods.entry import ONE_PICTURE, ROLES, Blocks, Entry, Output, Publication, alone, known_blocks
 from unbraid.methods.losses import with_x0_loss
 
 
@@ -26,7 +28,7 @@ def blora(
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for role in ROLES:
-            adapters.new(role, rank, rng, within=blocks[role][0])
+            adapters.new(role, rank, rng, within=alone(blocks, role))
 
     both = Branch("image", "both", tuple(Active(role) for role in ROLES))
     parts: tuple[Part, ...] = ("down", "up")
@@ -42,6 +44,6 @@ ENTRIES = (
         {"both": "a {rare}"},
         lambda settings: {role: Output((role,), "both") for role in ROLES},
         Publication("B-LoRA", "arXiv 2403.14572"),
-        ONE_PICTURE,
+        replace(ONE_PICTURE, reads_blocks=True),
     ),
 )

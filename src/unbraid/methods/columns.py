@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Factors
+from unbraid.core.selectors import selects
 from unbraid.methods.entry import ROLES, Blocks
 
 
@@ -47,7 +48,7 @@ class Columns:
 
     def exempt(self, layer: str) -> str | None:
         """The adapter that uses every channel of this layer, if any."""
-        return next((role for role in ROLES if layer.startswith(self.blocks.get(role, ()))), None)
+        return next((role for role in ROLES if selects(self.blocks.get(role, ()), layer)), None)
 
 
 def most_ratio(times: int) -> float:

@@ -16,7 +16,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Noise, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Recipe
-from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, Publication, known_blocks
+from unbraid.methods.entry import ONE_PICTURE, Blocks, Entry, Output, Publication, alone, known_blocks
 
 ADAPTERS = {"content": "content", "draft": "style", "style": "style"}  # adapter → the role whose layers it has
 FROZEN: frozenset[Part] = frozenset()
@@ -49,7 +49,7 @@ def consislora(
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
         for name, role in ADAPTERS.items():
-            adapters.new(name, rank, rng, within=blocks[role][0])
+            adapters.new(name, rank, rng, within=alone(blocks, role))
 
     first = Branch("image", "both", (Active("content"), Active("draft")))
     beside = (Active("content", trains=FROZEN), Active("style"))
@@ -79,7 +79,9 @@ ENTRIES = (
         {"both": "a {rare}", "style": "an image in {style} style"},
         lambda settings: {"content": Output(("content",), "both"), "style": Output(("style",), "style")},
         Publication("ConsisLoRA", "arXiv 2503.10614"),
-        replace(ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS),
+        replace(
+            ONE_PICTURE, shortest={"x0_from": 1, "style_steps": 2, "x0_lr": 3e-2}, limits=LIMITS, reads_blocks=True
+        ),
         version=2,  # 2: noise_offset
     ),
 )

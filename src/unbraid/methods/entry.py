@@ -10,10 +10,9 @@ from PIL import Image
 
 from unbraid.common.errors import UnsuitedError
 from unbraid.core.recipe import Recipe
+from unbraid.core.selectors import ROLES as ROLES
+from unbraid.core.selectors import Blocks as Blocks
 
-ROLES = ("content", "style")
-# Role → prefixes of the layers that are known to control it; `coarse` → those of layers of low resolution
-Blocks = Mapping[str, tuple[str, ...]]
 Method = Callable[..., tuple[Recipe, ...]]
 Check = Callable[[Mapping[str, Sequence[Image.Image]], Mapping[str, Sequence[Path]]], list[str]]
 
@@ -46,6 +45,7 @@ class Inputs:
     # The shortest run that changes every picture, for tests: settings that differ from those of `unbraid.runs.shortest`
     shortest: Mapping[str, Any] = field(default_factory=dict)
     check: Check = lambda images, files: []  # checks the opened pictures: raises UsageError, or returns warnings
+    reads_blocks: bool = False  # whether the method treats the layers of content and of style differently
     # Setting → the largest value that fits the other settings; a default that is larger is lowered to it
     limits: Mapping[str, Callable[[Mapping[str, Any]], float]] = field(default_factory=dict)
 
@@ -117,4 +117,13 @@ def known_blocks(blocks: Blocks, method: str) -> None:
     """Raise UnsuitedError if it is not known which blocks of the base control content, or style."""
     if unknown := [role for role in ROLES if not blocks.get(role)]:
         what = f"which blocks of this base control {' and '.join(unknown)} is not known"
-        raise UnsuitedError(what, method, "Use --method unziplora, or an SDXL or SD1.5 base.")
+        fix = (
+            "Give --blocks (`unbraid probe-blocks` measures them), or use --method unziplora, or an SDXL or SD1.5 base."
+        )
+        raise UnsuitedError(what, method, fix)
+
+
+def alone(blocks: Blocks, role: str) -> tuple[str, ...]:
+    """The layers of a role for methods that train no others. A family's table may have fewer for them: B-LoRA's are a part of
+    UnZipLoRA's."""
+    return blocks.get(f"{role} alone") or blocks[role]

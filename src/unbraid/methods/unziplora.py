@@ -11,12 +11,13 @@ The differences from the published code, and the reasons, are in docs/unziplora.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Part
 from unbraid.core.optim import Rate
@@ -27,6 +28,8 @@ from unbraid.methods.further import with_leak, with_prior, with_style_steps
 from unbraid.methods.losses import with_x0_loss
 from unbraid.methods.unziplora_official import Official, official
 from unbraid.methods.windows import with_windows
+
+FACTORS: tuple[Part, ...] = ("down", "up")
 
 
 def unziplora(
@@ -46,6 +49,7 @@ def unziplora(
     block_separation: bool = True,
     content_alone: float = 0.0,
     style_alone: float = 0.0,
+    segments: bool = False,
     loss_scale: float = 65536.0,
     compat: Literal["none", "official"] = "none",
 ) -> tuple[Recipe, ...]:
@@ -58,24 +62,26 @@ def unziplora(
     use. window: steps per period in which channels are scored; by default at most the whole period. column_separation:
     whether each adapter gets its own output channels. block_separation: whether an adapter uses all channels in the blocks
     that control its role. content_alone, style_alone: weight of an additional loss with this adapter alone, under its own
-    prompt; 0 as published. loss_scale: with `official`, what gradients are multiplied by before the threshold that channels
+    prompt; 0 as published. segments: on Flux.1 and SD3.5, each step has one pass in which the text is [joint | content |
+    style], three segments that cannot read each other, and each adapter acts on its own segment and on the picture;
+    content_alone and style_alone are then 0 by default. loss_scale: with `official`, what gradients are multiplied by before the threshold that channels
     are scored with; 65536 is that of fp16 training, 1 that of bf16. compat: `official` reproduces the published code,
     defects included.
     """
     columns = Columns(steps, sample_times, column_ratio, window, blocks if block_separation else {})
     columns.check(needs_window=column_separation and compat == "none")
     lrs: dict[str, float] = {"content": content_lr, "style": style_lr}
-    factors: tuple[Part, ...] = ("down", "up")
     rates: dict[tuple[str, Part], Rate] = {
-        (role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in factors
+        (role, part): Rate(lrs[role], weight_decay) for role in ROLES for part in FACTORS
     }
     if compat == "official":
+        if segments:
+            raise UsageError("the published code has no segments", "setting segments", "Leave out compat=official.")
         rates |= {(role, "merger"): Rate(merger_lr, weight_decay) for role in ROLES}
         return (official(columns, rates, Official(rank, overlap, column_separation, loss_scale)),)
-    alone = {"content": content_alone, "style": style_alone}
     branches = (
-        Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),
-        *(Branch("image", role, (Active(role, prompt=role),), weight=w) for role, w in alone.items() if w),
+        in_segments() if segments else Branch("image", "both", tuple(Active(role, prompt=role) for role in ROLES)),
+        *(alone(role, w) for role, w in (("content", content_alone), ("style", style_alone)) if w),
     )
 
     def prepare(adapters: Adapters, rng: torch.Generator) -> None:
@@ -86,6 +92,18 @@ def unziplora(
 
     recipe = Recipe(prepare, lambda step: branches, rates, steps)
     return (separated(recipe, columns, merger_lr, overlap) if column_separation else recipe,)
+
+
+def alone(role: str, weight: float) -> Branch:
+    """One adapter, under its own prompt."""
+    return Branch("image", role, (Active(role, prompt=role),), weight=weight)
+
+
+def in_segments() -> Branch:
+    """Both adapters, where the text is [joint | content | style]: each acts on its own segment and on the picture."""
+    texts = ("both", *ROLES)
+    active = tuple(Active(role, prompt=role, segment=(texts.index(role), len(texts))) for role in ROLES)
+    return Branch("image", "+".join(texts), active)
 
 
 def separated(recipe: Recipe, columns: Columns, merger_lr: float, overlap: float) -> Recipe:
@@ -187,6 +205,8 @@ def outputs(settings: Mapping[str, Any]) -> dict[str, Output]:
 LIMITS = {
     "window": lambda settings: ceil(settings["steps"] / settings["sample_times"]),
     "column_ratio": lambda settings: most_ratio(settings["sample_times"]),
+    "content_alone": lambda settings: 0.0 if settings["segments"] else inf,
+    "style_alone": lambda settings: 0.0 if settings["segments"] else inf,
 }
 SHORTEST = {"content_lr": 1e-2, "style_lr": 1e-2, "window": 1, "sample_times": 1, "column_ratio": 0.5}
 ENTRIES = (
@@ -202,6 +222,6 @@ ENTRIES = (
         },
         outputs,
         Publication("UnZipLoRA", "arXiv 2412.04465"),
-        replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS),
+        replace(ONE_PICTURE, shortest=SHORTEST, limits=LIMITS, reads_blocks=True),
     ),
 )

@@ -25,6 +25,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors
 from unbraid.core.optim import Rate, Rates
 from unbraid.core.recipe import Hooks, Passes, Recipe
+from unbraid.core.selectors import selects
 from unbraid.methods.entry import ROLES, TWO_LORAS, Blocks, Entry, Publication, zip_outputs
 
 Similarity = Literal["cos", "dot", "product"]
@@ -143,14 +144,14 @@ def similarities(adapters: Adapters, kind: Similarity) -> Tensor:
 
 def excess(adapters: Adapters, coarse: tuple[str, ...]) -> Tensor:
     """DuoLoRA's layer prior (arXiv 2504.13206), a scalar: by how much the coefficients of the style exceed those of the
-    content, Σ max(0, Σ|m_style| − Σ|m_content|) over the shared layers whose names begin with one of `coarse`. Σ|m| is the
+    content, Σ max(0, Σ|m_style| − Σ|m_content|) over the shared layers that the selectors `coarse` select. Σ|m| is the
     nuclear norm of diag(m). 0 if there is no such layer."""
     stacks = defaultdict[tuple[nn.Parameter, ...], list[int]](
         list
     )  # coefficients of content and style → places in them
     for name, layer in adapters.layers.items():
         both = [factors for role, factors in layer.factors().items() if role in ROLES]
-        if name.startswith(coarse) and len(both) == len(ROLES):
+        if selects(coarse, name) and len(both) == len(ROLES):
             mergers = tuple((one.place.stack if one.place else one).mergers()[0] for one in both)
             stacks[mergers].append(both[0].place.index if both[0].place else 0)
     total = torch.zeros(())

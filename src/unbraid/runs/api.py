@@ -13,6 +13,7 @@ from unbraid.bases.pipeline import location
 from unbraid.bases.presets import Loading
 from unbraid.bases.recognised import family_preset
 from unbraid.common.errors import UsageError
+from unbraid.core.selectors import open_blocks
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
@@ -33,15 +34,29 @@ from unbraid.sampling.uses import own_prompt
 
 @documented("split")
 def split_job(
-    image: Source, *, subject: str, style: str, method: str = "unziplora", **options: Unpack[SplitOptions]
+    image: Source,
+    *,
+    subject: str,
+    style: str,
+    blocks: str | Path = "",
+    method: str = "unziplora",
+    **options: Unpack[SplitOptions],
 ) -> Job:
-    """One image → `content.safetensors` and `style.safetensors`."""
+    """One image → `content.safetensors` and `style.safetensors`.
+
+    `blocks`: which layers serve content and which style, a published table by name or a TOML file
+    (`unbraid.core.selectors.open_blocks`); by default what is known for the base."""
     run_options, settings = separate(options)
     todo = job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
     if (count := len(todo.data.images["image"])) > 1:
         fix = "Give one picture of it. `unbraid learn` takes a folder."
         raise UsageError(f"a folder of {count} pictures, where one picture is split", image, fix)
-    return todo
+    if not blocks:
+        return todo
+    if not METHODS[todo.method].inputs.reads_blocks or todo.settings.get("block_separation") is False:
+        raise UsageError(f"{todo.method} treats all layers alike", "--blocks", "Use --method blora, or leave it out.")
+    training = replace(todo.data.training, blocks=open_blocks(str(blocks)))
+    return replace(todo, data=replace(todo.data, training=training))
 
 
 @documented("learn")

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -110,6 +111,7 @@ class _Record(BaseModel):
     images: dict[str, list[str]]
     loras: dict[str, str] = {}
     captions: dict[str, str] = {}
+    blocks: dict[str, list[str]] = {}
     vae: str = ""
     prediction: str = ""
     vram: str = "max"
@@ -138,7 +140,10 @@ def recorded(file: Path) -> Job:
         table.words,
         {Path(path): text for path, text in table.captions.items()},
         {role: Path(path) for role, path in table.loras.items()},
-        checked_training(table.resolution, table.schedule, table.warm_up),
+        replace(
+            checked_training(table.resolution, table.schedule, table.warm_up),
+            blocks={role: tuple(some) for role, some in table.blocks.items()},
+        ),
     )
     return Job(
         table.method,

@@ -16,6 +16,7 @@ from PIL import Image
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.common.atomic import sha256
 from unbraid.common.errors import UsageError, suggestion
+from unbraid.core.selectors import Blocks
 from unbraid.core.state import Step
 from unbraid.files.formats.metadata import card
 from unbraid.images.crop import check_size, open_image
@@ -36,6 +37,7 @@ class Training:
     resolution: int = 0  # pixels: pictures are scaled to the area of a square with this side; 0: the base's own
     schedule: Schedule = "constant"  # how the learning rates fall to 0: not at all, linearly, or along half a cosine
     warm_up: int = 0  # steps in which the learning rates rise to their full value
+    blocks: Blocks = field(default_factory=dict)  # which layers serve content and style; empty: as known for the base
 
     def factor(self, step: int, steps: int) -> float:
         """The factor on the learning rates in a step of so many."""
@@ -90,7 +92,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Progress:
-    """One event of a run: a training step, a file that was written, or a warning.
+    """One event of a run: a training step, a file that was written, a warning, or a note.
 
     `done` of `total` steps are trained. `undone`: a preview, plot or sheet could not be made; training goes on."""
 
@@ -100,6 +102,7 @@ class Progress:
     file: Path | None = None
     warning: str = ""
     undone: bool = False
+    note: str = ""
 
 
 def prompts_of(job: Job) -> dict[str, str]:

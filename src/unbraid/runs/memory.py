@@ -74,7 +74,7 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
         resting = make()
         save_memory(resting, torch.device("cpu"), preset)
     weights = sum(one.numel() * one.element_size() for one in (*resting.parameters(), *resting.buffers()))
-    (recipe,) = METHODS[job.method].make(family.blocks, **job.settings)
+    (recipe,) = METHODS[job.method].make(job.data.training.blocks or family.blocks, **job.settings)
     denoiser, adapters = _adapted(job, recipe, family.network, make)
     trained = sum(p.numel() for group in groups(adapters, recipe.rates) for p in group["params"]) if recipe.steps else 0
     kept = sum(p.numel() for name in adapters.names for one in adapters.of(name).values() for _, p in one.parts())
@@ -132,7 +132,11 @@ def _forward(denoiser: Any, network: Network, adapters: Adapters, branches: tupl
     noisy, conditions = network.example(denoiser.config, len(branches), denoiser.dtype)
     t = torch.empty(len(branches), device="meta")
     prompts = {active.prompt for branch in branches for active in branch.active if active.prompt}
+    segments = {active.segment[1] for branch in branches for active in branch.active if active.segment}
     texts = {role: torch.empty_like(conditions["encoder_hidden_states"][0]) for role in prompts}
+    for count in segments:
+        conditions["encoder_hidden_states"] = conditions["encoder_hidden_states"].repeat(1, count, 1)
+        conditions["segments"] = count
     with adapters.activate([branch.active for branch in branches], texts):
         return network.predict(denoiser, noisy, t, 1.0, conditions)
 

@@ -36,6 +36,8 @@ class UnziploraSettings(RunOptions, total=False):
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0; on icons 0.5."""
     style_alone: float
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0."""
+    segments: bool
+    """On Flux.1 and SD3.5, each step has one pass in which the text is [joint | content | style], three segments that cannot read each other, and each adapter acts on its own segment and on the picture; content_alone and style_alone are then 0 by default. Default False."""
     loss_scale: float
     """With `official`, what gradients are multiplied by before the threshold that channels are scored with; 65536 is that of fp16 training, 1 that of bf16. Default 65536.0."""
     compat: Literal["none", "official"]

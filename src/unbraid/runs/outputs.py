@@ -39,6 +39,7 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
     outputs = METHODS[ready.job.method].outputs(ready.job.settings).values()
     texts = ready.run_data.encoded
     roles = {name: name if name in texts else output.prompt for output in outputs for name in output.adapters}
+    apart = next((branch for branch in ready.recipe.branches(0) if any(one.segment for one in branch.active)), None)
     own = {active.adapter for branch in ready.recipe.branches(0) for active in branch.active if active.prompt}
     uses: dict[str, tuple[str, tuple[Active, ...]]] = {"base alone": ("both", ())}
     uses |= {f"{adapter} alone": (role, (Active(adapter),)) for adapter, role in roles.items()}
@@ -47,6 +48,8 @@ def _uses(ready: Ready, seeds: tuple[int, ...], steps: int) -> Iterator[tuple[st
             "both",
             tuple(Active(name, prompt=role if name in own else None) for name, role in roles.items()),
         )
+    if apart:
+        uses["together"] = (apart.prompt, apart.active)
     for name, (role, active) in uses.items():
         terms = classifier_free(GUIDANCE, role, active)
         some = [seeds] if ready.job.loading.preset.at_once > 1 else [(seed,) for seed in seeds]
@@ -103,7 +106,10 @@ def _folded(adapters: Adapters, output: Output) -> dict[str, Lora]:
 def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
     """Draw the final sheet: the inputs, and every use at four seeds. Returns its file."""
     job = ready.job
-    prompts = {branch.image: texts[branch.prompt] for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))}
+    prompts = {
+        branch.image: texts.get(branch.prompt, texts["both"])
+        for branch in ready.recipe.branches(max(ready.recipe.steps - 1, 0))
+    }
     captioned = {role for role, files in job.data.images.items() if all(file in job.data.captions for file in files)}
     rows = [
         (

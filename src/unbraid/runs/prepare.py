@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,13 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
+from unbraid.bases.families.segments import with_segments
 from unbraid.bases.savings import with_8bit_optimizer
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
 from unbraid.core.recipe import Recipe
+from unbraid.core.selectors import chosen
 from unbraid.core.state import State
 from unbraid.files.lora_file import read
 from unbraid.images.crop import fit
@@ -42,21 +44,26 @@ class Ready:
     recipe: Recipe
     state: State
     images: Mapping[str, Sequence[Image.Image]]  # role → pictures, as opened or as drawn for the role
+    matched: Mapping[str, Sequence[str]] = field(default_factory=dict)  # role → the layers that --blocks selects for it
 
 
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
-    (made,) = METHODS[job.method].make(base.family.blocks, **job.settings)
+    (made,) = METHODS[job.method].make(job.data.training.blocks or base.family.blocks, **job.settings)
     recipe = with_schedule(with_8bit_optimizer(made, job.loading.preset), job.data.training)
     if not base.family.network.layers.own_prompt:
         _check_alone(recipe)
+    if not base.family.network.layers.text and any(one.segment for two in recipe.branches(0) for one in two.active):
+        what = f"the text of this {base.family.network.title} cannot be divided into segments"
+        raise UnsuitedError(what, "setting segments", "Leave it out, or use Flux.1 or SD3.5.")
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
     adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
     with ExitStack() as undo:
         undo.callback(adapters.detach)
+        matched = chosen(given, adapters.layers, "--blocks") if (given := job.data.training.blocks) else {}
         captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
-        prompts = base.alike(prompts | captions)
+        prompts = with_segments([branch.prompt for branch in recipe.branches(0)], base.alike(prompts | captions))
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         encoded = {
             role: [
@@ -67,19 +74,19 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
         undo.pop_all()
-    return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images)
+    return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images, matched)
 
 
 def _check_alone(recipe: Recipe) -> None:
     """For networks in which adapters cannot read their own prompts: UsageError if an adapter that should is never trained
-    alone, under its own prompt."""
+    alone, under its own prompt, nor with a segment of the text."""
     branches = recipe.branches(0)
     alone = {
         one.adapter
         for branch in branches
         if len(branch.active) == 1 and (one := branch.active[0]).prompt == branch.prompt
     }
-    own = {active.adapter for branch in branches for active in branch.active if active.prompt}
+    own = {active.adapter for branch in branches for active in branch.active if active.prompt and not active.segment}
     if missing := sorted(own - alone):
         fix = "Use --method unziplora with content_alone and style_alone above 0."
         raise UsageError(f"on this base, {missing[0]} cannot read a prompt of its own", "split", fix)

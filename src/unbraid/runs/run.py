@@ -10,10 +10,12 @@ import torch
 from unbraid.bases.base import Base, load
 from unbraid.bases.devices import memory_in_use
 from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
+from unbraid.common.atomic import atomic
 from unbraid.common.errors import UsageError
 from unbraid.core import mergers
 from unbraid.core.lora import Branch
 from unbraid.core.recipe import ForwardRequest, TrainingCoroutine, go_on
+from unbraid.core.selectors import groups_of
 from unbraid.core.train import precomputed_targets, run_one, training_coroutine
 from unbraid.images import sheets
 from unbraid.images.opening import moves
@@ -23,6 +25,7 @@ from unbraid.runs.job import Job, Progress, finished, opened_images, prompts_of,
 from unbraid.runs.outputs import drawings, preview, written
 from unbraid.runs.prepare import Ready, prepare
 
+BLOCKS = "blocks.txt"  # the layers that --blocks selects, one a line
 UNCAPTURED = "steps run one kernel at a time, several times slower: no CUDA graph could be captured"
 UNDONE = (
     UsageError,
@@ -68,11 +71,23 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
         warnings += notes(ready.base.device, job.loading.preset)
         with folder.locked(job.out):
             folder.claim(job.out, recorded, resume)
+            yield from _matched(ready)
             for warning in warnings:
                 yield Progress(0, ready.recipe.steps, warning=warning)
             yield from _train_and_write(ready, texts, resume)
     finally:
         ready.adapters.detach()
+
+
+def _matched(ready: Ready) -> Iterator[Progress]:
+    """Record which layers `--blocks` selects, in `blocks.txt`, and say how many."""
+    if ready.matched:
+        lines = [f"{role} {layer}\n" for role, layers in ready.matched.items() for layer in layers]
+        with atomic(ready.job.out / BLOCKS) as part:
+            part.write_text("".join(lines), "utf-8")
+    for role, layers in ready.matched.items():
+        note = f"{role}: {len(layers)} layers, {', '.join(groups_of(layers))} (all in {BLOCKS})"
+        yield Progress(0, ready.recipe.steps, note=note)
 
 
 def _train_and_write(ready: Ready, texts: Mapping[str, str], resume: bool) -> TrainingCoroutine[Progress]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from unbraid.bases.base import Base
 from unbraid.bases.families.family import Prompt
+from unbraid.bases.families.segments import PLUS, segmented
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Active
 from unbraid.images.crop import fit, open_image
@@ -93,12 +94,15 @@ def render(
     base = with_sampler(base, sampling.sampler) if sampling.sampler else base
     base = replace(base, guidance=sampling.embedded) if sampling.embedded != base.guidance else base
     cast = open_uses(prompt, uses, styles.uses)
-    if not base.family.network.layers.own_prompt and (own := cast.texts.keys() & cast.loras.keys()):
+    layers, own = base.family.network.layers, [role for role in cast.loras if role in cast.texts]
+    if own and not (layers.own_prompt or layers.text):
         what = f"the attention of a {base.family.network.title} reads one prompt: a LoRA cannot have its own"
-        raise UsageError(what, cast.loras[min(own)][0].file, "Leave out --lora-prompt.")
+        raise UsageError(what, cast.loras[own[0]][0].file, "Leave out --lora-prompt.")
     prompts = {role: base.encode_prompt(text) for role, text in cast.texts.items()}
     prompts[NEGATIVE] = base.encode_negative(sampling.negative)
     prompts = base.alike(prompts)
+    if own and layers.text:
+        prompts["main"] = segmented(PLUS.join(("main", *own)), prompts)
     guides = [
         Style(Active(role), role, use.scale * sampling.guidance, styles.begin) for role, (use, _) in cast.styles.items()
     ]
@@ -151,8 +155,11 @@ def _together(
 ) -> tuple[tuple[Term, ...], Loras]:
     """The guidance terms, and the LoRAs to attach apart from the style LoRAs. K-LoRA splits its two into parts."""
     guidance = sampling.guidance
+    own = [role for role in cast.loras if role in cast.texts]
+    places = {role: (i, len(own) + 1) for i, role in enumerate(own, 1)} if base.family.network.layers.text else {}
     active = [
-        Active(role, use.scale, prompt=role if role in cast.texts else None) for role, (use, _) in cast.loras.items()
+        Active(role, use.scale, prompt=role if role in own else None, segment=places.get(role))
+        for role, (use, _) in cast.loras.items()
     ]
     loras = cast.attached()
     size = canvas.height // base.pipe.vae_scale_factor, canvas.width // base.pipe.vae_scale_factor

@@ -19,7 +19,7 @@ class Use:
     """One LoRA file and its strength.
 
     `prompt`: the text that this LoRA gets in the keys and values of cross-attention, in place of the main prompt
-    (UnZipLoRA's joint inference). `own` stands for the prompt that is recorded in the file.
+    (UnZipLoRA's joint inference); in joint attention, in a segment of its own. `own` stands for the prompt that is recorded in the file.
     `steps`: the part of the sampling steps in which it acts: 0 is the first step, 1 the end (CRAFT, arXiv 2602.18936).
     `against`: another LoRA file, such as that of another picture's style. The drawing moves away from what that one draws
     and towards what this one draws, each under its own prompt, by `contrast` (see `unbraid.sampling.combine.difference`)."""

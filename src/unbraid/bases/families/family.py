@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from unbraid.bases.families.noising import Process
 from unbraid.core.layers import Layers
+from unbraid.core.selectors import Blocks
 from unbraid.files.formats.blocks import Family as FileFamily
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """An encoded text: `embeds [tokens, channels]`, and SDXL's pooled vector `[channels]`. Compared by identity: two prompts are
-    equal only if they are the same object."""
+    equal only if they are the same object. `segments`: how many texts of equal length it consists of, one after the other,
+    that do not read each other (`unbraid.bases.families.segments`)."""
 
     embeds: Tensor
     pooled: Tensor | None
+    segments: int = 1
 
 
 @runtime_checkable
@@ -135,10 +138,10 @@ class Family:
     pipeline: type[Any]  # its pipeline class in diffusers
     matches: Callable[[Mapping[str, Any]], bool]  # the denoiser's configuration → whether it is of this family
     network: Network
-    # Role → prefixes of the attention groups that control it, after B-LoRA (arXiv 2403.14572) and UnZipLoRA (arXiv
-    # 2412.04465). In them that role's adapter uses every channel, and the other role's only its selected ones. Under the name
-    # `coarse`, the layers of low resolution, for which DuoLoRA (arXiv 2504.13206) expects content.
-    blocks: Mapping[str, tuple[str, ...]]
+    # Role → selectors of the attention groups that control it, after UnZipLoRA (arXiv 2412.04465): in them that role's
+    # adapter uses every channel, and the other role's only its selected ones. `ROLE alone`: B-LoRA's (arXiv 2403.14572).
+    # `coarse`: the layers of low resolution, for which DuoLoRA (arXiv 2504.13206) expects content.
+    blocks: Blocks
     encode_text: Callable[[Any, str, torch.device], Prompt]  # pipeline, text, device
     # prompts, sizes [b, 6], dtype → the denoiser's arguments other than latents, timesteps and text
     conditions: Callable[[Sequence[Prompt], Tensor, torch.dtype], dict[str, Any]]

@@ -14,6 +14,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
 from unbraid.bases.families.family import Family, Preset, Prompt
+from unbraid.bases.families.segments import reading
 from unbraid.bases.families.transformer import PATCH, SIDE, THREE_PASSES, Transformer, pooled, stacked
 from unbraid.core.layers import ATTENTION, TRANSFORMERS, Layers
 
@@ -33,7 +34,8 @@ class Flux(Transformer):
             ATTENTION: rf"^(transformer_blocks\.\d+\.{_JOINT}|single_transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v))$",
             TRANSFORMERS: rf"^(transformer_blocks\.\d+\.({_JOINT}|{_FEED})"
             r"|single_transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v)|proj_mlp|proj_out))$",
-        }
+        },
+        text=r"^(transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net)|single_transformer_blocks\.\d+)\b",
     )
     units: tuple[type[nn.Module], ...] = BLOCKS
     blocks: tuple[type[nn.Module], ...] = BLOCKS
@@ -57,14 +59,18 @@ class Flux(Transformer):
         rows, _, height, width = noisy.shape
         texts = stacked(conditions["encoder_hidden_states"])
         scale = torch.full((rows,), guidance, device=noisy.device) if denoiser.config["guidance_embeds"] else None
+        packed = pack(noisy.to(denoiser.dtype))
+        segments = conditions.get("segments", 1)
+        apart = {} if segments == 1 else {"attention_mask": reading(segments, texts.shape[1], packed.shape[1], packed)}
         out = denoiser(
-            hidden_states=pack(noisy.to(denoiser.dtype)),
+            hidden_states=packed,
             timestep=t / 1000,
             guidance=scale,
             pooled_projections=conditions["pooled_projections"],
             encoder_hidden_states=texts,
             txt_ids=torch.zeros(texts.shape[1], 3, device=noisy.device),
             img_ids=places(height // PATCH, width // PATCH, noisy.device),
+            joint_attention_kwargs=apart or None,
             return_dict=False,
         )[0]
         return unpack(out, height // PATCH, width // PATCH)

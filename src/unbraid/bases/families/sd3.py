@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unbraid.bases.families.family import Family, Prompt
 from unbraid.bases.families.flow import dynamic_shift
+from unbraid.bases.families.segments import read_masks, reading
 from unbraid.bases.families.transformer import THREE_PASSES, Transformer, pooled, stacked, tokens
 from unbraid.core.layers import ATTENTION, SELF_ATTENTION, TRANSFORMERS, Layers
 
@@ -31,7 +32,8 @@ class SD3(Transformer):
             ATTENTION: rf"^transformer_blocks\.\d+\.({_JOINT}|{_SELF})$",
             SELF_ATTENTION: rf"^transformer_blocks\.\d+\.{_SELF}$",
             TRANSFORMERS: rf"^transformer_blocks\.\d+\.({_JOINT}|{_SELF}|{_FEED})$",
-        }
+        },
+        text=r"^transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net)\b",
     )
     units: tuple[type[nn.Module], ...] = BLOCKS
     blocks: tuple[type[nn.Module], ...] = BLOCKS
@@ -57,11 +59,18 @@ class SD3(Transformer):
         self, denoiser: Any, noisy: Tensor, t: Tensor, guidance: float, conditions: Mapping[str, Any]
     ) -> Tensor:
         del guidance
+        texts, segments = stacked(conditions["encoder_hidden_states"]), conditions.get("segments", 1)
+        apart = {}
+        if segments > 1:
+            read_masks(denoiser)
+            picture = noisy.shape[-2] * noisy.shape[-1] // denoiser.config["patch_size"] ** 2
+            apart = {"attention_mask": reading(segments, texts.shape[1], picture, texts, picture_first=True)}
         return denoiser(
             hidden_states=noisy.to(denoiser.dtype),
             timestep=t,
-            encoder_hidden_states=stacked(conditions["encoder_hidden_states"]),
+            encoder_hidden_states=texts,
             pooled_projections=conditions["pooled_projections"],
+            joint_attention_kwargs=apart or None,
             return_dict=False,
         )[0]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unbraid.bases.families.family import Family, Prompt
 from unbraid.bases.families.unet import UNet, encode_text
+from unbraid.core.selectors import TABLES
 
 
 def conditions(prompts: Sequence[Prompt], sizes: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -23,9 +24,10 @@ FAMILY = Family(
     lambda config: bool(config.get("addition_embed_type")),
     UNet(),
     {
-        "content": ("up_blocks.0.attentions.0.", "up_blocks.0.attentions.2."),
-        "style": ("up_blocks.0.attentions.1.", "up_blocks.1.attentions."),
-        "coarse": ("down_blocks.2.", "mid_block.", "up_blocks.0."),
+        **TABLES["unziplora"].blocks,
+        "content alone": TABLES["b-lora"].blocks["content"],
+        "style alone": TABLES["b-lora"].blocks["style"],
+        "coarse": ("down_blocks.2", "mid_block", "up_blocks.0"),
     },
     encode_text,
     conditions,

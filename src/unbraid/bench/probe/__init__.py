@@ -1,0 +1,1 @@
+"""Measuring which layers of a base serve content and which style (`unbraid probe-blocks`)."""

@@ -1,0 +1,152 @@
+"""Which layers serve content and style: selectors, published tables, and files of roles, in `split` and `merge`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_transformers import REAL
+
+from unbraid.bases.families import BLOCKS, FAMILIES
+from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
+from unbraid.core.layers import ATTENTION
+from unbraid.core.lora import Lora
+from unbraid.core.selectors import TABLES, chosen, groups_of, open_blocks, selects
+from unbraid.files.lora_file import read, write
+from unbraid.files.tools import Source, merge_files
+from unbraid.runs import run as running
+from unbraid.runs.api import split_job
+from unbraid.runs.batch import recorded as job_of
+from unbraid.runs.folder import RECORD
+
+FILE = """
+content = ["up_blocks.0.attentions.2", "down_blocks.*.attentions.1.transformer_blocks.0.attn1"]
+style = ["unet.mid_block"]
+"""
+
+
+def test_selectors_compare_whole_parts() -> None:
+    assert selects(["transformer_blocks.0"], "transformer_blocks.0.attn.to_q")
+    assert selects(["transformer_blocks.0"], "transformer.transformer_blocks.0")
+    for other in ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.01.attn", "transformer_blocks.10.attn"):
+        assert not selects(["transformer_blocks.0"], other)
+    assert [
+        i for i in range(40) if selects(["single_transformer_blocks.10-37"], f"single_transformer_blocks.{i}.attn")
+    ] == [*range(10, 38)]
+    assert selects(["up_blocks.*.attentions.1"], "unet.up_blocks.2.attentions.1.proj_in")
+    assert not selects(["up_blocks.*.attentions.1"], "up_blocks.2.attentions.10.proj_in")
+    for wrong in ("up_blocks.0.", "up blocks.0", "up_blocks.9-2", "", "a.(b|c)", "blocks.1-", "٣"):
+        with pytest.raises(UsageError):
+            selects([wrong], "up_blocks.0")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_published_tables_select_layers_of_the_published_models(name: str) -> None:
+    table = TABLES[name]
+    network = next(family.network for family in FAMILIES if family.name == table.family)
+    if table.family == "flux":
+        layers = list(Adapters.attach(network.empty(REAL["flux"]), ATTENTION, network.layers).layers)
+    else:
+        layers = [f"up_blocks.{i}.attentions.{j}.transformer_blocks.0.attn1.to_q" for i in range(2) for j in range(3)]
+    found = chosen(open_blocks(name), layers, name)
+    assert {role: len(groups_of(some)) for role, some in found.items()} == {
+        "b-lora": {"content": 1, "style": 1},
+        "unziplora": {"content": 2, "style": 4},
+        "splitflux": {"content": 10, "style": 28},
+        "b-lora-flux": {"content": 8, "style": 2},
+    }[name]
+
+
+def test_faults_are_said_in_one_line(tmp_path: Path) -> None:
+    layers = ["up_blocks.0.attentions.0.to_q", "up_blocks.0.attentions.1.to_q"]
+    with pytest.raises(UsageError, match=r"selects no layer.*up_blocks.0.attentions.1"):
+        chosen({"content": ("up_blocks.0.attentions.3",), "style": ()}, layers, "here")
+    with pytest.raises(UsageError, match="is in content and in style"):
+        chosen({"content": ("up_blocks.0.attentions.0",), "style": ("up_blocks",)}, layers, "here")
+    with pytest.raises(UsageError, match="no such table"):
+        open_blocks("b-lorra")
+    file = tmp_path / "roles.toml"
+    for text in ("content = 3", 'content = ["a"]\nstyle = []', 'content = ["a"]\nstyle = ["b."]', FILE + "colour = 1"):
+        file.write_text(text)
+        with pytest.raises(UsageError):
+            open_blocks(str(file))
+
+
+def test_a_file_of_roles_says_where_blora_trains(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "roles.toml"
+    file.write_text(FILE)
+    given: dict[str, Any] = {
+        "subject": "cat",
+        "style": "ink",
+        "base": str(v_base),
+        "rank": 2,
+        "steps": 2,
+        "previews": 0,
+    }
+    job = split_job(picture, **given, method="blora", blocks=file, lr=1e-2, out=tmp_path / "run")
+    notes = [event.note for event in running.run(job, device="cpu") if event.note]
+    recorded = [line.split() for line in (job.out / "blocks.txt").read_text().splitlines()]
+    for role in ("content", "style"):
+        modules = read(job.out / f"{role}.safetensors").modules
+        assert modules and all(selects(open_blocks(str(file))[role], name) for name in modules)
+        assert {f"unet.{name}" for kind, name in recorded if kind == role} == modules.keys()
+        assert any(note.startswith(f"{role}: {len(modules)} layers") for note in notes)
+    again = job_of(job.out / RECORD)
+    assert again.data.training == job.data.training and again.data.training.blocks == open_blocks(str(file))
+    with pytest.raises(UsageError, match="selects no layer"):
+        list(running.run(split_job(picture, **given, blocks="splitflux", out=tmp_path / "other"), device="cpu"))
+    with pytest.raises(UsageError, match="treats all layers alike"):
+        split_job(picture, **given, method="qr-split", blocks="b-lora")
+
+
+def test_the_default_is_as_before(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """B-LoRA has one group for each role, and `--blocks b-lora` is the same."""
+    given: dict[str, Any] = {
+        "subject": "cat",
+        "style": "ink",
+        "base": str(v_base),
+        "rank": 2,
+        "steps": 1,
+        "previews": 0,
+    }
+    files = []
+    for name in ("", "b-lora"):
+        job = split_job(picture, **given, method="blora", lr=1e-2, blocks=name, out=tmp_path / f"run{name}")
+        list(running.run(job, device="cpu"))
+        files.append({role: read(job.out / f"{role}.safetensors").modules for role in ("content", "style")})
+        assert (job.out / "blocks.txt").exists() == bool(name)
+    for role in ("content", "style"):
+        assert all(name.startswith(f"unet.{TABLES['b-lora'].blocks[role][0]}.") for name in files[0][role])
+        assert all(torch.equal(files[0][role][name].up, files[1][role][name].up) for name in files[0][role])
+    assert BLOCKS["sdxl"]["content"] == TABLES["unziplora"].blocks["content"]
+
+
+def test_merge_takes_roles(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    names = [f"single_transformer_blocks.{i}.attn.to_q" for i in (0, 1, 10)] + ["transformer_blocks.0.attn.to_q"]
+    sources = []
+    for label in ("first", "second"):
+        modules = {
+            f"transformer.{name}": Lora(torch.randn(2, 8, generator=rng), torch.randn(8, 2, generator=rng), 2.0)
+            for name in names
+        }
+        path = tmp_path / f"{label}.safetensors"
+        write(path, modules, family="flux", dialect="diffusers", metadata={}, dtype=None)
+        sources.append(Source(path))
+    first, second = (read(source.path).modules for source in sources)
+    file = tmp_path / "roles.toml"
+    file.write_text('content = ["single_transformer_blocks.0-1"]\nstyle = ["transformer_blocks.0"]\nsource = "a test"')
+    done = merge_files(sources, tmp_path / "out.safetensors", "blocks", blocks=open_blocks(str(file)))
+    made = read(done.path).modules
+    assert set(made) == {f"transformer.{name}" for name in (*names[:2], names[3])}
+    assert torch.equal(made[f"transformer.{names[0]}"].up, first[f"transformer.{names[0]}"].up)
+    assert torch.equal(made[f"transformer.{names[3]}"].up, second[f"transformer.{names[3]}"].up)
+    assert done.matched == {
+        "content": tuple(f"transformer.{n}" for n in names[:2]),
+        "style": (f"transformer.{names[3]}",),
+    }
+    with pytest.raises(UsageError, match="selects no layer"):
+        merge_files(sources, tmp_path / "no.safetensors", "blocks", blocks=open_blocks("b-lora"))
+    with pytest.raises(UsageError, match="concat has no setting 'blocks'"):
+        merge_files(sources, tmp_path / "no.safetensors", "concat", blocks=open_blocks("splitflux"))

@@ -1,0 +1,148 @@
+"""`unbraid probe-blocks`: swapping the prompt in single blocks, on tiny random bases and on the embedded one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_transformers as tiny
+from tiny_models import save_clip, save_dino
+from typer.testing import CliRunner
+
+from unbraid.bases import base as bases
+from unbraid.bases.base import Base
+from unbraid.bench.field.models import FieldModels, load_models
+from unbraid.bench.probe import report
+from unbraid.bench.probe.measure import Effect, Eyes, Plan, Row, eyes, probe
+from unbraid.bench.probe.swap import drawn, groups
+from unbraid.cli.main import app
+from unbraid.common.errors import UsageError
+from unbraid.core.selectors import chosen, open_blocks, selects
+from unbraid.runs import run as running
+from unbraid.runs.api import split_job
+from unbraid.sampling.sample import NEGATIVE
+
+HOW: dict[str, Any] = {"guidance": 3.0, "steps": 3, "seeds": (0, 1)}
+PLAN = Plan(("cat", "dog"), ("ink", "flat"), pairs=1, seeds=1, steps=2)
+
+
+def pixels(base: Base, prompts: Any, swapped: Any = ()) -> np.ndarray:
+    return np.stack([np.asarray(one).astype(int) for one in drawn(base, prompts, swapped, **HOW)])
+
+
+def check_swaps(base: Base) -> None:
+    """A swap in all groups is the other text under the pooled vector of the plain one; a swap of equal prompts changes nothing;
+    a swap in one group is neither."""
+    found = {"main": base.encode_prompt("a cat in ink"), "other": base.encode_prompt("a big dog, flat")}
+    prompts = base.alike({**found, NEGATIVE: base.encode_negative()})
+    names = [name for some in groups(base) for name in some]
+    plain, every = pixels(base, prompts), pixels(base, prompts, names)
+    other = {**prompts, "main": replace(prompts["other"], pooled=prompts["main"].pooled)}
+    assert np.abs(every - pixels(base, other)).max() <= 1 < np.abs(every - plain).max()
+    assert np.abs(pixels(base, {**prompts, "other": prompts["main"]}, names[:1]) - plain).max() <= 1
+    single = pixels(base, prompts, names[1:2])
+    assert np.abs(single - plain).max() > 1 and np.abs(single - every).max() > 1
+    assert not base.denoiser.get_submodule(names[1])._forward_pre_hooks
+
+
+def test_swaps_in_a_unet(v_base: Path) -> None:
+    check_swaps(bases.load(str(v_base), "cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", (tiny.flux, tiny.sd35))
+def test_swaps_in_joint_attention(make: Any, tmp_path: Path) -> None:
+    base = bases.load(str(tiny.save(make(), tmp_path / "base")), "cpu")
+    check_swaps(base)
+    singles = ["single_transformer_blocks.0", "single_transformer_blocks.1"] if base.family.name == "flux" else []
+    assert [name for some in groups(base) for name in some] == [
+        "transformer_blocks.0",
+        "transformer_blocks.1",
+        *singles,
+    ]
+    assert len(groups(base, size=3)) == 1 + bool(singles)  # neighbours of one kind only
+
+
+def test_neighbours_are_swapped_together_and_are_a_range(v_base: Path) -> None:
+    base = bases.load(str(v_base), "cpu")
+    every, none = [name for some in groups(base) for name in some], Effect(0.0, 0.0, 0.0)
+    for some in groups(base, size=2):
+        selector = report.label(Row(some, none, none, none, ""))
+        assert [name for name in every if selects([selector], name)] == list(some)
+
+
+def test_what_all_groups_change_is_everything_where_nothing_is_pooled(sd15_base: Path) -> None:
+    base = bases.load(str(sd15_base), "cpu")
+    looking = eyes(replace_name(base), FieldModels())
+    *progress, rows = probe(base, looking, PLAN)
+    assert isinstance(rows, list) and progress[-1] == (2 * (len(rows) + 2), 2 * (len(rows) + 2))
+    assert rows[0].content.mean == pytest.approx(1, abs=0.02) and rows[0].style.mean == pytest.approx(1, abs=0.02)
+    assert all(row.content.low <= row.content.mean <= row.content.high and row.role == "" for row in rows)
+    assert len({row.content.mean for row in rows}) > 2
+    blind = Eyes(lambda some: looking.content([some[0].point(lambda value: 0)] * len(some)), looking.style, {})
+    with pytest.raises(UsageError, match="do not change the content"):
+        list(probe(base, blind, PLAN))
+
+
+def replace_name(base: Base) -> Base:
+    return replace(base, name="icons")
+
+
+def row(name: str, lead: float, spread: float) -> Row:
+    effect = Effect(lead, lead - spread, lead + spread)
+    role = "content" if effect.low > 0 else "style" if effect.high < 0 else ""
+    return Row((name,), effect, Effect(0.0, -0.1, 0.1), effect, role)
+
+
+def test_roles_are_those_with_confidence_else_the_nearest(tmp_path: Path) -> None:
+    rows = [row("all", 0.0, 1.0), row("up_blocks.0.attentions.0", 0.3, 0.1), row("up_blocks.0.attentions.1", -0.1, 0.2)]
+    rows.append(row("up_blocks.0.attentions.2", -0.05, 0.2))
+    files = report.write(rows, "some/base", {"content": "DINO", "style": "CSD"}, PLAN, tmp_path)
+    assert [file.name for file in files] == ["blocks.json", "blocks.png", "roles.toml"]
+    blocks = open_blocks(str(files[2]))
+    assert blocks == {"content": ("up_blocks.0.attentions.0",), "style": ("up_blocks.0.attentions.1",)}
+    assert "no group is style" in files[2].read_text()
+    table = json.loads(files[0].read_text())
+    assert [one["selector"] for one in table["groups"]] == [one.modules[0] for one in rows[1:]]
+    assert table["plan"]["prompts"][0]["style"] == ["a cat in ink style", "a cat in flat style"]
+
+
+def test_who_looks(v_base: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    base = bases.load(str(v_base), "cpu")
+    dino = str(save_dino(tmp_path / "dino"))
+    for models in (FieldModels(), load_models(dino=dino)):
+        with pytest.raises(UsageError, match="the judge sees only"):
+            eyes(base, models)
+    clip = str(save_clip(tmp_path / "clip", tokenizer_folder))
+    looking = eyes(base, load_models(clip=clip, dino=dino))
+    assert looking.names["content"].startswith("DINO") and looking.names["style"].startswith("CLIP-I")
+    *_, rows = probe(base, looking, PLAN)
+    assert isinstance(rows, list) and len(rows) == 1 + len(groups(base))
+    with pytest.raises(UsageError, match="two subjects and two styles"):
+        list(probe(base, looking, replace(PLAN, styles=("ink",))))
+
+
+@pytest.mark.slow
+def test_z_image_is_refused(tmp_path: Path) -> None:
+    base = bases.load(str(tiny.save(tiny.z_image(), tmp_path / "base")), "cpu")
+    with pytest.raises(UsageError, match="as one sequence"):
+        groups(base)
+
+
+@pytest.mark.slow
+def test_the_command_on_the_embedded_base_and_a_split_with_its_roles(picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "blocks"
+    given = ["probe-blocks", "--pairs", "1", "--seeds", "1", "--steps", "2", "--out", str(out), "--quiet"]
+    made = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert made.exit_code == 0 and made.output.split()[-1].endswith("roles.toml")
+    assert (out / "blocks.png").stat().st_size > 1000
+    blocks = open_blocks(str(out / "roles.toml"))
+    job = split_job(
+        picture, subject="cat", style="ink", method="blora", blocks=out / "roles.toml", steps=1, rank=2, previews=0,
+        out=tmp_path / "run",
+    )  # fmt: skip
+    list(running.run(job, device="cpu"))
+    layers = [line.split()[1] for line in (job.out / "blocks.txt").read_text().splitlines()]
+    assert all(chosen(blocks, layers, "here").values())
