@@ -23,7 +23,7 @@ from unbraid.bench.rows import combine, cost, sanity, training_cache
 from unbraid.bench.rows.row import BASE, CEILING, COPY, Row
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth import tasks
-from unbraid.bench.truth.tasks import FULL, QUICK, TASKS, Scale, cells, items
+from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS, Scale, cells, items
 from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
@@ -174,6 +174,16 @@ def test_copying_is_caught_by_the_leak(sane: list[Unit], task: str) -> None:
         assert values["leak"] > others
         if task in ("separate", "transfer"):
             assert values["leak"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_medium_size_is_a_part_of_the_full_one() -> None:
+    """Its units are those of the full size, so that a later full run repeats none of them."""
+    rows = [row for row in all_rows() if row.task == "separate"][:2]
+    medium, full = ({grid.key(todo) for todo in grid.plan(Path("unused"), size, rows)} for size in (MEDIUM, FULL))
+    assert medium < full and len(medium) == 2 * 8 * 2
+    shown = [cell for cell in cells(MEDIUM) if cell.task == "separate" and not cell.seed]
+    assert [cell.subject for cell in shown] == list(FULL.subjects)
+    assert {cell.style.style for cell in shown} == set(FULL.styles)
 
 
 def test_cells_come_seed_by_seed_and_ask_for_what_the_base_never_saw() -> None:

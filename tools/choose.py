@@ -97,11 +97,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 def todos(work: Path, row: Row, settings: Mapping[str, Settings], base: str) -> list[Todo]:
     """One problem for each subject, each in one style; `transfer` has one for each style."""
-    scale = Scale(SUBJECTS, STYLES, others=8, draws=1, training=settings)
-    every = plan(work, scale, [row], base)
-    if row.task == "transfer":
-        return every
-    return [todo for i, todo in enumerate(every) if i % len(STYLES) == i // len(STYLES) % len(STYLES)]
+    return plan(work, Scale(SUBJECTS, STYLES, in_turn=True, others=8, draws=1, training=settings), [row], base)
 
 
 def likeness(work: Path, row: Row, settings: Mapping[str, Settings], base: str) -> dict[str, float]:

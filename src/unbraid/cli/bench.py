@@ -21,6 +21,7 @@ Known = Annotated[
     Path | None,
     typer.Option("--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."),
 ]
+Medium = Annotated[bool, typer.Option("--medium", help="All subjects, each in one style, two seeds: a part of --full.")]
 Full = Annotated[
     bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
 ]
@@ -29,6 +30,7 @@ Full = Annotated[
 @app.command()
 def bench(
     full: Full = False,
+    medium: Medium = False,
     work: Annotated[Path, typer.Option(help="Folder for everything; the same folder again resumes.")] = Path("bench"),
     task: Annotated[
         list[str] | None, typer.Option(help="separate, combine, transfer or recombine; repeatable. Default: all.")
@@ -60,7 +62,7 @@ def bench(
     Writes a table, a page and pictures that show which one works."""
     from unbraid.bench import grid, results
     from unbraid.bench.registry import chosen
-    from unbraid.bench.truth.tasks import FULL, QUICK, TASKS
+    from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS
 
     for name in task or ():
         if name not in TASKS:
@@ -75,7 +77,9 @@ def bench(
         return
     if any(models.values()):
         raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
-    scale = (FULL if full else QUICK).limited(tuple(seed or ()))
+    if full and medium:
+        raise UsageError("there is one size", "--full --medium", "Give one of them.")
+    scale = (FULL if full else MEDIUM if medium else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
     given = results.read(known) if known else []
     failed = [] if report else _run(todos, processes or _processes(), given, quiet)

@@ -1,7 +1,7 @@
 """The four tasks of the benchmark: their inputs, what is drawn, and the true picture that each drawing is compared with."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from unbraid.bench.truth.art import KNOWN
@@ -30,6 +30,7 @@ class Scale:
     styles: tuple[str, ...] = ("line art", "stencil", "pencil")
     transferred: tuple[str, ...] = ("stencil", "pencil", "thermal")
     seeds: tuple[int, ...] = (0,)
+    in_turn: bool = False  # each subject in one of the styles only, the next subject in the next style
     others: int = len(OTHERS)  # subjects drawn in each transferred style
     draws: int = 2  # pictures per prompt where diversity is measured
     steps: int = 25  # sampling steps
@@ -41,11 +42,12 @@ class Scale:
         if seeds and not set(seeds) <= set(self.seeds):
             there = ", ".join(map(str, self.seeds))
             raise UsageError(f"seeds {', '.join(map(str, seeds))}", "--seed", f"This size has: {there}.")
-        return Scale(**{**vars(self), "seeds": seeds or self.seeds})
+        return replace(self, seeds=seeds or self.seeds)
 
 
 QUICK = Scale(("fox",), ("line art",), ("stencil",), others=5)
 FULL = Scale(("fox", "guitar", "mushroom", "fish", "cactus", "locomotive", "pizza", "parrot"), seeds=(0, 1, 2, 3))
+MEDIUM = replace(FULL, seeds=(0, 1), in_turn=True)  # a part of FULL: its units are the same
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def cells(scale: Scale) -> Iterator[Cell]:
         for i, subject in enumerate(scale.subjects):
             other = scale.subjects[(i + 1) % len(scale.subjects)]
             for j, style in enumerate(scale.styles):
+                if scale.in_turn and j != i % len(scale.styles):
+                    continue
                 picture, apart = Truth(subject, style), scale.styles[(j + 1) % len(scale.styles)]
                 yield Cell("separate", picture, picture, seed)
                 yield Cell("combine", Truth(subject, TRAINED[0]), Truth(PLACE, style), seed)
