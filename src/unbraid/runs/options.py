@@ -15,7 +15,7 @@ class UnziploraSettings(RunOptions, total=False):
     content_lr: float
     """AdamW's learning rate for the content adapter. Default 5e-05; on icons 0.001."""
     style_lr: float
-    """AdamW's learning rate for the style adapter. Default 5e-05; on icons 0.002."""
+    """AdamW's learning rate for the style adapter. Default 5e-05; on icons 0.004."""
     merger_lr: float
     """AdamW's learning rate for the gates. Default 0.005."""
     weight_decay: float
@@ -33,7 +33,7 @@ class UnziploraSettings(RunOptions, total=False):
     block_separation: bool
     """Whether an adapter uses all channels in the blocks that control its role. Default True."""
     content_alone: float
-    """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0; on icons 0.5."""
+    """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0; on icons 0.1."""
     style_alone: float
     """Weight of an additional loss with this adapter alone, under its own prompt; 0 as published. Default 0.0."""
     segments: bool
