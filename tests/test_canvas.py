@@ -121,10 +121,10 @@ def test_inpainting_keeps_what_is_black(v_model: Base, picture: Path, mask: Path
 
 
 def test_the_embedded_base_inpaints(picture: Path, mask: Path) -> None:
-    """Its latents have 32 channels; the stock pipeline would take some of them for channels of a mask."""
+    """Its latents have 16 channels; the stock pipeline would take some of them for channels of a mask."""
     base = bases.load("icons", "cpu")
     (image,) = render(base, "a cat", sampling=Sampling(steps=2), inputs=ImageInputs(start=Start(picture, 1.0, mask)))
-    assert image.size == (64, 64) and np.asarray(image).std() > 1
+    assert image.size == (128, 128) and np.asarray(image).std() > 1
 
 
 def test_a_canvas_has_its_own_shape(v_model: Base, tmp_path: Path) -> None:

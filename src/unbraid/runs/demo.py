@@ -15,7 +15,7 @@ from unbraid.sampling.uses import OWN, Use
 
 SUBJECT, STYLE = "fox", "line art"
 STYLES = ("cartoon", "flat", "glossy", "sepia")
-SUBJECTS = ("teapot", "strawberry", "panda", "dragon")
+SUBJECTS = ("bell", "doughnut", "castle", "panda")
 NEXT = 'generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
 
 
