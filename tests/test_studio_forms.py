@@ -50,10 +50,12 @@ def test_forms_are_made_from_the_entries(entry: Any) -> None:
     shown = {one.name: one for one in forms.settings_of(entry)}
     assert shown.keys() == open_settings(entry).keys() == forms.usual(entry, "icons").keys()
     assert all(one.about for one in shown.values())
-    typed = {name: one.choices[0] if one.choices else 3 for name, one in shown.items()}
+    typed = {
+        name: one.choices[0] if one.choices else "0-0.7" if one.kind == "text" else 3 for name, one in shown.items()
+    }
     for name, text in forms.changed(entry, typed).items():
         kind = type(open_settings(entry)[name].default)
-        assert text == (typed[name] if shown[name].choices else repr(kind(3)))
+        assert text == (repr(kind(3)) if typed[name] == 3 else typed[name])
     assert forms.changed(entry, dict.fromkeys(shown)) == {}
 
 

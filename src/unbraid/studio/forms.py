@@ -23,11 +23,11 @@ JOBS: Mapping[str, Callable[..., Job]] = {"split": split_job, "pair": pair_job, 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a method, as a form shows it. `choices`: what can be chosen; empty for numbers."""
+    """One setting of a method, as a form shows it. `choices`: what can be chosen; empty where it is typed."""
 
     name: str
     about: str
-    kind: Literal["whole number", "number", "choice"]
+    kind: Literal["whole number", "number", "text", "choice"]
     choices: tuple[str, ...] = ()
 
 
@@ -64,7 +64,7 @@ def _setting(name: str, about: str, kind: Any) -> Setting:
         return Setting(name, text, "choice", ("true", "false"))
     if get_origin(kind) is Literal:
         return Setting(name, text, "choice", tuple(map(str, get_args(kind))))
-    return Setting(name, text, "whole number" if kind is int else "number")
+    return Setting(name, text, "whole number" if kind is int else "text" if kind is str else "number")
 
 
 def usual(entry: Entry, base: str) -> dict[str, str]:
@@ -87,6 +87,8 @@ def changed(entry: Entry, values: Mapping[str, Any]) -> dict[str, str]:
             if value not in one.choices:
                 raise UsageError("is none of the choices", one.name, f"Choose: {', '.join(one.choices)}.")
             out[one.name] = str(value)
+        elif one.kind == "text":
+            out[one.name] = checked_text(value, one.name)
         else:
             out[one.name] = _number(one, value)
     return out
