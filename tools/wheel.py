@@ -15,6 +15,9 @@ NEEDED = (
     "unbraid/bases/icons/model_index.json",
     "unbraid/bases/icons/ATTRIBUTION.md",
     "unbraid/bases/icons/example.png",
+    "unbraid/bases/icons/words.json",
+    "unbraid/bench/truth/judge.safetensors",
+    "unbraid/bench/truth/held_out.webp",
     "unbraid/bench/reports/report.html.j2",
 )
 
