@@ -9,8 +9,8 @@ g = channels [d] (UnZipLoRA, arXiv 2412.04465) are the mergers; x_a is x, or the
 in cross-attention keys and values. No d×k matrix is ever formed.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,6 +63,13 @@ class Branch:
     weight: float = 1.0
     loss: Loss = "prediction"
     noise: Noise = Noise()
+
+    def training(self, adapters: Collection[str]) -> "Branch":
+        """The same pass, in which of the active adapters only these train. The others act."""
+        return replace(
+            self,
+            active=tuple(one if one.adapter in adapters else replace(one, trains=frozenset()) for one in self.active),
+        )
 
 
 @dataclass(frozen=True)

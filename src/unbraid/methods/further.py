@@ -85,7 +85,7 @@ def style_anew(recipe: Recipe, further: int) -> Recipe:
 
     def branches(step: int) -> tuple[Branch, ...]:
         usual = recipe.branches(step)
-        return usual if step < first else tuple(map(beside, filter(trains_style, usual)))
+        return usual if step < first else tuple(one.training(["style"]) for one in usual if trains_style(one))
 
     def after_step(adapters: Adapters, step: int) -> bool | None:
         done = hooks.after_step(adapters, step) if hooks.after_step else None
@@ -105,13 +105,6 @@ def style_anew(recipe: Recipe, further: int) -> Recipe:
 def trains_style(branch: Branch) -> bool:
     """Whether the style adapter trains in this pass."""
     return any(one.adapter == "style" and one.trains for one in branch.active)
-
-
-def beside(branch: Branch) -> Branch:
-    """The same pass, in which the style adapter alone trains."""
-    return replace(
-        branch, active=tuple(one if one.adapter == "style" else replace(one, trains=NOTHING) for one in branch.active)
-    )
 
 
 def _anew(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:

@@ -47,12 +47,11 @@ def in_windows(recipe: Recipe, content: Span, style: Span) -> Recipe:
 def divided(branch: Branch, content: Span, style: Span) -> tuple[Branch, ...]:
     """One branch for each window of the adapters that train in it. An adapter called `style` is the style's, all others are
     the content's: with several pairs there are `content`, `content2`, …"""
-    windows = {one: style if one.adapter == "style" else content for one in branch.active}
-    trained = dict.fromkeys(windows[one] for one in branch.active if one.trains)
+    windows = {one.adapter: style if one.adapter == "style" else content for one in branch.active}
+    trained = dict.fromkeys(windows[one.adapter] for one in branch.active if one.trains)
     return tuple(
         replace(
-            branch,
-            active=tuple(one if windows[one] == span else replace(one, trains=frozenset()) for one in branch.active),
+            branch.training([name for name, window in windows.items() if window == span]),
             noise=replace(branch.noise, part=span),
         )
         for span in trained
