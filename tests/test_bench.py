@@ -398,3 +398,16 @@ def test_flops_grow_with_steps_and_truth_is_itself(tmp_path: Path, v_base: Path)
     Truth("fox", "line art").image.save(picture)
     costs = [cost.counted(learn_job(picture, prompt="a fox", base=str(v_base), rank=4, steps=n)) for n in (2, 6)]
     assert costs[1].flops == pytest.approx(3 * costs[0].flops) and costs[0].parameters == costs[1].parameters > 0
+
+
+def test_flops_of_a_step_are_counted_at_its_place(tmp_path: Path, v_base: Path) -> None:
+    """UnZipLoRA's hooks go by the step: in the further steps, the content has no gradients."""
+    from unbraid.runs.api import split_job
+
+    picture = tmp_path / "fox.png"
+    Truth("fox", "line art").image.save(picture)
+    plain, longer = (
+        cost.counted(split_job(picture, subject="fox", style="line art", base=str(v_base), **FEW["unziplora"], **more))
+        for more in ({}, {"style_steps": 3})
+    )
+    assert longer.flops > 1.5 * plain.flops

@@ -14,7 +14,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from unbraid.bases.base import load
-from unbraid.core.lora import Branch
 from unbraid.core.recipe import Recipe
 from unbraid.core.train import train
 from unbraid.runs.job import Job, opened_images, prompts_of
@@ -91,16 +90,16 @@ def _resident(what: str) -> int | None:
 def counted(job: Job) -> Cost:
     """FLOPs and trained parameters of a whole training. One step of each kind is run and counted, the rest is multiplication."""
     ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, loading=job.loading))
-    kinds = Counter(ready.recipe.branches(i) for i in range(ready.recipe.steps))
-    flops = sum(count * _step_flops(ready, branches) for branches, count in kinds.items())
+    plan = [ready.recipe.branches(i) for i in range(ready.recipe.steps)]
+    flops = sum(count * _step_flops(ready, plan.index(branches)) for branches, count in Counter(plan).items())
     parameters = sum(p.numel() for group in ready.state.optimizer.param_groups for p in group["params"])
     return Cost(flops=float(flops), parameters=parameters)
 
 
-def _step_flops(ready: Ready, branches: tuple[Branch, ...]) -> int:
+def _step_flops(ready: Ready, index: int) -> int:
     state, recipe = ready.state, ready.recipe
-    hooks = replace(recipe.hooks, after_step=None)
-    one: Recipe = replace(recipe, branches=lambda step: branches, steps=state.step + 1, hooks=hooks, stop=None)
+    state.step = index  # hooks go by the step: later ones may train fewer adapters
+    one: Recipe = replace(recipe, steps=index + 1, hooks=replace(recipe.hooks, after_step=None), stop=None)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         for _ in train(ready.run_data, one, state):
             pass
