@@ -5,20 +5,22 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 import unbraid
 from tools import options
+from unbraid.bases.presets import AS_IT_IS
+from unbraid.cli.options import SHARED
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import Entry
-from unbraid.runs.api import job
+from unbraid.runs.job import TrainingOptions
 from unbraid.runs.run_options import RunOptions
 from unbraid.runs.settings import descriptions, open_settings, schema
 
-INTERNAL = {"method", "loras"}  # arguments of `job` that verbs fill in
 GOOD = """
 import unbraid
 from pathlib import Path
@@ -71,10 +73,11 @@ def test_what_is_committed_is_what_the_tool_writes(tmp_path: Path) -> None:
         assert made.read_text() == path.read_text(), "run python -m tools.options"
 
 
-def test_every_option_of_a_run_has_its_type() -> None:
-    hints = get_type_hints(job)
-    known = {name: hints[name] for name, p in inspect.signature(job).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert get_type_hints(RunOptions) == {name: hint for name, hint in known.items() if name not in INTERNAL}
+def test_every_option_of_a_run_is_used_and_on_the_command_line() -> None:
+    given = {name.removesuffix("_") for name in SHARED} - {"set", "resume", "quiet", "template"} | {"templates"}
+    used = {*asdict(AS_IT_IS), *TrainingOptions.__annotations__}
+    used |= {"out", "base", "seed", "previews", "rare", "config", "thumbnail", "metadata"}
+    assert given == used == set(RunOptions.__annotations__)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=METHODS)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tools.options import of
 from unbraid.cli.main import app
-from unbraid.cli.run import SHARED
+from unbraid.cli.options import SHARED
 from unbraid.cli.train import app as training
 from unbraid.methods import ENTRIES
 from unbraid.runs.settings import open_settings

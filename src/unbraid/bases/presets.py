@@ -1,7 +1,7 @@
 """Options for opening a base, and the memory presets of `--vram`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unbraid.common.errors import UsageError
 
@@ -47,7 +47,8 @@ class Loading:
     files do not state it. vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
     blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
     cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
-    as published for the base."""
+    as published for the base. adam8bit: whether AdamW's moments have 8 bits;
+    None: as the preset has it."""
 
     vae: str = ""
     prediction: str = ""
@@ -56,12 +57,15 @@ class Loading:
     graphs: bool = True
     device: str = ""
     timesteps: str = ""
+    adam8bit: bool | None = None
 
     @property
     def preset(self) -> Preset:
+        """The memory preset, with the AdamW that was chosen. UsageError if there is no such preset."""
         if self.vram not in PRESETS:
             raise UsageError(f"there is no preset {self.vram!r}", "--vram", f"There are: {', '.join(PRESETS)}.")
-        return PRESETS[self.vram]
+        chosen = PRESETS[self.vram]
+        return chosen if self.adam8bit is None else replace(chosen, adam8=self.adam8bit)
 
 
 AS_IT_IS = Loading()

@@ -12,8 +12,9 @@ import typer
 from pydantic import ValidationError, create_model
 from rich.progress import TextColumn
 
+from unbraid.cli.options import Device, Quiet, Resume
 from unbraid.cli.progress import progress_bar
-from unbraid.cli.run import UNDONE, Device, Quiet, Resume
+from unbraid.cli.run import UNDONE
 from unbraid.cli.train import app as training_commands
 from unbraid.common.atomic import read_toml
 from unbraid.common.errors import UsageError, suggestion

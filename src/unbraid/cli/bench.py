@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import TimeElapsedColumn
 
+from unbraid.cli.options import BaseName, Quiet
 from unbraid.cli.progress import console, progress_bar
-from unbraid.cli.run import BaseName, Quiet
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from unbraid.cli.run import BaseName, Device, Graphs, Prediction, Seed, Vae, Vram, console, loading
+from unbraid.cli.options import BaseName, Device, Graphs, Prediction, Seed, Vae, Vram
+from unbraid.cli.run import console, loading
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()

@@ -14,9 +14,10 @@ from unbraid.cli.bench import app as bench_commands
 from unbraid.cli.checkpoints import app as checkpoint_commands
 from unbraid.cli.files import app as file_commands
 from unbraid.cli.generate import app as drawing_commands
+from unbraid.cli.options import BaseName
 from unbraid.cli.probe import app as probe_commands
 from unbraid.cli.push import app as publishing_commands
-from unbraid.cli.run import BaseName, Todo, console, loading, run_job
+from unbraid.cli.run import Todo, console, loading, run_job
 from unbraid.cli.selftest import app as selftest_commands
 from unbraid.cli.studio import app as studio_commands
 from unbraid.cli.train import app as training_commands

@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from unbraid.cli.options import Device, Quiet, Vram
 from unbraid.cli.progress import console, progress_bar
-from unbraid.cli.run import Device, Quiet, Vram
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()

@@ -1,76 +1,22 @@
-"""The common part of the training verbs on the command line: options, progress, printed output."""
+"""The common part of the training verbs on the command line: settings, progress, printed output."""
 
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.progress import TextColumn
 from typer.core import TyperCommand
 
+from unbraid.cli.options import SHARED, Method
 from unbraid.cli.progress import console, progress_bar
 from unbraid.common.errors import UsageError
 
 SHOWN = 10  # show the loss every so many steps on an accelerator: reading it waits for the device
 
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Run folder; default runs/NAME-METHOD, or the first of runs/NAME-METHOD-2, … that is free."),
-]
-BaseName = Annotated[
-    str,
-    typer.Option(
-        "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1; as folder or id also"
-        " Flux.1, SD3.5, Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
-    ),
-]
-Vae = Annotated[
-    str,
-    typer.Option(metavar="FOLDER|HUB_ID|FILE", help="Another VAE; for SDXL, such as madebyollin/sdxl-vae-fp16-fix."),
-]
-Prediction = Annotated[
-    str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
-]
-Timesteps = Annotated[
-    str,
-    typer.Option(
-        metavar="DENSITY[+SHIFT]",
-        help="How timesteps are drawn with flow matching (Flux, SD3.5, Z-Image): uniform or logit-normal, +shift=3 or +dynamic.",
-    ),
-]
-Vram = Annotated[
-    str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
-]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a minute at the start, quicker steps.")]
-Graphs = Annotated[
-    bool,
-    typer.Option("--graphs/--no-graphs", help="CUDA graphs, on a card that has them: steps several times as fast."),
-]
-Device = Annotated[str, typer.Option(metavar="cuda:1", help="Where to compute; without, the best that there is.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-Config = Annotated[Path | None, typer.Option(help="TOML file with a table per method; a run.toml will do.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting of the method; repeatable.")
-]
-Method = Annotated[str, typer.Option(help="Which method; all are listed below.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors and the files made.")]
-Previews = Annotated[int, typer.Option(help="How many preview sheets during training.")]
-Rare = Annotated[str, typer.Option(help="The token that stands for the subject in prompts.")]
-Resolution = Annotated[
-    int, typer.Option(help="Pictures are scaled to the area of a square with this side, in pixels; 0: as the base.")
-]
-Schedule = Annotated[
-    str, typer.Option(metavar="constant|linear|cosine", help="How the learning rates fall to 0 at the end.")
-]
-WarmUp = Annotated[int, typer.Option(help="Steps in which the learning rates rise to their full value.")]
-Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
-Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
 UNDONE = 3  # exit status: training is done, but some picture could not be made
 OTHERS = frozenset(  # arguments of the verbs that are not settings of a method
     (
@@ -89,35 +35,6 @@ class Todo:
     resume: bool
     quiet: bool
     numbered: bool = False
-
-
-def shared(
-    out: Out = None,
-    base: BaseName = "",
-    vae: Vae = "",
-    prediction: Prediction = "",
-    vram: Vram = "max",
-    compile: Compile = False,
-    graphs: Graphs = True,
-    device: Device = "",
-    timesteps: Timesteps = "",
-    seed: Seed = 0,
-    previews: Previews = 3,
-    rare: Rare = "sks",
-    resolution: Resolution = 0,
-    schedule: Schedule = "constant",
-    warm_up: WarmUp = 0,
-    thumbnail: Thumbnail = True,
-    metadata: Metadata = True,
-    config: Config = None,
-    set_: Set = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-) -> None:
-    """The options of every training verb, declared once: `training` reads them from this signature."""
-
-
-SHARED = inspect.signature(shared).parameters
 
 
 class Verb(TyperCommand):
@@ -150,6 +67,7 @@ def training(app: typer.Typer, verb: str, method: str) -> Callable[[Callable[...
         def command(**values: Any) -> Todo | None:
             resume, quiet, pairs = (values.pop(name) for name in ("resume", "quiet", "set_"))
             mine = {name: values.pop(name) for name in own}
+            values["templates"] = parsed_templates(values.pop("template") or [])
             with loading("torch and diffusers", quiet):
                 job = function(**mine, given=options(pairs, **values))
             return Todo(job, resume, quiet, not (values.get("out") or mine.get("out"))) if job else None
@@ -174,6 +92,17 @@ def options(pairs: list[str] | None, **common: Any) -> dict[str, Any]:
                 f"{key!r} is not a setting of the method", "--set", "It has an option of its own: see --help."
             )
     return {**common, **settings}
+
+
+def parsed_templates(given: list[str]) -> dict[str, str]:
+    """Role → template, from `--template ROLE=TEXT`."""
+    found = {}
+    for one in given:
+        role, sign, text = one.partition("=")
+        if not sign:
+            raise UsageError(f"{one[:80]!r} has no =", "--template", "Write ROLE=TEXT.")
+        found[role.strip()] = text
+    return found
 
 
 def loading(what: str, quiet: bool = False) -> Any:

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from unbraid.cli.options import BaseName
 from unbraid.cli.progress import console
-from unbraid.cli.run import BaseName
 
 app = typer.Typer()
 MIB = 2**20

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from unbraid.cli.options import BaseName, Seed
 from unbraid.cli.progress import console
-from unbraid.cli.run import BaseName, Seed, training
+from unbraid.cli.run import training
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()

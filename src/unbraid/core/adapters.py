@@ -69,6 +69,8 @@ class Adapters:
     model: nn.Module
     names: list[str] = field(default_factory=list)
     kinds: Layers = UNET  # which layers the model has
+    alpha: float = 0.0  # adapters made by `new` are multiplied by alpha / rank; 0: by 1
+    scaled: bool = False  # whether an adapter was made with this alpha
 
     @classmethod
     def attach(cls, model: nn.Module, targets: str = ATTENTION, kinds: Layers = UNET) -> "Adapters":
@@ -134,7 +136,8 @@ class Adapters:
             d, k = layer.base.weight.shape
             down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
             up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
-            made[name] = Factors(down, up)
+            made[name] = Factors(down, up, self.alpha / rank if self.alpha else 1.0)
+        self.scaled |= bool(self.alpha)
         self.add(adapter, made)
 
     def of(self, adapter: str) -> dict[str, Factors]:

@@ -1,7 +1,7 @@
 """A training run as data: what every step is, and what the trainer needs of a base model."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -24,6 +24,7 @@ class Passes:
     """How the branches of one step go through the model."""
 
     shared: frozenset[Shared] = frozenset()  # what their samples have in common
+    batch_size: int = 1  # samples of each branch
     in_turn: bool = False  # one optimiser step after every branch, on samples drawn together
     fixed_teachers: bool = False  # no teacher uses what trains: all targets can be computed before the first step
 
@@ -70,6 +71,11 @@ class Recipe:
     hooks: Hooks = Hooks()
     targets: str = ATTENTION  # which linear layers carry adapters: a name in `Layers.targets`, or a regular expression
     stop: Stop | None = None
+
+    def examples(self, step: int) -> tuple[Branch, ...]:
+        """The branches of a step, each once for every sample of it, with its share of the weight."""
+        size = self.passes.batch_size
+        return tuple(replace(one, weight=one.weight / size) for one in self.branches(step) for _ in range(size))
 
 
 @dataclass(frozen=True)

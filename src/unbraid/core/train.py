@@ -67,8 +67,8 @@ def precomputed_targets(
     it has one. Only for recipes with `fixed_teachers`.
 
     Teachers are evaluated in batches of `at_once`. A resumed run skips those of the steps before `begin`."""
-    plan = [recipe.branches(i) for i in range(recipe.steps)]
-    drawn = [draw(model, recipe, branches, rng) for branches in plan]
+    plan = [recipe.examples(i) for i in range(recipe.steps)]
+    drawn = [draw(model, recipe, examples, rng) for examples in plan]
     wanted = [(i, j) for i, branches in enumerate(plan) for j, one in enumerate(branches) if i >= begin and one.teacher]
     for chunk in chunks([drawn[i][j] for i, j in wanted], at_once):
         places = [wanted[k] for k in chunk]
@@ -79,28 +79,34 @@ def precomputed_targets(
     return drawn
 
 
-def draw(model: Denoiser, recipe: Recipe, branches: Sequence[Branch], rng: torch.Generator) -> list[Sample]:
-    """The samples of one step."""
-    images, noises = [branch.image for branch in branches], [branch.noise for branch in branches]
-    return model.draw(images, recipe.passes.shared, rng, noises)
+def draw(model: Denoiser, recipe: Recipe, examples: Sequence[Branch], rng: torch.Generator) -> list[Sample]:
+    """The samples of one step. What the branches share, they share within each example of the batch."""
+    size = recipe.passes.batch_size
+    drawn = []
+    for i in range(size):
+        some = examples[i::size]
+        drawn.append(model.draw([one.image for one in some], recipe.passes.shared, rng, [one.noise for one in some]))
+    return [sample for branch in zip(*drawn, strict=True) for sample in branch]
 
 
 def _step(
     model: Denoiser, recipe: Recipe, state: State, precomputed_targets: Sequence[Sequence[Sample]] | None
 ) -> Generator[ForwardRequest, list[Tensor], Step]:
     adapters, index, hooks = state.adapters, state.step, recipe.hooks
-    branches = recipe.branches(index)
-    samples = precomputed_targets[index] if precomputed_targets else draw(model, recipe, branches, state.rng)
+    examples = recipe.examples(index)
+    samples = precomputed_targets[index] if precomputed_targets else draw(model, recipe, examples, state.rng)
     losses: list[Tensor] = []
     _scale_rates(state.optimizer, recipe.optimization.rate_factor, index)
-    size = 1 if recipe.passes.in_turn else max(len(branches), 1)
-    for i in range(0, len(branches), size):
-        losses += yield ForwardRequest(model, adapters, branches[i : i + size], samples[i : i + size])
-        if i + size < len(branches):
+    size = recipe.passes.batch_size if recipe.passes.in_turn else max(len(examples), 1)
+    for i in range(0, len(examples), size):
+        losses += yield ForwardRequest(model, adapters, examples[i : i + size], samples[i : i + size])
+        if i + size < len(examples):
             _clip(state.optimizer, recipe.optimization.clip)
             state.optimizer.step()
             state.optimizer.zero_grad()
-    total = sum(branch.weight * loss for branch, loss in zip(branches, losses, strict=True))
+    total = sum(one.weight * loss for one, loss in zip(examples, losses, strict=True))
+    if (size := recipe.passes.batch_size) > 1:
+        losses = [torch.stack(losses[i : i + size]).mean() for i in range(0, len(losses), size)]
     penalty = hooks.penalty(adapters, index) if hooks.penalty else None
     if penalty is not None:
         penalty.backward()
@@ -127,7 +133,7 @@ def _goes_on(
     """Compute the validation loss of early stopping, on the same samples every time. Returns whether to continue."""
     rng = torch.Generator().manual_seed(0)
     branches = [branch for branch in stop.branches for _ in range(stop.samples)]
-    samples = [draw(model, recipe, [branch], rng)[0] for branch in branches]
+    samples = [model.draw([one.image], recipe.passes.shared, rng, [one.noise])[0] for one in branches]
     losses = yield ForwardRequest(model, state.adapters, branches, samples, learns=False)
     return state.record_validation(float(torch.stack(losses).mean()), stop.patience)
 

@@ -3,14 +3,14 @@
 import builtins
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from PIL.Image import Image
 
 from unbraid.bases.pipeline import location
-from unbraid.bases.presets import Loading
+from unbraid.bases.presets import AS_IT_IS
 from unbraid.bases.recognised import family_preset
 from unbraid.common.errors import UsageError
 from unbraid.core.selectors import open_blocks
@@ -22,11 +22,11 @@ from unbraid.methods import METHODS
 from unbraid.methods.pair import free_slot, numbered
 from unbraid.runs import folder
 from unbraid.runs.drawing import forget_base
-from unbraid.runs.job import RARE, Extras, Job, Progress, Schedule, TrainingData, checked_training
+from unbraid.runs.job import RARE, Extras, Job, Progress, TrainingData, TrainingOptions, checked_training
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.preferences import default_base
 from unbraid.runs.run import run
-from unbraid.runs.run_options import separate
+from unbraid.runs.run_options import RunOptions, separate
 from unbraid.runs.run_path import Run
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, documented, resolve
 from unbraid.sampling.uses import own_prompt
@@ -165,43 +165,23 @@ def job(
     settings: Mapping[str, object],
     *,
     method: str,
-    out: str | Path | None = None,
-    base: str = "",
-    vae: str = "",
-    prediction: str = "",
-    vram: str = "max",
-    compile: bool = False,
-    graphs: bool = True,
-    device: str = "",
-    timesteps: str = "",
-    seed: int = 0,
-    previews: int = 3,
-    rare: str = RARE,
-    resolution: int = 0,
-    schedule: Schedule = "constant",
-    warm_up: int = 0,
-    config: Path | None = None,
     loras: Mapping[str, Path] | None = None,
-    thumbnail: bool = True,
-    metadata: bool = True,
+    **options: Unpack[RunOptions],
 ) -> Job:
     """Make a job from plain values; the verbs call this. `images`: role → files, or a list for a method with one role.
 
     `words`: what fills the prompt templates. `settings`: those of the method (`unbraid explain METHOD`). `loras`: role →
-    file, for methods that start from LoRAs. `base`: by default that of `preferences.default_base`. `vae`, `prediction`,
-    `vram`, `compile`, `graphs`, `device` and `timesteps` are the fields of `presets.Loading`. `thumbnail`: whether the LoRA
-    files hold a small picture; `metadata`: whether they record what they were trained with. `rare`: the token that stands
-    for the subject. `resolution`, `schedule` and `warm_up`: the fields of `job.Training`."""
+    file, for methods that start from LoRAs. `options`: see `RunOptions`."""
     roles = images if isinstance(images, Mapping) else {"image": images}
     looked = {role: [look(as_file(image)) for image in some] for role, some in roles.items()}
     files = {role: tuple(file for one in some for file in one.files) for role, some in looked.items()}
     notes = dict.fromkeys(line for some in looked.values() for one in some for line in one.unused)
-    base = base or default_base()
+    base, out, rare = options.get("base") or default_base(), options.get("out"), options.get("rare", RARE)
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
     location(base)  # UsageError if there is no such base
-    times = timesteps or family_preset(base, method).timesteps
-    loading = Loading(vae, prediction, vram, compile, graphs, device, times)
-    training = checked_training(resolution, schedule, warm_up)
+    loading = replace(AS_IT_IS, **{name: options[name] for name in asdict(AS_IT_IS) if name in options})
+    loading = replace(loading, timesteps=loading.timesteps or family_preset(base, method).timesteps)
+    training = checked_training(**{name: options[name] for name in TrainingOptions.__annotations__ if name in options})
     if rare != RARE:
         if "{rare}" not in " ".join(METHODS[method].prompts.values() if method in METHODS else ()):
             raise UsageError(f"{method} has no rare token in its prompts", "--rare", "Write the token into the prompt.")
@@ -210,12 +190,16 @@ def job(
     return Job(
         method,
         TrainingData(files, words, loras=loras or {}, training=training),
-        resolve(method, base, config, settings),
+        resolve(method, base, options.get("config"), settings),
         where,
         base,
         loading,
-        counted("seed", seed, SEEDS),
-        Extras(counted("previews", previews, PREVIEWS), thumbnail, metadata),
+        counted("seed", options.get("seed", 0), SEEDS),
+        Extras(
+            counted("previews", options.get("previews", 3), PREVIEWS),
+            options.get("thumbnail", True),
+            options.get("metadata", True),
+        ),
         tuple(notes),
     )
 

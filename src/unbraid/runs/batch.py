@@ -11,14 +11,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unbraid.bases.base import Base, joined, load
-from unbraid.bases.presets import Loading
+from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.common.atomic import read_toml
 from unbraid.common.errors import UsageError
 from unbraid.core.many import run_batched
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
 from unbraid.runs.drawing import forget_base
-from unbraid.runs.job import Extras, Job, Progress, TrainingData, checked_training
+from unbraid.runs.job import Extras, Job, Progress, TrainingData, TrainingOptions, checked_training
 from unbraid.runs.run import script
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
 
@@ -124,6 +124,10 @@ class _Record(BaseModel):
     resolution: int = 0
     schedule: str = "constant"
     warm_up: int = 0
+    batch_size: int = 1
+    alpha: float = 0.0
+    adam8bit: bool | None = None
+    templates: dict[str, str] = {}
 
 
 def recorded(file: Path) -> Job:
@@ -141,7 +145,7 @@ def recorded(file: Path) -> Job:
         {Path(path): text for path, text in table.captions.items()},
         {role: Path(path) for role, path in table.loras.items()},
         replace(
-            checked_training(table.resolution, table.schedule, table.warm_up),
+            checked_training(**{name: getattr(table, name) for name in TrainingOptions.__annotations__}),
             blocks={role: tuple(some) for role, some in table.blocks.items()},
         ),
     )
@@ -151,7 +155,7 @@ def recorded(file: Path) -> Job:
         resolve(table.method, table.base, file, {}),
         file.parent,
         table.base,
-        Loading(table.vae, table.prediction, table.vram, table.compile, table.graphs, table.device, table.timesteps),
+        Loading(**{name: getattr(table, name) for name in AS_IT_IS.__dataclass_fields__}),
         counted("seed", table.seed, SEEDS),
         Extras(counted("previews", table.previews, PREVIEWS), table.thumbnail, table.metadata),
     )

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from math import cos, pi
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 from PIL import Image
 
@@ -22,10 +22,9 @@ from unbraid.files.formats.metadata import card
 from unbraid.images.crop import check_size, open_image
 from unbraid.methods import METHODS
 from unbraid.runs import folder
-from unbraid.runs.settings import RESOLUTIONS, WARM_UPS, Settings, base_defaults, counted
+from unbraid.runs.settings import BATCH_SIZES, RESOLUTIONS, WARM_UPS, Settings, base_defaults, counted
 
-RARE = "sks"
-
+RARE, MOST_ALPHA = "sks", 10_000
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -37,6 +36,11 @@ class Training:
     resolution: int = 0  # pixels: pictures are scaled to the area of a square with this side; 0: the base's own
     schedule: Schedule = "constant"  # how the learning rates fall to 0: not at all, linearly, or along half a cosine
     warm_up: int = 0  # steps in which the learning rates rise to their full value
+    batch_size: int = 1  # samples of each branch in a step; as many share a pass as there is memory for
+    alpha: float = 0.0  # new adapters are multiplied by alpha / rank; 0: by 1
+    templates: Mapping[str, str] = field(
+        default_factory=dict
+    )  # role → template of its prompt, in place of the method's
     blocks: Blocks = field(default_factory=dict)  # which layers serve content and style; empty: as known for the base
 
     def factor(self, step: int, steps: int) -> float:
@@ -46,13 +50,27 @@ class Training:
         return rise * {"constant": 1.0, "linear": left, "cosine": (1 - cos(pi * left)) / 2}[self.schedule]
 
 
-def checked_training(resolution: int, schedule: str, warm_up: int) -> Training:
+class TrainingOptions(TypedDict, total=False):
+    """The fields of `Training` that users give, not yet checked."""
+
+    resolution: int
+    schedule: str
+    warm_up: int
+    batch_size: int
+    alpha: float
+    templates: Mapping[str, str]
+
+
+def checked_training(**given: Unpack[TrainingOptions]) -> Training:
     """The values as a `Training`. UsageError if one is out of its range."""
-    if schedule not in get_args(Schedule):
+    if (schedule := given.get("schedule", "constant")) not in get_args(Schedule):
         raise UsageError(f"there is no schedule {schedule!r}", "--schedule", suggestion(schedule, get_args(Schedule)))
-    return Training(
-        counted("resolution", resolution, RESOLUTIONS), cast(Schedule, schedule), counted("warm-up", warm_up, WARM_UPS)
-    )
+    for name, allowed in (("resolution", RESOLUTIONS), ("warm_up", WARM_UPS), ("batch_size", BATCH_SIZES)):
+        if name in given:
+            counted(name.replace("_", "-"), given[name], allowed)
+    if not 0 <= given.get("alpha", 0) <= MOST_ALPHA:
+        raise UsageError(f"is {given.get('alpha')}", "--alpha", f"Give 0 (as the rank) to {MOST_ALPHA}.")
+    return Training(**cast(Any, given))
 
 
 @dataclass(frozen=True)
@@ -112,10 +130,31 @@ def prompts_of(job: Job) -> dict[str, str]:
         if not value.strip():
             raise UsageError("is empty", f"--{name.replace('_', '-')}", "Say in a word or two what it is.")
     templates = METHODS[job.method].prompts or {role: f"{{{role}}}" for role in job.data.words if role != "rare"}
+    templates = {**templates, **_checked_templates(job.data.training.templates, templates, words)}
     known = {role: text for role, text in templates.items() if all(name in words for name in _fields(text))}
     if base_defaults(job.base).get("prompts", {}).get("article") != "a":
         known = {role: with_article(template, words) for role, template in known.items()}
     return {role: template.format(**words) for role, template in known.items()}
+
+
+def _checked_templates(
+    given: Mapping[str, str], known: Mapping[str, str], words: Mapping[str, str]
+) -> Mapping[str, str]:
+    """The templates that were given. UsageError for a role that the method has not, or a word that nobody gave."""
+    for role, text in given.items():
+        where = f"--template {role[:80]}"
+        if role not in known:
+            raise UsageError(f"the method has no prompt {role[:80]!r}", where, suggestion(role, list(known)))
+        try:
+            unknown = [name for _, name, _, _ in Formatter().parse(text) if name is not None and name not in words]
+        except ValueError as error:
+            raise UsageError(
+                f"{text[:80]!r} is no template ({error})", where, "Braces hold words: {subject}."
+            ) from error
+        if unknown or not text.strip():
+            what = f"there is no word {{{unknown[0][:80]}}}" if unknown else "is empty"
+            raise UsageError(what, where, f"Words are: {', '.join(f'{{{word}}}' for word in words)}.")
+    return given
 
 
 def with_article(template: str, words: Mapping[str, str]) -> str:

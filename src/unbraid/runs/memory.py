@@ -117,7 +117,8 @@ def _activations(denoiser: Any, network: Network, adapters: Adapters, recipe: Re
     """Bytes kept for the backward pass of one forward pass, at the last step, when all branches take part.
 
     The pass holds as many branches as the preset puts into one pass."""
-    branches = recipe.branches(max(recipe.steps - 1, 0))[: 1 if recipe.passes.in_turn else preset.at_once]
+    size = recipe.passes.batch_size if recipe.passes.in_turn else preset.at_once
+    branches = recipe.examples(max(recipe.steps - 1, 0))[: min(size, preset.at_once)]
     if not recipe.steps or not branches:
         return 0
     ledger = _Ledger({id(one.untyped_storage()) for one in (*denoiser.parameters(), *denoiser.buffers())})

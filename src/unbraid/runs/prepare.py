@@ -17,6 +17,7 @@ from unbraid.bases.savings import with_8bit_optimizer
 from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
+from unbraid.core.optim import adamw
 from unbraid.core.recipe import Recipe
 from unbraid.core.selectors import chosen
 from unbraid.core.state import State
@@ -50,7 +51,10 @@ class Ready:
 def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.Image]], base: Base) -> Ready:
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
     (made,) = METHODS[job.method].make(job.data.training.blocks or base.family.blocks, **job.settings)
-    recipe = with_schedule(with_8bit_optimizer(made, job.loading.preset), job.data.training)
+    training = job.data.training
+    if job.loading.adam8bit is not None and made.optimization.optimizer is not adamw:
+        raise UsageError(f"{job.method} has an optimiser of its own with these settings", "--adam8bit", "Leave it out.")
+    recipe = with_batch(with_schedule(with_8bit_optimizer(made, job.loading.preset), training), training)
     if not base.family.network.layers.own_prompt:
         _check_alone(recipe)
     if not base.family.network.layers.text and any(one.segment for two in recipe.branches(0) for one in two.active):
@@ -59,6 +63,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     prompts = {role: base.encode_prompt(text) for role, text in texts.items()} | {NEGATIVE: base.encode_negative()}
     started = attach(base, {role: (path, read(path).modules) for role, path in job.data.loras.items()})
     adapters = started or Adapters.attach(base.denoiser, recipe.targets, base.family.network.layers)
+    adapters.alpha = training.alpha
     with ExitStack() as undo:
         undo.callback(adapters.detach)
         matched = chosen(given, adapters.layers, "--blocks") if (given := job.data.training.blocks) else {}
@@ -73,6 +78,9 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
             for role, some in images.items()
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
+        if training.alpha and not adapters.scaled:
+            fix = "Leave it out: what this run starts from has an alpha of its own."
+            raise UsageError("no adapter is new", "--alpha", fix)
         undo.pop_all()
     return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images, matched)
 
@@ -101,6 +109,11 @@ def with_schedule(recipe: Recipe, training: Training) -> Recipe:
         recipe.optimization, rate_factor=lambda step: own(step) * training.factor(step, recipe.steps)
     )
     return replace(recipe, optimization=optimization)
+
+
+def with_batch(recipe: Recipe, training: Training) -> Recipe:
+    """A recipe whose steps have so many samples of each branch."""
+    return replace(recipe, passes=replace(recipe.passes, batch_size=training.batch_size))
 
 
 def _drawn(

@@ -41,6 +41,14 @@ class RunOptions(TypedDict, total=False):
     """How the learning rates fall to 0: `constant` (not at all, the default), `linear` or `cosine`."""
     warm_up: int
     """Steps in which the learning rates rise to their full value. Default 0."""
+    batch_size: int
+    """Samples of each branch in a step. Default 1."""
+    alpha: float
+    """New adapters are multiplied by alpha / rank. Default 0: by 1, as if alpha were the rank."""
+    adam8bit: bool | None
+    """Whether AdamW's moments have 8 bits. Default: as the memory preset has it."""
+    templates: Mapping[str, str]
+    """Role → template of its prompt, such as `{"content": "a photo of a {rare} {subject}"}`. Default: the method's."""
     config: Path | None
     """TOML file with a table of settings per method. Default: none."""
     thumbnail: bool

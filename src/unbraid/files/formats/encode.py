@@ -13,7 +13,7 @@ from unbraid.core.lowrank import rescaled
 from unbraid.files.formats.blocks import Family, to_ldm
 from unbraid.files.formats.families import DESIGNS
 from unbraid.files.formats.metadata import kohya_metadata, labelled, peft_metadata
-from unbraid.files.formats.recognise import drop_foreign_moments, name_in
+from unbraid.files.formats.recognise import name_in, template_of
 from unbraid.files.formats.widths import other_base
 
 Dialect = Literal["kohya", "diffusers"]
@@ -92,9 +92,7 @@ def vector_tensors(
     out = {}
     for name, tensor in vectors.items():
         module, _, part = name.rpartition(".")
-        fit = (
-            drop_foreign_moments(module, family) if family in DESIGNS and DESIGNS[family].kohya == "original" else None
-        )
+        fit = template_of(module, family) if family in DESIGNS and DESIGNS[family].kohya == "original" else None
         if fit and module.startswith("transformer.") and fit.template not in DESIGNS[family].original:
             what = f"kohya's files of {family} have other layers than this one: its {part} has no place in them"
             raise UsageError(what, module, "Bring it in kohya's names, or train it without biases and norms.")

@@ -15,7 +15,7 @@ from unbraid.core.lora import Lora
 from unbraid.core.lowrank import matrices, wide
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.families import DESIGNS
-from unbraid.files.formats.recognise import drop_foreign_moments, numbered, split_names
+from unbraid.files.formats.recognise import numbered, split_names, template_of
 
 _LAST = "final_layer.adaLN_modulation.1"
 
@@ -58,7 +58,7 @@ def fuse(modules: Mapping[str, Lora], family: Family) -> dict[str, Lora]:
 def _original(module: str, family: Family) -> tuple[str, int, tuple[str, ...]]:
     """The original module that contains this one, the index in it, and all templates that it contains. A module that is not one of
     diffusers' contains only itself."""
-    fit = drop_foreign_moments(module, family) if module.startswith("transformer.") else None
+    fit = template_of(module, family) if module.startswith("transformer.") else None
     if not fit or fit.template not in DESIGNS[family].diffusers:
         return module, 0, (module,)
     for old, parts in DESIGNS[family].original.items():

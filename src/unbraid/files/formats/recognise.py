@@ -89,12 +89,12 @@ def name_in(module: str, family: Family) -> str | None:
     name = canonical(module)
     if name or family not in DESIGNS:
         return name
-    fit = drop_foreign_moments(module, family)
+    fit = template_of(module, family)
     return f"transformer.{fit.path}" if fit and fit.template not in DESIGNS[family].kept else None
 
 
 @cache
-def drop_foreign_moments(module: str, family: Family) -> Fit | None:
+def template_of(module: str, family: Family) -> Fit | None:
     """The template of a family that a module's name matches; None if there is none."""
     rest, dotted = transformer_path(module)
     for template in _index(family).get(_normal(rest), ()):
@@ -107,7 +107,7 @@ def drop_foreign_moments(module: str, family: Family) -> Fit | None:
 
 def split_names(module: str, family: Family) -> tuple[str, ...]:
     """The diffusers modules that a module with an original name contains; any other module contains only itself."""
-    fit = drop_foreign_moments(module, family) if family in DESIGNS else None
+    fit = template_of(module, family) if family in DESIGNS else None
     inside = DESIGNS[family].original.get(fit.template) if fit else None
     if not fit or not inside:
         return (module,)
@@ -154,7 +154,7 @@ def _filled(template: str, name: str) -> str | None:
 
 def _transformer(shapes: Mapping[str, tuple[Shape, Shape]], metadata: Mapping[str, str]) -> Verdict:
     fits: dict[Family, dict[str, Fit]] = {
-        family: {m: f for m in shapes if (f := drop_foreign_moments(m, family))} for family in DESIGNS
+        family: {m: f for m in shapes if (f := template_of(m, family))} for family in DESIGNS
     }
     best = max(len(found) for found in fits.values())
     named: list[Family] = [family for family, found in fits.items() if len(found) == best]
