@@ -14,6 +14,7 @@ from unbraid.cli.bench import app as bench_commands
 from unbraid.cli.checkpoints import app as checkpoint_commands
 from unbraid.cli.files import app as file_commands
 from unbraid.cli.generate import app as drawing_commands
+from unbraid.cli.grid import app as grid_commands
 from unbraid.cli.probe import app as probe_commands
 from unbraid.cli.push import app as publishing_commands
 from unbraid.cli.run import BaseName, Todo, console, loading, run_job
@@ -32,6 +33,7 @@ app = typer.Typer(
 COMMANDS = (
     training_commands,
     batch_commands,
+    grid_commands,
     file_commands,
     checkpoint_commands,
     bench_commands,
