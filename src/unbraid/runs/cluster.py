@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from unbraid.bases.base import Base
 from unbraid.common.errors import UsageError, first_line
@@ -125,7 +126,7 @@ def _train(folders: Sequence[str], at_once: int | None, device: str | None, paus
         which = paths.index(event.folder)
         if event.error:
             found[which] = which, "failed", str(event.error)
-            broken = str(event.error) if isinstance(event.error.__cause__, OSError) else broken
+            broken = str(event.error) if isinstance(event.error.__cause__, OSError | SafetensorError) else broken
         elif event.held or event.done:
             found[which] = which, "held" if event.held else "done", ""
     if broken:

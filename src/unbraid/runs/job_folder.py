@@ -60,14 +60,14 @@ def mark_failed(out: Path, error: UsageError) -> None:
         part.write_text(f"{error}\n", "utf-8")
 
 
-def figures(out: Path) -> dict[str, float]:
+def figures(out: Path) -> dict[str, int | float]:
     """What events.jsonl says of a run: `steps`; `loss`, the mean over the last twentieth; `seconds` of training; `memory`,
     the most bytes in use at the end of a step, where that is measured."""
     events = folder.read_events(out)
     if not events:
         return {"steps": 0}
     last = events[-max(1, round(LAST * len(events))) :]
-    found = {"steps": len(events), "loss": sum(one["loss"] for one in last) / len(last)}
+    found: dict[str, int | float] = {"steps": len(events), "loss": sum(one["loss"] for one in last) / len(last)}
     found["seconds"] = round(sum(1 / one["rate"] for one in events if one.get("rate")), 3)
     return found | {"memory": max(one.get("memory") or 0 for one in events)}
 
