@@ -117,7 +117,7 @@ def test_a_run_that_fails_is_told_and_tried_again(v_base: Path, picture: Path, t
     unbraid.grid(jobs, device="cpu")
     assert state(jobs[0].out) == "done" and not (jobs[0].out / job_folder.FAILED).exists()
     broken = replace(jobs[0], out=tmp_path / "nan", settings={**jobs[0].settings, "lr": 1e30, "steps": 5})
-    with pytest.raises(UsageError, match="1 of 2 runs failed.*the loss is nan"):
+    with pytest.raises(UsageError, match=r"1 of 2 runs failed.*the loss is nan"):
         unbraid.grid([broken, jobs[1]], device="cpu")
 
 

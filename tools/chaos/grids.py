@@ -113,7 +113,7 @@ class Watch:
 
 def broken_cluster(todo: Sequence[Job], start: Start, every: float, rng: random.Random, limit: float) -> dict[str, int]:
     """Train on Ray while workers are killed, the driver twice, and the disk is full once. Returns what was done, by name."""
-    watch, done = Watch(todo), {"workers killed": 0, "drivers killed": 0, "disks full": 0}
+    rng, watch, done = random.Random(1), Watch(todo), {"workers killed": 0, "drivers killed": 0, "disks full": 0}
     process, kill, begin = start(), time.monotonic() + every, time.monotonic()
     try:
         while process.poll() is None or watch.look() < len(todo):
@@ -122,7 +122,7 @@ def broken_cluster(todo: Sequence[Job], start: Start, every: float, rng: random.
             if process.poll() is not None:
                 done["drivers started again"] = done.get("drivers started again", 0) + 1
                 process = start()
-            elif done["drivers killed"] < 2 and count > len(todo) * (1 + done["drivers killed"]) / 3:
+            elif done["drivers killed"] < drivers and count > len(todo) * (1 + done["drivers killed"]) / (drivers + 1):
                 end(process)
                 done["drivers killed"] += 1
             elif not done["disks full"] and count > len(todo) / 6 and working:
@@ -194,6 +194,7 @@ def main(
     steps: int = 20,
     workers: int = 3,
     every: Annotated[float, typer.Option(help="Seconds between kills of a worker.")] = 4.0,
+    drivers: Annotated[int, typer.Option(help="How often the driver is killed.")] = 2,
     base: str = "icons",
     limit: Annotated[float, typer.Option(help="Seconds that a part may take.")] = 1800.0,
     only: Annotated[str, typer.Option(help="ray, shards or overhead.")] = "",
@@ -216,9 +217,7 @@ def main(
         if only in ("", name):
             todo, begin = jobs(work / name, count, steps, base), time.monotonic()
             if name == "ray":
-                happened = broken_cluster(
-                    todo, lambda: start("ray", "ray", str(workers)), every, random.Random(1), limit
-                )
+                happened = broken_cluster(todo, lambda: start("ray", "ray", str(workers)), every, drivers, limit)
             else:
                 happened = broken_shares(todo, lambda share: start("shard", "shards", share), limit)
             other = differences(todo, work / "plain")

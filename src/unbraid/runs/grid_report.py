@@ -32,13 +32,14 @@ def rows(where: Path) -> list[Row]:
 
 
 def row(out: Path) -> Row:
-    job = job_folder.read_job(out)
+    figures = job_folder.read_done(out)
+    job = figures.pop("job", None) or job_folder.read_job(out)
     pictures = [Path(path).stem for some in job.get("images", {}).values() for path in some]
     made: Row = {"run": out.name, "state": job_folder.state(out)}
     made |= {name: job.get(name) for name in ("method", "base", "seed", "resolution", "schedule") if name in job}
     made |= {"pictures": " ".join(pictures), **{f"words.{name}": text for name, text in job.get("words", {}).items()}}
     made |= {f"{SETTING}{name}": value for name, value in job.get(job.get("method", ""), {}).items()}
-    made |= job_folder.read_done(out)
+    made |= figures
     with suppress(OSError, ValueError):
         made |= {f"score.{name}": value for name, value in json.loads((out / SCORES).read_text("utf-8")).items()}
     return made
