@@ -58,9 +58,9 @@ def test_a_full_disk_is_tried_again(v_base: Path, picture: Path, tmp_path: Path)
             cluster._train([str(good.out), str(bad.out)], 1, "cpu", 0.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    answers = dict(
-        (which, (how, error)) for which, how, error in cluster._train([str(good.out), str(bad.out)], 1, "cpu", 0.0)
-    )
+    answers = {
+        which: (how, error) for which, how, error in cluster._train([str(good.out), str(bad.out)], 1, "cpu", 0.0)
+    }
     assert answers[0] == ("done", "") and state(good.out) == "done" and not (good.out / FAILED).exists()
     assert answers[1][0] == "failed" and "no whole run.toml" in answers[1][1]
 

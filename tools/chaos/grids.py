@@ -53,7 +53,7 @@ def drive(how: str, todo: Sequence[Job], more: str) -> None:
 
     pace.TRY_AGAIN = 1.0
     if how == "batch":
-        batch(todo, at_once=1, device="cpu")
+        batch(todo, at_once=1, resume=True, device="cpu")
     elif how == "shard":
         grid.grid(todo, shard=more, device="cpu")
     else:
@@ -111,8 +111,8 @@ class Watch:
                 yield f"{path.parent.name} ended twice"
 
 
-def broken_cluster(todo: Sequence[Job], start: Start, every: float, rng: random.Random, limit: float) -> dict[str, int]:
-    """Train on Ray while workers are killed, the driver twice, and the disk is full once. Returns what was done, by name."""
+def broken_cluster(todo: Sequence[Job], start: Start, every: float, drivers: int, limit: float) -> dict[str, int]:
+    """Train on Ray while workers are killed, and so many drivers, and the disk is full once. Returns how often what was done."""
     rng, watch, done = random.Random(1), Watch(todo), {"workers killed": 0, "drivers killed": 0, "disks full": 0}
     process, kill, begin = start(), time.monotonic() + every, time.monotonic()
     try:
@@ -211,8 +211,7 @@ def main(
     def start(how: str, where: str, more: str = "", some: int = count) -> psutil.Popen:
         return driver(how, work / where, some, steps, base, work / f"{where}.log", more)
 
-    if not (work / "plain").exists():
-        start("batch", "plain").wait()
+    start("batch", "plain").wait()
     for name in ("ray", "shards"):
         if only in ("", name):
             todo, begin = jobs(work / name, count, steps, base), time.monotonic()
