@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from test_run import cli_in_process
 
 import unbraid
+from unbraid.bench.field.models import FieldModels
+from unbraid.bench.grid_scores import score_runs
+from unbraid.bench.truth.scores import harmonic
 from unbraid.cli import grid_file
 from unbraid.common.errors import UsageError
 from unbraid.core.recipe import ForwardRequest
@@ -140,6 +143,9 @@ def test_the_command_line(v_base: Path, picture: Path, tmp_path: Path) -> None:
         (seed, rank, "done") for seed in "01" for rank in "12"
     }
     assert all(float(row["loss"]) > 0 and row["steps"] == "2" and row["words.prompt"] == "a sks cat" for row in rows)
+    (out / "damaged").mkdir()
+    (out / "damaged" / folder.JOB).write_text("method = ")
+    assert grid_report.rows(out)[-1] == {"run": "damaged", "state": "damaged"}
     code, text = cli_in_process(["grid", "report", str(out), "--by", "los"])
     assert code == 1 and "Did you mean 'loss'" in text and len(text.strip().splitlines()) == 1
     assert cli_in_process(["grid", "report", str(tmp_path)])[1].count("there are no job folders here") == 1
@@ -205,3 +211,27 @@ def test_bad_shares_are_told(text: str) -> None:
 
 def test_shares_are_every_nth() -> None:
     assert share("") == (0, 1) and share("2/3") == (2, 3)
+
+
+@pytest.mark.slow
+def test_the_best_settings_by_the_judge(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    given = {"base": str(v_base), "previews": 0, "rank": 2, "steps": 2, "window": 1}
+    jobs = [
+        unbraid.split_job(picture, subject="cat", style="line", out=tmp_path / f"{lr}", content_lr=lr, **given)
+        for lr in (1e-3, 1e-2)
+    ]
+    unbraid.grid(jobs, device="cpu")
+    assert list(score_runs([one.out for one in jobs], FieldModels(), by_judge=True)) == [one.out for one in jobs]
+    rows = grid_report.rows(tmp_path)
+    for row in rows:
+        content, style = row["score.judge content"], row["score.judge style"]
+        assert -1 <= content <= 1 and row["score.judge"] == harmonic(content, style)
+    best = max(rows, key=lambda row: row["score.judge"])
+    assert any(
+        line.startswith(f"score.judge {best['score.judge']:.4g} (mean of 1): unziplora content_lr={best['run']}")
+        for line in grid_report.report(tmp_path, tmp_path / "report")[2:3]
+    )
+    file = jobs[0].out / grid_report.SCORES
+    before = file.stat().st_mtime_ns
+    assert len(list(score_runs([jobs[0].out], FieldModels(), by_judge=True))) == 1
+    assert file.stat().st_mtime_ns == before, "what is scored is not drawn again"

@@ -46,6 +46,10 @@ def grid(
     at_once: Annotated[int, typer.Option(help="Runs in one forward pass; not bit for bit as alone.")] = 1,
     device: Device = "",
     by: Annotated[str, typer.Option(help="With report: the figure that the best have most of; -NAME: least.")] = "",
+    judge: Annotated[bool, typer.Option("--judge", help="With report: score drawings by the judge, on icons.")] = False,
+    clip: Annotated[str, typer.Option(help="With report: score them by CLIP, a folder or hub id.")] = "",
+    dino: Annotated[str, typer.Option(help="The same by DINO or DINOv2.")] = "",
+    csd: Annotated[str, typer.Option(help="The same by CSD.")] = "",
     quiet: Quiet = False,
 ) -> int:
     """Pictures × methods × settings × seeds, a folder for each run.
@@ -53,7 +57,7 @@ def grid(
     The same command goes on after an interruption, and may be given on several machines that share the folder.
     `unbraid grid report FOLDER` makes a table, sheets and curves."""
     if str(file) == "report":
-        return _report(folder, out, by, quiet)
+        return _report(folder, out, by, {"clip": clip, "dino": dino, "csd": csd}, judge, quiet)
     if folder:
         raise UsageError("there are two arguments", folder, "Give FILE alone, or `report FOLDER`.")
     with loading("torch and diffusers", quiet):
@@ -108,9 +112,11 @@ def _watch(folders: list[Path], at_once: int, device: str, ray: Any, quiet: bool
     return failed, undone
 
 
-def _report(folder: Path | None, out: Path | None, by: str, quiet: bool) -> int:
+def _report(folder: Path | None, out: Path | None, by: str, models: dict[str, str], judge: bool, quiet: bool) -> int:
     if folder is None:
         raise UsageError("whose report?", "grid report", "Give the folder of the grid.")
+    if judge or any(models.values()):
+        _score(folder, models, judge, quiet)
     with loading("the runs", quiet):
         from unbraid.runs.grid_report import report
 
@@ -118,3 +124,17 @@ def _report(folder: Path | None, out: Path | None, by: str, quiet: bool) -> int:
     for line in made:
         print(line)
     return 0
+
+
+def _score(folder: Path, models: dict[str, str], judge: bool, quiet: bool) -> None:
+    """Draw with the LoRAs of the finished runs that have no such scores yet, and score the drawings."""
+    from unbraid.bench.field.models import load_models
+    from unbraid.bench.grid_scores import score_runs
+    from unbraid.runs.job_folder import folders, is_done
+
+    todo = [one for one in folders(folder) if is_done(one)]
+    loaded = load_models(**{name: model or None for name, model in models.items()})
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("scores", total=len(todo))
+        for _ in score_runs(todo, loaded, judge):
+            bar.update(task, advance=1)

@@ -23,6 +23,7 @@ from unbraid.runs import pace
 from unbraid.runs.batch import finder
 from unbraid.runs.grid_worker import Event, run_once
 from unbraid.runs.job import Job
+from unbraid.runs.job_folder import is_done
 
 LOCAL = "local"
 AHEAD = 1000  # tasks that Ray knows of at a time, so that a cluster that can grow sees what is wanted
@@ -49,8 +50,15 @@ def run_there(
     """Train the jobs of these folders on a cluster until all are done or have failed. Yields their ends; no steps.
 
     Uses Ray as it is if it is connected already. UsageError if Ray is missing or cannot be reached."""
+    size, todo = at_once or 1, list[Path]()
+    for folder in folders:
+        if is_done(folder):
+            yield Event(folder, done=True)
+        else:
+            todo.append(folder.absolute())
+    if not todo:
+        return
     ray, ours = _connected(cluster)
-    size, todo = at_once or 1, [folder.absolute() for folder in folders]
     tasks: dict[Any, list[Path]] = {}
     train = _task(ray, cluster)
     try:

@@ -28,7 +28,13 @@ def rows(where: Path) -> list[Row]:
     """One row for each job folder: its name and state, what was asked for, what it took, and its scores.
 
     Words, settings and scores have their kind in front: `words.style`, `settings.rank`, `score.content`."""
-    return [row(one) for one in job_folder.folders(where)]
+    found = list[Row]()
+    for one in job_folder.folders(where):
+        try:
+            found.append(row(one))
+        except UsageError:
+            found.append({"run": one.name, "state": "damaged"})
+    return found
 
 
 def row(out: Path) -> Row:
@@ -41,7 +47,8 @@ def row(out: Path) -> Row:
     made |= {f"{SETTING}{name}": value for name, value in job.get(job.get("method", ""), {}).items()}
     made |= figures
     with suppress(OSError, ValueError):
-        made |= {f"score.{name}": value for name, value in json.loads((out / SCORES).read_text("utf-8")).items()}
+        scores = json.loads((out / SCORES).read_text("utf-8"))
+        made |= {f"score.{name}": value for name, value in scores.items() if isinstance(value, int | float)}
     return made
 
 

@@ -38,7 +38,6 @@ class Holder:
 
     number: int
     machine: str
-    token: str
     beat: float
 
     def alive(self, clock: Clock = time.time) -> bool:
@@ -59,10 +58,17 @@ def newest(out: Path) -> Holder | None:
     """The newest lease of a folder; None if there is none."""
     while numbers := _numbers(out):
         with suppress(FileNotFoundError), (out / f"{PREFIX}{numbers[-1]}").open("rb") as file:  # opened: NFS looks anew
-            beat = os.fstat(file.fileno()).st_mtime
-            found = json.loads(file.read() or b"{}")
-            return Holder(numbers[-1], found.get("machine", ""), found.get("token", ""), beat)
+            found = _parsed(file.read())
+            return Holder(numbers[-1], found.get("machine", ""), os.fstat(file.fileno()).st_mtime)
     return None
+
+
+def _parsed(data: bytes) -> dict[str, str]:
+    """The content of a lease; empty if a machine that lost its power has left nothing or anything else there."""
+    with suppress(ValueError):
+        found = json.loads(data)
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _numbers(out: Path) -> list[int]:
@@ -87,7 +93,7 @@ class Lease:
 
     def _there(self) -> bool:
         try:
-            return json.loads(self.path.read_text())["token"] == self.token
+            return _parsed(self.path.read_bytes()).get("token") == self.token
         except FileNotFoundError:
             return False
         except OSError:  # the network is gone: until `TERM` nobody else can have taken the lease
