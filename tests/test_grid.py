@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_run import cli_in_process
 
 import unbraid
+from unbraid.bench.field.grid_scores import score_runs
 from unbraid.bench.field.models import FieldModels
-from unbraid.bench.grid_scores import score_runs
 from unbraid.bench.truth.scores import harmonic
 from unbraid.cli import grid_file
 from unbraid.common.errors import UsageError

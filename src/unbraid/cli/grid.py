@@ -128,8 +128,8 @@ def _report(folder: Path | None, out: Path | None, by: str, models: dict[str, st
 
 def _score(folder: Path, models: dict[str, str], judge: bool, quiet: bool) -> None:
     """Draw with the LoRAs of the finished runs that have no such scores yet, and score the drawings."""
+    from unbraid.bench.field.grid_scores import score_runs
     from unbraid.bench.field.models import load_models
-    from unbraid.bench.grid_scores import score_runs
     from unbraid.runs.job_folder import folders, is_done
 
     todo = [one for one in folders(folder) if is_done(one)]
