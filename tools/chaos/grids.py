@@ -3,6 +3,7 @@
 `python -m tools.chaos.grids` trains small jobs on the embedded base four times: plainly, on a local Ray cluster that is broken again and
 again, in shares of which some are killed, and undisturbed on Ray with one worker beside `batch`, for the overhead of a job."""
 
+import json
 import os
 import random
 import resource
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 
 from unbraid.runs import job_folder
 from unbraid.runs.api import learn_job
+from unbraid.runs.folder import RECORD
 from unbraid.runs.job import Job
 from unbraid.runs.job_folder import DONE
+from unbraid.runs.lease import PREFIX
 
 PICTURE = Path(__file__).parents[2] / "src" / "unbraid" / "bases" / "icons" / "example.png"
 FULL = 2000  # bytes that a file may have while the disk is "full"
@@ -51,7 +54,7 @@ def drive(how: str, todo: Sequence[Job], more: str) -> None:
     from unbraid.runs.batch import batch
     from unbraid.runs.cluster import Cluster
 
-    pace.TRY_AGAIN = 1.0
+    pace.TRY_AGAIN, pace.LOOK_AGAIN = 1.0, 1.0
     if how == "batch":
         batch(todo, at_once=1, resume=True, device="cpu")
     elif how == "shard":
@@ -69,14 +72,15 @@ def drive(how: str, todo: Sequence[Job], more: str) -> None:
             ray.shutdown()
 
 
-def workers_of(process: psutil.Process, busy: str = TASK) -> list[psutil.Process]:
-    """The processes of Ray below a driver that train a job."""
+def at_work(todo: Sequence[Job]) -> list[psutil.Process]:
+    """The workers that are training a job now: their process ids are in the leases."""
     found = []
-    with suppress(psutil.Error):
-        for one in process.children(recursive=True):
-            with suppress(psutil.Error):
-                if " ".join(one.cmdline()).startswith(busy):
-                    found.append(one)
+    for job in todo:
+        for path in job.out.glob(f"{PREFIX}*"):
+            with suppress(OSError, ValueError, psutil.Error):
+                worker = psutil.Process(json.loads(path.read_bytes())["process"])
+                if (job.out / RECORD).exists() and " ".join(worker.cmdline()).startswith(TASK):
+                    found.append(worker)
     return found
 
 
@@ -118,7 +122,7 @@ def broken_cluster(todo: Sequence[Job], start: Start, every: float, drivers: int
     try:
         while process.poll() is None or watch.look() < len(todo):
             time.sleep(0.2)
-            count, working = watch.look(), workers_of(process)
+            count, working = watch.look(), at_work(todo)
             if process.poll() is not None:
                 done["drivers started again"] = done.get("drivers started again", 0) + 1
                 process = start()
