@@ -59,27 +59,34 @@ def run_there(
     if not todo:
         return
     ray, ours = _connected(cluster)
-    tasks: dict[Any, list[Path]] = {}
-    train = _task(ray, cluster)
+    tasks, held, looked = dict[Any, list[Path]](), list[Path](), time.monotonic()
     try:
-        while todo or tasks:
+        train = _task(ray, cluster)
+        while todo or tasks or held:
+            if held and time.monotonic() - looked > pace.LOOK_AGAIN:
+                todo, held, looked = [*todo, *held], [], time.monotonic()
             while todo and len(tasks) < AHEAD:
                 some, todo = todo[:size], todo[size:]
                 tasks[train.remote([str(folder) for folder in some], at_once, device, pace.TRY_AGAIN)] = some
-            (ready, *_), _ = ray.wait(list(tasks))
-            held = list[Path]()
-            for event in _ended(ray, ready, tasks.pop(ready), cluster.retries):
-                held += [event.folder] if event.held else []
-                yield event
-            if held and not tasks:
-                time.sleep(pace.LOOK_AGAIN)
-            todo += held
+            ready = _wait(ray, list(tasks))
+            for task in ready:
+                for event in _ended(ray, task, tasks.pop(task), cluster.retries):
+                    held += [event.folder] if event.held else []
+                    yield event
     finally:
         for task in tasks:
             with suppress(ray.exceptions.RayError, ValueError):
                 ray.cancel(task, force=True)
         if ours:
             ray.shutdown()
+
+
+def _wait(ray: Any, tasks: list[Any]) -> list[Any]:
+    """A task that has ended; none if it takes longer than a look at the jobs of other workers may be put off."""
+    if tasks:
+        return ray.wait(tasks, timeout=pace.LOOK_AGAIN)[0]
+    time.sleep(pace.LOOK_AGAIN)
+    return []
 
 
 def _connected(cluster: Cluster) -> tuple[Any, bool]:
@@ -103,7 +110,11 @@ def _connected(cluster: Cluster) -> tuple[Any, bool]:
 
 def _task(ray: Any, cluster: Cluster) -> Any:
     """`_train` as a Ray task. `max_calls=0`: a worker that has trained a job stays, and so does its base."""
-    gpus = cluster.gpus if cluster.gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+    there = ray.cluster_resources()
+    gpus = cluster.gpus if cluster.gpus is not None else float(there.get("GPU", 0) > 0)
+    for wanted, name, option in ((gpus, "GPU", "--gpus"), (cluster.cpus, "CPU", "--cpus")):
+        if cluster.address == LOCAL and wanted > there.get(name, 0):
+            raise UsageError(f"a run needs {wanted:g}, this machine has {there.get(name, 0):g}", option, "Give less.")
     tries: dict[str, Any] = {"max_retries": cluster.retries, "retry_exceptions": [OSError]}
     return ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_calls=0, **tries)(_train)
 
