@@ -83,8 +83,8 @@ def write_table(found: Sequence[Row], file: Path) -> Path:
 
 def _parquet(table: Path) -> Path:
     """The same as Parquet. ImportError if pyarrow is not installed."""
-    from pyarrow import csv as arrow
-    from pyarrow import parquet
+    from pyarrow import csv as arrow  # pyright: ignore[reportMissingImports]
+    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
 
     file = table.with_suffix(".parquet")
     with atomic(file) as part:
