@@ -102,7 +102,7 @@ def _connected(cluster: Cluster) -> tuple[Any, bool]:
     local: dict[str, Any] = {"include_dashboard": False} if cluster.address == LOCAL else {}
     try:
         ray.init(cluster.address, **quiet, **local)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except Exception as error:  # Ray raises no narrower one when a busy machine takes over 30 s to start it
         fix = "Give local, auto, or the address that `ray start --head` prints."
         raise UsageError(f"there is no cluster to be reached ({first_line(error)})", cluster.address, fix) from error
     return ray, True
