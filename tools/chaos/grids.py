@@ -1,7 +1,7 @@
 """Grids whose workers and drivers are killed, and whose disk is full: every job ends once, with the LoRAs of a plain run.
 
-`python -m tools.chaos.grids` trains small jobs on the embedded base four times: plainly, on a local Ray cluster that is broken again and
-again, in shares of which some are killed, and undisturbed on Ray with one worker beside `batch`, for the overhead of a job."""
+`python -m tools.chaos.grids` trains small jobs plainly, on a local Ray cluster that is broken again and again, in shares of which some are
+killed, by two processes on all jobs, and undisturbed on Ray beside `batch`, for what a job costs there."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +25,13 @@ from safetensors.torch import load_file
 from unbraid.runs import job_folder
 from unbraid.runs.api import learn_job
 from unbraid.runs.folder import RECORD
+from unbraid.runs.grid_worker import share
 from unbraid.runs.job import Job
 from unbraid.runs.job_folder import DONE
 from unbraid.runs.lease import PREFIX
 
-PICTURE = Path(__file__).parents[2] / "src" / "unbraid" / "bases" / "icons" / "example.png"
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "src" / "unbraid" / "bases" / "icons" / "example.png"
 FULL = 2000  # bytes that a file may have while the disk is "full"
 Start = Callable[..., psutil.Popen]
 TASK = "ray::_train"
@@ -45,7 +48,7 @@ def driver(how: str, out: Path, count: int, steps: int, base: str, log: Path, mo
     words = [sys.executable, "-m", "tools.chaos.grids", "--work", str(out), "--jobs", str(count), "--steps", str(steps)]
     with log.open("a") as text:
         words += ["--base", base, "--drive", how, "--more", more]
-        return psutil.Popen(words, stdout=text, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2])
+        return psutil.Popen(words, stdout=text, stderr=subprocess.STDOUT, cwd=ROOT)
 
 
 def drive(how: str, todo: Sequence[Job], more: str) -> None:
@@ -159,21 +162,24 @@ def _full(working: Sequence[psutil.Process], todo: Sequence[Job]) -> int:
     return int(failed)
 
 
-def broken_shares(todo: Sequence[Job], start: Start, limit: float) -> dict[str, int]:
-    """Train in three shares. Two are killed when they have done a job, and started again."""
-    watch, begin = Watch(todo), time.monotonic()
-    processes, killed = [start(f"{i}/3") for i in range(3)], set[int]()
+def broken_shares(todo: Sequence[Job], start: Start, shares: Sequence[str], limit: float) -> dict[str, int]:
+    """Train in shares, all but the last of which are killed once they have done a job, and started again.
+
+    Without shares: two processes on all jobs, as if by mistake, and none is killed."""
+    watch, begin, killed = Watch(todo), time.monotonic(), set[int]()
+    processes = [start(one) for one in shares or ("", "")]
     while any(process.poll() is None for process in processes):
         time.sleep(0.2)
         watch.look()
-        for i in (0, 1):
-            if i not in killed and any((job.out / DONE).exists() for job in todo[i::3]):
+        for i, one in enumerate(shares[:-1]):
+            first, step = share(one)
+            if i not in killed and any((job.out / DONE).exists() for job in todo[first::step]):
                 end(processes[i])
-                processes[i] = start(f"{i}/3")
+                processes[i] = start(one)
                 killed.add(i)
         if time.monotonic() - begin > limit:
             raise RuntimeError(f"{watch.look()} of {len(todo)} jobs after {limit} s")
-    return {"shares killed": len(killed), "done": watch.look(), "ended twice": len(list(watch.again()))}
+    return {"killed": len(killed), "done": watch.look(), "ended twice": len(list(watch.again()))}
 
 
 def differences(todo: Sequence[Job], plain: Path) -> list[str]:
@@ -201,11 +207,11 @@ def main(
     drivers: Annotated[int, typer.Option(help="How often the driver is killed.")] = 2,
     base: str = "icons",
     limit: Annotated[float, typer.Option(help="Seconds that a part may take.")] = 1800.0,
-    only: Annotated[str, typer.Option(help="ray, shards or overhead.")] = "",
+    only: Annotated[str, typer.Option(help="ray, shards, two (on all jobs) or overhead.")] = "",
     drive_: Annotated[str, typer.Option("--drive", hidden=True)] = "",
     more: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Exit status 1 if a job is missing, ended twice, or has other LoRAs than a plain run."""
+    """Exit status 1 if a job ended twice, or has other LoRAs than a plain run."""
     if drive_:
         drive(drive_, jobs(work, count, steps, base), more)
         return
@@ -216,13 +222,14 @@ def main(
         return driver(how, work / where, some, steps, base, work / f"{where}.log", more)
 
     start("batch", "plain").wait()
-    for name in ("ray", "shards"):
+    shares = {"shards": ("0/3", "1/3", "2/3"), "two": ()}
+    for name in ("ray", *shares):
         if only in ("", name):
             todo, begin = jobs(work / name, count, steps, base), time.monotonic()
             if name == "ray":
                 happened = broken_cluster(todo, lambda: start("ray", "ray", str(workers)), every, drivers, limit)
             else:
-                happened = broken_shares(todo, lambda share: start("shard", "shards", share), limit)
+                happened = broken_shares(todo, partial(start, "shard", name), shares[name], limit)
             other = differences(todo, work / "plain")
             wrong += len(other) + happened["ended twice"]
             print(f"{name}: {happened}; other LoRAs: {other}; {time.monotonic() - begin:.0f} s", flush=True)
