@@ -22,8 +22,10 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from unbraid.runs import job_folder
+from unbraid.runs import grid, job_folder, pace
 from unbraid.runs.api import learn_job
+from unbraid.runs.batch import batch
+from unbraid.runs.cluster import Cluster
 from unbraid.runs.folder import RECORD
 from unbraid.runs.grid_worker import share
 from unbraid.runs.job import Job
@@ -53,10 +55,6 @@ def driver(how: str, out: Path, count: int, steps: int, base: str, log: Path, mo
 
 def drive(how: str, todo: Sequence[Job], more: str) -> None:
     """What a driver does."""
-    from unbraid.runs import grid, pace
-    from unbraid.runs.batch import batch
-    from unbraid.runs.cluster import Cluster
-
     pace.TRY_AGAIN, pace.LOOK_AGAIN = 1.0, 1.0
     if how == "batch":
         batch(todo, at_once=1, resume=True, device="cpu")
@@ -66,8 +64,7 @@ def drive(how: str, todo: Sequence[Job], more: str) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         import ray
 
-        workers = int(more)
-        sizes = {"num_cpus": workers, "num_gpus": workers, "object_store_memory": 100_000_000}
+        sizes = {"num_cpus": int(more), "num_gpus": int(more), "object_store_memory": 100_000_000}
         ray.init(**sizes, include_dashboard=False, log_to_driver=False)  # type: ignore[arg-type]
         try:
             grid.grid(todo, ray=Cluster(gpus=1, retries=100), device="cpu")
