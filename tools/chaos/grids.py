@@ -61,7 +61,7 @@ def drive(how: str, todo: Sequence[Job], more: str) -> None:
     elif how == "shard":
         grid.grid(todo, shard=more, device="cpu")
     else:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
         import ray
 
         sizes = {"num_cpus": int(more), "num_gpus": int(more), "object_store_memory": 100_000_000}

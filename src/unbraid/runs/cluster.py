@@ -92,6 +92,7 @@ def _wait(ray: Any, tasks: list[Any]) -> list[Any]:
 def _connected(cluster: Cluster) -> tuple[Any, bool]:
     """Ray, connected to the cluster, and whether it was connected here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves workers beside any other program
     try:
         import ray
     except ImportError as error:
