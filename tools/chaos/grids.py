@@ -123,7 +123,7 @@ def broken_cluster(todo: Sequence[Job], start: Start, every: float, drivers: int
         while process.poll() is None or watch.look() < len(todo):
             time.sleep(0.2)
             count, working = watch.look(), at_work(todo)
-            if process.poll() is not None:
+            if process.poll() is not None and count < len(todo):
                 done["drivers started again"] = done.get("drivers started again", 0) + 1
                 process = start()
             elif done["drivers killed"] < drivers and count > len(todo) * (1 + done["drivers killed"]) / (drivers + 1):
