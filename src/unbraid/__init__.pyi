@@ -9,7 +9,9 @@ from unbraid.images.given import Source
 from unbraid.methods.b4m import Kind
 from unbraid.runs import options as o
 from unbraid.runs.batch import batch as batch
+from unbraid.runs.cluster import Cluster as Cluster
 from unbraid.runs.drawing import generate as generate
+from unbraid.runs.grid import grid as grid
 from unbraid.runs.job import Job, Progress
 from unbraid.runs.push import push as push
 from unbraid.runs.run_path import Run as Run

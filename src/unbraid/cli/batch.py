@@ -67,10 +67,10 @@ def read(file: Path) -> list[Any]:
         raise UsageError("there are no runs in it", file, 'One table per run: [[run]], verb = "split", …')
     for key in table.keys() - set().union(*(_names(verb) for verb in _verbs().values())):
         raise UsageError(f"no verb has {key!r}", file, "Settings of a method stand under `set`.")
-    return [_job({**table, **run}, run.keys(), f"{file}, run {i + 1}") for i, run in enumerate(runs)]
+    return [job_of({**table, **run}, run.keys(), f"{file}, run {i + 1}") for i, run in enumerate(runs)]
 
 
-def _job(given: Mapping[str, Any], own: Iterable[str], where: str) -> Any:
+def job_of(given: Mapping[str, Any], own: Iterable[str], where: str) -> Any:
     """The job of a run's table, the same as from its command line.
 
     `own`: the keys of the run itself. Other keys, given once for all runs, are ignored by verbs without the option."""

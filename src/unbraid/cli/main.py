@@ -14,6 +14,7 @@ from unbraid.cli.bench import app as bench_commands
 from unbraid.cli.checkpoints import app as checkpoint_commands
 from unbraid.cli.files import app as file_commands
 from unbraid.cli.generate import app as drawing_commands
+from unbraid.cli.grid import app as grid_commands
 from unbraid.cli.options import BaseName
 from unbraid.cli.probe import app as probe_commands
 from unbraid.cli.push import app as publishing_commands
@@ -33,6 +34,7 @@ app = typer.Typer(
 COMMANDS = (
     training_commands,
     batch_commands,
+    grid_commands,
     file_commands,
     checkpoint_commands,
     bench_commands,

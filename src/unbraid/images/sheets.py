@@ -70,21 +70,44 @@ def save_image(picture: Image.Image, path: Path, texts: Mapping[str, str] | None
     return path
 
 
-def loss_plot(losses: Sequence[float], path: Path) -> Path:
-    """Plot the loss over steps: every value, and a running mean over a twentieth of the run."""
-    from matplotlib.figure import Figure
-
+def running_mean(losses: Sequence[float]) -> tuple[list[float], int]:
+    """The mean of each value and those before it, over a twentieth of all; and how many these are."""
     span = max(1, len(losses) // 20)
     sums = [0.0]
     for loss in losses:
         sums.append(sums[-1] + loss)
-    smooth = [(sums[i + 1] - sums[max(0, i + 1 - span)]) / min(i + 1, span) for i in range(len(losses))]
+    return [(sums[i + 1] - sums[max(0, i + 1 - span)]) / min(i + 1, span) for i in range(len(losses))], span
+
+
+def loss_plot(losses: Sequence[float], path: Path) -> Path:
+    """Plot the loss over steps: every value, and a running mean over a twentieth of the run."""
+    from matplotlib.figure import Figure
+
+    smooth, span = running_mean(losses)
     figure = Figure((7, 3.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(losses, color="#c8d3e6", linewidth=0.8, label="step")
     axes.plot(smooth, color="#1f4e9c", linewidth=1.6, label=f"mean of {span}")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend(frameon=False)
+    with atomic(path) as part:
+        figure.savefig(part)
+    return path
+
+
+def loss_plots(losses: Mapping[str, Sequence[float]], path: Path) -> Path | None:
+    """Plot the losses of several runs, by name, each as a running mean. None if there are none."""
+    from matplotlib.figure import Figure
+
+    if not losses:
+        return None
+    figure = Figure((9, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, some in losses.items():
+        axes.plot(running_mean(some)[0], linewidth=1, label=name[-40:])
+    axes.set(xlabel="step", ylabel="loss, running mean", yscale="log")
+    if len(losses) <= 12:
+        axes.legend(frameon=False, fontsize=7)
     with atomic(path) as part:
         figure.savefig(part)
     return path

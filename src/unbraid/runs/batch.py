@@ -2,9 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -54,7 +54,14 @@ def run_many(
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
 
-    @cache
+    find = finder(device)
+    return run_together([_script(job, resume, find) for job in jobs], at_once)
+
+
+def finder(device: str | None, most: int | None = None) -> Callable[[Job], Base]:
+    """A function that gives the base of a job. It keeps the `most` last bases in memory; by default all."""
+
+    @lru_cache(most)
     def opened(name: str, loading: Loading) -> Base:
         return load(name, device, loading)
 
@@ -64,7 +71,7 @@ def run_many(
         base.pipe = copy.copy(base.pipe)
         return base
 
-    return _run_together([_script(job, resume, find) for job in jobs], at_once)
+    return find
 
 
 def check_folders(jobs: Sequence[Job], resume: bool) -> None:
@@ -79,9 +86,10 @@ def check_folders(jobs: Sequence[Job], resume: bool) -> None:
         raise UsageError(f"{len(begun)} of {len(jobs)} runs have been begun already", begun[0], fix)
 
 
-def _run_together(
-    scripts: Sequence[TrainingCoroutine[Progress]], at_once: int | None
+def run_together(
+    scripts: Iterable[TrainingCoroutine[Progress]], at_once: int | None
 ) -> Generator[tuple[int, Progress | UsageError]]:
+    """`run_batched` for runs. UsageError if memory runs out."""
     try:
         yield from run_batched(scripts, joined, at_once)
     except torch.OutOfMemoryError as error:

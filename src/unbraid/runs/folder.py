@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import time
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from torch import Tensor, uint8
 
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
+from unbraid.runs.lease import AtWorkError, Clock, leased
 
 HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
 RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
+JOB = "job.toml"  # a run that was written down before it began: see job_folder
 DIGEST = "sha256"  # the metadata key of the saved state that holds its checksum
 
 
@@ -44,24 +47,26 @@ def to_toml(record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Lock a folder for one run. UsageError if another run holds the lock.
+def locked(out: Path, clock: Clock = time.time) -> Iterator[Callable[[], None]]:
+    """Lock a folder for one run. AtWorkError, a UsageError, if another run holds the lock.
 
-    Also deletes the partly written files of runs that were killed."""
+    A job folder is also leased, which keeps other machines out. Gives a function that raises AtWorkError if the lease was lost. Also
+    deletes the partly written files of runs that were killed."""
     lock = FileLock(out / LOCK, thread_local=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         fix = "Wait until it is done, or choose another --out."
-        raise UsageError("another run is at work in this folder", out, fix) from error
+        raise AtWorkError("another run is at work in this folder", out, fix) from error
     except OSError as error:
         raise UsageError(f"cannot be written ({error.strerror})", out, "Choose another folder or make room.") from error
     try:
-        for part in out.glob(".*.part*"):
-            with suppress(OSError):
-                part.unlink()
-        yield
+        with leased(out, clock) if is_job(out) else nullcontext() as lease:
+            for part in out.glob(".*.part*"):
+                with suppress(OSError):
+                    part.unlink()
+            yield lease.check if lease else lambda: None
     finally:
         with suppress(OSError):
             (out / LOCK).unlink()  # safe: filelock notices if another process has opened the file already
@@ -88,6 +93,8 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     if resume and not begun:
         raise UsageError("there is no run to resume here", out, "Start it without --resume.")
     wanted = tomllib.loads(to_toml(record))
+    if is_job(out) and (other := difference(read_toml(out / JOB, "Delete the folder."), wanted)):
+        raise UsageError(f"the run is no longer what {JOB} says: {other}", out, "Start it anew in another folder.")
     if resume and (other := difference(read_toml(there, "Start anew in another folder."), wanted)):
         fix = f"Use the settings of {there}, or start anew in another folder."
         raise UsageError(f"the run in this folder has other settings: {other}", out, fix)
@@ -100,6 +107,16 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
 def begun(out: Path) -> bool:
     """Whether a folder holds a run. False also for a path that the system cannot look at, such as a name that is too long."""
     return os.path.exists(out / RECORD)  # noqa: PTH110 (pathlib raises for names that are too long)
+
+
+def is_job(out: Path) -> bool:
+    """Whether a folder holds a job.toml."""
+    return os.path.exists(out / JOB)  # noqa: PTH110 (pathlib raises for names that are too long)
+
+
+def goes_on(out: Path, resume: bool) -> bool:
+    """Whether a run continues what its folder holds: as asked for, but in a job folder whenever it has been begun."""
+    return begun(out) if is_job(out) else resume
 
 
 def free(out: Path) -> Path:

@@ -20,12 +20,13 @@ from unbraid.core.train import precomputed_targets, run_one, training_coroutine
 from unbraid.images import sheets
 from unbraid.images.opening import moves
 from unbraid.methods import METHODS
-from unbraid.runs import folder, pace
+from unbraid.runs import folder, job_folder, pace
 from unbraid.runs.job import Job, Progress, finished, opened_images, prompts_of, record
 from unbraid.runs.outputs import drawings, preview, written
 from unbraid.runs.prepare import Ready, prepare
 
 BLOCKS = "blocks.txt"  # the layers that --blocks selects, one a line
+NOTHING = "this run is done already: nothing is trained"
 UNCAPTURED = "steps run one kernel at a time, several times slower: no CUDA graph could be captured"
 UNDONE = (
     UsageError,
@@ -55,11 +56,12 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
     any adapters; at the end it has none again."""
     texts, opened = prompts_of(job), opened_images(job)
     recorded = record(job, texts)
+    resume = folder.goes_on(job.out, resume)
     folder.claimable(job.out, recorded, resume)
     if resume and finished(job):
         with folder.locked(job.out):  # deletes the partly written files of a run that was killed
-            pass
-        yield Progress(1, 1, warning="this run is done already: nothing is trained")
+            _mark_done(job)
+        yield Progress(1, 1, warning=NOTHING)
         return
     warnings = [*job.notes, *remarks(job), *METHODS[job.method].inputs.check(opened, job.data.images)]
     ready = prepare(job, texts, opened, find(job))
@@ -69,14 +71,36 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
         )
         ready.base.release(tiles=job.loading.preset.fp8)
         warnings += notes(ready.base.device, job.loading.preset)
-        with folder.locked(job.out):
+        with folder.locked(job.out) as check:
+            resume = folder.goes_on(job.out, resume)  # another worker may have been here while the base was loaded
             folder.claim(job.out, recorded, resume)
-            yield from _matched(ready)
-            for warning in warnings:
-                yield Progress(0, ready.recipe.steps, warning=warning)
-            yield from _train_and_write(ready, texts, resume)
+            if resume and finished(job):
+                yield Progress(1, 1, warning=NOTHING)
+            else:
+                yield from _matched(ready)
+                for warning in warnings:
+                    yield Progress(0, ready.recipe.steps, warning=warning)
+                yield from _while_held(_train_and_write(ready, texts, resume), check)
+            _mark_done(job)
     finally:
         ready.adapters.detach()
+
+
+def _while_held(training: TrainingCoroutine[Progress], check: Callable[[], None]) -> TrainingCoroutine[Progress]:
+    """The same coroutine. After every pause, and so before anything is written, it stops if the folder's lease was lost."""
+    try:
+        item = next(training, None)
+        while item is not None:
+            answer = yield item
+            check()
+            item = go_on(training, answer)
+    finally:
+        training.close()
+
+
+def _mark_done(job: Job) -> None:
+    if folder.is_job(job.out):
+        job_folder.mark_done(job.out)
 
 
 def _matched(ready: Ready) -> Iterator[Progress]:
