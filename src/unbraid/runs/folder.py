@@ -21,6 +21,7 @@ from unbraid.common.errors import UsageError
 
 HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
 RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
+STOP = "stop"  # an empty file that asks a run to save after its step, write its LoRAs and end
 DIGEST = "sha256"  # the metadata key of the saved state that holds its checksum
 
 
