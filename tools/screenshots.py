@@ -25,7 +25,7 @@ from unbraid.studio import queue
 from unbraid.studio.safety import Home, open_home
 
 START = 300  # seconds until a studio must answer
-WAIT = 900_000  # milliseconds that one action may take
+WAIT = 3_600_000  # milliseconds that one action may take: the machine may be busy
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
 
