@@ -26,6 +26,10 @@ from unbraid.studio.safety import Home, open_home
 
 START = 300  # seconds until a studio must answer
 WAIT = 3_600_000  # milliseconds that one action may take: the machine may be busy
+SHORT = """() => { // the temporary folder is shown as `studio`
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replace(/\\/\\S+\\/studio\\//g, "studio/");
+}"""
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
 
@@ -80,6 +84,7 @@ class Camera:
     def take(self, name: str) -> None:
         """Take a picture of what the window shows, from the top of the page."""
         self.page.evaluate("window.scrollTo(0, 0)")
+        self.page.evaluate(SHORT)
         self.page.mouse.move(2, 2)
         self.page.wait_for_timeout(2500)
         image = Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
