@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo studio test quick lint types check format package clean
+.PHONY: demo studio test quick docs lint types check format package clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(BIN)/.installed
 
 quick: $(BIN)/.installed # without the tests that are marked slow
 	$(BIN)/python -m pytest -m "not slow"
+
+docs: $(BIN)/.installed # the docs as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
@@ -45,4 +48,4 @@ package: # a wheel in dist, checked as PyPI checks it, and smaller than 80 MB
 	$(PYTHON) -m tools.wheel dist
 
 clean:
-	rm -rf $(VENV) $(VENV)-package build demo dist runs
+	rm -rf $(VENV) $(VENV)-package build demo dist runs site

@@ -35,22 +35,22 @@ def graphs() -> dict[str, Graph]:
     return {name: json.loads(text(make(Words()))) for name, make in WORKFLOWS.items()}
 
 
-def fault(graph: Graph) -> str:
+def fault(graph: Graph, nodes: dict[str, Any] = NODES) -> str:
     """What is wrong with a workflow by the documentation of its nodes; "" if nothing."""
     for name, node in graph.items():
-        if node["class_type"] not in NODES:
+        if node["class_type"] not in nodes:
             return f"{name}: no such node"
-        inputs = NODES[node["class_type"]]["inputs"]
+        inputs = nodes[node["class_type"]]["inputs"]
         needed = {key for key, kind in inputs.items() if not kind.endswith("?")}
         if node["inputs"].keys() - inputs.keys() or needed - node["inputs"].keys():
             return f"{name}: inputs {sorted(node['inputs'])}"
         for key, value in node["inputs"].items():
-            if wrong := unfit(graph, inputs[key].removesuffix("?"), value):
+            if wrong := unfit(graph, nodes, inputs[key].removesuffix("?"), value):
                 return f"{name}.{key}: {wrong}"
     return ""
 
 
-def unfit(graph: Graph, kind: str, value: Any) -> str:
+def unfit(graph: Graph, nodes: dict[str, Any], kind: str, value: Any) -> str:
     """Why a value is none of this kind: a link to an output of the kind, a number in its range, one of the choices, a text."""
     kind, _, rest = kind.partition(" ")
     if kind in ("FLOAT", "INT"):
@@ -62,7 +62,7 @@ def unfit(graph: Graph, kind: str, value: Any) -> str:
         right = isinstance(value, str)
     else:
         source, output = value if isinstance(value, list) else ("", 0)
-        right = source in graph and NODES[graph[source]["class_type"]]["outputs"][output : output + 1] == [kind]
+        right = source in graph and nodes[graph[source]["class_type"]]["outputs"][output : output + 1] == [kind]
     return "" if right else f"{value!r} is no {kind}"
 
 

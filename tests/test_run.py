@@ -68,6 +68,27 @@ def test_seeds_reproduce_and_differ(v_base: Path, picture: Path, tmp_path: Path)
     assert not all(torch.equal(value, tensors[2][key]) for key, value in tensors[0].items())
 
 
+def test_a_run_is_stopped_by_a_file_and_goes_on(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    given = {"method": "blora", "rank": 2, "steps": 4, "previews": 0, "thumbnail": False, "base": str(v_base)}
+    jobs = [split_job(picture, subject="cat", style="line", out=tmp_path / name, **given) for name in ("whole", "cut")]  # type: ignore[arg-type]
+    list(run(jobs[0], device="cpu"))
+    cut = jobs[1].out
+    seen = []
+    with pytest.raises(UsageError, match="after step 2 of 4"):
+        for event in run(jobs[1], device="cpu"):
+            seen.append(event)
+            if event.step and event.done == 2:
+                (cut / "stop").touch()
+    assert [event.file.name for event in seen if event.file] == ["content.safetensors", "style.safetensors"]
+    assert not (cut / "stop").exists()
+    early = load_file(cut / "style.safetensors")
+    list(run(jobs[1], device="cpu", resume=True))
+    for name in ("content.safetensors", "style.safetensors"):
+        whole, found = (load_file(job.out / name) for job in jobs)
+        assert all(torch.equal(value, found[key]) for key, value in whole.items())
+    assert any(not torch.equal(value, found[key]) for key, value in early.items() if key in found)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("bases_from_disk")
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(v_base: Path, picture: Path, tmp_path: Path) -> None:

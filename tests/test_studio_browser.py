@@ -16,6 +16,7 @@ from tools.screenshots import browser_path, running
 from unbraid.core.lora import Lora
 from unbraid.files.formats.header import read_header
 from unbraid.files.lora_file import read, write
+from unbraid.runs import demo
 from unbraid.studio import process, queue
 from unbraid.studio.safety import Home, open_home
 
@@ -92,11 +93,11 @@ def fill_split(page: Any, picture: Path, steps: int, method: str = "B-LoRA") -> 
     panel.get_by_label("rank").locator("visible=true").first.fill("2")
 
 
-def started(page: Any, home: Home) -> str:
+def started(page: Any, home: Home, verb: str = "split") -> str:
     """Press Start, and wait until the run is in the queue. Returns its name."""
     before = {run.name for run in queue.runs(home)}
-    page.locator("#split-start").click()
-    page.get_by_text("is in the queue").wait_for()
+    page.locator(f"#{verb}-start").click()
+    page.locator(f"#{verb}-told", has_text="is in the queue").wait_for()
     (name,) = {run.name for run in queue.runs(home)} - before
     return name
 
@@ -189,15 +190,120 @@ def test_combine_two_files(page: Any, home: Home, tmp_path: Path) -> None:
     assert len(merged) == 1 and read(merged[0]).modules.keys() == read(files[0]).modules.keys()
 
 
-def test_draw(page: Any) -> None:
+def drawing(page: Any, prompt: str) -> Any:
+    """Open Generate, for one picture in two steps. Returns the panel."""
     tab(page, "Generate")
     panel = page.get_by_role("tabpanel").filter(has=page.locator("#draw"))
-    panel.get_by_label("Prompt", exact=True).fill("a teapot in flat style")
+    panel.get_by_label("Prompt", exact=True).fill(prompt)
     panel.get_by_text("More", exact=True).click()
     panel.get_by_label(re.compile("number input for How many pictures")).fill("1")
     panel.get_by_label(re.compile("number input for Steps")).fill("2")
+    return panel
+
+
+def test_draw(page: Any) -> None:
+    drawing(page, "a teapot in flat style")
     page.locator("#draw").click()
     page.locator("#drawn img").first.wait_for()
+
+
+def begin_with(page: Any, panel: Any, picture: Path) -> None:
+    """Upload the picture to begin with."""
+    panel.get_by_text("Begin with a picture", exact=True).click()
+    editor = page.locator("#painted")
+    with page.expect_file_chooser() as chooser:
+        editor.locator("button[aria-label='Upload']").click()
+    chooser.value.set_files(picture)
+    editor.get_by_text("Upload an image").wait_for(state="hidden")
+
+
+def test_a_painted_mask_is_what_is_drawn_anew(page: Any, home: Home) -> None:
+    begin_with(page, drawing(page, "a panda in flat style"), demo.image())
+    editor = page.locator("#painted")
+    editor.locator("button[aria-label='Brush']").click()
+    editor.scroll_into_view_if_needed()
+    page.wait_for_timeout(2000)  # until the canvas stands still
+    box = editor.locator("canvas").last.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 20, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y, steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
+    page.locator("#draw").click()
+    page.locator("#drawn img").first.wait_for()
+    (mask,) = (home.folder / "inputs").glob("*-mask.png")
+    with Image.open(mask) as image, Image.open(demo.image()) as picture:
+        left, top, right, bottom = image.getbbox()
+        width, height = image.size
+        assert image.size == picture.size
+    assert left < width / 2 < right and top < height / 2 < bottom, "in the middle, where it was painted"
+    assert (right - left) * (bottom - top) < width * height / 2, "and not everywhere"
+
+
+def test_edit_a_picture(page: Any, home: Home) -> None:
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    write(home.loras / "inked.safetensors", {layer: Lora(torch.randn(2, 256), torch.randn(256, 2), 2.0)}, family="sdxl")
+    panel = drawing(page, "a fox in line art style")
+    begin_with(page, panel, demo.image())
+    panel.get_by_label("edit it: apply the style alone").check()
+    panel.get_by_text("Style guidance", exact=True).click()
+    page.locator("#style-lora input").fill("loras/inked.safetensors")
+    page.locator("#style-lora input").press("Enter")
+    panel.get_by_label("What the style is called").fill("ink")
+    page.locator("#draw").click()
+    page.locator("#drawn img").first.wait_for()
+    (sheet,) = (home.folder / "sheets").glob("a-fox-in-line-art-style*.png")
+    with Image.open(sheet) as image:
+        assert image.size == (128, 128)
+
+
+def test_pair_until_it_is_stopped(page: Any, home: Home, picture: Path, tmp_path: Path) -> None:
+    with Image.open(picture) as image:
+        image.convert("L").convert("RGB").save(tmp_path / "after.png")
+    tab(page, "Pair")
+    panel = page.get_by_role("tabpanel").filter(has=page.locator("#pair-before"))
+    for side, file in (("before", picture), ("after", tmp_path / "after.png")):
+        page.locator(f"#pair-{side} input[type=file]").set_input_files(file)
+        page.locator(f"#pair-{side} img").wait_for()
+    panel.get_by_label("Subject", exact=True).fill("cat")
+    panel.get_by_label("Style", exact=True).fill("grey")
+    panel.get_by_text("Settings", exact=True).click()
+    panel.get_by_label("steps").locator("visible=true").first.fill("100000")
+    panel.get_by_label("rank").locator("visible=true").first.fill("2")
+    name = started(page, home, "pair")
+    until(home, name, "running")
+    tab(page, "Queue")
+    page.get_by_label(re.compile(f"{name} · ")).check()
+    page.locator("#about h3", has_text=name).wait_for()
+    page.locator("#stop").click()
+    assert until(home, name, "stopped").done > 0
+    page.locator("#loras", has_text="style").wait_for()  # what it has learnt so far
+    assert read(home.run(name) / "style.safetensors").modules
+
+
+def test_look_after_the_library(page: Any, home: Home, tmp_path: Path) -> None:
+    tab(page, "Library")
+    files = [lora_file(tmp_path, seed) for seed in (3, 4)]
+    field = page.locator("#library-upload").locator("xpath=..").locator("input[type=file]").first
+    field.set_input_files(files)
+    page.locator("#library-upload-told", has_text="Uploaded: ").wait_for()
+    names = sorted(name for name in home.lora_files() if re.match(r"loras/lora[34]-", name))
+    page.locator("#cards", has_text="“a sks thing”").wait_for()
+    for name in names:
+        page.get_by_label(name).check()
+    page.locator("#merge-ticked").click()
+    page.locator("#library-told", has_text="3 modules, rank 4").wait_for()
+    page.get_by_label(names[1]).uncheck()
+    page.locator("#doctor").click()
+    page.locator("#library-told", has_text="loads 3 of 3 modules").wait_for()
+    page.get_by_label("Rank", exact=True).fill("1")
+    page.locator("#resize").click()
+    page.locator("#library-told", has_text="rank 1").wait_for()
+    with page.expect_download() as download:
+        page.locator("#library-file a").first.click()
+    smaller = read(Path(shutil.copy(download.value.path(), tmp_path / "down.safetensors")))
+    assert all(len(lora.down) == 1 for lora in smaller.modules.values())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

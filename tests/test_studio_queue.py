@@ -14,6 +14,7 @@ import pytest
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import read_header
 from unbraid.studio import process, queue
+from unbraid.studio.checkpoint import checkpoint
 from unbraid.studio.safety import Home, open_home
 
 
@@ -77,7 +78,11 @@ def test_a_run_is_stopped_and_goes_on(home: Home, v_base: Path, picture: Path) -
     other = words(home, v_base, picture, "dog")
     queue.stop(folder)
     queue.stop(other)
-    assert until(folder, lambda run: not run.alive).state == "stopped"
+    stopped = until(folder, lambda run: not run.alive)
+    assert stopped.state == "stopped" and stopped.done > 0, process.tail(folder)
+    for name in ("content", "style"):
+        assert read_header(folder / f"{name}.safetensors").shapes, "what it has learnt so far is there"
+    assert f"step-{stopped.done}-content" in checkpoint(home, folder)[0].name, "and the state of the same step"
     assert queue.look(other).state == "stopped"
     assert queue.advance(home, [""]) == []
     queue.go_on(folder)

@@ -3,10 +3,12 @@
 import asyncio
 import io
 import json
+import os
 import pickle
 import struct
+import sys
 import zlib
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +317,72 @@ def test_texts_are_checked(text: object) -> None:
     with pytest.raises(UsageError):
         checked_text(text, "Subject")
     assert checked_text("  Füchse 🦊 ", "Subject") == "Füchse 🦊"
+
+
+OPENED: list[tuple[str, int]] = []  # path, flags: every file that this process opens while `watched`
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+DECOYS = ("secret.png", "secret.safetensors", "/etc/passwd", "/etc/hosts", "/proc/self/environ")
+_watching: list[bool] = []
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching and event == "open" and not isinstance(arguments[0], int):
+        OPENED.append((os.fsdecode(arguments[0]), int(arguments[2] or 0)))
+
+
+@pytest.fixture
+def watched() -> Iterator[list[tuple[str, int]]]:
+    """The files that are opened during a test."""
+    if not OPENED:
+        sys.addaudithook(_hook)  # it cannot be removed again
+        OPENED.append(("", 0))
+    del OPENED[1:]
+    _watching.append(True)
+    yield OPENED
+    _watching.clear()
+
+
+def hostile(home: Home) -> Iterator[tuple[object, bool]]:
+    """Requests and uploads, each with whether it is refused."""
+    for headers in HOSTILE_HEADERS:
+        yield headers, ask(home, "/", "GET", b"", **headers)[0] == 403
+    for path in HOSTILE_PATHS:
+        yield path, ask(home, path.replace("HOME", str(home.folder)))[0] in (404, 414)
+    for path in ("/etc/passwd", "HOME/../secret.png", "HOME/cache/link.png", "HOME/runs/away/secret.png", "secret.png"):
+        body = json.dumps({"data": [{"path": path.replace("HOME", str(home.folder))}]}).encode()
+        yield body, ask(home, "/gradio_api/queue/join", "POST", body)[0] == 403
+    yield "a large body", ask(home, "/gradio_api/queue/join", "POST", b"x" * (MOST_BODY + 1))[0] == 413
+    for kind, files in (("picture", BAD_PICTURES), ("LoRA", BAD_LORAS)):
+        for name, data in files.items():
+            yield name, refuses(home.keep, uploaded(home, name, data), kind)
+    for path in (home.folder / "cache" / "link.png", home.folder.parent / "secret.png", Path("/etc/passwd")):
+        yield path, refuses(home.keep, path, "picture")
+    for name in ("..", "../studio", "away", "/etc", "a\x00", "."):
+        yield name, refuses(home.run, name) and refuses(home.lora, f"runs/{name}/secret.safetensors")
+    for text in ("x" * 301, "a\x00b", "\ud800", {"path": "/etc/passwd"}):
+        yield text, refuses(checked_text, text, "Subject")
+
+
+def refuses(function: Any, *given: object) -> bool:
+    try:
+        function(*given)
+    except UsageError:
+        return True
+    return False
+
+
+def test_hostile_requests_read_and_write_nothing_outside(
+    home: Home, tmp_path: Path, watched: list[tuple[str, int]]
+) -> None:
+    def outside() -> dict[Path, tuple[int, int]]:
+        found = [path for path in tmp_path.rglob("*") if home.folder not in (path, *path.parents)]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+    before = outside()
+    asked = list(hostile(home))
+    assert len(asked) >= 50 and not [what for what, refused in asked if not refused]
+    assert outside() == before and len(before) == 2
+    files = [(path, flags) for path, flags in watched[1:] if "__pycache__" not in path and path != os.devnull]
+    assert [path for path, _ in files if path.startswith(str(home.folder / "cache"))], "opened files are seen"
+    assert not [path for path, _ in files if path.endswith(DECOYS)]
+    assert not [path for path, flags in files if flags & WRITES and not path.startswith(str(home.folder))]

@@ -97,15 +97,30 @@ def _drawn(flow: Workflow, words: Words, model: Link, conditions: tuple[Link, Li
     cond1, cond2, negative = conditions
     guider = flow.add("DualCFGGuider", "cfg_conds: strength of the style", model=model, cond1=cond1, cond2=cond2, negative=negative,
                       cfg_conds=GUIDANCE * words.style_scale, cfg_cond2_negative=GUIDANCE, style="regular")  # fmt: skip
+    return finished(flow, model, (guider, 0), vae)
+
+
+def finished(flow: Workflow, model: Link, guider: Link, vae: Link, sigmas: Link | None = None) -> Workflow:
+    """Add what draws with a guider. `sigmas`: if there is a node for them already."""
     noise = flow.add("RandomNoise", noise_seed=0)
     sampler = flow.add("KSamplerSelect", sampler_name="euler")
-    sigmas = flow.add("BasicScheduler", model=model, scheduler="normal", steps=25, denoise=1.0)
+    sigmas = sigmas or scheduler(flow, model)
     latent = flow.add("EmptyLatentImage", width=1024, height=1024, batch_size=1)
-    parts = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": latent}
-    drawn = flow.add("SamplerCustomAdvanced", "", **{name: (node, 0) for name, node in parts.items()})
+    drawn = flow.add(
+        "SamplerCustomAdvanced",
+        noise=(noise, 0),
+        guider=guider,
+        sampler=(sampler, 0),
+        sigmas=sigmas,
+        latent_image=(latent, 0),
+    )
     picture = flow.add("VAEDecode", samples=(drawn, 0), vae=vae)
     flow.add("SaveImage", images=(picture, 0), filename_prefix="unbraid")
     return flow
+
+
+def scheduler(flow: Workflow, model: Link) -> Link:
+    return flow.add("BasicScheduler", model=model, scheduler="normal", steps=25, denoise=1.0), 0
 
 
 WORKFLOWS: dict[str, Callable[[Words], Workflow]] = {

@@ -25,7 +25,11 @@ from unbraid.studio import queue
 from unbraid.studio.safety import Home, open_home
 
 START = 300  # seconds until a studio must answer
-WAIT = 900_000  # milliseconds that one action may take
+WAIT = 3_600_000  # milliseconds that one action may take: the machine may be busy
+SHORT = """() => { // the temporary folder is shown as `studio`
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replace(/\\/\\S+\\/studio\\//g, "studio/");
+}"""
 WIDE, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
 
@@ -77,12 +81,14 @@ class Camera:
         self.page.get_by_role("tab", name=name, exact=True).click()
         self.page.wait_for_timeout(1500)
 
-    def take(self, name: str) -> None:
-        """Take a picture of what the window shows, from the top of the page."""
+    def take(self, name: str, field: str = "") -> None:
+        """Take a picture of what the window shows, from the top of the page, or of one field alone."""
         self.page.evaluate("window.scrollTo(0, 0)")
+        self.page.evaluate(SHORT)
         self.page.mouse.move(2, 2)
         self.page.wait_for_timeout(2500)
-        image = Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
+        shot = self.page.locator(field).screenshot() if field else self.page.screenshot()
+        image = Image.open(io.BytesIO(shot)).convert("RGB")
         image.save(self.out / f"{name}.webp", quality=80, method=6)
         print(self.out / f"{name}.webp", flush=True)
 
@@ -139,8 +145,8 @@ def use(camera: Camera, home: Home) -> None:
     )
     page.locator("#side-by-side").click()
     page.locator("#combine-sheet img").wait_for()
-    page.locator("#combine-sheet").scroll_into_view_if_needed()
-    camera.take("combine-side-by-side")
+    camera.take("combine-side-by-side", "#combine-sheet")
+    page.set_viewport_size({**WIDE, "height": 1180})  # what comes out is below the form
     camera.tab("Generate")
     panel = page.get_by_role("tabpanel").filter(has=page.locator("#draw"))
     panel.get_by_label("Prompt", exact=True).fill(f"a teapot in {demo.STYLE} style")

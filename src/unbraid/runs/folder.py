@@ -24,6 +24,7 @@ from unbraid.runs.lease import AtWorkError, Clock, leased
 HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
 RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
 JOB = "job.toml"  # a run that was written down before it began: see job_folder
+STOP = "stop"  # an empty file that asks a run to save after its step, write its LoRAs and end
 DIGEST = "sha256"  # the metadata key of the saved state that holds its checksum
 
 

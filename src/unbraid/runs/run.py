@@ -131,7 +131,7 @@ def _train_and_write(ready: Ready, texts: Mapping[str, str], resume: bool) -> Tr
         for warning in notices:
             yield Progress(ready.state.step, ready.recipe.steps, warning=warning)
     events = folder.Events(job.out, ready.state.step)
-    yield from _train(ready, events, begin)
+    yield from _train(ready, texts, events, begin)
     if mergers.collapsed(mergers.summary(ready.adapters)):
         warning = "the coefficients collapsed: all LoRAs were weakened alike. Lower lr or weight, or use similarity=cos"
         yield Progress(total, total, warning=warning)
@@ -158,7 +158,9 @@ def remarks(job: Job) -> list[str]:
     return [f"{path} holds several pictures; the first one is used" for path in files if moves(path)]
 
 
-def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> TrainingCoroutine[Progress]:
+def _train(
+    ready: Ready, texts: Mapping[str, str], events: folder.Events, begin: torch.Generator
+) -> TrainingCoroutine[Progress]:
     job, state, steps = ready.job, ready.state, ready.recipe.steps
     targets = None
     if ready.recipe.passes.fixed_teachers:
@@ -189,7 +191,21 @@ def _train(ready: Ready, events: folder.Events, begin: torch.Generator) -> Train
             events.flush()
             folder.save_state(job.out, state.tensors())
             saved = time.monotonic()
+        if state.step < steps and (job.out / folder.STOP).exists():
+            yield from _stopped(ready, texts, events)
         item = go_on(training, [])
+
+
+def _stopped(ready: Ready, texts: Mapping[str, str], events: folder.Events) -> Iterator[Progress]:
+    """Save the state, write the LoRAs as they are now, and end the run with a UsageError that says so."""
+    out, done, total = ready.job.out, ready.state.step, ready.recipe.steps
+    events.flush()
+    folder.save_state(out, ready.state.tensors())
+    for file in written(ready, texts):
+        yield Progress(done, total, file=file)
+    (out / folder.STOP).unlink(missing_ok=True)
+    what = f"stopped as asked, after step {done} of {total}; its LoRAs so far are there"
+    raise UsageError(what, out, "Go on with --resume.")
 
 
 def _names(branches: Sequence[Branch]) -> list[str]:

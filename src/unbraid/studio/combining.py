@@ -23,7 +23,14 @@ from unbraid.studio import forms, queue
 from unbraid.studio.drawing import Drawing, pictures
 from unbraid.studio.safety import Home
 
-TITLES: Mapping[str, str] = {"concat": "sum", "k-lora": "K-LoRA", "np-lora": "NP-LoRA"}
+TITLES: Mapping[str, str] = {
+    "concat": "sum",
+    "k-lora": "K-LoRA",
+    "k-lora-released": "K-LoRA as released",
+    "est-lora": "EST-LoRA",
+    "np-lora": "NP-LoRA",
+    "ziplora": "ZipRank",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,11 @@ def ways() -> dict[str, str]:
     return {
         **merges,
         **drawing,
-        **{entry.name: f"{entry.title}, trained" for entry in forms.methods("zip") if entry.name not in merges},
+        **{
+            entry.name: f"{TITLES.get(entry.name, entry.title)}, trained"
+            for entry in forms.methods("zip")
+            if entry.name not in merges
+        },
     }
 
 
@@ -82,7 +93,7 @@ def sheet(home: Home, two: Two, chosen: Sequence[str], drawing: Drawing) -> tupl
         try:
             made = _drawn(home, two, name, drawing)
         except UsageError as error:
-            left.append(f"{titles[name]}: {error}")
+            left.append(f"{titles[name]}: {error.what}. {error.fix}")
             continue
         labels = [f"seed {seed}" for seed in drawing.sampling.seeds]
         rows.append((f"{titles[name]}: {drawing.prompt}", list(zip(labels, made, strict=True))))

@@ -22,7 +22,7 @@ from unbraid.studio.safety import Home
 
 State = Literal["waiting", "starting", "running", "stopping", "stopped", "done", "failed"]
 TASK = "task.json"  # what to do: the words of the command line, and what was asked for since
-PATIENCE = 20.0  # seconds until a process that was interrupted is terminated
+PATIENCE = 60.0  # seconds until a process that was asked to end is terminated: a step and a preview may take long
 CUT_OFF = (
     "It ended without a word: the machine was switched off, or memory ran out. Go on continues from its last save."
 )
@@ -123,12 +123,17 @@ def _since(task: Path) -> float:
 
 
 def stop(folder: Path) -> None:
-    """Stop a run as Ctrl-C does, or take it out of the queue. What it has saved stays: at most 20 seconds are lost."""
+    """Ask a run to save, to write its LoRAs and to end after its step; or take it out of the queue.
+
+    One that has not begun to train is interrupted, as by Ctrl-C."""
     run = look(folder)
     if run.state not in ("waiting", "starting", "running"):
         raise UsageError(f"it is {run.state}", run.name, "There is nothing to stop.")
     write_json(folder / TASK, read_json(folder / TASK) | {"stop": time.time()})
-    process.interrupt(folder)
+    if run.state == "running":
+        (folder / run_folder.STOP).touch()
+    else:
+        process.interrupt(folder)
 
 
 def go_on(folder: Path) -> None:
@@ -136,7 +141,8 @@ def go_on(folder: Path) -> None:
     run = look(folder)
     if run.state not in ("stopped", "failed"):
         raise UsageError(f"it is {run.state}", run.name, "There is nothing to go on with.")
-    (folder / process.RECORD).unlink(missing_ok=True)
+    for name in (process.RECORD, run_folder.STOP):
+        (folder / name).unlink(missing_ok=True)
     task = {key: value for key, value in read_json(folder / TASK).items() if key != "stop"}
     write_json(folder / TASK, task | {"since": time.time()})
 

@@ -33,6 +33,7 @@ progress { width: 100%; height: .6em; accent-color: #0f766e; }
 .card { display: flex; gap: .6em; align-items: flex-start; overflow-wrap: anywhere; }
 .card p { margin: .1em 0; }
 .card img, .card .blank { width: 72px; height: 72px; object-fit: cover; border-radius: 6px; background: #8884; flex: none; }
+.grid-wrap.fixed-height { max-height: none !important; }
 pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 footer { display: none !important; }
 @media (max-width: 640px) {

@@ -61,18 +61,19 @@ def lora_choice(label: str, **more: Any) -> gr.Dropdown:
     return gr.Dropdown([("none", "")], value="", label=label, allow_custom_value=True, filterable=True, **more)
 
 
-def uploaded_loras(studio: Studio, fields: Sequence[gr.Dropdown], elem_id: str) -> gr.UploadButton:
-    """A button that takes LoRA files into the studio's folder. `fields`: the choices that then have them."""
+def uploaded_loras(studio: Studio, fields: Sequence[gr.Dropdown], elem_id: str) -> Any:
+    """A button that takes LoRA files into the studio's folder. `fields`: the choices that then have them. Returns the event,
+    for what is to happen afterwards."""
     button = gr.UploadButton("Upload LoRA files", file_count="multiple", file_types=[".safetensors"], elem_id=elem_id)
     told = gr.Markdown(elem_id=f"{elem_id}-told")
 
-    def keep(uploads: object) -> list[Any]:
+    def keep(uploads: object) -> Any:
         given = uploads if isinstance(uploads, list) else []
         kept = [studio.home.keep(str(one), "LoRA") for one in given]
-        return [f"Uploaded: {', '.join(one.name for one in kept)}", *lora_choices(studio, len(fields))]
+        said = f"Uploaded: {', '.join(one.name for one in kept)}"
+        return [said, *lora_choices(studio, len(fields))] if fields else said  # gradio takes no list for one output
 
-    on(button.upload, keep, button, [told, *fields])
-    return button
+    return on(button.upload, keep, button, [told, *fields])
 
 
 def lora_choices(studio: Studio, fields: int) -> list[Any]:

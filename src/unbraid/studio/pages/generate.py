@@ -25,6 +25,8 @@ HOW = {  # the ways to combine LoRAs, in words
     "switch": "in turn, step by step",
     "composite": "each guides, averaged",
     "k-lora": "layer by layer, content first (K-LoRA)",
+    "k-lora-released": "layer by layer, as K-LoRA's own program does it",
+    "est-lora": "layer by layer, by energy (EST-LoRA)",
 }
 Values = Mapping[Any, Any]  # component → what the browser sent
 

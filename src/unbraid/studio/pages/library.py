@@ -22,7 +22,7 @@ def library_page(studio: Studio) -> tuple[Callable[[], list[Any]], list[Any]]:
             cards = gr.HTML(elem_id="cards")
         with gr.Column(min_width=320):
             ticked = gr.CheckboxGroup([], label="Tick one, or several to merge", elem_id="ticked", elem_classes="list")
-            uploaded_loras(studio, [], elem_id="library-upload")
+            uploaded = uploaded_loras(studio, [], elem_id="library-upload")
             with gr.Row():
                 tools = [("every tool", ""), *((tool.name, name) for name, tool in TOOLS.items())]
                 tool = gr.Dropdown(tools, value="", label="My tool", min_width=120)
@@ -48,6 +48,7 @@ def library_page(studio: Studio) -> tuple[Callable[[], list[Any]], list[Any]]:
         return [library.written(done), gr.update(value=str(done.path), visible=True), *refresh()]
 
     shown = [told, file, cards, ticked]
+    on(uploaded.then, refresh, None, [cards, ticked])
     on(check.click, lambda names, name: _examined(studio, names, name), [ticked, tool], told)
     on(change.click, lambda *given: made(_converted(studio, *given)), [ticked, dialect], shown, **DRAWING)
     on(small.click, lambda *given: made(_resized(studio, *given)), [ticked, rank], shown, **DRAWING)

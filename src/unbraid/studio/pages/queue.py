@@ -29,7 +29,7 @@ def queue_page(studio: Studio) -> None:
                 try_it = gr.Button("Try it now", elem_id="try-it", min_width=90)
             told = gr.Markdown(elem_id="queue-told")
             gr.Markdown(
-                "*Stop* keeps what was saved last, at most 20 seconds ago; *Go on* continues from there. *Remove* moves "
+                "*Stop* ends it after its step, and writes the LoRAs so far; *Go on* continues from there. *Remove* moves "
                 "the training into the folder `removed`. *Try it now* puts the LoRAs of the last save into the library, "
                 "while the training goes on. Trainings go on when this page or the studio is closed."
             )
