@@ -10,11 +10,15 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
+from test_bench import count_once, draw_less
+from test_bench import tiny as tiny_plan
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from tools.recipe import config, dit, dit_base, latents, parallel, words
 from unbraid.bases.base import load
+from unbraid.bench import grid
+from unbraid.bench.rows.separate import reads_own_prompts
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
 
 SIZES = config.DitSizes(width=32, layers=2, head=16)
@@ -122,13 +126,38 @@ def test_a_killed_training_ends_the_same(source: dit.Tables, tmp_path: Path, mon
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 
-@pytest.mark.slow
-def test_the_folder_is_a_base(source: dit.Tables, tmp_path: Path, v_base: Path) -> None:
-    """unbraid recognises the folder, encodes prompts as they were encoded in training, and draws what SD3's pipeline draws."""
+@pytest.fixture
+def folder(source: dit.Tables, tmp_path: Path, v_base: Path) -> Path:
+    """A diffusers folder of a short training."""
     train(source, tmp_path / "state")
     out = tmp_path / "icons-dit"
     assert dit_base.save(tmp_path / "state", v_base, out, SIZES) == 12
-    base = load(str(out), "cpu")
+    return out
+
+
+ROWS = ("DreamBooth-LoRA", "UnZipLoRA", "B-LoRA", "direct sum", "ZipLoRA", "ZipRank", "Pair")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split, B-LoRA's block split, zip, plain sum and pair, trained, drawn and judged. After three passes, both LoRAs of a split
+    are drawn under the joint prompt; after a training in segments, each under its own."""
+    draw_less(monkeypatch.setattr)
+    count_once(monkeypatch)
+    with (folder / "unbraid.toml").open("a") as settings:
+        settings.write('\n[blocks]\ncontent = ["transformer_blocks.0"]\nstyle = ["transformer_blocks.1"]\n')
+    todos = [todo for todo in tiny_plan(tmp_path, folder, *ROWS) if todo.cell.task != "recombine"]
+    done = list(grid.run(todos))
+    assert not [one.error for one in done if one.error] and {one.todo.row for one in done} == set(ROWS)
+    assert not reads_own_prompts("unziplora", {}, joint=True) and reads_own_prompts(
+        "unziplora", {"segments": True}, joint=True
+    )
+
+
+@pytest.mark.slow
+def test_the_folder_is_a_base(folder: Path, source: dit.Tables, v_base: Path) -> None:
+    """unbraid recognises the folder, encodes prompts as they were encoded in training, and draws what SD3's pipeline draws."""
+    base = load(str(folder), "cpu")
     assert (base.family.name, base.size, base.step) == ("sd3", 32, 8)
     prompt = base.encode_prompt("a cat in flat style")
     tokens = base.pipe.tokenizer(["a cat in flat style"], padding="max_length", return_tensors="pt").input_ids
@@ -137,7 +166,7 @@ def test_the_folder_is_a_base(source: dit.Tables, tmp_path: Path, v_base: Path) 
     torch.testing.assert_close(prompt.pooled, pooled[0].float(), rtol=1e-2, atol=1e-2)
     encoded = {"main": prompt, NEGATIVE: base.encode_negative()}
     (ours,) = generate(base, classifier_free(4.0, "main"), encoded, seeds=(0,), steps=3)
-    stock: Any = dit_base.saved(out)
+    stock: Any = dit_base.saved(folder)
     given = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 32}
     theirs = stock("a cat in flat style", **given, **dit_base.NO_T5, generator=torch.Generator().manual_seed(0)).images[
         0
@@ -146,8 +175,8 @@ def test_the_folder_is_a_base(source: dit.Tables, tmp_path: Path, v_base: Path) 
     assert not base.family.network.remarks(base.pipe, ["a cat"]) and len(
         base.family.network.remarks(base.pipe, ["cat " * 30])
     )
-    assert json.loads((out / "images.json").read_text()) == {"images": 12} and (out / "unbraid.toml").exists()
-    assert set(dit_base.subject_gain(out, source, ("teapot", "cat"))) == set(dit_base.PROBES)
+    assert json.loads((folder / "images.json").read_text()) == {"images": 12} and (folder / "unbraid.toml").exists()
+    assert set(dit_base.subject_gain(folder, source, ("teapot", "cat"))) == set(dit_base.PROBES)
 
 
 def test_the_card_states_the_figures(tmp_path: Path) -> None:
