@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 from tools.recipe import config, dit, dit_base, latents, parallel, words
 from unbraid.bases.base import load
 from unbraid.bench import grid
+from unbraid.bench.probe.words import draws_icons
 from unbraid.bench.rows.separate import reads_own_prompts
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
 
@@ -175,6 +176,7 @@ def test_the_folder_is_a_base(folder: Path, source: dit.Tables, v_base: Path) ->
     assert not base.family.network.remarks(base.pipe, ["a cat"]) and len(
         base.family.network.remarks(base.pipe, ["cat " * 30])
     )
+    assert draws_icons(str(folder)), "so that probe-blocks asks the judge"
     assert json.loads((folder / "images.json").read_text()) == {"images": 12} and (folder / "unbraid.toml").exists()
     assert set(dit_base.subject_gain(folder, source, ("teapot", "cat"))) == set(dit_base.PROBES)
 
