@@ -188,13 +188,15 @@ def test_the_card_states_the_figures(tmp_path: Path) -> None:
     words.write(words.eighty(), tmp_path)
     parts = ("content all", "style all", "content art", "style art", "content filter", "style filter")
     parts += tuple(f"{key} {word}" for word in words.STYLES for key in ("content in", "style"))
-    dit_base.write(
-        {f"{kind} {part}": 0.25 for kind in ("drawn", "real") for part in parts} | {"drawn content all": 0.5}, tmp_path
-    )
+    figures = {f"{kind} {part}": 0.25 for kind in ("drawn", "real") for part in parts} | {"drawn content all": 0.5}
+    figures["drawn style noir"] = float("nan")  # no prompt asked for it
+    dit_base.write(figures, 200, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert (
         "| all | 50% | 25% | 25% | 25% |" in card
         and "1.5 M parameters" in card
         and "1,234 images of 80 subjects" in card
+        and "from 200 drawings" in card
+        and "| noir | 25% | – |" in card
     )
     assert json.loads((tmp_path / "figures.json").read_text())["drawn content all"] == 0.5

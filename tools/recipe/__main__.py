@@ -132,7 +132,8 @@ def dit_card(
     torch.set_num_threads(1)
     pictures, names = art.rasterise(work, SIZES.pixels)
     dit_base.sheet_of(base).save(base / "sheet.webp", quality=90)
-    dit_base.write(card.measure(base, _pick(pictures, names, words.eighty()), words.eighty(), drawn, count), base)
+    figures = card.measure(base, _pick(pictures, names, words.eighty()), words.eighty(), drawn, count)
+    dit_base.write(figures, count, base)
     print((base / "README.md").read_text())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -85,14 +86,14 @@ def subject_gain(base: Path, source: dit.Tables, subjects: tuple[str, ...]) -> d
     return gains
 
 
-def write(figures: dict[str, float], base: Path) -> None:
-    """README.md of the folder, and the same figures as figures.json."""
+def write(figures: dict[str, float], prompts: int, base: Path) -> None:
+    """README.md of the folder, and the same figures as figures.json. `prompts`: how many were drawn."""
     images = json.loads((base / "images.json").read_text())["images"]
     known = json.loads((base / WORDS).read_text())
 
     def row(name: str, content: str, style: str) -> str:
         values = [figures[f"{kind} {key}"] for kind in ("drawn", "real") for key in (content, style)]
-        return f"| {name} | " + " | ".join(f"{value:.0%}" for value in values) + " |"
+        return f"| {name} | " + " | ".join("–" if isnan(value) else f"{value:.0%}" for value in values) + " |"
 
     text = CARD.format(
         rows="\n".join(row(part, f"content {part}", f"style {part}") for part in ("all", "art", "filter")),
@@ -100,12 +101,13 @@ def write(figures: dict[str, float], base: Path) -> None:
         count=len(known["subjects"]),
         styles=", ".join(known["styles"]),
         images=images,
+        prompts=prompts,
         parameters=sum(value.numel() for value in _weights(base).values()) / 1e6,
     )
     with atomic(base / "README.md") as part:
         part.write_text(text)
     with atomic(base / "figures.json") as part:
-        part.write_text(json.dumps(figures, indent=2) + "\n")
+        part.write_text(json.dumps({"prompts": prompts, **figures}, indent=2) + "\n")
 
 
 def _weights(base: Path) -> dict[str, Tensor]:
@@ -126,8 +128,8 @@ choices about such bases can be measured on a CPU. `unbraid generate --base FOLD
 
 ## Figures
 
-Read off by the judge (docs/judge.md), 25 steps, guidance 4; beside them the real icons, as the ceiling. Top-1: is the nearest
-of the {count} subjects the one asked for, and the nearest of the 14 styles?
+Read off by the judge (docs/judge.md) from {prompts} drawings, 25 steps, guidance 4; beside them the real icons, as the ceiling. Top-1: is the
+nearest of the {count} subjects the one asked for, and the nearest of the 14 styles?
 
 | | content | style | real icons: content | real icons: style |
 |---|---|---|---|---|
