@@ -1,5 +1,6 @@
 """Which layers serve content and style: selectors, published tables, and files of roles, in `split` and `merge`."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,28 @@ def test_the_default_is_as_before(v_base: Path, picture: Path, tmp_path: Path) -
         assert all(name.startswith(f"unet.{TABLES['b-lora'].blocks[role][0]}.") for name in files[0][role])
         assert all(torch.equal(files[0][role][name].up, files[1][role][name].up) for name in files[0][role])
     assert BLOCKS["sdxl"]["content"] == TABLES["unziplora"].blocks["content"]
+
+
+def test_a_base_can_state_its_roles(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """They count for methods that have roles, where the user gives none."""
+    base = shutil.copytree(v_base, tmp_path / "base")
+    (base / "unbraid.toml").write_text(f"[blocks]\n{FILE}")
+    given: dict[str, Any] = {"subject": "cat", "style": "ink", "base": str(base)}
+    stated = open_blocks(str(written(tmp_path, FILE)))
+    for method in ("blora", "unziplora"):
+        assert split_job(picture, **given, method=method).data.training.blocks == stated
+    assert split_job(picture, **given, method="blora", blocks="b-lora").data.training.blocks == TABLES["b-lora"].blocks
+    assert not split_job(picture, **given, block_separation=False).data.training.blocks
+    assert not split_job(picture, **given, method="qr-split").data.training.blocks
+    (base / "unbraid.toml").write_text("[blocks]\ncontent = 3")
+    with pytest.raises(UsageError, match="content is no list of selectors"):
+        split_job(picture, **given, method="blora")
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "roles.toml"
+    file.write_text(text)
+    return file
 
 
 def test_merge_takes_roles(tmp_path: Path) -> None:

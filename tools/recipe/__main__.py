@@ -1,5 +1,6 @@
 """The recipe's command line: `python -m tools.recipe make --work DIR`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from tools import judge_validation
-from tools.recipe import art, captions, card, judge, latents, model, sheet, unet, vae, words
-from tools.recipe.config import PRESETS, SIZES
+from tools.recipe import art, captions, card, dit, dit_base, judge, latents, model, sheet, unet, vae, words
+from tools.recipe.config import DIT_SCHEDULE, PRESETS, SIZES
 from unbraid.bench.truth import art as bench_art
 from unbraid.bench.truth import subjects
 from unbraid.bench.truth.judge import load_judge
@@ -19,6 +20,9 @@ from unbraid.bench.truth.judge import load_judge
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 Work = Annotated[Path, typer.Option(help="Folder for everything that is not committed; reuse it to resume.")]
 Start = Annotated[Path | None, typer.Option(help="Diffusers folder to go on from; without it, random weights.")]
+OldBase = Annotated[
+    Path, typer.Option(help="Diffusers folder whose autoencoder, text encoders and tokenizer are taken.")
+]
 CPU_WORKERS = 2
 ICONS = Path(__file__).parents[2] / "src/unbraid/bases/icons"
 
@@ -86,6 +90,50 @@ def model_card(
     held = pictures[[names.index(name) for name in words.HELD_OUT]]
     sheet.grid(sheet.saved(base)).save(base / "sheet.webp", quality=90)
     card.write(figures, card.reconstruction(base, held), chosen, images, base)
+    print((base / "README.md").read_text())
+
+
+@app.command(name="dit")
+def train_dit(
+    work: Work,
+    base: OldBase = ICONS,
+    steps: Annotated[int, typer.Option(help="At the last one the rate is zero.")] = DIT_SCHEDULE.steps,
+    workers: Annotated[int, typer.Option(help="Processes, on a CPU; each has one thread.")] = 1,
+) -> None:
+    """Train `icons-dit`, a small transformer with joint attention, from the tables that `make` has left in --work."""
+    _, names = art.rasterise(work, SIZES.pixels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = dit.tables(work, words.trained(names), base, words.eighty())
+    workers = workers if device.type == "cpu" else 1
+    dit.train(source, replace(DIT_SCHEDULE, steps=steps), work / "dit", workers, device)
+
+
+@app.command()
+def dit_save(
+    work: Work,
+    out: Annotated[Path, typer.Option(help="Diffusers folder to write.")],
+    base: OldBase = ICONS,
+) -> None:
+    """Write `icons-dit` from the latest checkpoint, and print the subject gain."""
+    _, names = art.rasterise(work, SIZES.pixels)
+    images = dit_base.save(work / "dit", base, out)
+    gains = dit_base.subject_gain(out, dit.tables(work, words.trained(names), base, words.eighty()), words.eighty())
+    print(f"{images} images: subject gain", {sigma: f"{gain:.1%}" for sigma, gain in gains.items()})
+
+
+@app.command()
+def dit_card(
+    work: Work,
+    base: Annotated[Path, typer.Option(help="Diffusers folder to measure; its card and sheet are written.")],
+    count: Annotated[int, typer.Option(help="How many prompts.")] = card.PROMPTS,
+    drawn: Annotated[Path | None, typer.Option(help="Keep the pictures here.")] = None,
+) -> None:
+    """Draw a sheet with `icons-dit`, measure it with the judge, and write its card."""
+    torch.set_num_threads(1)
+    pictures, names = art.rasterise(work, SIZES.pixels)
+    dit_base.sheet_of(base).save(base / "sheet.webp", quality=90)
+    figures = card.measure(base, _pick(pictures, names, words.eighty()), words.eighty(), drawn, count)
+    dit_base.write(figures, count, base)
     print((base / "README.md").read_text())
 
 

@@ -74,24 +74,27 @@ class Gallery:
         return int((F.normalize(means) @ style).argmax()) == asked.style
 
 
-def prompts(names: tuple[str, ...], few: tuple[int, ...]) -> list[Asked]:
-    """Half of all prompts name one of the few, half any subject; of each half, one half is in art styles, one in filter styles."""
+def prompts(names: tuple[str, ...], few: tuple[int, ...], count: int = PROMPTS) -> list[Asked]:
+    """`count` prompts that name one of the few, and as many that name any subject, if there are more. Of each part, one half is
+    in art styles, one in filter styles."""
     out = []
-    for among in (few, tuple(range(len(names)))):
+    for among in (few, tuple(range(len(names))))[: 1 if len(few) == len(names) else 2]:
         rng = random.Random(0)
-        for i in range(PROMPTS):
+        for i in range(count):
             style = rng.randrange(ART) if i % 2 == 0 else ART + rng.randrange(len(FILTERS))
             out.append(Asked(among[rng.randrange(len(among))], style, among))
     return out
 
 
-def measure(folder: Path, art: np.ndarray, names: tuple[str, ...], out: Path | None = None) -> dict[str, float]:
-    """Judged content and style of 400 drawings of the base in `folder`, and of the real icons beside them.
+def measure(
+    folder: Path, art: np.ndarray, names: tuple[str, ...], out: Path | None = None, count: int = PROMPTS
+) -> dict[str, float]:
+    """Judged content and style of drawings of the base in `folder`, and of the real icons beside them.
 
     `art`: uint8 `[subject, 4, h, w, 3]` of the trained subjects. `out`: folder to keep the drawings in; those that are there
-    are not drawn again."""
+    are not drawn again. `count`: as in `prompts`."""
     base, judge, few = load(str(folder)), load_judge(), tuple(names.index(name) for name in words.eighty())
-    gallery, asked = Gallery(judge, art, few), prompts(names, few)
+    gallery, asked = Gallery(judge, art, few), prompts(names, few, count)
     drawn = [_drawn(base, one, names, seed, out) for seed, one in enumerate(track(asked, "drawing"))]
     real = [_real(art, one) for one in asked]
     figures: dict[str, float] = {}
@@ -105,14 +108,18 @@ def measure(folder: Path, art: np.ndarray, names: tuple[str, ...], out: Path | N
 
 def _shares(asked: Sequence[Asked], ranks: np.ndarray, hits: np.ndarray) -> dict[str, float]:
     styles = np.array([one.style for one in asked])
-    few = np.arange(len(asked)) < PROMPTS
+    few = np.array([one.among == asked[0].among for one in asked])  # the first ones name one of the few
     parts = {"all": few, "art": few & (styles < ART), "filter": few & (styles >= ART)}
     out = {f"content {part}": float((ranks[chosen] == 0).mean()) for part, chosen in parts.items()}
     out |= {f"style {part}": float(hits[chosen].mean()) for part, chosen in parts.items()}
-    out |= {
-        "content top-1 of every": float((ranks[~few] == 0).mean()),
-        "content top-5 of every": float((ranks[~few] < 5).mean()),
-    }
+    out |= (
+        {}
+        if few.all()
+        else {
+            "content top-1 of every": float((ranks[~few] == 0).mean()),
+            "content top-5 of every": float((ranks[~few] < 5).mean()),
+        }
+    )
     for i, word in enumerate(words.STYLES):
         out |= {
             f"content in {word}": float((ranks[styles == i] == 0).mean()),

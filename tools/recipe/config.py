@@ -18,6 +18,15 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class DitSizes:
+    """The transformer with joint attention, on the same latents: 64 tokens of the picture, 24 of the text."""
+
+    width: int = 256
+    layers: int = 6
+    head: int = 64
+
+
+@dataclass(frozen=True)
 class Schedule:
     """One training: a linear warm-up, then a linear fall to zero at the last step."""
 
@@ -37,6 +46,8 @@ class Schedules:
 
 
 SIZES = Sizes()
+DIT = DitSizes()
+DIT_SCHEDULE = Schedule(batch=32, steps=24_000, rate=1e-3, muon=0.02, warmup=100, ema=0.999)
 PRESETS: dict[str, Schedules] = {
     # From random weights, on one GPU. Not run yet in this form.
     "fresh": Schedules(

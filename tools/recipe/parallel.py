@@ -213,10 +213,11 @@ class _Share:
 
 
 def is_inner(name: str, p: Tensor) -> bool:
-    """Convolutions and transformer layers between hidden layers, which Muon is for; the first and last ones keep to AdamW."""
+    """Convolutions and transformer layers between hidden layers, which Muon is for; the first and last ones keep to AdamW, as do
+    the scales and shifts of a transformer's norms, which start at zero."""
     if p.ndim == 4:
-        return not any(part in name for part in ("conv_in", "conv_out", "quant"))
-    return p.ndim == 2 and "transformer_blocks" in name
+        return not any(part in name for part in ("conv_in", "conv_out", "quant", "pos_embed"))
+    return p.ndim == 2 and "transformer_blocks" in name and "norm1" not in name
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

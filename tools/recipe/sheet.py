@@ -1,6 +1,8 @@
 """Looking at the base while it trains: a sheet of samples and the subject gain."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -53,11 +55,12 @@ def draw(work: Path, trained: tuple[str, ...], out: Path) -> None:
     print(f"{images} images: subject gain", {t: f"{gain:.1%}" for t, gain in gains.items()})
 
 
-def grid(pipe: StableDiffusionXLPipeline) -> Image.Image:
-    """One picture of each of SUBJECTS (rows) in each of STYLES (columns), always from the same noise."""
+def grid(pipe: Any, subjects: Sequence[str] = SUBJECTS, **more: Any) -> Image.Image:
+    """One picture of each subject (rows) in each of STYLES (columns), always from the same noise. `more`: arguments of a stock
+    pipeline other than SDXL's."""
     pipe.set_progress_bar_config(disable=True)
-    sheet = Image.new("RGB", (SIZE * len(STYLES), SIZE * len(SUBJECTS)))
-    for row, name in enumerate(SUBJECTS):
+    sheet = Image.new("RGB", (SIZE * len(STYLES), SIZE * len(subjects)))
+    for row, name in enumerate(subjects):
         prompts = [f"a {name} in {style} style" for style in STYLES]
         done = pipe(
             prompts,
@@ -67,7 +70,8 @@ def grid(pipe: StableDiffusionXLPipeline) -> Image.Image:
             guidance_scale=GUIDANCE,
             height=SIZE,
             width=SIZE,
+            **more,
         )
-        for column, picture in enumerate(done.images):  # type: ignore[union-attr]
+        for column, picture in enumerate(done.images):
             sheet.paste(picture, (column * SIZE, row * SIZE))
     return sheet

@@ -23,7 +23,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from unbraid.bases.families import family_of
-from unbraid.bases.recognised import check_supported, pipeline_class
+from unbraid.bases.recognised import check_supported, left_out, pipeline_class
 from unbraid.bases.single_file import load_single_file, load_vae_file
 from unbraid.bases.sniff import Kind, sniff
 from unbraid.common.errors import UsageError, first_line
@@ -78,8 +78,9 @@ def _is_file_name(path: str) -> bool:
 
 
 def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
-    given: dict[str, Any] = {"vae": vae} if vae is not None else {}
     check_supported(pipeline_class(path), name)
+    # diffusers loads a base without them only if that is asked for
+    given: dict[str, Any] = {**dict.fromkeys(left_out(path)), **({"vae": vae} if vae is not None else {})}
     try:
         return DiffusionPipeline.from_pretrained(
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given

@@ -44,15 +44,26 @@ OTHERS: Mapping[str, str] = {  # how the name of a pipeline class begins → wha
 
 def pipeline_class(base: str) -> str:
     """The name of the pipeline class of a folder or a hub id; empty if it cannot be found out, or if `base` is a file."""
+    return str(_index(base).get("_class_name") or "")
+
+
+def left_out(base: str) -> tuple[str, ...]:
+    """The text encoders and tokenizers that a folder or a hub id says it does not have, such as SD3.5's T5."""
+    texts = [(name, part) for name, part in _index(base).items() if name.startswith(("text_encoder", "tokenizer"))]
+    return tuple(name for name, part in texts if part and not any(part))
+
+
+def _index(base: str) -> Mapping[str, Any]:
+    """The content of `model_index.json`; empty if there is none, or if `base` is a file."""
     if base == "icons" or Path(base).is_file():
-        return ""
+        return {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers passes arguments that the hub's library has deprecated
             index: Any = DiffusionPipeline.load_config(base)
     except (OSError, ValueError):
-        return ""
-    return str(index.get("_class_name") or "")
+        return {}
+    return index
 
 
 def check_supported(name: str, base: str) -> None:

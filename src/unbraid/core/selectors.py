@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from unbraid.common.atomic import read_toml
 from unbraid.common.errors import UsageError, suggestion
@@ -111,12 +112,16 @@ def open_blocks(name: str) -> Blocks:
         return TABLES[name].blocks
     if not Path(name).is_file():
         raise UsageError("there is no such table of blocks, nor file", name, suggestion(name, TABLES))
-    table = read_toml(Path(name), FORM)
+    return blocks_in(read_toml(Path(name), FORM), name)
+
+
+def blocks_in(table: Mapping[str, Any], where: object) -> Blocks:
+    """The roles of layers that a table of a TOML file states. `where`: for errors. Raises UsageError if it has another form."""
     if unknown := table.keys() - {*ROLES, "source"}:
-        raise UsageError(f"{min(unknown)!r} is no role", name, FORM)
+        raise UsageError(f"{min(unknown)!r} is no role", where, FORM)
     for role in ROLES:
         some = table.get(role)
         if not isinstance(some, list) or not some or not all(isinstance(one, str) for one in some):
-            raise UsageError(f"{role} is no list of selectors", name, FORM)
+            raise UsageError(f"{role} is no list of selectors", where, FORM)
         selects(some, "")
     return {role: tuple(table[role]) for role in ROLES}

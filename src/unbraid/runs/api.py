@@ -13,7 +13,6 @@ from unbraid.bases.pipeline import location
 from unbraid.bases.presets import AS_IT_IS
 from unbraid.bases.recognised import family_preset
 from unbraid.common.errors import UsageError
-from unbraid.core.selectors import open_blocks
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
 from unbraid.images.folders import look, matched, unused
@@ -25,6 +24,7 @@ from unbraid.runs.drawing import forget_base
 from unbraid.runs.job import RARE, Extras, Job, Progress, TrainingData, TrainingOptions, checked_training
 from unbraid.runs.options import LearnOptions, PairOptions, SplitOptions, ZipOptions
 from unbraid.runs.preferences import default_base
+from unbraid.runs.roles import roles_of_layers
 from unbraid.runs.run import run
 from unbraid.runs.run_options import RunOptions, separate
 from unbraid.runs.run_path import Run
@@ -45,17 +45,15 @@ def split_job(
     """One image → `content.safetensors` and `style.safetensors`.
 
     `blocks`: which layers serve content and which style, a published table by name or a TOML file
-    (`unbraid.core.selectors.open_blocks`); by default what is known for the base."""
+    (`unbraid.core.selectors.open_blocks`); by default what is known for the base, or what the table `blocks` of its unbraid.toml
+    states."""
     run_options, settings = separate(options)
     todo = job([image], {"subject": subject, "style": style}, settings, method=method, **run_options)
     if (count := len(todo.data.images["image"])) > 1:
         fix = "Give one picture of it. `unbraid learn` takes a folder."
         raise UsageError(f"a folder of {count} pictures, where one picture is split", image, fix)
-    if not blocks:
-        return todo
-    if not METHODS[todo.method].inputs.reads_blocks or todo.settings.get("block_separation") is False:
-        raise UsageError(f"{todo.method} treats all layers alike", "--blocks", "Use --method blora, or leave it out.")
-    training = replace(todo.data.training, blocks=open_blocks(str(blocks)))
+    roles = roles_of_layers(todo, str(blocks))
+    training = replace(todo.data.training, blocks=roles)
     return replace(todo, data=replace(todo.data, training=training))
 
 

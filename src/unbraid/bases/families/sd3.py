@@ -81,15 +81,24 @@ class SD3(Transformer):
     def received(self, args: Any, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return given["hidden_states"], given["timestep"][:1]
 
+    def stock_arguments(self, pipe: Any, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": guidance, "max_sequence_length": t5_tokens(pipe)}
+
     def longest(self, pipe: Any) -> tuple[Any, int]:
         if pipe.tokenizer_3 is None:
-            return pipe.tokenizer, CLIP_TOKENS
+            return pipe.tokenizer, pipe.tokenizer_max_length
         return pipe.tokenizer_3, T5_TOKENS
+
+
+def t5_tokens(pipe: Any) -> int:
+    """How many tokens follow those of the CLIPs. Without T5 they are zeros, as in the pipeline. There are none on a base whose
+    tokenizers take less than CLIP's 77: it was trained without T5 (tools/recipe/dit.py)."""
+    return 0 if pipe.tokenizer_3 is None and pipe.tokenizer_max_length < CLIP_TOKENS else T5_TOKENS
 
 
 def encode_text(pipe: Any, text: str, device: torch.device) -> Prompt:
     """The embeddings of both CLIPs side by side, followed by T5's (zeros without T5), and both pooled vectors."""
-    given = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": T5_TOKENS}
+    given = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": t5_tokens(pipe)}
     embeds, _, vector, _ = pipe.encode_prompt(text, None, None, **given)
     return Prompt(embeds[0], vector[0])
 

@@ -12,6 +12,7 @@ from unbraid.bases.base import Base
 from unbraid.bench.field.models import FieldModels
 from unbraid.bench.field.scores import embed
 from unbraid.bench.probe.swap import drawn, groups
+from unbraid.bench.probe.words import draws_icons
 from unbraid.bench.truth.scores import judge, values_of
 from unbraid.common.errors import UsageError
 from unbraid.core.selectors import ROLES
@@ -74,14 +75,14 @@ class Row:
 
 
 def eyes(base: Base, models: FieldModels) -> Eyes:
-    """The models that are given: DINO or CLIP for content, CSD or CLIP for style. Without, the judge on the embedded base; on
+    """The models that are given: DINO or CLIP for content, CSD or CLIP for style. Without, the judge on a base that draws icons; on
     another base UsageError."""
     clip = models.clip.image if models.clip else None
     content, style = models.dino or clip, models.csd or clip
     if content and style:
         named = {"content": f"{content.label} {content.name}", "style": f"{style.label} {style.name}"}
         return Eyes(lambda some: embed(content, some), lambda some: embed(style, some), named)
-    if content or style or base.name != "icons":
+    if content or style or not draws_icons(base.name):
         fix = "Give --dino and --csd, or --clip for both."
         raise UsageError("the judge sees only pictures of the embedded base", base.name, fix)
 

@@ -8,7 +8,7 @@ from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
-from unbraid.runs.settings import Settings, base_defaults
+from unbraid.runs.settings import Settings, base_defaults, resolve
 from unbraid.sampling.uses import OWN, Use
 
 
@@ -32,7 +32,9 @@ def separated(method: str) -> Make:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
         folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
         outputs = METHODS[method].outputs(settings)
-        own = OWN if reads_own_prompts(method, settings) else None
+        given = resolve(method, cache.base_name, None, {**settings, **cache.scale.training.get(method, {})})
+        joint_attention = not cache.base.family.network.layers.own_prompt
+        own = OWN if reads_own_prompts(method, given, joint_attention) else None
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
         joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
         both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=own) for role in ROLES]
@@ -41,10 +43,11 @@ def separated(method: str) -> Make:
     return make
 
 
-def reads_own_prompts(method: str, settings: Settings) -> bool:
-    """Whether the method trains its LoRAs together, each under its own prompt."""
+def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> bool:
+    """Whether the method trains its LoRAs together, each under its own prompt. `joint`: whether the base's attention is joint; there,
+    a prompt of its own is a segment of the text."""
     (recipe,) = METHODS[method].make(BLOCKS["sdxl"], **settings)
-    return any(active.prompt for branch in recipe.branches(0) for active in branch.active)
+    return any(one.prompt and (one.segment or not joint) for branch in recipe.branches(0) for one in branch.active)
 
 
 def guided(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
