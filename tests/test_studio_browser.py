@@ -234,7 +234,7 @@ def test_a_painted_mask_is_what_is_drawn_anew(page: Any, home: Home) -> None:
     page.locator("#drawn img").first.wait_for()
     (mask,) = (home.folder / "inputs").glob("*-mask.png")
     with Image.open(mask) as image, Image.open(demo.image()) as picture:
-        left, top, right, bottom = image.getbbox()
+        left, top, right, bottom = image.getbbox() or (0, 0, 0, 0)
         width, height = image.size
         assert image.size == picture.size
     assert left < width / 2 < right and top < height / 2 < bottom, "in the middle, where it was painted"

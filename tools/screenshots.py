@@ -100,7 +100,7 @@ class Camera:
 
 
 def split(camera: Camera, home: Home, steps: int) -> str:
-    """Split the demo's picture. Returns the name of the run, which has begun."""
+    """Split the demo's picture. Returns the name of the run, which has begun; that of the last run, if there is one already."""
     page = camera.page
     page.locator("#split-picture input[type=file]").set_input_files(demo.image())
     page.locator("#split-picture img").wait_for()
@@ -113,6 +113,8 @@ def split(camera: Camera, home: Home, steps: int) -> str:
     panel.get_by_text("Settings", exact=True).click()
     panel.get_by_label("steps").locator("visible=true").first.fill(str(steps))
     camera.take("settings")
+    if found := queue.runs(home):
+        return found[0].name
     page.locator("#split-start").click()
     page.get_by_text("is in the queue").wait_for()
     return queue.runs(home)[0].name
@@ -123,7 +125,8 @@ def watch(camera: Camera, home: Home, name: str) -> None:
     camera.tab("Queue")
     camera.page.get_by_label(re.compile(f"{name} · ")).check()
     camera.page.locator("#sheet img").wait_for()
-    camera.take("queue-training")
+    if queue.look(home.run(name)).alive:
+        camera.take("queue-training")
     while queue.look(home.run(name)).alive:
         time.sleep(1)
     camera.page.locator("#loras").wait_for()
@@ -166,12 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=60, help="of the training that is shown")
+    parser.add_argument("--folder", type=Path, help="a studio's folder with a finished run: nothing is trained then")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     from playwright.sync_api import sync_playwright
 
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as tool:
-        home = open_home(Path(temporary) / "studio")
+        home = open_home(given.folder or Path(temporary) / "studio")
         browser = tool.chromium.launch(executable_path=browser_path(), args=["--no-sandbox"])
         with running(home.folder) as url:
             camera = Camera(browser, url, given.out)
