@@ -118,7 +118,7 @@ class Watch:
 def broken_cluster(todo: Sequence[Job], start: Start, every: float, drivers: int, limit: float) -> dict[str, int]:
     """Train on Ray while workers are killed, and so many drivers, and the disk is full once. Returns how often what was done."""
     rng, watch, done = random.Random(1), Watch(todo), {"workers killed": 0, "drivers killed": 0, "disks full": 0}
-    process, kill, begin = start(), time.monotonic() + every, time.monotonic()
+    process, kill, begin = start(), time.monotonic(), time.monotonic()
     try:
         while process.poll() is None or watch.look() < len(todo):
             time.sleep(0.2)
