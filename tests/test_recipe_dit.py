@@ -1,6 +1,8 @@
 """`icons-dit`, the recipe's transformer, at a tiny size: its tables, resuming after a kill, and the diffusers folder."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,21 @@ def test_the_folder_is_a_base(folder: Path, source: dit.Tables, v_base: Path) ->
     assert draws_icons(str(folder)), "so that probe-blocks asks the judge"
     assert json.loads((folder / "images.json").read_text()) == {"images": 12} and (folder / "unbraid.toml").exists()
     assert set(dit_base.subject_gain(folder, source, ("teapot", "cat"))) == set(dit_base.PROBES)
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_the_eighty_subjects(tmp_path: Path) -> None:
+    """At its real size, for one step, from files as `make` leaves them."""
+    names, styles = words.eighty(), len(words.STYLES)
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    np.save(tmp_path / "art128.npy", np.zeros(1))
+    save_file({"latents": torch.randn(len(names), 4, 11, 16, 16, 16).half()}, tmp_path / latents.FILE)
+    tokens = torch.randint(90, (len(names), styles, 1, config.TOKENS)).to(torch.int16)
+    save_file({"tokens": tokens}, tmp_path / latents.TOKENS_FILE)
+    command = [sys.executable, "-m", "tools.recipe", "dit", "--work", str(tmp_path), "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert load_file(tmp_path / "dit" / dit.FILE)["seen"] == config.DIT_SCHEDULE.batch
 
 
 def test_the_card_states_the_figures(tmp_path: Path) -> None:

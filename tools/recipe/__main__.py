@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from tools import judge_validation
 from tools.recipe import art, captions, card, dit, dit_base, judge, latents, model, sheet, unet, vae, words
-from tools.recipe.config import DIT_SCHEDULE, PRESETS, SIZES
+from tools.recipe.config import DIT, DIT_SCHEDULE, PRESETS, SIZES
 from unbraid.bench.truth import art as bench_art
 from unbraid.bench.truth import subjects
 from unbraid.bench.truth.judge import load_judge
@@ -105,7 +105,7 @@ def train_dit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = dit.tables(work, words.trained(names), base, words.eighty())
     workers = workers if device.type == "cpu" else 1
-    dit.train(source, replace(DIT_SCHEDULE, steps=steps), work / "dit", workers, device)
+    dit.train(source, DIT, replace(DIT_SCHEDULE, steps=steps), work / "dit", workers, device)
 
 
 @app.command()
