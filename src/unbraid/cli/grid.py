@@ -8,8 +8,9 @@ from rich.progress import TextColumn
 from typer.core import TyperCommand
 
 from unbraid.cli import grid_file
+from unbraid.cli.options import Device, Quiet
 from unbraid.cli.progress import progress_bar
-from unbraid.cli.run import UNDONE, Device, Quiet, loading
+from unbraid.cli.run import UNDONE, loading
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
