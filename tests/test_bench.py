@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -406,8 +407,9 @@ def test_flops_of_a_step_are_counted_at_its_place(tmp_path: Path, v_base: Path) 
 
     picture = tmp_path / "fox.png"
     Truth("fox", "line art").image.save(picture)
+    few: dict[str, Any] = FEW["unziplora"]
     plain, longer = (
-        cost.counted(split_job(picture, subject="fox", style="line art", base=str(v_base), **FEW["unziplora"], **more))
-        for more in ({}, {"style_steps": 3})
+        cost.counted(split_job(picture, subject="fox", style="line art", base=str(v_base), style_steps=more, **few))
+        for more in (0, 3)
     )
     assert longer.flops > 1.5 * plain.flops

@@ -140,7 +140,7 @@ def _worker(
     out: Path,
 ) -> None:
     device = state["weights"].device
-    model, source = build(sizes).to(device), source.to(device)
+    model, source = build(sizes).to(device=device), source.to(device)
 
     def batch(seed: int) -> Batch:
         return draw(source, schedule.batch, torch.Generator(device).manual_seed(seed))

@@ -4,6 +4,7 @@ import json
 import shutil
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -22,7 +23,7 @@ from unbraid.common.atomic import atomic
 SETTINGS = Path(__file__).with_name("dit.toml")
 SUBJECTS = ("panda", "teapot", "dog", "castle", "strawberry", "umbrella", "bus", "shark", "crown", "laptop")
 MISSING = {"text_encoder_3": None, "tokenizer_3": None}  # T5: diffusers wants to be told when it loads the folder,
-NO_T5 = {"max_sequence_length": 0}  # and when it draws; else it adds 256 tokens of zeros
+NO_T5: dict[str, Any] = {"max_sequence_length": 0}  # and when it draws; else it adds 256 tokens of zeros
 PROBES = (0.9, 0.7, 0.5)  # noise levels of the subject gain
 
 
@@ -63,7 +64,8 @@ def sheet_of(base: Path) -> Image.Image:
 @torch.no_grad()
 def subject_gain(base: Path, source: dit.Tables, subjects: tuple[str, ...]) -> dict[float, float]:
     """(loss with a wrong subject in the caption - loss with the right one) / right, per noise level, on 48 plain pictures."""
-    rng, n, pipe = torch.Generator().manual_seed(0), 48, saved(base)
+    rng, n = torch.Generator().manual_seed(0), 48
+    pipe: Any = saved(base)
     subject = torch.randint(len(subjects), (n,), generator=rng)
     style = torch.randint(len(TRAIN_SETS), (n,), generator=rng)
     clean = source.pictures.latents[subject, style, 0].float()
@@ -73,6 +75,7 @@ def subject_gain(base: Path, source: dit.Tables, subjects: tuple[str, ...]) -> d
         pairs = zip(subject.tolist(), style.tolist(), strict=True)
         lines = [f"a {subjects[(s + shift) % len(subjects)]} in {STYLE_WORDS[TRAIN_SETS[k]]} style" for s, k in pairs]
         texts, _, pooled, _ = pipe.encode_prompt(lines, None, None, do_classifier_free_guidance=False, **NO_T5)
+        assert texts is not None and pooled is not None
         return texts, pooled
 
     right, wrong = encoded(0), encoded(1)

@@ -53,8 +53,8 @@ def pair(
     """Learn a style from what it does to a picture.
 
     pairs: number of pairs (set by the command); each has its own content adapter, and they take turns. rank: of each
-    adapter. steps: optimiser steps. style_from: the step at which training of the style adapter begins; by default after a
-    third of the steps or earlier. lr: AdamW's learning rate. weight_decay: AdamW's. slot: which orthonormal rows this style uses; styles in different slots do not
+    adapter. steps: optimiser steps. style_from: the step at which training of the style adapter begins; by default after
+    half of the steps or earlier. lr: AdamW's learning rate. weight_decay: AdamW's. slot: which orthonormal rows this style uses; styles in different slots do not
     interfere. orthogonal: whether the adapters have orthogonal rows; if not, both factors train and nothing separates the
     adapters. joint: whether there is a content adapter; if not, the style adapter learns the picture after alone. compat:
     `official` updates the content adapter before it computes the loss of the style, as published, not both at once.
@@ -194,6 +194,6 @@ ENTRIES = (
         },
         outputs,
         Publication("Pair Customization", "arXiv 2405.01536"),
-        replace(PAIRS, shortest={"style_from": 0}, limits={"style_from": lambda settings: settings["steps"] // 3}),
+        replace(PAIRS, shortest={"style_from": 0}, limits={"style_from": lambda settings: settings["steps"] // 2}),
     ),
 )

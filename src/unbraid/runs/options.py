@@ -104,7 +104,7 @@ class PairSettings(RunOptions, total=False):
     steps: int
     """Optimiser steps. Default 750; on icons 300."""
     style_from: int
-    """The step at which training of the style adapter begins; by default after a third of the steps or earlier. Default 250; on icons 150."""
+    """The step at which training of the style adapter begins; by default after half of the steps or earlier. Default 250; on icons 150."""
     lr: float
     """AdamW's learning rate. Default 1e-05; on icons 0.003."""
     weight_decay: float
