@@ -140,7 +140,8 @@ def _worker(
     out: Path,
 ) -> None:
     device = state["weights"].device
-    model, source = build(sizes).to(device=device), source.to(device)
+    model: Any = build(sizes)
+    model, source = model.to(device), source.to(device)
 
     def batch(seed: int) -> Batch:
         return draw(source, schedule.batch, torch.Generator(device).manual_seed(seed))

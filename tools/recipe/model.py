@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import nn
@@ -94,7 +95,7 @@ def pipeline(
     )
 
 
-def save(pipe: StableDiffusionXLPipeline, out: Path) -> None:
+def save(pipe: DiffusionPipeline, out: Path) -> None:
     """Write the fp16 diffusers folder, keeping the documents that stand in it."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
