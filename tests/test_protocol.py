@@ -48,6 +48,9 @@ TRAINING: dict[str, Any] = {
     "ziplora": {"steps": 2},
     "break": {"rank": 4, "steps": 2},
     "make": {"fine_tune": 2, "rank": 4},
+    "consislora": {"rank": 2, "steps": 1, "style_steps": 1},
+    "qr-lora": {"rank": 2, "steps": 2},
+    "qr-split": {"rank": 2, "steps": 2},
 }
 
 
@@ -224,6 +227,7 @@ def test_every_row_runs_on_a_user_s_pictures(run_once: tuple[Path, list[Done]]) 
     assert [f"{one.todo.row}: {one.error}" for one in done if one.unit is None] == []
     assert {row.make for row in chosen_rows(TASKS) if not row.ablation} == {row.make for row in ROWS_RUN}
     assert len(units(done)) == len(ROWS_RUN)
+    assert {method for row in ROWS_RUN for method in row.methods} == TRAINING.keys(), "the others take all their steps"
     for unit in units(done):
         assert unit.drawings, unit.row
         for drawing in unit.drawings:

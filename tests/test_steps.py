@@ -66,7 +66,7 @@ def test_defaults_follow_from_steps(picture: Path, tmp_path: Path) -> None:
     after = tmp_path / "after.png"
     after.write_bytes(picture.read_bytes())
     pairs = {steps: pair_job(picture, after, subject="cat", style="ink", steps=steps).settings for steps in (60, 300)}
-    assert {steps: found["style_from"] for steps, found in pairs.items()} == {60: 20, 300: 100}
+    assert {steps: found["style_from"] for steps, found in pairs.items()} == {60: 30, 300: 150}
 
 
 @pytest.mark.parametrize(
