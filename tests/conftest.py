@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import os
 import signal
 import warnings
 from functools import cache
@@ -24,6 +25,7 @@ if (
 ):  # started in the background by a script: trainings would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so do the processes that tests start: studio, trainings, Ray's workers
 WORDS = ("dog", "cat", "line", "teapot")
 
 
