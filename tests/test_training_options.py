@@ -145,6 +145,22 @@ def test_a_batch_is_the_mean_of_its_samples(v_base: Path, picture: Path, tmp_pat
     batch.adapters.detach()
 
 
+def test_alpha_is_refused_where_it_would_scale_a_part(v_base: Path, picture: Path, tmp_path: Path) -> None:
+    """The style adapter of `pair` has rows of its own, and QR-LoRA's factors are those of the base."""
+    Image.new("RGB", (48, 48), "grey").save(after := tmp_path / "after.png")
+    common: dict[str, Any] = {"base": str(v_base), "steps": 2, "rank": 2, "previews": 0, "alpha": 4.0}
+    for job in (
+        pair_job(picture, after, subject="cat", style="ink", out=tmp_path / "pair", **common),
+        learn_job(picture, prompt="a cat", method="qr-lora", out=tmp_path / "qr", **common),
+    ):
+        with pytest.raises(UsageError, match="--alpha: the form of"):
+            list(run(job, device="cpu"))
+        assert not (job.out / "lora.safetensors").exists() and not (job.out / "style.safetensors").exists()
+    consis = split_job(picture, subject="cat", style="ink", method="consislora", out=tmp_path / "consis", **common)
+    list(run(consis, device="cpu"))
+    assert (consis.out / "style.safetensors").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"), [("pair", {"compat": "official"}), ("pair", {}), ("unziplora", {"content_alone": 0.5})]
@@ -184,7 +200,7 @@ def test_alpha_is_the_strength_of_new_adapters(v_base: Path, picture: Path, tmp_
     going_on = learn_job(
         picture, out=tmp_path / "on", from_=tmp_path / "8.0" / "lora.safetensors", alpha=2.0, **options
     )
-    with pytest.raises(UsageError, match=r"--alpha: no adapter is new"):
+    with pytest.raises(UsageError, match=r"--alpha: the form of lora is that of"):
         list(run(going_on, device="cpu"))
 
 

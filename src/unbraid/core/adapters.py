@@ -70,7 +70,7 @@ class Adapters:
     names: list[str] = field(default_factory=list)
     kinds: Layers = UNET  # which layers the model has
     alpha: float = 0.0  # adapters made by `new` are multiplied by alpha / rank; 0: by 1
-    scaled: bool = False  # whether an adapter was made with this alpha
+    scaled: set[str] = field(default_factory=set)  # the adapters that were made with this alpha
 
     @classmethod
     def attach(cls, model: nn.Module, targets: str = ATTENTION, kinds: Layers = UNET) -> "Adapters":
@@ -137,7 +137,7 @@ class Adapters:
             down = torch.randn(rank, k, generator=rng) * (rank**-0.5 if down_std is None else down_std)
             up = torch.randn(d, rank, generator=rng) * up_std if up_std else torch.zeros(d, rank)
             made[name] = Factors(down, up, self.alpha / rank if self.alpha else 1.0)
-        self.scaled |= bool(self.alpha)
+        self.scaled |= {adapter} if self.alpha else set()
         self.add(adapter, made)
 
     def of(self, adapter: str) -> dict[str, Factors]:

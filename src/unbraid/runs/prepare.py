@@ -78,9 +78,9 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
             for role, some in images.items()
         }
         state = State.fresh(adapters, recipe, torch.Generator().manual_seed(job.seed))
-        if training.alpha and not adapters.scaled:
-            fix = "Leave it out: what this run starts from has an alpha of its own."
-            raise UsageError("no adapter is new", "--alpha", fix)
+        if training.alpha and (others := {name for name, _ in recipe.rates} - adapters.scaled):
+            what = f"the form of {' and '.join(sorted(others))} is that of the method, or of a LoRA that it starts from"
+            raise UsageError(what, "--alpha", "Leave it out.")
         undo.pop_all()
     return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images, matched)
 
