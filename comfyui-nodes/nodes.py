@@ -23,6 +23,14 @@ def lora_input(name: str) -> Any:
     return io.Combo.Input(name, options=folder_paths.get_filename_list("loras"))
 
 
+def two_loras() -> list[Any]:
+    """The inputs of a node that takes a model, a content and a style LoRA."""
+    inputs = [io.Model.Input("model")]
+    for role in ("content", "style"):
+        inputs += [lora_input(f"{role}_name"), io.Float.Input(f"{role}_strength", **STRENGTH)]
+    return inputs
+
+
 def opened(model: Any, name: str) -> dict[str, Factors]:
     """A file of ComfyUI's folder `loras`, as path of a layer in `model.model` → factors."""
     tensors = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", name), safe_load=True)
@@ -53,11 +61,7 @@ class UnbraidPair(io.ComfyNode):
             category=CATEGORY,
             description="A content and a style LoRA. Each can read a prompt of its own in cross-attention.",
             inputs=[
-                io.Model.Input("model"),
-                lora_input("content_name"),
-                io.Float.Input("content_strength", **STRENGTH),
-                lora_input("style_name"),
-                io.Float.Input("style_strength", **STRENGTH),
+                *two_loras(),
                 io.Conditioning.Input("content_prompt", optional=True),
                 io.Conditioning.Input("style_prompt", optional=True),
             ],
@@ -89,11 +93,7 @@ class UnbraidTurns(io.ComfyNode):
             category=CATEGORY,
             description="A content and a style LoRA that take turns: by layer and step (K-LoRA), or from step to step.",
             inputs=[
-                io.Model.Input("model"),
-                lora_input("content_name"),
-                io.Float.Input("content_strength", **STRENGTH),
-                lora_input("style_name"),
-                io.Float.Input("style_strength", **STRENGTH),
+                *two_loras(),
                 io.Combo.Input("way", options=list(WAYS)),
                 io.Sigmas.Input("sigmas", tooltip="Those that the sampler gets: they say which step it is."),
             ],
