@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
 from unbraid.bases.families.segments import with_segments
-from unbraid.bases.savings import with_8bit_optimizer
+from unbraid.bases.savings import with_optimizer
 from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
@@ -52,9 +52,11 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
     (made,) = METHODS[job.method].make(job.data.training.blocks or base.family.blocks, **job.settings)
     training = job.data.training
-    if job.loading.adam8bit is not None and made.optimization.optimizer is not adamw:
-        raise UsageError(f"{job.method} has an optimiser of its own with these settings", "--adam8bit", "Leave it out.")
-    recipe = with_batch(with_schedule(with_8bit_optimizer(made, job.loading.preset), training), training)
+    if job.loading.optimizer and made.optimization.optimizer is not adamw:
+        raise UsageError(
+            f"{job.method} has an optimiser of its own with these settings", "--optimizer", "Leave it out."
+        )
+    recipe = with_batch(with_schedule(with_optimizer(made, job.loading.preset), training), training)
     if not base.family.network.layers.own_prompt:
         _check_alone(recipe)
     if not base.family.network.layers.text and any(one.segment for two in recipe.branches(0) for one in two.active):
