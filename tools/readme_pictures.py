@@ -10,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 import unbraid
-from unbraid.bench.truth.art import held_out_art, to_image
+from unbraid.bench.truth.art import held_out_art, known_art, to_image
 from unbraid.bench.truth.filters import HELD_OUT_FILTERS
+from unbraid.bench.truth.subjects import STYLE_WORDS, TRAIN_SETS
 from unbraid.images import sheets
 from unbraid.runs.break_make import matrix
 
@@ -52,11 +53,13 @@ def modules(work: Path) -> Image.Image:
     contents, styles = MODULES
     shown: dict[str, Image.Image] = {name: held_out_art().image(name, of) for name, of in contents.items()}
     shown |= {style: _filtered(subject, style)[1] for style, subject in styles.items()}
-    made: dict[str, Path] = {}
+    made, partners = dict[str, Path](), _partners(work / "partners")
     for name, image in shown.items():
         kind = "content" if name in contents else "style"
         prompt = f"a sks {name}" if kind == "content" else f"a {styles[name]} in {name} style"
-        run = unbraid.break_module([image], kind=kind, prompt=prompt, base="icons", previews=0, out=work / name)
+        run = unbraid.break_module(
+            [image], kind=kind, prompt=prompt, base="icons", previews=0, partners=partners, out=work / name
+        )
         made[name] = run / "module.safetensors"
     *_, sheet = matrix([made[one] for one in contents], [made[one] for one in styles], work / "matrix")
     inputs = ("the four pictures: two contents, two styles", list(shown.items()))
@@ -67,6 +70,15 @@ def modules(work: Path) -> Image.Image:
     whole.paste(above)
     whole.paste(below, (0, above.height))
     return whole
+
+
+def _partners(folder: Path) -> Path:
+    """Pictures that both kinds of modules are trained beside, each with its prompt."""
+    folder.mkdir()
+    for subject, of in zip(SUBJECTS, TRAIN_SETS, strict=True):
+        sheets.save_image(known_art().image(subject, of), folder / f"{subject}.png")
+        (folder / f"{subject}.txt").write_text(f"a {subject} in {STYLE_WORDS[of]} style\n")
+    return folder
 
 
 def _filtered(subject: str, style: str) -> tuple[Image.Image, Image.Image]:
