@@ -35,6 +35,7 @@ FEW = {method: {"steps": 2, "rank": 4} for method in ("dreambooth", "blora", "br
 FEW |= {"unziplora": {"steps": 3, "rank": 4, "window": 1}, "ziplora": {"steps": 2}, "make": {"fine_tune": 1}}
 FEW |= {"pair": {"steps": 2, "rank": 4, "style_from": 1}, "consislora": {"steps": 1, "style_steps": 1, "rank": 4}}
 FEW |= {method: {"steps": 2, "rank": 4} for method in ("qr-lora", "qr-split")}
+SEGMENTS = "ablation: UnZipLoRA, segments"  # refused on bases without joint attention
 TINY = replace(QUICK, others=1, steps=2, training=FEW)
 
 
@@ -85,15 +86,17 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
         used.clear()
         done += grid.run([todo])
         assert used <= set(grid._row(todo).methods), f"{todo.row} trains what it does not name"
-    assert not [one.error for one in done if one.error]
+    failed = {one.todo.row: one.error for one in done if one.error}
+    assert failed.keys() == {SEGMENTS} and "cannot be divided into segments" in failed[SEGMENTS], failed
     units = [one.unit for one in done if one.unit]
-    assert {(unit.task, unit.row) for unit in units} == {(row.task, row.name) for row in all_rows()}
+    run = [row for row in all_rows() if row.name != SEGMENTS]
+    assert {(unit.task, unit.row) for unit in units} == {(row.task, row.name) for row in run}
     trained = next(unit for unit in units if unit.row == "UnZipLoRA")
     assert trained.cost.flops > 0 and trained.cost.parameters > 0 and trained.cost.seconds > 0 and trained.cost.file > 0
     html, markdown, kept = report.write(units, len(units), tmp_path, tmp_path / "report")
     page = html.read_text()
     assert "data:image/webp;base64," in page and "data:image/png;base64," in page and "http" not in page
-    for row in all_rows():
+    for row in run:
         assert row.name.replace("'", "&#39;") in page and row.name in markdown.read_text()
     assert results.read(kept)[0].key == units[0].key
 

@@ -109,6 +109,7 @@ ROWS = [
             ("no column separation", {"column_separation": False}),
             ("no block separation", {"block_separation": False}),
             ("no loss for content alone", {"content_alone": 0.0}),
+            ("UnZipLoRA, segments", {"segments": True}),  # on bases with joint attention only; other bases refuse it
         )
     ),
 ]
