@@ -47,7 +47,7 @@ class Schedules:
 
 SIZES = Sizes()
 DIT = DitSizes()
-DIT_SCHEDULE = Schedule(batch=32, steps=24_000, rate=1e-3, muon=0.02, warmup=100, ema=0.999)
+DIT_SCHEDULE = Schedule(batch=32, steps=4_000, rate=1e-3, muon=0.02, warmup=100, ema=0.999)
 PRESETS: dict[str, Schedules] = {
     # From random weights, on one GPU. Not run yet in this form.
     "fresh": Schedules(
