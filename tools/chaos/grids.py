@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "src" / "unbraid" / "bases" / "icons" / "example.png"
 FULL = 2000  # bytes that a file may have while the disk is "full"
 Start = Callable[..., psutil.Popen]
-TASK = "ray::_train"
+TASK = "ray::at_work"
 
 
 def jobs(out: Path, count: int, steps: int, base: str = "icons") -> list[Job]:

@@ -8,19 +8,12 @@ from rich.progress import TextColumn
 from typer.core import TyperCommand
 
 from unbraid.cli import grid_file
-from unbraid.cli.options import Device, Quiet
+from unbraid.cli.options import Cpus, Device, Gpus, Quiet, Ray, Retries, Shard
 from unbraid.cli.progress import progress_bar
-from unbraid.cli.run import UNDONE, loading
+from unbraid.cli.run import UNDONE, interruptible, loading
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
-Ray = Annotated[
-    str,
-    typer.Option(
-        metavar="local|auto|ADDRESS",
-        help="Train on Ray: on this machine, on the cluster that it belongs to, or on another. Needs unbraid[ray].",
-    ),
-]
 
 
 class Grid(TyperCommand):
@@ -39,11 +32,11 @@ def grid(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the job folders; default `out` in FILE, else grids/FILE.")
     ] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only every N-th run from the I-th on; 0/3 to 2/3.")] = "",
+    shard: Shard = "",
     ray: Ray = "",
-    gpus: Annotated[float | None, typer.Option(help="With --ray: cards of a run, such as 0.25; default 1.")] = None,
-    cpus: Annotated[float, typer.Option(help="With --ray: cores of a run.")] = 1,
-    retries: Annotated[int, typer.Option(help="With --ray: tries after a lost worker or a full disk.")] = 3,
+    gpus: Gpus = None,
+    cpus: Cpus = 1,
+    retries: Retries = 3,
     at_once: Annotated[int, typer.Option(help="Runs in one forward pass; not bit for bit as alone.")] = 1,
     device: Device = "",
     by: Annotated[str, typer.Option(help="With report: the figure that the best have most of; -NAME: least.")] = "",
@@ -64,11 +57,8 @@ def grid(
     with loading("torch and diffusers", quiet):
         from unbraid.runs.cluster import Cluster
     folders = _written(file, out, shard)
-    try:
+    with interruptible():
         failed, undone = _watch(folders, at_once, device, Cluster(ray, gpus, cpus, retries) if ray else None, quiet)
-    except KeyboardInterrupt:
-        typer.echo("unbraid: interrupted; the same command goes on", err=True)
-        return 130
     where = folders[0].parent if folders else file
     if failed:
         raise UsageError(f"{failed} of {len(folders)} runs failed", where, "The same command tries them again.")

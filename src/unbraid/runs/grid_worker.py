@@ -7,6 +7,7 @@ jobs, and takes up those whose worker has died. So it does not matter how many w
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from unbraid.bases.base import Base
@@ -14,6 +15,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import job_folder, pace
 from unbraid.runs.batch import FAULTS, finder, recorded, run_together
+from unbraid.runs.cluster import DONE, FAILED, HELD
 from unbraid.runs.folder import JOB, locked
 from unbraid.runs.job import Job, Progress
 from unbraid.runs.lease import AtWorkError
@@ -77,6 +79,23 @@ def run_once(folders: Sequence[Path], at_once: int | None, find: Callable[[Job],
             yield Event(folder, error=event)
         else:
             yield Event(folder, done=event is END, progress=None if event is END else event)
+
+
+def answers(
+    folders: Sequence[str], at_once: int | None, device: str | None
+) -> Generator[tuple[int, str, UsageError | str]]:
+    """One round in a worker process of a cluster: what became of each job, as `cluster.Work`."""
+    paths = list(map(Path, folders))
+    for event in run_once(paths, at_once, _finder(device)):
+        if event.error or event.held or event.done:
+            how = FAILED if event.error else HELD if event.held else DONE
+            yield paths.index(event.folder), how, event.error or ""
+
+
+@cache
+def _finder(device: str | None) -> Callable[[Job], Base]:
+    """One for each worker process, so that the base of its last job is still there for the next one."""
+    return finder(device, most=1)
 
 
 END = Progress(1, 1)  # the last event of a job that is done

@@ -8,16 +8,15 @@ holds the reason of the last try that failed.
 import json
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
 from unbraid.runs import folder
-from unbraid.runs.job import Job, TrainingData, prompts_of, record
+from unbraid.runs.absolute import absolute
+from unbraid.runs.job import Job, prompts_of, record
 from unbraid.runs.lease import PREFIX, newest, this_machine
-from unbraid.runs.preferences import EMBEDDED
 
 DONE, FAILED = "done", "failed"
 LAST = 0.05  # the share of the steps, at the end, over which `loss` is the mean
@@ -91,26 +90,11 @@ def write_job(job: Job) -> None:
     """Make `job.out` the job's folder by writing job.toml, with absolute paths, so that it can be run from anywhere.
 
     UsageError if the folder holds another job, or a run that was not written down as a job."""
-    job = replace(job, data=_absolute(job.data), base=_absolute_base(job.base))
     wanted = record(job, prompts_of(job))
     if folder.is_job(job.out):
-        if other := folder.difference(read_job(job.out), wanted):
+        if other := folder.difference(read_job(job.out), absolute(wanted)):
             raise UsageError(f"the job in this folder is another one: {other}", job.out, "Choose another folder.")
         return
     folder.claimable(job.out, wanted, resume=False)
     with atomic(job.out / folder.JOB) as part:
-        part.write_text(folder.to_toml(wanted), "utf-8")
-
-
-def _absolute(data: TrainingData) -> TrainingData:
-    return replace(
-        data,
-        images={role: tuple(path.absolute() for path in paths) for role, paths in data.images.items()},
-        captions={path.absolute(): text for path, text in data.captions.items()},
-        loras={role: path.absolute() for role, path in data.loras.items()},
-    )
-
-
-def _absolute_base(base: str) -> str:
-    path = Path(base)
-    return str(path.absolute()) if path.exists() and base != EMBEDDED else base
+        part.write_text(folder.to_toml(absolute(wanted)), "utf-8")
