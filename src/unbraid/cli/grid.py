@@ -27,7 +27,13 @@ class Grid(TyperCommand):
 
 @app.command(cls=Grid)
 def grid(
-    file: Annotated[Path, typer.Argument(metavar="FILE|report", help="TOML, see below; or the word `report`.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|FOLDER|report",
+            help="TOML, see below; a folder of job folders, or one of these; or the word `report`.",
+        ),
+    ],
     folder: Annotated[Path | None, typer.Argument(help="The folder of a grid, after `report`.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the job folders; default `out` in FILE, else grids/FILE.")
@@ -53,10 +59,10 @@ def grid(
     if str(file) == "report":
         return _report(folder, out, by, {"clip": clip, "dino": dino, "csd": csd}, judge, quiet)
     if folder:
-        raise UsageError("there are two arguments", folder, "Give FILE alone, or `report FOLDER`.")
+        raise UsageError("there are two arguments", folder, "Give FILE or FOLDER alone, or `report FOLDER`.")
     with loading("torch and diffusers", quiet):
         from unbraid.runs.cluster import Cluster
-    folders = _written(file, out, shard)
+    folders = _found(file, shard) if file.is_dir() else _written(file, out, shard)
     with interruptible():
         failed, undone = _watch(folders, at_once, device, Cluster(ray, gpus, cpus, retries) if ray else None, quiet)
     where = folders[0].parent if folders else file
@@ -64,6 +70,16 @@ def grid(
         raise UsageError(f"{failed} of {len(folders)} runs failed", where, "The same command tries them again.")
     print(where)
     return UNDONE if undone else 0
+
+
+def _found(where: Path, shard: str) -> list[Path]:
+    """The job folders of this share of a folder of them. A job folder stands for itself."""
+    from unbraid.runs.folder import is_job
+    from unbraid.runs.grid_worker import share
+    from unbraid.runs.job_folder import folders
+
+    i, n = share(shard)
+    return ([where] if is_job(where) else folders(where))[i::n]
 
 
 def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
@@ -96,6 +112,9 @@ def _watch(folders: list[Path], at_once: int, device: str, ray: Any, quiet: bool
                 bar.console.print(f"unbraid: {event.error}", markup=False, highlight=False, soft_wrap=True)
             elif step:
                 undone |= step.undone
+                if step.warning:
+                    text = f"  {event.folder.name}: {step.warning}"
+                    bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.update(whole, now=f"{event.folder.name}: step {step.done} of {step.total}")
             if event.done or event.error:
                 ended.add(event.folder)

@@ -6,13 +6,19 @@ jobs, and takes up those whose worker has died. So it does not matter how many w
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from unbraid.bases.base import Base
+from unbraid.bases.presets import AS_IT_IS
+from unbraid.bases.savings import memory_error
 from unbraid.common.errors import UsageError
 from unbraid.core.recipe import TrainingCoroutine
+from unbraid.core.train import run_one
 from unbraid.runs import job_folder, pace
 from unbraid.runs.batch import FAULTS, finder, recorded, run_together
 from unbraid.runs.cluster import DONE, FAILED, HELD
@@ -69,8 +75,8 @@ def run_once(folders: Sequence[Path], at_once: int | None, find: Callable[[Job],
     """One round over the folders. Jobs that other workers have are yielded as `held`, and left to them."""
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
-    events = run_together((_script(folder, find) for folder in folders), at_once)
-    for which, event in events:
+    together = run_together((_script(folder, find) for folder in folders), at_once)
+    for which, event in _in_turn(folders, find) if at_once == 1 else together:
         folder = folders[which]
         if isinstance(event, AtWorkError):
             yield Event(folder, held=True)
@@ -79,6 +85,25 @@ def run_once(folders: Sequence[Path], at_once: int | None, find: Callable[[Job],
             yield Event(folder, error=event)
         else:
             yield Event(folder, done=event is END, progress=None if event is END else event)
+
+
+def _in_turn(folders: Sequence[Path], find: Callable[[Job], Base]) -> Generator[tuple[int, Progress | UsageError]]:
+    """One job after another, each as `run` does it: with the passes of its memory preset, and CUDA graphs where there are any."""
+    for which, folder in enumerate(folders):
+        try:
+            for event in _alone(folder, find):
+                yield which, event
+        except UsageError as error:
+            yield which, error
+
+
+def _alone(folder: Path, find: Callable[[Job], Base]) -> Generator[Progress]:
+    preset = AS_IT_IS.preset if job_folder.is_done(folder) else recorded(folder / JOB).loading.preset
+    try:
+        with closing(_script(folder, find)) as training:  # else an error would keep the folder locked
+            yield from run_one(training, preset.at_once)
+    except torch.OutOfMemoryError as error:
+        raise memory_error(preset, False) from error
 
 
 def answers(

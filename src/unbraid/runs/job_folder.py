@@ -27,7 +27,7 @@ def state(out: Path) -> str:
     names = set(os.listdir(out)) if out.is_dir() else set[str]()  # noqa: PTH208 (only names)
     if DONE in names:
         return "done"
-    if any(name.startswith(PREFIX) for name in names) and (holder := newest(out)) and holder.alive():
+    if any(name.startswith(PREFIX) for name in names) and (holder := newest(out)) and holder.at_work():
         return "at work"
     return "failed" if FAILED in names else "begun" if folder.RECORD in names else "waiting"
 
@@ -60,6 +60,13 @@ def mark_failed(out: Path, error: UsageError) -> None:
     """Write down why a try failed; not on a full disk, where it can't be."""
     with suppress(UsageError), atomic(out / FAILED) as part:
         part.write_text(f"{error}\n", "utf-8")
+
+
+def read_failed(out: Path) -> str:
+    """Why the last try failed; empty if there is none."""
+    with suppress(OSError, ValueError):
+        return (out / FAILED).read_text("utf-8").strip()
+    return ""
 
 
 def figures(out: Path) -> dict[str, int | float]:

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
+import psutil
+
 from unbraid.common.errors import UsageError
 
 TERM = 120.0  # seconds without a sign of life after which a lease has expired
@@ -39,10 +41,15 @@ class Holder:
     number: int
     machine: str
     beat: float
+    process: int = 0
 
     def alive(self, clock: Clock = time.time) -> bool:
         """Whether the lease may still be held, as seen from another machine."""
         return clock() < self.beat + TERM + SKEW
+
+    def at_work(self) -> bool:
+        """Whether the lease may still be held. Of this machine it is known if the process is there."""
+        return self.alive() and (self.machine != this_machine() or psutil.pid_exists(self.process))
 
 
 @cache
@@ -59,11 +66,13 @@ def newest(out: Path) -> Holder | None:
     while numbers := _numbers(out):
         with suppress(FileNotFoundError), (out / f"{PREFIX}{numbers[-1]}").open("rb") as file:  # opened: NFS looks anew
             found = _parsed(file.read())
-            return Holder(numbers[-1], found.get("machine", ""), os.fstat(file.fileno()).st_mtime)
+            machine, process = str(found.get("machine", "")), found.get("process")
+            beat = os.fstat(file.fileno()).st_mtime
+            return Holder(numbers[-1], machine, beat, process if isinstance(process, int) and process > 0 else 0)
     return None
 
 
-def _parsed(data: bytes) -> dict[str, str]:
+def _parsed(data: bytes) -> dict[str, object]:
     """The content of a lease; empty if a machine that lost its power has left nothing or anything else there."""
     with suppress(ValueError):
         found = json.loads(data)
