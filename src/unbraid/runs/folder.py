@@ -52,8 +52,8 @@ def to_toml(record: Mapping[str, Any]) -> str:
 def locked(out: Path, clock: Clock = time.time, *, shared: bool = False) -> Iterator[Callable[[], None]]:
     """Lock a folder for one worker. AtWorkError, a UsageError, if another one holds the lock.
 
-    A job folder is also leased, which keeps other machines out; with `shared` any folder is. Gives a function that raises
-    AtWorkError if the lease was lost. Also deletes the partly written files of workers that were killed."""
+    A job folder is also leased, which keeps other machines out, where there are hard links. `shared`: any folder is, and must be.
+    Gives a function that raises AtWorkError if the lease was lost. Also deletes the partly written files of workers that were killed."""
     lock = FileLock(out / LOCK, thread_local=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def locked(out: Path, clock: Clock = time.time, *, shared: bool = False) -> Iter
     except OSError as error:
         raise UsageError(f"cannot be written ({error.strerror})", out, "Choose another folder or make room.") from error
     try:
-        with leased(out, clock) if shared or is_job(out) else nullcontext() as lease:
+        with leased(out, clock, shared) if shared or is_job(out) else nullcontext() as lease:
             for part in out.glob(".*.part*"):
                 with suppress(OSError):
                     part.unlink()

@@ -129,7 +129,7 @@ END = Progress(1, 1)  # the last event of a job that is done
 def _script(folder: Path, find: Callable[[Job], Base]) -> TrainingCoroutine[Progress]:
     try:
         if not job_folder.is_done(folder):
-            with locked(folder):  # AtWorkError before a base is loaded for nothing
+            with locked(folder, shared=True):  # AtWorkError before a base is loaded for nothing
                 pass
             yield from script(recorded(folder / JOB), False, find)
         yield END

@@ -16,7 +16,7 @@ from unbraid.common.errors import UsageError
 from unbraid.runs import folder
 from unbraid.runs.absolute import absolute
 from unbraid.runs.job import Job, prompts_of, record
-from unbraid.runs.lease import PREFIX, newest, this_machine
+from unbraid.runs.lease import PREFIX, AtWorkError, newest, this_machine
 
 DONE, FAILED = "done", "failed"
 LAST = 0.05  # the share of the steps, at the end, over which `loss` is the mean
@@ -57,9 +57,10 @@ def mark_done(out: Path) -> None:
 
 
 def mark_failed(out: Path, error: UsageError) -> None:
-    """Write down why a try failed; not on a full disk, where it can't be."""
-    with suppress(UsageError), atomic(out / FAILED) as part:
-        part.write_text(f"{error}\n", "utf-8")
+    """Write down in a job folder why a try failed; not if another worker has it, nor on a full disk, where it can't be."""
+    if folder.is_job(out) and not isinstance(error, AtWorkError):
+        with suppress(UsageError), atomic(out / FAILED) as part:
+            part.write_text(f"{error}\n", "utf-8")
 
 
 def read_failed(out: Path) -> str:
@@ -96,12 +97,13 @@ def read_job(out: Path) -> dict[str, Any]:
 def write_job(job: Job) -> None:
     """Make `job.out` the job's folder by writing job.toml, with absolute paths, so that it can be run from anywhere.
 
-    UsageError if the folder holds another job, or a run that was not written down as a job."""
+    A job that has not begun may be written anew. UsageError if another one has, or a run that was not written down as a job."""
     wanted = record(job, prompts_of(job))
-    if folder.is_job(job.out):
-        if other := folder.difference(read_job(job.out), absolute(wanted)):
-            raise UsageError(f"the job in this folder is another one: {other}", job.out, "Choose another folder.")
+    if not folder.is_job(job.out):
+        folder.claimable(job.out, wanted, resume=False)
+    elif not (other := folder.difference(read_job(job.out), absolute(wanted))):
         return
-    folder.claimable(job.out, wanted, resume=False)
+    elif folder.begun(job.out):
+        raise UsageError(f"the job in this folder is another one: {other}", job.out, "Choose another folder.")
     with atomic(job.out / folder.JOB) as part:
         part.write_text(folder.to_toml(absolute(wanted)), "utf-8")

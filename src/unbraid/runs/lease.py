@@ -7,6 +7,7 @@ before it writes anything. On one machine the lock of `folder.locked` already ke
 and the system frees it when a process dies, so a lease of this machine that is still there belongs to a dead process.
 """
 
+import errno
 import json
 import os
 import platform
@@ -27,11 +28,16 @@ TERM = 120.0  # seconds without a sign of life after which a lease has expired
 BEAT = 15.0  # seconds between signs of life
 SKEW = 60.0  # seconds by which the clocks of two machines may differ
 PREFIX = ".lease-"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 Clock = Callable[[], float]
 
 
 class AtWorkError(UsageError):
     """Another worker is at work in the folder."""
+
+
+class NoLinksError(UsageError):
+    """The folder's file system has no hard links, and so no leases."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def take(out: Path, machine: str = "", clock: Clock = time.time) -> Lease:
             raise busy from error
     except OSError as error:
         fix = "Make room, or use a disk or NFS: a mounted bucket has no hard links."
-        raise UsageError(f"the lease cannot be written ({error.strerror})", out, fix) from error
+        kind = NoLinksError if error.errno in NO_LINKS and part.exists() else UsageError
+        raise kind(f"the lease cannot be written ({error.strerror})", out, fix) from error
     finally:
         part.unlink(missing_ok=True)
     if (_numbers(out) or [0])[-1] != mine.number:  # files came and went while they were listed
@@ -162,9 +169,15 @@ def take(out: Path, machine: str = "", clock: Clock = time.time) -> Lease:
 
 
 @contextmanager
-def leased(out: Path, clock: Clock = time.time) -> Iterator[Lease]:
-    """Hold the lease of a folder, with signs of life from a thread."""
-    lease, ended = take(out, clock=clock), threading.Event()
+def leased(out: Path, clock: Clock = time.time, needed: bool = True) -> Iterator[Lease | None]:
+    """Hold the lease of a folder, with signs of life from a thread. If it is not `needed`: None where there cannot be one."""
+    try:
+        lease, ended = take(out, clock=clock), threading.Event()
+    except NoLinksError:
+        if needed:
+            raise
+        yield None
+        return
 
     def beat() -> None:
         while not ended.wait(BEAT):
