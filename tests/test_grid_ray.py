@@ -12,6 +12,7 @@ import pytest
 from test_grid import job
 
 from tools.chaos.material import tiny_base
+from tools.chaos.verdict import verdict
 from unbraid.common.errors import UsageError
 from unbraid.runs.cluster import Cluster, at_work
 from unbraid.runs.grid import run_there
@@ -45,6 +46,15 @@ def test_workers_and_a_driver_are_killed(tmp_path: Path) -> None:
 def test_shares_are_killed(tmp_path: Path) -> None:
     happened = broken(tmp_path, "shards", "--jobs=6", "--steps=30")
     assert happened == {"killed": 2, "done": 6, "ended twice": 0}
+
+
+def test_the_verdict_counts_what_happened() -> None:
+    good = {"jobs": 48, "workers killed": 30, "drivers killed": 2, "disks full": 1, "killed": 2}
+    line = verdict(good)
+    assert line.startswith("verdict: kept. 48 of 48 jobs done exactly once, 48 of 48 LoRAs equal bit for bit; 32 kills")
+    assert line.endswith("2 of drivers, disk full 1 times")
+    assert "broken. 47 of 48 jobs done exactly once" in verdict({**good, "ended twice": 1})
+    assert "broken. 48 of 48 jobs done exactly once, 46 of 48 LoRAs" in verdict({**good, "other": 2})
 
 
 @pytest.mark.slow

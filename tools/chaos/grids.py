@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 
+from tools.chaos.verdict import verdict
 from unbraid.runs import grid, job_folder, pace
 from unbraid.runs.api import learn_job
 from unbraid.runs.batch import batch
@@ -213,7 +215,7 @@ def main(
         drive(drive_, jobs(work, count, steps, base), more)
         return
     work.mkdir(parents=True, exist_ok=True)
-    wrong = 0
+    wrong, total = 0, Counter[str]()
 
     def start(how: str, where: str, more: str = "", some: int = count) -> psutil.Popen:
         return driver(how, work / where, some, steps, base, work / f"{where}.log", more)
@@ -230,8 +232,12 @@ def main(
             other = differences(todo, work / "plain")
             wrong += len(other) + happened["ended twice"]
             print(f"{name}: {happened}; other LoRAs: {other}; {time.monotonic() - begin:.0f} s", flush=True)
+            total.update(happened)
+            total.update({"jobs": count, "other": len(other)})
     if only in ("", "overhead"):
         _overhead(start, jobs(work / "one", few := min(count, 6), steps, base), jobs(work / "beside", few, steps, base))
+    if total:
+        print(verdict(total))
     raise typer.Exit(bool(wrong))
 
 
