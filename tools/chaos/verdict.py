@@ -1,6 +1,22 @@
-"""What became of broken grids, in one line that can be quoted."""
+"""What became of grids that were broken, and the line about it that can be quoted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from unbraid.runs.job import Job
+
+
+def differences(todo: Sequence[Job], plain: Path) -> list[str]:
+    """The jobs whose LoRAs are not bit for bit those of the plain run."""
+    found = []
+    for job in todo:
+        one, other = (load_file(where / "lora.safetensors") for where in (job.out, plain / job.out.name))
+        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+            found.append(job.out.name)
+    return found
 
 
 def verdict(total: Mapping[str, int]) -> str:
