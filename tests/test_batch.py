@@ -1,11 +1,13 @@
 """`unbraid batch`: runs together equal the same runs alone, and a failing run is reported in one line."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from unbraid.cli.batch import read
 from unbraid.common.errors import UsageError
 from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
 from unbraid.runs.batch import recorded, run_many
+from unbraid.runs.folder import JOB
 from unbraid.runs.job import Job
+from unbraid.runs.job_folder import DONE, read_failed, read_job, state, write_job
 from unbraid.runs.run import run
 
 SPLIT = {"rank": 4, "steps": 4, "window": 1, "content_lr": 1e-3, "style_lr": 1e-3}
@@ -53,13 +57,51 @@ def jobs(out: Path, base: Path, pictures: list[Path]) -> list[Job]:
 
 def same(one: Path, other: Path) -> None:
     """Check that LoRAs are the same up to rounding. AdamW can turn a gradient that is only rounding into a full step."""
-    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    alone, batched = ({path.name for path in where.iterdir()} for where in (one, other))
+    assert batched - alone in (set(), {JOB, DONE}), "a batch's runs are job folders"
     assert (one / "run.toml").read_text() == (other / "run.toml").read_text()
     for path in one.glob("*.safetensors"):
         first, second = load_file(path), load_file(other / path.name)
         assert first.keys() == second.keys()
         a, b = (torch.cat([value.flatten().float() for value in some.values()]) for some in (first, second))
         assert (a - b).norm() < 5e-4 * a.norm(), path
+
+
+def test_jobs_are_written_first_and_say_at_last_how_they_ended(
+    v_base: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """One contract with grids: job.toml, then the run, then `done` or `failed`, all under a lease."""
+    good, bad = jobs(tmp_path, v_base, pictures)[:2]
+    lost = pictures[0].with_name("lost.png")
+    lost.write_bytes(pictures[1].read_bytes())
+    bad = replace(bad, data=replace(bad.data, images=dict.fromkeys(bad.data.images, (lost,))))
+    events = run_many([good, bad], 1, device="cpu")
+    assert [state(one.out) for one in (good, bad)] == ["waiting", "waiting"] and recorded(good.out / JOB) == good
+    next(events)
+    assert state(good.out) == "at work"
+    lost.unlink()
+    told = [event for _, event in events if isinstance(event, UsageError)]
+    assert [state(one.out) for one in (good, bad)] == ["done", "failed"]
+    assert len(told) == 1 and read_failed(bad.out) == str(told[0])
+    other = replace(bad, seed=9, data=good.data)
+    assert not [event for _, event in run_many([good, other], 1, True, "cpu") if isinstance(event, UsageError)]
+    assert read_job(bad.out)["seed"] == 9 and state(bad.out) == "done", "what has not begun may be another job"
+    with pytest.raises(UsageError, match="the job in this folder is another one: seed"):
+        write_job(replace(other, seed=10))
+
+
+def test_a_disk_without_hard_links_does_for_a_batch(
+    v_base: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    (one, *_) = jobs(tmp_path, v_base, pictures)
+    unbraid.batch([one], device="cpu")
+    assert state(one.out) == "done"
+    with pytest.raises(UsageError, match="a mounted bucket has no hard links"):
+        unbraid.grid([replace(one, out=tmp_path / "grid")], device="cpu")
 
 
 @pytest.mark.slow

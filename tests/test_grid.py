@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from unbraid.bench.field.models import FieldModels
 from unbraid.bench.truth.scores import harmonic
 from unbraid.cli import grid_file
 from unbraid.common.errors import UsageError
-from unbraid.core.recipe import ForwardRequest
-from unbraid.runs import folder, grid_report, job_folder
+from unbraid.core.recipe import ForwardRequest, TrainingCoroutine
+from unbraid.core.train import run_one
+from unbraid.runs import folder, grid_report, grid_worker, job_folder
 from unbraid.runs.batch import finder, recorded
 from unbraid.runs.grid_worker import run_once, share
-from unbraid.runs.job import Job
+from unbraid.runs.job import Job, Progress
 from unbraid.runs.job_folder import DONE, state, write_job
 from unbraid.runs.lease import AtWorkError, take
 from unbraid.runs.run import run, script
@@ -124,6 +126,28 @@ def test_a_run_that_fails_is_told_and_tried_again(v_base: Path, picture: Path, t
         unbraid.grid([broken, jobs[1]], device="cpu")
 
 
+def test_a_full_card_fails_one_job_and_says_what_saves_memory(
+    v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [job(tmp_path / name, v_base, picture) for name in ("large", "small")]
+    for one in jobs:
+        write_job(one)
+    calls = list[int]()
+
+    def full_once(training: TrainingCoroutine[Progress], at_once: int) -> Iterator[Progress]:
+        calls.append(at_once)
+        for event in run_one(training, at_once):
+            yield event
+            if len(calls) == 1 and event.step:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(grid_worker, "run_one", full_once)
+    ended = {event.folder: event for event in run_once([one.out for one in jobs], 1, finder("cpu"))}
+    assert "--vram max: the device's memory is full" in str(ended[jobs[0].out].error) and ended[jobs[1].out].done
+    assert calls == [jobs[0].loading.preset.at_once] * 2 and state(jobs[0].out) == "failed"
+    assert not [*jobs[0].out.glob(".lease-*")], "another worker can have it at once"
+
+
 @pytest.mark.slow
 def test_the_command_line(v_base: Path, picture: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "small.toml", tmp_path / "grids"
@@ -134,6 +158,7 @@ def test_the_command_line(v_base: Path, picture: Path, tmp_path: Path) -> None:
     code, text = cli_in_process(["grid", str(file), "--quiet", "--shard", "0/2"])
     assert code == 0 and len(job_folder.folders(out)) == 2, text
     assert cli_in_process(["grid", str(file), "--quiet"]) == (0, "")
+    assert cli_in_process(["grid", str(out), "--quiet"]) == (0, ""), "a folder of job folders"
     report = grid_report.report(out, tmp_path / "report", "-loss")
     assert len(report) == 5 and report[3].startswith("loss ") and "(mean of 2): dreambooth rank=" in report[3]
     assert all((tmp_path / "report" / name).exists() for name in (grid_report.SHEETS, grid_report.CURVES))

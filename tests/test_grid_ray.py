@@ -5,15 +5,18 @@ import re
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from test_grid import job
 
 from tools.chaos.material import tiny_base
+from tools.chaos.verdict import verdict
 from unbraid.common.errors import UsageError
-from unbraid.runs import cluster
-from unbraid.runs.cluster import Cluster, run_there
+from unbraid.runs.cluster import Cluster, at_work
+from unbraid.runs.grid import run_there
+from unbraid.runs.grid_worker import answers
 from unbraid.runs.job_folder import FAILED, state, write_job
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +48,15 @@ def test_shares_are_killed(tmp_path: Path) -> None:
     assert happened == {"killed": 2, "done": 6, "ended twice": 0}
 
 
+def test_the_verdict_counts_what_happened() -> None:
+    good = {"jobs": 48, "workers killed": 30, "drivers killed": 2, "disks full": 1, "killed": 2}
+    line = verdict(good)
+    assert line.startswith("verdict: kept. 48 of 48 jobs done exactly once, 48 of 48 LoRAs equal bit for bit; 32 kills")
+    assert line.endswith("2 of drivers, disk full 1 times")
+    assert "broken. 47 of 48 jobs done exactly once" in verdict({**good, "ended twice": 1})
+    assert "broken. 48 of 48 jobs done exactly once, 46 of 48 LoRAs" in verdict({**good, "other": 2})
+
+
 @pytest.mark.slow
 def test_two_drivers_on_one_grid(tmp_path: Path) -> None:
     assert broken(tmp_path, "two", "--jobs=4", "--steps=30") == {"killed": 0, "done": 4, "ended twice": 0}
@@ -56,18 +68,17 @@ def test_a_full_disk_is_tried_again(v_base: Path, picture: Path, tmp_path: Path)
     for one in (good, bad):
         write_job(one)
     (bad.out / "job.toml").write_text("method = 'unknown'")
+    work, folders = partial(answers, at_once=1, device="cpu"), [str(good.out), str(bad.out)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(OSError, match="cannot be written"):
-            cluster._train([str(good.out), str(bad.out)], 1, "cpu", 0.0)
+            at_work(work, folders, 0.0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    answers = {
-        which: (how, error) for which, how, error in cluster._train([str(good.out), str(bad.out)], 1, "cpu", 0.0)
-    }
-    assert answers[0] == ("done", "") and state(good.out) == "done" and not (good.out / FAILED).exists()
-    assert answers[1][0] == "failed" and "no whole run.toml" in answers[1][1]
+    found = {which: (how, error) for which, how, error in at_work(work, folders, 0.0)}
+    assert found[0] == ("done", "") and state(good.out) == "done" and not (good.out / FAILED).exists()
+    assert found[1][0] == "failed" and "no whole run.toml" in found[1][1]
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

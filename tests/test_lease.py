@@ -1,6 +1,9 @@
 """The lease on a job folder, with a stopped clock and several machines: no two workers ever hold it."""
 
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -95,6 +98,17 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path: Path, clock:
     """Whoever takes a lease has the folder's lock, which the system takes from a process that dies."""
     dead = take(tmp_path, this_machine(), clock)
     assert take(tmp_path, this_machine(), clock).held() and not dead.held()
+
+
+def test_of_this_machine_it_is_known_whether_the_process_is_there(tmp_path: Path) -> None:
+    held = take(tmp_path, this_machine())
+    assert (holder := newest(tmp_path)) and holder.process == os.getpid() and holder.at_work()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    held.path.write_text(json.dumps({"machine": this_machine(), "process": ended.pid}))
+    assert (holder := newest(tmp_path)) and holder.alive() and not holder.at_work()
+    held.path.write_text(json.dumps({"machine": "another", "process": ended.pid}))
+    assert (holder := newest(tmp_path)) and holder.at_work(), "of another machine it is not"
 
 
 def test_a_folder_without_hard_links_is_told(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ from unbraid.files.merge_methods import METHODS as MERGES
 from unbraid.images.opening import open_image
 from unbraid.methods import ENTRIES
 from unbraid.runs.api import split, split_job
+from unbraid.runs.batch import recorded
+from unbraid.runs.folder import JOB
 from unbraid.runs.run import run
 from unbraid.runs.settings import open_settings
 from unbraid.sampling.render import Use
 from unbraid.studio import combining, drawing, forms, library, presets, queue
 from unbraid.studio.checkpoint import checkpoint
-from unbraid.studio.process import read_json
 from unbraid.studio.safety import Home, open_home
 
 LAYERS = ("mid_block.attentions.0", "down_blocks.1.attentions.0", "up_blocks.1.attentions.0")
@@ -68,10 +69,9 @@ def test_the_command_line_understands_what_a_form_makes(
     home: Home, picture: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = forms.enqueue(home, request(picture, v_base))
-    words = read_json(folder / queue.TASK)["words"]
     assert queue.look(folder).state == "waiting" and folder.parent == home.runs
-    todo = command_line(words, standalone_mode=False)
-    assert todo.job == forms.job_of(request(picture, v_base), folder)
+    todo = command_line(forms.command(request(picture, v_base), folder), standalone_mode=False)
+    assert todo.job == recorded(folder / JOB)
     assert todo.job.out == folder and todo.job.data.words == {"subject": "cat; --out=/etc", "style": "--style"}
 
 

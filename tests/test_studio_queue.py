@@ -1,7 +1,7 @@
 """The studio's queue: states are read from run folders, and trainings are processes that outlive the studio."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +10,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_run import cli_in_process
 
+import unbraid
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import read_header
+from unbraid.runs import folder as run_folder
+from unbraid.runs import job_folder, lease
+from unbraid.runs.grid_worker import run_here
 from unbraid.studio import process, queue
+from unbraid.studio.adopt import TASK
 from unbraid.studio.checkpoint import checkpoint
 from unbraid.studio.safety import Home, open_home
 
@@ -26,11 +32,10 @@ def home(tmp_path: Path) -> Iterator[Home]:
         process.terminate(run.folder)
 
 
-def words(home: Home, base: Path, picture: Path, name: str = "cat", steps: int = 2) -> Path:
+def waiting(home: Home, base: Path, picture: Path, name: str = "cat", steps: int = 2) -> Path:
     folder = home.new_run(name)
-    more = [f"--base={base}", "--method=blora", "--set", f"steps={steps}", "--set", "rank=2", "--previews=0"]
-    given = ["split", str(picture), "--subject=cat", "--style=ink", f"--out={folder}", *more]
-    queue.add(folder, given)
+    given = {"base": str(base), "method": "blora", "steps": steps, "rank": 2, "previews": 0}
+    queue.add(folder, unbraid.split_job(picture, subject="cat", style="ink", **given))
     return folder
 
 
@@ -53,7 +58,9 @@ def states(home: Home) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_runs_go_one_after_another_and_a_failure_is_a_sentence(home: Home, v_base: Path, picture: Path) -> None:
-    first, second = words(home, v_base, picture), words(home, v_base, picture.parent / "none.png", "dog")
+    lost = shutil.copy(picture, picture.with_name("lost.png"))
+    first, second = waiting(home, v_base, picture), waiting(home, v_base, Path(lost), "dog")
+    Path(lost).unlink()
     assert states(home) == {"dog": "waiting", "cat": "waiting"}
     assert queue.advance(home, [""]) == ["cat"]
     assert queue.advance(home, [""]) == []
@@ -65,6 +72,7 @@ def test_runs_go_one_after_another_and_a_failure_is_a_sentence(home: Home, v_bas
     assert queue.advance(home, [""]) == ["dog"]
     run = until(second, lambda run: not run.alive)
     assert run.state == "failed" and "there is no such image" in run.message
+    assert job_folder.state(first) == "done" and job_folder.state(second) == "failed"
     assert [*home.lora_files()] and all(name.startswith("runs/cat/") for name in home.lora_files())
     queue.remove(home, second)
     assert states(home) == {"cat": "done"}
@@ -72,10 +80,10 @@ def test_runs_go_one_after_another_and_a_failure_is_a_sentence(home: Home, v_bas
 
 @pytest.mark.slow
 def test_a_run_is_stopped_and_goes_on(home: Home, v_base: Path, picture: Path) -> None:
-    folder = words(home, v_base, picture, steps=4000)
+    folder = waiting(home, v_base, picture, steps=4000)
     queue.advance(home, [""])
     until(folder, lambda run: run.state == "running")
-    other = words(home, v_base, picture, "dog")
+    other = waiting(home, v_base, picture, "dog")
     queue.stop(folder)
     queue.stop(other)
     stopped = until(folder, lambda run: not run.alive)
@@ -87,14 +95,15 @@ def test_a_run_is_stopped_and_goes_on(home: Home, v_base: Path, picture: Path) -
     assert queue.advance(home, [""]) == []
     queue.go_on(folder)
     assert queue.advance(home, ["", "cuda:7"]) == ["cat"]
-    until(folder, lambda run: "--resume" in command_of(folder))
+    until(folder, lambda run: run.done > stopped.done + 1)
+    assert command_of(folder)[-2:] == ["grid", str(folder)]
     queue.stop(folder)
     until(folder, lambda run: run.state == "stopped")
 
 
 @pytest.mark.slow
 def test_a_training_outlives_the_studio(home: Home, v_base: Path, picture: Path) -> None:
-    folder = words(home, v_base, picture)
+    folder = waiting(home, v_base, picture)
     code = (
         "import os, signal, sys; from pathlib import Path; from unbraid.studio import queue, safety;"
         "print(queue.advance(safety.open_home(Path(sys.argv[1])), ['']), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
@@ -105,9 +114,8 @@ def test_a_training_outlives_the_studio(home: Home, v_base: Path, picture: Path)
     assert until(folder, lambda run: not run.alive).state == "done"
 
 
-def test_another_process_of_the_same_number_is_not_taken_for_it(home: Home) -> None:
-    folder = home.new_run("cat")
-    queue.add(folder, ["split"])
+def test_another_process_of_the_same_number_is_not_taken_for_it(home: Home, v_base: Path, picture: Path) -> None:
+    folder = waiting(home, v_base, picture)
     me = psutil.Process(os.getpid())
     process.write_json(folder / process.RECORD, {"pid": me.pid, "born": me.create_time(), "device": ""})
     assert queue.look(folder).state == "starting"
@@ -119,24 +127,62 @@ def test_another_process_of_the_same_number_is_not_taken_for_it(home: Home) -> N
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 99999, '{"pid": "x"}', '{"pid": 1e400, "born": 0}', "\ud800"])
-def test_damaged_records_are_no_running_process(home: Home, text: str) -> None:
-    folder = home.new_run("cat")
-    queue.add(folder, ["split"])
-    (folder / process.RECORD).write_bytes(text.encode("utf-8", "surrogatepass"))
-    (folder / "run.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+def test_damaged_records_are_no_running_process(home: Home, v_base: Path, picture: Path, text: str) -> None:
+    folder = waiting(home, v_base, picture)
+    for name in (process.RECORD, "run.toml", "job.toml", TASK):
+        (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
     assert queue.look(folder).state == "stopped"
-    (folder / queue.TASK).write_text(json.dumps({"since": "x"}))
     assert [run.name for run in queue.runs(home)] == ["cat"]
 
 
-def test_each_card_has_one_run(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_card_has_one_run(home: Home, v_base: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     monkeypatch.setattr(process, "start", lambda words, folder, device: begun.append((folder.name, device)))
     for name in ("a", "b", "c"):
-        queue.add(home.new_run(name), ["split"])
+        waiting(home, v_base, picture, name)
         time.sleep(0.01)
     me = psutil.Process(os.getpid())
     here = {"pid": me.pid, "born": me.create_time(), "device": "cuda:1"}
     process.write_json(home.run("b") / process.RECORD, here)
     assert queue.advance(home, ["cuda:0", "cuda:1"]) == ["a"] and begun == [("a", "cuda:0")]
     (home.run("b") / process.RECORD).unlink()  # or the fixture would end this process
+
+
+def test_other_workers_take_part(home: Home, v_base: Path, picture: Path) -> None:
+    """A worker of a grid trains what is in the queue, and the queue shows it, and leaves alone what another machine has."""
+    cat, dog = waiting(home, v_base, picture), waiting(home, v_base, picture, "dog")
+    dog = dog.rename(home.runs / "dog=1.5-s0")  # as a grid names its folders
+    there = lease.take(dog, "another machine")
+    assert states(home) == {"cat": "waiting", "dog=1.5-s0": "starting"}
+    assert [event.done for event in run_here([cat], device="cpu")][-1]
+    assert (run := queue.look(cat)).state == "done" and run.done == run.total == 2
+    assert queue.advance(home, []) == [] and not process.record(dog), "it blocks no card here"
+    queue.stop(home.run("dog=1.5-s0"))
+    assert (dog / run_folder.STOP).exists() and queue.look(dog).state == "stopping"
+    there.release()
+    assert queue.look(dog).state == "stopped"
+    assert cli_in_process(["grid", str(home.runs), "--quiet", "--device", "cpu"])[0] == 1, "it stops as asked"
+    assert "stopped as asked, after step 1 of 2" in job_folder.read_failed(dog)
+    assert queue.look(dog).state == "stopped", "as the user wished, not a failure"
+    queue.go_on(dog)
+    assert states(home) == {"cat": "done", "dog=1.5-s0": "waiting"}
+    assert cli_in_process(["grid", str(dog), "--quiet", "--device", "cpu"]) == (0, "")
+    assert states(home) == {"cat": "done", "dog=1.5-s0": "done"}
+
+
+def test_runs_of_earlier_studios_are_taken_over(home: Home, v_base: Path, picture: Path) -> None:
+    """They have task.json and no job.toml: finished ones are done, begun ones can go on, those that waited are told."""
+    done, begun, never = (home.new_run(name) for name in ("done", "begun", "never"))
+    for folder, stop in ((done, {}), (begun, {"stop": 1.0}), (never, {})):
+        process.write_json(folder / TASK, {"words": ["split"], "since": 100.0 + len(folder.name), **stop})
+    given = {"base": str(v_base), "method": "blora", "steps": 2, "rank": 2, "previews": 0, "subject": "cat"}
+    unbraid.split(picture, style="ink", out=done, **given)
+    (begun / run_folder.RECORD).write_bytes((done / run_folder.RECORD).read_bytes())
+    assert states(home) == {"done": "done", "begun": "stopped", "never": "failed"}
+    assert [path.parent.name for path in home.runs.glob(f"*/{TASK}")] == ["never"]
+    assert [run.name for run in queue.runs(home)] == ["never", "begun", "done"]
+    assert queue.look(done).done == 2 and queue.look(never).message == queue.OLD
+    queue.go_on(begun)
+    assert [event.done for event in run_here([begun], device="cpu")][-1] and queue.look(begun).state == "done"
+    queue.remove(home, never)
+    assert states(home) == {"done": "done", "begun": "done"}

@@ -102,7 +102,7 @@ def todos(work: Path, row: Row, settings: Mapping[str, Settings], base: str) -> 
 
 def likeness(work: Path, row: Row, settings: Mapping[str, Settings], base: str) -> dict[str, float]:
     """Problem → likeness, with these settings of the methods."""
-    done = list(run(todos(work, row, settings, base)))
+    done = [one for one in run(todos(work, row, settings, base)) if not one.held]
     failed = [one.error for one in done if one.unit is None]
     if failed:
         raise UsageError(failed[0], row.name, "Leave out the value that was tried last.")

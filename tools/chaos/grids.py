@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,8 +21,8 @@ from typing import Annotated
 import psutil
 import torch
 import typer
-from safetensors.torch import load_file
 
+from tools.chaos.verdict import differences, verdict
 from unbraid.runs import grid, job_folder, pace
 from unbraid.runs.api import learn_job
 from unbraid.runs.batch import batch
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "src" / "unbraid" / "bases" / "icons" / "example.png"
 FULL = 2000  # bytes that a file may have while the disk is "full"
 Start = Callable[..., psutil.Popen]
-TASK = "ray::_train"
+TASK = "ray::at_work"
 
 
 def jobs(out: Path, count: int, steps: int, base: str = "icons") -> list[Job]:
@@ -179,16 +180,6 @@ def broken_shares(todo: Sequence[Job], start: Start, shares: Sequence[str], limi
     return {"killed": len(killed), "done": watch.look(), "ended twice": len(list(watch.again()))}
 
 
-def differences(todo: Sequence[Job], plain: Path) -> list[str]:
-    """The jobs whose LoRAs are not bit for bit those of the plain run."""
-    found = []
-    for job in todo:
-        one, other = (load_file(where / "lora.safetensors") for where in (job.out, plain / job.out.name))
-        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
-            found.append(job.out.name)
-    return found
-
-
 def between(todo: Sequence[Job], file: str) -> float:
     """Seconds from one job's end to the next one's, on average: what a job costs when the base is loaded."""
     ends = sorted((job.out / file).stat().st_mtime for job in todo)
@@ -213,7 +204,7 @@ def main(
         drive(drive_, jobs(work, count, steps, base), more)
         return
     work.mkdir(parents=True, exist_ok=True)
-    wrong = 0
+    wrong, total = 0, Counter[str]()
 
     def start(how: str, where: str, more: str = "", some: int = count) -> psutil.Popen:
         return driver(how, work / where, some, steps, base, work / f"{where}.log", more)
@@ -230,8 +221,11 @@ def main(
             other = differences(todo, work / "plain")
             wrong += len(other) + happened["ended twice"]
             print(f"{name}: {happened}; other LoRAs: {other}; {time.monotonic() - begin:.0f} s", flush=True)
+            total.update({**happened, "jobs": count, "other": len(other)})
     if only in ("", "overhead"):
         _overhead(start, jobs(work / "one", few := min(count, 6), steps, base), jobs(work / "beside", few, steps, base))
+    if total:
+        print(verdict(total))
     raise typer.Exit(bool(wrong))
 
 

@@ -53,7 +53,7 @@ def read(file: Path) -> list[Unit]:
     units = []
     for i, line in enumerate(lines):
         try:
-            units.append(_unit(json.loads(line)))
+            units.append(parsed(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"is no unit of a benchmark ({error})", f"{file}, line {i + 1}", "Delete it and run again."
@@ -107,6 +107,8 @@ def _rounded(value: Any) -> Any:
     return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _unit(fields: dict[str, Any]) -> Unit:
+def parsed(line: str) -> Unit:
+    """A unit from `to_json`. ValueError, KeyError or TypeError if it is none."""
+    fields: dict[str, Any] = json.loads(line)
     drawings = tuple(Drawing(**one) for one in fields.pop("drawings"))
     return Unit(drawings=drawings, cost=Cost(**fields.pop("cost")), **fields)

@@ -1,15 +1,16 @@
 """`unbraid bench`: parse, call, print."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import TimeElapsedColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 
-from unbraid.cli.options import BaseName, Quiet
+from unbraid.cli.options import BaseName, Cpus, Gpus, Quiet, Ray, Retries, Shard
 from unbraid.cli.progress import console, progress_bar
+from unbraid.cli.run import interruptible
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
@@ -26,21 +27,25 @@ Full = Annotated[
     bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
 ]
 
+Tasks = Annotated[
+    list[str] | None, typer.Option(help="separate, combine, transfer or recombine; repeatable. Default: all.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="A row by its name, ablations too; repeatable. `list` prints all. Default: all but ablations."),
+]
+Clip = Annotated[
+    str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
+]
+
 
 @app.command()
 def bench(
     full: Full = False,
     medium: Medium = False,
     work: Annotated[Path, typer.Option(help="Folder for everything; the same folder again resumes.")] = Path("bench"),
-    task: Annotated[
-        list[str] | None, typer.Option(help="separate, combine, transfer or recombine; repeatable. Default: all.")
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A row by its name, ablations too; repeatable. `list` prints all. Default: all but ablations."
-        ),
-    ] = None,
+    task: Tasks = None,
+    only: Only = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
     known: Known = None,
@@ -48,13 +53,16 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
     images: Images = None,
     protocol: Annotated[str, typer.Option(help="Whose prompts, for --images: plain or contexts.")] = "plain",
-    clip: Annotated[
-        str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
-    ] = "",
+    clip: Clip = "",
     dino: Annotated[str, typer.Option(help="DINO or DINOv2.")] = "",
     csd: Annotated[str, typer.Option(help="CSD, or a CLIP tower for style.")] = "",
     lpips: Annotated[str, typer.Option(help="Folder with LPIPS's weights.")] = "",
     base: BaseName = "icons",
+    shard: Shard = "",
+    ray: Ray = "",
+    gpus: Gpus = None,
+    cpus: Cpus = 1,
+    retries: Retries = 3,
     quiet: Quiet = False,
 ) -> None:
     """Compare all methods on tasks with right answers.
@@ -63,6 +71,8 @@ def bench(
     from unbraid.bench import grid, results
     from unbraid.bench.registry import chosen
     from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS
+    from unbraid.runs.cluster import Cluster
+    from unbraid.runs.grid_worker import share
 
     for name in task or ():
         if name not in TASKS:
@@ -72,6 +82,8 @@ def bench(
         return
     models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
     if images:
+        if shard or ray:
+            raise UsageError("your own pictures are not shared out", "--shard, --ray", "Leave them out.")
         selection = (task or (), only or (), seed or (0,))
         _field(work, out or work / "report", base, images, protocol, models, selection)
         return
@@ -81,12 +93,12 @@ def bench(
         raise UsageError("there is one size", "--full --medium", "Give one of them.")
     scale = (FULL if full else MEDIUM if medium else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
-    given = results.read(known) if known else []
-    failed = [] if report else _run(todos, processes or _processes(), given, quiet)
-    _report(todos, given, work, out or work / "report")
-    if failed:
-        what = f"{len(failed)} of {len(todos)} units failed, such as {failed[0]}"
-        raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
+    given, (i, n) = results.read(known) if known else [], share(shard)
+    cluster = Cluster(ray, gpus, cpus, retries) if ray else None
+    mine = [] if report else todos[i::n]
+    made, failed = _run(len(mine), grid.run(mine, processes or _processes(), given, cluster), quiet)
+    _report(todos, [*given, *made], work, out or work / "report")
+    _tell(failed, len(mine), work)
 
 
 def _list(tasks: Sequence[str]) -> None:
@@ -120,23 +132,33 @@ def _field(
                 console.print(f"  failed: {failed[-1]}", markup=False, highlight=False, soft_wrap=True)
     for file in write(units, PROTOCOLS[name], work, out) if units else ():
         print(file)
+    _tell(failed, len(failed) + len(units), work)
+
+
+def _tell(failed: Sequence[str], count: int, work: Path) -> None:
     if failed:
-        raise UsageError(f"{len(failed)} units failed, such as {failed[0]}", work, "The same command tries them again.")
+        what = f"{len(failed)} of {count} units failed, such as {failed[0]}"
+        raise UsageError(what, work, "The rest is in the report; the same command tries them again.")
 
 
-def _run(todos: list[Any], processes: int, given: list[Any], quiet: bool) -> list[str]:
-    from unbraid.bench import grid
-
-    failed = []
-    with progress_bar(TimeElapsedColumn(), quiet=quiet) as bar:
-        progress = bar.add_task("benchmark", total=len(todos))
-        for done in grid.run(todos, processes, given):
-            bar.update(progress, advance=1)
+def _run(count: int, events: Iterable[Any], quiet: bool) -> tuple[list[Any], list[str]]:
+    """Show the progress. Returns the units, and what to say of those that failed."""
+    made, failed = [], []
+    columns = TextColumn("{task.fields[now]}"), TimeElapsedColumn()
+    with interruptible(), progress_bar(*columns, quiet=quiet or not count) as bar:
+        progress = bar.add_task("benchmark", total=count, now="")
+        for done in events:
             name = f"{done.todo.row}: {done.todo.cell}"
+            if done.held:
+                bar.update(progress, now=f"{name} is another worker's")
+                continue
+            bar.update(progress, advance=1, now=name)
             if done.unit is None:
                 failed.append(f"{name} ({done.error})")
                 bar.console.print(f"  failed: {failed[-1]}", markup=False, highlight=False, soft_wrap=True)
-    return failed
+            else:
+                made.append(done.unit)
+    return made, failed
 
 
 def _processes() -> int:

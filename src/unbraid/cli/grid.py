@@ -8,19 +8,12 @@ from rich.progress import TextColumn
 from typer.core import TyperCommand
 
 from unbraid.cli import grid_file
-from unbraid.cli.options import Device, Quiet
+from unbraid.cli.options import Cpus, Device, Gpus, Quiet, Ray, Retries, Shard
 from unbraid.cli.progress import progress_bar
-from unbraid.cli.run import UNDONE, loading
+from unbraid.cli.run import UNDONE, interruptible, loading
 from unbraid.common.errors import UsageError
 
 app = typer.Typer()
-Ray = Annotated[
-    str,
-    typer.Option(
-        metavar="local|auto|ADDRESS",
-        help="Train on Ray: on this machine, on the cluster that it belongs to, or on another. Needs unbraid[ray].",
-    ),
-]
 
 
 class Grid(TyperCommand):
@@ -34,16 +27,22 @@ class Grid(TyperCommand):
 
 @app.command(cls=Grid)
 def grid(
-    file: Annotated[Path, typer.Argument(metavar="FILE|report", help="TOML, see below; or the word `report`.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|FOLDER|report",
+            help="TOML, see below; a folder of job folders, or one of these; or the word `report`.",
+        ),
+    ],
     folder: Annotated[Path | None, typer.Argument(help="The folder of a grid, after `report`.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the job folders; default `out` in FILE, else grids/FILE.")
     ] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Only every N-th run from the I-th on; 0/3 to 2/3.")] = "",
+    shard: Shard = "",
     ray: Ray = "",
-    gpus: Annotated[float | None, typer.Option(help="With --ray: cards of a run, such as 0.25; default 1.")] = None,
-    cpus: Annotated[float, typer.Option(help="With --ray: cores of a run.")] = 1,
-    retries: Annotated[int, typer.Option(help="With --ray: tries after a lost worker or a full disk.")] = 3,
+    gpus: Gpus = None,
+    cpus: Cpus = 1,
+    retries: Retries = 3,
     at_once: Annotated[int, typer.Option(help="Runs in one forward pass; not bit for bit as alone.")] = 1,
     device: Device = "",
     by: Annotated[str, typer.Option(help="With report: the figure that the best have most of; -NAME: least.")] = "",
@@ -60,20 +59,27 @@ def grid(
     if str(file) == "report":
         return _report(folder, out, by, {"clip": clip, "dino": dino, "csd": csd}, judge, quiet)
     if folder:
-        raise UsageError("there are two arguments", folder, "Give FILE alone, or `report FOLDER`.")
+        raise UsageError("there are two arguments", folder, "Give FILE or FOLDER alone, or `report FOLDER`.")
     with loading("torch and diffusers", quiet):
         from unbraid.runs.cluster import Cluster
-    folders = _written(file, out, shard)
-    try:
+    folders = _found(file, shard) if file.is_dir() else _written(file, out, shard)
+    with interruptible():
         failed, undone = _watch(folders, at_once, device, Cluster(ray, gpus, cpus, retries) if ray else None, quiet)
-    except KeyboardInterrupt:
-        typer.echo("unbraid: interrupted; the same command goes on", err=True)
-        return 130
     where = folders[0].parent if folders else file
     if failed:
         raise UsageError(f"{failed} of {len(folders)} runs failed", where, "The same command tries them again.")
     print(where)
     return UNDONE if undone else 0
+
+
+def _found(where: Path, shard: str) -> list[Path]:
+    """The job folders of this share of a folder of them. A job folder stands for itself."""
+    from unbraid.runs.folder import is_job
+    from unbraid.runs.grid_worker import share
+    from unbraid.runs.job_folder import folders
+
+    i, n = share(shard)
+    return ([where] if is_job(where) else folders(where))[i::n]
 
 
 def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
@@ -106,6 +112,9 @@ def _watch(folders: list[Path], at_once: int, device: str, ray: Any, quiet: bool
                 bar.console.print(f"unbraid: {event.error}", markup=False, highlight=False, soft_wrap=True)
             elif step:
                 undone |= step.undone
+                if step.warning:
+                    text = f"  {event.folder.name}: {step.warning}"
+                    bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
                 bar.update(whole, now=f"{event.folder.name}: step {step.done} of {step.total}")
             if event.done or event.error:
                 ended.add(event.folder)

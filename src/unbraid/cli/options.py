@@ -71,6 +71,17 @@ Templates = Annotated[
     typer.Option(metavar="ROLE=TEXT", help="Another prompt for a role: 'content=a photo of a {rare} {subject}'."),
 ]
 Thumbnail = Annotated[bool, typer.Option("--thumbnail/--no-thumbnail", help="A small picture in the LoRAs.")]
+Shard = Annotated[str, typer.Option(metavar="I/N", help="Only every N-th run from the I-th on; 0/3 to 2/3.")]
+Ray = Annotated[
+    str,
+    typer.Option(
+        metavar="local|auto|ADDRESS",
+        help="Train on Ray: on this machine, on the cluster that it belongs to, or on another. Needs unbraid[ray].",
+    ),
+]
+Gpus = Annotated[float | None, typer.Option(help="With --ray: cards of a run, such as 0.25; default 1.")]
+Cpus = Annotated[float, typer.Option(help="With --ray: cores of a run.")]
+Retries = Annotated[int, typer.Option(help="With --ray: tries after a lost worker or a full disk.")]
 Metadata = Annotated[bool, typer.Option("--metadata/--no-metadata", help="Prompts and settings in the LoRAs.")]
 
 

@@ -1,8 +1,8 @@
 """The common part of the training verbs on the command line: settings, progress, printed output."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -108,6 +108,16 @@ def parsed_templates(given: list[str]) -> dict[str, str]:
 def loading(what: str, quiet: bool = False) -> Any:
     """Show what is being loaded, until the block ends."""
     return nullcontext() if quiet else console.status(f"loading {what}", spinner="line")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """After Ctrl-C say that the same command goes on, without --resume, and end with status 130."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        typer.echo("unbraid: interrupted; the same command goes on", err=True)
+        raise typer.Exit(130) from error
 
 
 def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:

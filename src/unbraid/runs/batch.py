@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
 from unbraid.runs.drawing import forget_base
 from unbraid.runs.job import Extras, Job, Progress, TrainingData, TrainingOptions, checked_training
+from unbraid.runs.job_folder import mark_failed, write_job
 from unbraid.runs.run import script
 from unbraid.runs.settings import PREVIEWS, SEEDS, counted, resolve
 
@@ -53,9 +55,25 @@ def run_many(
     check_folders(jobs, resume)
     if at_once is not None and at_once < 1:
         raise UsageError(f"{at_once} runs at once", "--at-once", "Give 1 or more.")
+    write_jobs(jobs)
+    return _trained(jobs, at_once, resume, finder(device))
 
-    find = finder(device)
-    return run_together([_script(job, resume, find) for job in jobs], at_once)
+
+def write_jobs(jobs: Sequence[Job]) -> None:
+    """Write job.toml into the folders of runs that have not begun. A job that is wrong says so when it is its turn."""
+    for job in jobs:
+        if not folder.begun(job.out):
+            with suppress(UsageError, OSError):
+                write_job(job)
+
+
+def _trained(
+    jobs: Sequence[Job], at_once: int | None, resume: bool, find: Callable[[Job], Base]
+) -> Generator[tuple[int, Progress | UsageError]]:
+    for which, event in run_together([_script(job, resume, find) for job in jobs], at_once):
+        if isinstance(event, UsageError):
+            mark_failed(jobs[which].out, event)
+        yield which, event
 
 
 def finder(device: str | None, most: int | None = None) -> Callable[[Job], Base]:

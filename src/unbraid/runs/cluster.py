@@ -1,4 +1,4 @@
-"""A grid on a Ray cluster (Apache-2.0, https://docs.ray.io): tasks that train job folders, tried again when their worker is lost.
+"""Work on a Ray cluster (Apache-2.0, https://docs.ray.io): tasks whose results are in folders, tried again when their worker is lost.
 
 All that counts is in the folders, so nothing is kept in Ray: a driver that was killed is started again, and submits what is not
 done. Ray runs a task at least once, and may run it again beside a worker that is not quite dead; the leases of the folders keep the
@@ -7,36 +7,33 @@ two apart.
 
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from unbraid.bases.base import Base
 from unbraid.common.errors import UsageError, first_line
 from unbraid.runs import pace
-from unbraid.runs.batch import finder
-from unbraid.runs.grid_worker import Event, run_once
-from unbraid.runs.job import Job
-from unbraid.runs.job_folder import is_done
 
 LOCAL = "local"
 AHEAD = 1000  # tasks that Ray knows of at a time, so that a cluster that can grow sees what is wanted
-Answer = tuple[int, str, str]  # number of the folder in its task; "done", "held" or "failed"; the error
+DONE, HELD, FAILED = "done", "held", "failed"
+# Number of the item in its task; DONE, HELD (another worker has it) or FAILED; the error, or what a result says.
+Answer = tuple[int, str, str]
+Work = Callable[[Sequence[Any]], Iterable[tuple[int, str, UsageError | str]]]  # some items → what became of each
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where and how a grid runs on Ray.
+    """Where and how work is done on Ray.
 
-    `address`: `local`, a cluster of this machine alone that ends with the grid; `auto`, the one that this machine belongs to; or its
-    address. `gpus`, `cpus`: of each job, or of each group of `at_once` jobs; a part of a card, such as 0.25, puts several jobs on it.
-    None: one card if the cluster has any. `retries`: how often a job is tried again after its worker was lost or its disk was full."""
+    `address`: `local`, a cluster of this machine alone that ends with the work; `auto`, the one that this machine belongs to; or its
+    address. `gpus`, `cpus`: of each run, or of each group of `at_once` runs; a part of a card, such as 0.25, puts several runs on it.
+    None: one card if the cluster has any. `retries`: how often a run is tried again after its worker was lost or its disk was full."""
 
     address: str = LOCAL
     gpus: float | None = None
@@ -44,45 +41,39 @@ class Cluster:
     retries: int = 3
 
 
-def run_there(
-    folders: Sequence[Path], cluster: Cluster, at_once: int | None = 1, device: str | None = None
-) -> Generator[Event]:
-    """Train the jobs of these folders on a cluster until all are done or have failed. Yields their ends; no steps.
+def spread(items: Sequence[Any], work: Work, cluster: Cluster, size: int = 1) -> Generator[tuple[int, str, str]]:
+    """Do work on items on a cluster, `size` of them in a task, until all are done or have failed. Yields what becomes of
+    each: its number, DONE, HELD (it comes again) or FAILED, and the text of `work`.
 
-    Uses Ray as it is if it is connected already. UsageError if Ray is missing or cannot be reached."""
-    size, todo = at_once or 1, list[Path]()
-    for folder in folders:
-        if is_done(folder):
-            yield Event(folder, done=True)
-        else:
-            todo.append(folder.absolute())
+    `work` runs in the workers and must do nothing for an item that is done. Its errors are answers, but an OSError as on a full disk
+    is tried again. Uses Ray as it is if it is connected already. UsageError if Ray is missing or cannot be reached."""
+    todo = list(range(len(items)))
     if not todo:
         return
     ray, ours = _connected(cluster)
-    tasks, held, looked = dict[Any, list[Path]](), list[Path](), time.monotonic()
+    tasks, held, looked = dict[Any, list[int]](), list[int](), time.monotonic()
     try:
-        train = _task(ray, cluster)
+        task = _task(ray, cluster)
         while todo or tasks or held:
             if held and time.monotonic() - looked > pace.LOOK_AGAIN:
                 todo, held, looked = [*todo, *held], [], time.monotonic()
             while todo and len(tasks) < AHEAD:
                 some, todo = todo[:size], todo[size:]
-                tasks[train.remote([str(folder) for folder in some], at_once, device, pace.TRY_AGAIN)] = some
-            ready = _wait(ray, list(tasks))
-            for task in ready:
-                for event in _ended(ray, task, tasks.pop(task), cluster.retries):
-                    held += [event.folder] if event.held else []
-                    yield event
+                tasks[task.remote(work, [items[i] for i in some], pace.TRY_AGAIN)] = some
+            for one in _wait(ray, list(tasks)):
+                for which, how, text in _ended(ray, one, tasks.pop(one), cluster.retries):
+                    held += [which] if how == HELD else []
+                    yield which, how, text
     finally:
-        for task in tasks:
+        for one in tasks:
             with suppress(ray.exceptions.RayError, ValueError):
-                ray.cancel(task, force=True)
+                ray.cancel(one, force=True)
         if ours:
             ray.shutdown()
 
 
 def _wait(ray: Any, tasks: list[Any]) -> list[Any]:
-    """A task that has ended; none if it takes longer than a look at the jobs of other workers may be put off."""
+    """A task that has ended; none if it takes longer than a look at the work of other workers may be put off."""
     if tasks:
         return ray.wait(tasks, timeout=pace.LOOK_AGAIN)[0]
     time.sleep(pace.LOOK_AGAIN)
@@ -110,20 +101,14 @@ def _connected(cluster: Cluster) -> tuple[Any, bool]:
 
 
 def _task(ray: Any, cluster: Cluster) -> Any:
-    """`_train` as a Ray task. `max_calls=0`: a worker that has trained a job stays, and so does its base."""
+    """`at_work` as a Ray task. `max_calls=0`: a worker that has done a task stays, and so does its base."""
     there = ray.cluster_resources()
     gpus = cluster.gpus if cluster.gpus is not None else float(there.get("GPU", 0) > 0)
     for wanted, name, option in ((gpus, "GPU", "--gpus"), (cluster.cpus, "CPU", "--cpus")):
         if cluster.address == LOCAL and wanted > there.get(name, 0):
             raise UsageError(f"a run needs {wanted:g}, this machine has {there.get(name, 0):g}", option, "Give less.")
     tries: dict[str, Any] = {"max_retries": cluster.retries, "retry_exceptions": [OSError]}
-    return ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_calls=0, **tries)(_train)
-
-
-@cache
-def _finder(device: str | None) -> Callable[[Job], Base]:
-    """One for each worker process, so that the base of its last job is still there for the next one."""
-    return finder(device, most=1)
+    return ray.remote(num_cpus=cluster.cpus, num_gpus=gpus, max_calls=0, **tries)(at_work)
 
 
 @cache
@@ -137,32 +122,29 @@ def _keep_cards() -> None:
         os._exit(1)
 
 
-def _train(folders: Sequence[str], at_once: int | None, device: str | None, pause: float) -> list[Answer]:
-    """Train jobs in a worker process of the cluster. OSError, after `pause` seconds, if the disk was full or the like: tried again."""
+def at_work(work: Work, items: Sequence[Any], pause: float) -> list[Answer]:
+    """Do work in a worker process of the cluster. OSError, after `pause` seconds, if the disk was full or the like: tried again."""
     _keep_cards()
-    found, broken = dict[int, Answer](), ""
-    paths = list(map(Path, folders))
-    for event in run_once(paths, at_once, _finder(device)):
-        which = paths.index(event.folder)
-        if event.error:
-            found[which] = which, "failed", str(event.error)
-            broken = str(event.error) if isinstance(event.error.__cause__, OSError | SafetensorError) else broken
-        elif event.held or event.done:
-            found[which] = which, "held" if event.held else "done", ""
+    found, broken = list[Answer](), ""
+    for which, how, text in work(items):
+        found.append((which, how, str(text)))
+        if isinstance(text, UsageError) and isinstance(text.__cause__, OSError | SafetensorError):
+            broken = str(text)
     if broken:
         time.sleep(pause)
         raise OSError(broken)
-    return list(found.values())
+    return found
 
 
-def _ended(ray: Any, task: Any, folders: Sequence[Path], retries: int) -> Generator[Event]:
-    """What became of the jobs of a task."""
+def _ended(ray: Any, task: Any, items: Sequence[int], retries: int) -> Generator[tuple[int, str, str]]:
+    """What became of the items of a task."""
     try:
-        for which, how, error in ray.get(task):
-            yield Event(folders[which], how == "done", how == "held", UsageError(error) if error else None)
+        for which, how, text in ray.get(task):
+            yield items[which], how, text
     except ray.exceptions.RayTaskError as error:
-        what = first_line(error.cause or error)
-        yield from (Event(folder, error=UsageError(what, fix="The same command goes on.")) for folder in folders)
+        why = str(UsageError(first_line(error.cause or error), fix="The same command goes on."))
+        yield from ((which, FAILED, why) for which in items)
     except ray.exceptions.RayError as error:
-        what, fix = f"its worker was lost {retries + 1} times ({type(error).__name__})", "Is there enough memory?"
-        yield from (Event(folder, error=UsageError(what, folder, fix)) for folder in folders)
+        what = f"its worker was lost {retries + 1} times ({type(error).__name__})"
+        why = str(UsageError(what, fix="Is there enough memory? The same command goes on."))
+        yield from ((which, FAILED, why) for which in items)

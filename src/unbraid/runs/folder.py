@@ -19,6 +19,7 @@ from torch import Tensor, uint8
 
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
+from unbraid.runs.absolute import absolute
 from unbraid.runs.lease import AtWorkError, Clock, leased
 
 HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
@@ -48,11 +49,11 @@ def to_toml(record: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def locked(out: Path, clock: Clock = time.time) -> Iterator[Callable[[], None]]:
-    """Lock a folder for one run. AtWorkError, a UsageError, if another run holds the lock.
+def locked(out: Path, clock: Clock = time.time, *, shared: bool = False) -> Iterator[Callable[[], None]]:
+    """Lock a folder for one worker. AtWorkError, a UsageError, if another one holds the lock.
 
-    A job folder is also leased, which keeps other machines out. Gives a function that raises AtWorkError if the lease was lost. Also
-    deletes the partly written files of runs that were killed."""
+    A job folder is also leased, which keeps other machines out, where there are hard links. `shared`: any folder is, and must be.
+    Gives a function that raises AtWorkError if the lease was lost. Also deletes the partly written files of workers that were killed."""
     lock = FileLock(out / LOCK, thread_local=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def locked(out: Path, clock: Clock = time.time) -> Iterator[Callable[[], None]]:
     except OSError as error:
         raise UsageError(f"cannot be written ({error.strerror})", out, "Choose another folder or make room.") from error
     try:
-        with leased(out, clock) if is_job(out) else nullcontext() as lease:
+        with leased(out, clock, shared) if shared or is_job(out) else nullcontext() as lease:
             for part in out.glob(".*.part*"):
                 with suppress(OSError):
                     part.unlink()
@@ -94,7 +95,7 @@ def claimable(out: Path, record: Mapping[str, Any], resume: bool) -> None:
     if resume and not begun:
         raise UsageError("there is no run to resume here", out, "Start it without --resume.")
     wanted = tomllib.loads(to_toml(record))
-    if is_job(out) and (other := difference(read_toml(out / JOB, "Delete the folder."), wanted)):
+    if is_job(out) and (other := difference(read_toml(out / JOB, "Delete the folder."), absolute(wanted))):
         raise UsageError(f"the run is no longer what {JOB} says: {other}", out, "Start it anew in another folder.")
     if resume and (other := difference(read_toml(there, "Start anew in another folder."), wanted)):
         fix = f"Use the settings of {there}, or start anew in another folder."

@@ -2,15 +2,16 @@
 
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 
 from unbraid.common.errors import UsageError
 from unbraid.runs.batch import check_folders
-from unbraid.runs.cluster import Cluster, run_there
+from unbraid.runs.cluster import DONE, HELD, Cluster, spread
 from unbraid.runs.drawing import forget_base
-from unbraid.runs.grid_worker import Event, run_here, share
+from unbraid.runs.grid_worker import Event, answers, run_here, share
 from unbraid.runs.job import Job
-from unbraid.runs.job_folder import write_job
+from unbraid.runs.job_folder import is_done, write_job
 
 
 def grid(
@@ -54,3 +55,19 @@ def run(
 ) -> Generator[Event]:
     """Train the jobs of these folders here, or on a cluster, until all are done or have failed."""
     return run_there(folders, ray, at_once, device) if ray else run_here(folders, at_once, device)
+
+
+def run_there(
+    folders: Sequence[Path], cluster: Cluster, at_once: int | None = 1, device: str | None = None
+) -> Generator[Event]:
+    """`run_here` on a cluster. Yields the ends of jobs; no steps."""
+    todo = list[Path]()
+    for folder in folders:
+        if is_done(folder):
+            yield Event(folder, done=True)
+        else:
+            todo.append(folder.absolute())
+    work = partial(answers, at_once=at_once, device=device)
+    for which, how, error in spread(list(map(str, todo)), work, cluster, at_once or 1):
+        where = "" if str(todo[which]) in error else todo[which]
+        yield Event(todo[which], how == DONE, how == HELD, UsageError(error, where) if error else None)

@@ -8,16 +8,15 @@ holds the reason of the last try that failed.
 import json
 import os
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
 from unbraid.runs import folder
-from unbraid.runs.job import Job, TrainingData, prompts_of, record
-from unbraid.runs.lease import PREFIX, newest, this_machine
-from unbraid.runs.preferences import EMBEDDED
+from unbraid.runs.absolute import absolute
+from unbraid.runs.job import Job, prompts_of, record
+from unbraid.runs.lease import PREFIX, AtWorkError, newest, this_machine
 
 DONE, FAILED = "done", "failed"
 LAST = 0.05  # the share of the steps, at the end, over which `loss` is the mean
@@ -28,7 +27,7 @@ def state(out: Path) -> str:
     names = set(os.listdir(out)) if out.is_dir() else set[str]()  # noqa: PTH208 (only names)
     if DONE in names:
         return "done"
-    if any(name.startswith(PREFIX) for name in names) and (holder := newest(out)) and holder.alive():
+    if any(name.startswith(PREFIX) for name in names) and (holder := newest(out)) and holder.at_work():
         return "at work"
     return "failed" if FAILED in names else "begun" if folder.RECORD in names else "waiting"
 
@@ -58,9 +57,17 @@ def mark_done(out: Path) -> None:
 
 
 def mark_failed(out: Path, error: UsageError) -> None:
-    """Write down why a try failed; not on a full disk, where it can't be."""
-    with suppress(UsageError), atomic(out / FAILED) as part:
-        part.write_text(f"{error}\n", "utf-8")
+    """Write down in a job folder why a try failed; not if another worker has it, nor on a full disk, where it can't be."""
+    if folder.is_job(out) and not isinstance(error, AtWorkError):
+        with suppress(UsageError), atomic(out / FAILED) as part:
+            part.write_text(f"{error}\n", "utf-8")
+
+
+def read_failed(out: Path) -> str:
+    """Why the last try failed; empty if there is none."""
+    with suppress(OSError, ValueError):
+        return (out / FAILED).read_text("utf-8").strip()
+    return ""
 
 
 def figures(out: Path) -> dict[str, int | float]:
@@ -90,27 +97,13 @@ def read_job(out: Path) -> dict[str, Any]:
 def write_job(job: Job) -> None:
     """Make `job.out` the job's folder by writing job.toml, with absolute paths, so that it can be run from anywhere.
 
-    UsageError if the folder holds another job, or a run that was not written down as a job."""
-    job = replace(job, data=_absolute(job.data), base=_absolute_base(job.base))
+    A job that has not begun may be written anew. UsageError if another one has, or a run that was not written down as a job."""
     wanted = record(job, prompts_of(job))
-    if folder.is_job(job.out):
-        if other := folder.difference(read_job(job.out), wanted):
-            raise UsageError(f"the job in this folder is another one: {other}", job.out, "Choose another folder.")
+    if not folder.is_job(job.out):
+        folder.claimable(job.out, wanted, resume=False)
+    elif not (other := folder.difference(read_job(job.out), absolute(wanted))):
         return
-    folder.claimable(job.out, wanted, resume=False)
+    elif folder.begun(job.out):
+        raise UsageError(f"the job in this folder is another one: {other}", job.out, "Choose another folder.")
     with atomic(job.out / folder.JOB) as part:
-        part.write_text(folder.to_toml(wanted), "utf-8")
-
-
-def _absolute(data: TrainingData) -> TrainingData:
-    return replace(
-        data,
-        images={role: tuple(path.absolute() for path in paths) for role, paths in data.images.items()},
-        captions={path.absolute(): text for path, text in data.captions.items()},
-        loras={role: path.absolute() for role, path in data.loras.items()},
-    )
-
-
-def _absolute_base(base: str) -> str:
-    path = Path(base)
-    return str(path.absolute()) if path.exists() and base != EMBEDDED else base
+        part.write_text(folder.to_toml(absolute(wanted)), "utf-8")

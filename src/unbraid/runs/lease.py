@@ -7,6 +7,7 @@ before it writes anything. On one machine the lock of `folder.locked` already ke
 and the system frees it when a process dies, so a lease of this machine that is still there belongs to a dead process.
 """
 
+import errno
 import json
 import os
 import platform
@@ -19,17 +20,24 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
+import psutil
+
 from unbraid.common.errors import UsageError
 
 TERM = 120.0  # seconds without a sign of life after which a lease has expired
 BEAT = 15.0  # seconds between signs of life
 SKEW = 60.0  # seconds by which the clocks of two machines may differ
 PREFIX = ".lease-"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 Clock = Callable[[], float]
 
 
 class AtWorkError(UsageError):
     """Another worker is at work in the folder."""
+
+
+class NoLinksError(UsageError):
+    """The folder's file system has no hard links, and so no leases."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,15 @@ class Holder:
     number: int
     machine: str
     beat: float
+    process: int = 0
 
     def alive(self, clock: Clock = time.time) -> bool:
         """Whether the lease may still be held, as seen from another machine."""
         return clock() < self.beat + TERM + SKEW
+
+    def at_work(self) -> bool:
+        """Whether the lease may still be held. Of this machine it is known if the process is there."""
+        return self.alive() and (self.machine != this_machine() or psutil.pid_exists(self.process))
 
 
 @cache
@@ -59,11 +72,13 @@ def newest(out: Path) -> Holder | None:
     while numbers := _numbers(out):
         with suppress(FileNotFoundError), (out / f"{PREFIX}{numbers[-1]}").open("rb") as file:  # opened: NFS looks anew
             found = _parsed(file.read())
-            return Holder(numbers[-1], found.get("machine", ""), os.fstat(file.fileno()).st_mtime)
+            machine, process = str(found.get("machine", "")), found.get("process")
+            beat = os.fstat(file.fileno()).st_mtime
+            return Holder(numbers[-1], machine, beat, process if isinstance(process, int) and process > 0 else 0)
     return None
 
 
-def _parsed(data: bytes) -> dict[str, str]:
+def _parsed(data: bytes) -> dict[str, object]:
     """The content of a lease; empty if a machine that lost its power has left nothing or anything else there."""
     with suppress(ValueError):
         found = json.loads(data)
@@ -141,7 +156,8 @@ def take(out: Path, machine: str = "", clock: Clock = time.time) -> Lease:
             raise busy from error
     except OSError as error:
         fix = "Make room, or use a disk or NFS: a mounted bucket has no hard links."
-        raise UsageError(f"the lease cannot be written ({error.strerror})", out, fix) from error
+        kind = NoLinksError if error.errno in NO_LINKS and part.exists() else UsageError
+        raise kind(f"the lease cannot be written ({error.strerror})", out, fix) from error
     finally:
         part.unlink(missing_ok=True)
     if (_numbers(out) or [0])[-1] != mine.number:  # files came and went while they were listed
@@ -153,9 +169,15 @@ def take(out: Path, machine: str = "", clock: Clock = time.time) -> Lease:
 
 
 @contextmanager
-def leased(out: Path, clock: Clock = time.time) -> Iterator[Lease]:
-    """Hold the lease of a folder, with signs of life from a thread."""
-    lease, ended = take(out, clock=clock), threading.Event()
+def leased(out: Path, clock: Clock = time.time, needed: bool = True) -> Iterator[Lease | None]:
+    """Hold the lease of a folder, with signs of life from a thread. If it is not `needed`: None where there cannot be one."""
+    try:
+        lease, ended = take(out, clock=clock), threading.Event()
+    except NoLinksError:
+        if needed:
+            raise
+        yield None
+        return
 
     def beat() -> None:
         while not ended.wait(BEAT):

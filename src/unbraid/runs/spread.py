@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unbraid.common.errors import UsageError
-from unbraid.runs.batch import check_folders, run_many
+from unbraid.runs.batch import check_folders, run_many, write_jobs
 from unbraid.runs.job import Job, Progress, finished
 
 Event = tuple[int, Progress | UsageError]
@@ -25,6 +25,7 @@ def run_spread(
     if processes < 1:
         raise UsageError(f"{processes} processes", "--processes", "Give 1 or more.")
     check_folders(jobs, resume)
+    write_jobs(jobs)
     context = multiprocessing.get_context("spawn")
     shares = [share for i in range(processes) if (share := {n: jobs[n] for n in range(i, len(jobs), processes)})]
     threads = max(1, (os.cpu_count() or 1) // len(shares))

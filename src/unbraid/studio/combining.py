@@ -127,7 +127,7 @@ def zipped(home: Home, two: Two, method: str) -> tuple[Use, ...]:
     wanted = {"content": str(two.content.file), "style": str(two.style.file)}
     for run in queue.runs(home):
         record = queue.record(run.folder)
-        if run.state == "done" and record["method"] == method and record.get("loras") == wanted:
+        if run.state == "done" and record.get("method") == method and record.get("loras") == wanted:
             stems = METHODS[method].outputs(record[method])
             if stems.keys() == wanted.keys():
                 scales = {"content": two.content.scale, "style": two.style.scale}

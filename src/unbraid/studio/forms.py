@@ -13,9 +13,10 @@ from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import Entry
 from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
 from unbraid.runs.job import Job, check
+from unbraid.runs.job_folder import read_done
 from unbraid.runs.memory import memory_line
 from unbraid.runs.settings import base_defaults, descriptions, open_settings, parse_set
-from unbraid.studio import process, queue
+from unbraid.studio import queue
 from unbraid.studio.safety import Home, checked_text
 
 JOBS: Mapping[str, Callable[..., Job]] = {"split": split_job, "pair": pair_job, "zip": zip_job, "learn": learn_job}
@@ -140,9 +141,9 @@ def enqueue(home: Home, request: Request, name: str = "") -> Path:
     """Check a form, make a folder for its run, and put it into the queue. Returns the folder."""
     texts = {label: checked_text(text, label) for label, text in request.words.items()}
     request = Request(request.verb, request.inputs, texts, request.method, request.base, request.seed, request.settings)
-    job_of(request, home.runs / "-")
+    job = job_of(request, home.runs / "-")
     folder = home.new_run(checked_text(name, "name") or f"{'-'.join(texts.values()) or request.inputs[0].stem}")
-    queue.add(folder, command(request, folder))
+    queue.add(folder, job)
     return folder
 
 
@@ -157,14 +158,11 @@ def preview(home: Home, request: Request) -> str:
 
 
 def seconds_per_step(home: Home, method: str, base: str) -> float | None:
-    """How long a step took in the newest finished run of this method and base, with all that a run does beside."""
+    """How long a step took in the newest finished run of this method and base, with its previews and saves."""
     for run in queue.runs(home):
-        record = queue.record(run.folder)
-        if run.state == "done" and run.total and (record.get("method"), record.get("base")) == (method, base):
-            born = process.read_json(run.folder / process.RECORD).get("born")
-            files = [path.stat().st_mtime for path in run.folder.glob("*.safetensors")]
-            if isinstance(born, float) and files and max(files) - born > 0:
-                return (max(files) - born) / run.total
+        record, figures = queue.record(run.folder), read_done(run.folder)
+        if figures.get("seconds") and (record.get("method"), record.get("base")) == (method, base):
+            return figures["seconds"] / figures["steps"]
     return None
 
 

@@ -31,7 +31,12 @@ def start(words: Sequence[str], folder: Path, device: str) -> None:
         born = psutil.Process(child.pid).create_time()
     except psutil.Error:  # it has ended already
         born = 0.0
-    write_json(folder / RECORD, {"pid": child.pid, "born": born, "device": device})
+    write_json(folder / RECORD, record(folder) | {"pid": child.pid, "born": born, "device": device})
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What the studio has written down of a folder's process; empty if it has started none, and has not been asked to stop it."""
+    return read_json(folder / RECORD)
 
 
 def found(folder: Path) -> psutil.Process | None:
@@ -39,10 +44,10 @@ def found(folder: Path) -> psutil.Process | None:
     for child in _children[:]:
         if child.poll() is not None:
             _children.remove(child)
-    record = read_json(folder / RECORD)
+    known = record(folder)
     try:
-        process = psutil.Process(int(record["pid"]))
-        same = abs(process.create_time() - float(record["born"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(int(known["pid"]))
+        same = abs(process.create_time() - float(known["born"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return None
     return process if same else None

@@ -1,31 +1,38 @@
-"""The queue of trainings. All that is known of a run is in its folder, so studios may end, start again, and be several."""
+"""The queue of trainings: the job folders in the studio's folder `runs`, as those of a grid (docs/grid.md).
+
+All that is known of a run is in its folder, so studios may end, start again, and be several, and other workers may take part. The
+studio itself adds one file, process.json: the process that it started for the run, on which device, and when it was asked to stop."""
 
 import json
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
 
-from unbraid.common.atomic import read_toml
 from unbraid.common.errors import UsageError
 from unbraid.methods import METHODS
 from unbraid.runs import folder as run_folder
+from unbraid.runs import job_folder
+from unbraid.runs.job import Job
+from unbraid.runs.job_folder import write_job
 from unbraid.studio import process
-from unbraid.studio.process import read_json, write_json
+from unbraid.studio.adopt import TASK, adopt
+from unbraid.studio.process import write_json
 from unbraid.studio.safety import Home
 
 State = Literal["waiting", "starting", "running", "stopping", "stopped", "done", "failed"]
-TASK = "task.json"  # what to do: the words of the command line, and what was asked for since
+ASKED = "stop"  # in process.json: when the run was asked to stop
 PATIENCE = 60.0  # seconds until a process that was asked to end is terminated: a step and a preview may take long
 CUT_OFF = (
     "It ended without a word: the machine was switched off, or memory ran out. Go on continues from its last save."
 )
+OLD = "An earlier unbraid put it into the queue, and this one cannot take it up. Fill in its form again."
 
 
 @dataclass(frozen=True)
@@ -46,48 +53,57 @@ class Run:
         return self.state in ("starting", "running", "stopping")
 
 
-def add(folder: Path, words: Sequence[str]) -> None:
-    """Put a run into the queue. `words`: what follows `unbraid` on the command line, without --resume and --device."""
-    write_json(folder / TASK, {"words": list(words), "since": time.time()})
+def add(folder: Path, job: Job) -> None:
+    """Put a job into the queue, to be trained into this folder."""
+    write_job(replace(job, out=folder))
 
 
 def runs(home: Home) -> list[Run]:
     """All runs of the studio's folder, the newest first."""
-    tasks = [path for path in home.runs.glob(f"*/{TASK}") if home.contains(path)]
-    tasks.sort(key=_since)
-    return [look(path.parent) for path in reversed(tasks)]
+    adopt(home)
+    found = {path.parent: path for name in (TASK, run_folder.JOB) for path in home.runs.glob(f"*/{name}")}
+    known = [path for path in found.values() if home.contains(path)]
+    return [look(path.parent) for path in sorted(known, key=_since, reverse=True)]
+
+
+def _since(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def look(folder: Path) -> Run:
     """A run's state, from its folder alone."""
-    task, recorded = read_json(folder / TASK), record(folder)
-    total = _steps(recorded)
+    total = _steps(record(folder))
     last = _last_event(folder)
     done, loss = (last["step"] + 1, last["loss"]) if last else (0, None)
-    device = str(read_json(folder / process.RECORD).get("device", ""))
-    state, message = _state(folder, task, recorded)
+    device = str(process.record(folder).get("device", ""))
+    state, message = _state(folder)
     return Run(folder.name, folder, state, total if state == "done" else done, total, loss, message, device)
 
 
-def _state(folder: Path, task: dict[str, Any], recorded: dict[str, Any]) -> tuple[State, str]:
-    if process.found(folder):
-        return "stopping" if "stop" in task else "running" if recorded else "starting", ""
-    if recorded and _finished(folder, recorded):
+def _state(folder: Path) -> tuple[State, str]:
+    mine, known = process.record(folder), job_folder.state(folder)
+    if process.found(folder) or known == "at work":
+        return "stopping" if ASKED in mine else "running" if run_folder.begun(folder) else "starting", ""
+    if not run_folder.is_job(folder):
+        return "failed", OLD
+    if known == "done":
         return "done", ""
-    if "stop" in task:
+    if ASKED in mine:
         return "stopped", ""
+    if known == "failed":
+        return "failed", job_folder.read_failed(folder)
     if not (folder / process.RECORD).exists():
         return "waiting", ""
-    lines = process.tail(folder).strip().splitlines()
-    if lines and lines[-1].startswith("unbraid: "):
-        return "failed", lines[-1].removeprefix("unbraid: ")
+    lines = process.tail(folder).strip().splitlines()  # it ended before it could write down why
     return ("failed", lines[-1]) if lines and "Error" in lines[-1] else ("stopped", CUT_OFF)
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """The run.toml of a run; empty if there is none yet, or if it is damaged."""
+    """The job.toml of a run; empty if it is damaged."""
     with suppress(UsageError):
-        found = read_toml(folder / run_folder.RECORD, "")
+        found = job_folder.read_job(folder)
         if found.get("method") in METHODS and isinstance(found.get(found["method"]), dict):
             return found
     return {}
@@ -96,15 +112,6 @@ def record(folder: Path) -> dict[str, Any]:
 def _steps(recorded: dict[str, Any]) -> int:
     steps = recorded.get(recorded.get("method", ""), {}).get("steps", 0)
     return steps if isinstance(steps, int) else 0
-
-
-def _finished(folder: Path, recorded: dict[str, Any]) -> bool:
-    """Whether all LoRAs are there, and no saved state to go on from."""
-    try:
-        stems = METHODS[recorded["method"]].outputs(recorded[recorded["method"]])
-    except (KeyError, TypeError):
-        return False
-    return all((folder / f"{stem}.safetensors").exists() for stem in stems) and not (folder / run_folder.STATE).exists()
 
 
 def _last_event(folder: Path) -> dict[str, Any] | None:
@@ -117,11 +124,6 @@ def _last_event(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _since(task: Path) -> float:
-    since = read_json(task).get("since")
-    return float(since) if isinstance(since, int | float) else 0.0
-
-
 def stop(folder: Path) -> None:
     """Ask a run to save, to write its LoRAs and to end after its step; or take it out of the queue.
 
@@ -129,11 +131,11 @@ def stop(folder: Path) -> None:
     run = look(folder)
     if run.state not in ("waiting", "starting", "running"):
         raise UsageError(f"it is {run.state}", run.name, "There is nothing to stop.")
-    write_json(folder / TASK, read_json(folder / TASK) | {"stop": time.time()})
-    if run.state == "running":
-        (folder / run_folder.STOP).touch()
-    else:
+    write_json(folder / process.RECORD, process.record(folder) | {ASKED: time.time()})
+    if run.state == "starting" and process.found(folder):
         process.interrupt(folder)
+    elif run.alive:
+        (folder / run_folder.STOP).touch()
 
 
 def go_on(folder: Path) -> None:
@@ -141,10 +143,9 @@ def go_on(folder: Path) -> None:
     run = look(folder)
     if run.state not in ("stopped", "failed"):
         raise UsageError(f"it is {run.state}", run.name, "There is nothing to go on with.")
-    for name in (process.RECORD, run_folder.STOP):
+    for name in (process.RECORD, run_folder.STOP, job_folder.FAILED):
         (folder / name).unlink(missing_ok=True)
-    task = {key: value for key, value in read_json(folder / TASK).items() if key != "stop"}
-    write_json(folder / TASK, task | {"since": time.time()})
+    (folder / run_folder.JOB).touch()  # it waits behind the others
 
 
 def remove(home: Home, folder: Path) -> Path:
@@ -165,10 +166,9 @@ def advance(home: Home, devices: Sequence[str]) -> list[str]:
         with FileLock(home.folder / ".queue.lock").acquire(timeout=0):
             found = runs(home)
             for run in found:
-                since = read_json(run.folder / TASK).get("stop", 0.0)
-                if run.state == "stopping" and time.time() - since > PATIENCE:
+                if run.state == "stopping" and time.time() - process.record(run.folder).get(ASKED, 0.0) > PATIENCE:
                     process.terminate(run.folder)
-            busy = [run.device for run in found if run.alive]
+            busy = [run.device for run in found if run.alive and process.found(run.folder)]
             free = [device for device in devices if device not in busy]
             waiting = [run for run in reversed(found) if run.state == "waiting"]
             return [_begin(run, device) for device, run in zip(free, waiting, strict=False)]
@@ -177,9 +177,7 @@ def advance(home: Home, devices: Sequence[str]) -> list[str]:
 
 
 def _begin(run: Run, device: str) -> str:
-    words = read_json(run.folder / TASK).get("words", [])
-    again = ["--resume"] if (run.folder / run_folder.RECORD).exists() else []
-    process.start([*map(str, words), *again], run.folder, device)
+    process.start(["grid", str(run.folder)], run.folder, device)
     return run.name
 
 

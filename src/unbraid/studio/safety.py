@@ -20,7 +20,7 @@ Kind = Literal["picture", "LoRA"]
 MOST = {"picture": 64 << 20, "LoRA": 2 << 30}  # bytes of an upload
 SPARE = 1 << 30  # bytes that stay free on the disk
 LONGEST = 300  # characters of a text field
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")  # of a run's folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_=.-]{0,99}")  # of a run's folder, also of a grid's
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # names of devices on Windows
 SERVED = ("cache", "runs", "loras", "sheets")  # the folders whose files a browser may get
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".safetensors", ".txt", *SUFFIXES))  # of files it may get

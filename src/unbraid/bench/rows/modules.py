@@ -7,6 +7,7 @@ from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.art import known_art, to_image
 from unbraid.bench.truth.filters import TRAIN_FILTERS
 from unbraid.bench.truth.tasks import Cell, content_prompt, joint_prompt, style_prompt
+from unbraid.common.atomic import atomic
 from unbraid.common.errors import UsageError
 from unbraid.images.sheets import save_image
 from unbraid.methods.b4m import Kind
@@ -56,7 +57,8 @@ def partners(cache: TrainingCache, kind: str) -> Path:
         shown = TRAIN_FILTERS[look](picture[None]).expand(1, 3, -1, -1)[0] if look else picture
         if not (folder / f"{subject}.txt").exists():
             save_image(to_image(shown), folder / f"{subject}.png")
-            (folder / f"{subject}.txt").write_text(f"a {subject} in {look} style" if look else f"a {subject}")
+            with atomic(folder / f"{subject}.txt") as part:
+                part.write_text(f"a {subject} in {look} style" if look else f"a {subject}")
     return folder
 
 

@@ -1,17 +1,18 @@
 """Everything that rows train or derive, stored in one folder, so that rows share it and a killed run repeats nothing.
 
-Every training and every derived file is made once: its name contains a hash of what it depends on. Processes that share the
-folder lock a file while they make it; the others wait for it."""
+Every training and every derived file is made once: its name contains a hash of what it depends on. A training is a job folder.
+Workers that share the cache, on one machine or on many, lock and lease what they make; the others wait for it. Pictures are not
+locked: two workers that draw the same one at a moment write the same."""
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
-from filelock import FileLock
 from PIL import Image
 
 from unbraid.bases.base import Base, load
@@ -23,20 +24,25 @@ from unbraid.common.atomic import atomic, sha256
 from unbraid.images import sheets
 from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
+from unbraid.runs import folder
 from unbraid.runs.api import learn_job, split_job, zip_job
 from unbraid.runs.job import Job
+from unbraid.runs.job_folder import write_job
+from unbraid.runs.lease import AtWorkError
 from unbraid.runs.options import SplitOptions, ZipOptions
 from unbraid.runs.run import run
 from unbraid.sampling.combine import Combine
 from unbraid.sampling.render import Sampling, StyleGuidance, Use, render
 
+POLL = 0.5  # seconds between looks at a file that another worker makes
 Drawer = Callable[[Item, Sequence[int]], list[Image.Image]]  # (item, seeds) → one picture per seed
 
 
 @dataclass
 class TrainingCache:
     """The trainings and files of one base, in the folder `work`. `used` collects the cost of each that was requested since the last
-    call of `spent`, whether it was made now or found. `subjects` and `partners` are a user's own pictures, if there are any."""
+    call of `spent`, whether it was made now or found. `subjects` and `partners` are a user's own pictures, if there are any. `waits`:
+    what to do about a training that another worker is at: wait, or else raise AtWorkError."""
 
     work: Path
     scale: Scale
@@ -46,6 +52,7 @@ class TrainingCache:
     partners: Mapping[str, Sequence[tuple[Truth, str]]] = field(
         default_factory=dict
     )  # kind of module → (picture, prompt)
+    waits: bool = True
 
     @cached_property
     def base(self) -> Base:
@@ -55,16 +62,14 @@ class TrainingCache:
     def picture(self, truth: Truth, name: str = "") -> Path:
         """A true picture as a PNG file."""
         file = self.work / "inputs" / f"{name or slug(str(truth))}.png"
-        with self._lock(file.with_suffix(".lock")):
-            if not file.exists():
-                sheets.save_image(truth.image, file)
-        return file
+        return file if file.exists() else sheets.save_image(truth.image, file)
 
     def captioned(self, truths: Sequence[tuple[Truth, str]], name: str) -> Path:
         """A folder of true pictures, each with its prompt in a text file."""
         for i, (truth, text) in enumerate(truths):
             file = self.picture(truth, f"{slug(name)}/{i}-{slug(str(truth))}")
-            file.with_suffix(".txt").write_text(text)
+            with atomic(file.with_suffix(".txt")) as part:
+                part.write_text(text)
         return self.work / "inputs" / slug(name)
 
     def subject(self, name: str) -> Sequence[Truth]:
@@ -82,14 +87,18 @@ class TrainingCache:
         job = replace(job, settings=settings, extras=replace(job.extras, previews=0))
         out = self.work / "made" / f"{job.method}-{self._key(job)}"
         cost_file = out / "cost.json"
-        with self._lock(out.with_suffix(".lock")):
-            if not cost_file.exists():
-                resumed, cost = (out / "run.toml").exists(), self._counted(job)
-                with measured(cost):
-                    for _ in run(replace(job, out=out), resume=resumed):
-                        pass
-                # a resumed training has no total time: how long it ran before it was killed is unknown
-                write_json(cost_file, {**asdict(cost), "seconds": None if resumed else cost.seconds})
+
+        def make() -> None:
+            resumed, cost, todo = folder.begun(out), self._counted(job), replace(job, out=out)
+            if not resumed:
+                write_job(todo)
+            with measured(cost):
+                for _ in run(todo, resume=resumed):
+                    pass
+            # a resumed training has no total time: how long it ran before it was killed is unknown
+            write_json(cost_file, {**asdict(cost), "seconds": None if resumed else cost.seconds})
+
+        self._once(cost_file, make, self.waits)
         stored = json.loads(cost_file.read_text())
         self.used[out] = Cost(**{**stored, "seconds": stored["seconds"] or 0.0})
         return out
@@ -99,12 +108,14 @@ class TrainingCache:
         key = short(name, [sha256(one) for one in sources], settings, MERGING)
         out = self.work / "made" / f"{slug(name)}-{key}.safetensors"
         cost_file = out.with_suffix(".json")
-        with self._lock(out.with_suffix(".lock")):
-            if not cost_file.exists():
-                cost = Cost()
-                with measured(cost):
-                    write(out)
-                write_json(cost_file, asdict(cost))
+
+        def make() -> None:
+            cost = Cost()
+            with measured(cost):
+                write(out)
+            write_json(cost_file, asdict(cost))
+
+        self._once(cost_file, make)
         self.used[cost_file] = Cost(**json.loads(cost_file.read_text()))
         return out
 
@@ -112,13 +123,15 @@ class TrainingCache:
         """Numbers that `find` computes from `sources`, such as tuned weights."""
         key = short(name, [sha256(one) for one in sources], versions(()))
         file = self.work / "made" / f"{slug(name)}-{key}.json"
-        with self._lock(file.with_suffix(".lock")):
-            if not file.exists():
-                cost, used = Cost(), dict(self.used)
-                with measured(cost):
-                    values = find()
-                self.used = used  # the LoRAs that were loaded during the search are not part of the result
-                write_json(file, {"values": values, "cost": asdict(cost)})
+
+        def make() -> None:
+            cost, used = Cost(), dict(self.used)
+            with measured(cost):
+                values = find()
+            self.used = used  # the LoRAs that were loaded during the search are not part of the result
+            write_json(file, {"values": values, "cost": asdict(cost)})
+
+        self._once(file, make)
         stored = json.loads(file.read_text())
         self.used[file] = Cost(**stored["cost"])
         return stored["values"]
@@ -127,10 +140,9 @@ class TrainingCache:
         """What the base draws for an item without any LoRA."""
         key = short(item.prompt, seed, self.scale.steps, base_digest(self.base_name), DRAWING)
         file = self.work / "plain" / f"{key}.png"
-        with self._lock(file.with_suffix(".lock")):
-            if not file.exists():
-                (drawn,) = render(self.base, item.prompt, sampling=self._sampling((seed,)))
-                sheets.save_image(drawn, file)
+        if not file.exists():
+            (drawn,) = render(self.base, item.prompt, sampling=self._sampling((seed,)))
+            sheets.save_image(drawn, file)
         return open_image(file)
 
     def learn(self, images: Path | list[Path], prompt: str, seed: int, **settings: Any) -> Path:
@@ -196,9 +208,18 @@ class TrainingCache:
         inputs = (job.method, dict(job.data.words), images, loras, texts, dict(job.settings), job.seed)
         return short(inputs, base_digest(self.base_name), METHODS[job.method].version)
 
-    def _lock(self, file: Path) -> FileLock:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(file)
+    def _once(self, file: Path, make: Callable[[], None], waits: bool = True) -> None:
+        """Make a file that is not there. If another worker is making it: wait for it, or else raise AtWorkError."""
+        lock = self.work / "locks" / slug(str(file.relative_to(self.work)))
+        while not file.exists():
+            try:
+                with folder.locked(lock, shared=True):
+                    if not file.exists():
+                        make()
+            except AtWorkError:
+                if not waits:
+                    raise
+                time.sleep(POLL)
 
 
 def write_json(file: Path, value: Any) -> None:
