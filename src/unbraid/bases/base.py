@@ -209,7 +209,7 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
-    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
+    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction, loading.parts)
     network = family_of(pipe).network
     denoiser = getattr(pipe, network.part)
     save_memory(denoiser, where, loading.preset)

@@ -48,7 +48,8 @@ class Loading:
     blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
     cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
     as published for the base. adam8bit: whether AdamW's moments have 8 bits;
-    None: as the preset has it."""
+    None: as the preset has it. parts: a folder or hub id with what a transformer's single file lacks: text encoders,
+    tokenizers, VAE."""
 
     vae: str = ""
     prediction: str = ""
@@ -58,6 +59,7 @@ class Loading:
     device: str = ""
     timesteps: str = ""
     adam8bit: bool | None = None
+    parts: str = ""
 
     @property
     def preset(self) -> Preset:

@@ -14,13 +14,20 @@ BaseName = Annotated[
     str,
     typer.Option(
         "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1; as folder or id also"
-        " Flux.1, SD3.5, Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1, Flux.1, SD3.5,"
+        " Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
     ),
 ]
 Vae = Annotated[
     str,
     typer.Option(metavar="FOLDER|HUB_ID|FILE", help="Another VAE; for SDXL, such as madebyollin/sdxl-vae-fp16-fix."),
+]
+Parts = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER|HUB_ID",
+        help="What a single file of Flux.1, SD3.5 or Z-Image lacks: text encoders, tokenizers, VAE.",
+    ),
 ]
 Prediction = Annotated[
     str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
@@ -78,6 +85,7 @@ def shared(
     out: Out = None,
     base: BaseName = "",
     vae: Vae = "",
+    parts: Parts = "",
     prediction: Prediction = "",
     vram: Vram = "max",
     compile: Compile = False,

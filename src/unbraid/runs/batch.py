@@ -121,6 +121,7 @@ class _Record(BaseModel):
     captions: dict[str, str] = {}
     blocks: dict[str, list[str]] = {}
     vae: str = ""
+    parts: str = ""
     prediction: str = ""
     vram: str = "max"
     compile: bool = False
