@@ -40,33 +40,46 @@ PRESETS: Mapping[str, Preset] = {
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How to open a base.
+class Files:
+    """Where a base is, beside its name.
 
     vae: a folder, hub id or file to use in place of the base's own VAE. prediction: `epsilon` or `v`, for a base whose
-    files do not state it. vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
-    blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
-    cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
-    as published for the base. adam8bit: whether AdamW's moments have 8 bits;
-    None: as the preset has it. parts: a folder or hub id with what a transformer's single file lacks: text encoders,
-    tokenizers, VAE."""
+    files do not state it. parts: a folder or hub id with what a transformer's single file lacks: text encoders, tokenizers,
+    VAE."""
 
     vae: str = ""
     prediction: str = ""
+    parts: str = ""
+
+
+@dataclass(frozen=True)
+class Loading(Files):
+    """How to open a base.
+
+    vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
+    blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
+    cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
+    as published for the base. adam8bit: whether AdamW's moments have 8 bits;
+    None: as the preset has it. swap: how many of the denoiser's blocks have their weights on the processor
+    (`unbraid.core.swap`), which needs gradient checkpointing."""
+
     vram: str = "max"
     compile: bool = False
     graphs: bool = True
     device: str = ""
     timesteps: str = ""
     adam8bit: bool | None = None
-    parts: str = ""
+    swap: int = 0
 
     @property
     def preset(self) -> Preset:
-        """The memory preset, with the AdamW that was chosen. UsageError if there is no such preset."""
+        """The memory preset, with the AdamW that was chosen, and with gradient checkpointing if blocks are swapped. UsageError
+        if there is no such preset, or if blocks cannot be swapped."""
         if self.vram not in PRESETS:
             raise UsageError(f"there is no preset {self.vram!r}", "--vram", f"There are: {', '.join(PRESETS)}.")
-        chosen = PRESETS[self.vram]
+        if self.swap and self.compile:
+            raise UsageError("compiled blocks cannot be swapped", "--swap", "Leave out --compile.")
+        chosen = replace(PRESETS[self.vram], checkpointing=PRESETS[self.vram].checkpointing or self.swap > 0)
         return chosen if self.adam8bit is None else replace(chosen, adam8=self.adam8bit)
 
 

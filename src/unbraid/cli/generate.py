@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from unbraid.cli.lora_options import parsed_uses, scaled, with_opponents
-from unbraid.cli.options import BaseName, Device, Graphs, Parts, Prediction, Seed, Vae, Vram
+from unbraid.cli.options import BaseName, Device, Graphs, Parts, Prediction, Seed, Swap, Vae, Vram
 from unbraid.cli.run import console, loading
 from unbraid.common.errors import UsageError
 
@@ -107,6 +107,7 @@ def generate(
     parts: Parts = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    swap: Swap = 0,
     graphs: Graphs = True,
     device: Device = "",
 ) -> None:
@@ -129,9 +130,8 @@ def generate(
     _check_count(n, out, edit, bool(over))
     name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
-        model = _opened(
-            name, Loading(vae, prediction, vram, graphs=graphs, device=device, parts=parts), prompt, negative
-        )
+        how = Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)
+        model = _opened(name, how, prompt, negative)
         _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
         for file in _drawn(model, prompt, uses, out, settings, over):
             print(file)

@@ -42,6 +42,12 @@ Timesteps = Annotated[
 Vram = Annotated[
     str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
 ]
+Swap = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="N blocks of the model have their weights on the processor: less of the card, slower."
+    ),
+]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a minute at the start, quicker steps.")]
 Graphs = Annotated[
     bool,
@@ -88,6 +94,7 @@ def shared(
     parts: Parts = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    swap: Swap = 0,
     compile: Compile = False,
     graphs: Graphs = True,
     device: Device = "",

@@ -124,6 +124,7 @@ class _Record(BaseModel):
     parts: str = ""
     prediction: str = ""
     vram: str = "max"
+    swap: int = 0
     compile: bool = False
     graphs: bool = True
     device: str = ""

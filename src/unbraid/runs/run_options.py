@@ -22,6 +22,8 @@ class RunOptions(TypedDict, total=False):
     """`epsilon` or `v`: what the base predicts. Default: what its file declares."""
     vram: str
     """Memory preset: `8`, `12`, `16`, `24` (GB of the card) or `max`, the default."""
+    swap: int
+    """How many of the denoiser's blocks have their weights on the processor. Default 0."""
     compile: bool
     """Use torch.compile. Default False."""
     graphs: bool
