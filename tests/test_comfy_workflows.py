@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tools import workflow_pictures
 from tools.comfy_workflows import GUIDANCE, OUT, WORKFLOWS, Words, of_run, text
 from unbraid.bases import base as bases
 from unbraid.bases.base import Base
@@ -235,3 +236,14 @@ def test_the_words_are_those_of_the_run(made: dict[str, Path]) -> None:
     words = of_run(made["v"])
     assert (words.prompt, words.subject, words.style) == ("a cat", "a sks cat", "line")
     assert (words.style_file, words.content_file) == ("v_style.safetensors", "v_content.safetensors")
+
+
+@pytest.mark.parametrize("file", workflow_pictures.WORKFLOWS, ids=lambda file: file.stem)
+def test_the_picture_of_a_workflow_shows_every_node_after_what_it_reads(file: Path) -> None:
+    nodes = json.loads(file.read_text("utf-8"))
+    columns = workflow_pictures.columns(nodes)
+    assert columns.keys() == nodes.keys() and min(columns.values()) == 0
+    for name, node in nodes.items():
+        assert all(columns[value[0]] < columns[name] for value in node["inputs"].values() if isinstance(value, list))
+    drawn = workflow_pictures.draw(nodes)
+    assert drawn.width > 300 * (1 + max(columns.values())), "a column is three inches at 100 dots an inch"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unbraid.bases.base import load
+from unbraid.bases.presets import OPTIMIZERS
 from unbraid.cli.run import parsed_templates
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Branch
@@ -41,13 +42,14 @@ def test_rates_rise_and_fall() -> None:
     assert all(0 < factor <= 1 for factor in factors(warm_up=100)), "longer than the run"
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_with_them_is_resumed_bit_for_bit(
-    v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, v_base: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pace, "SAVE_EVERY", 0.0)
     options: dict[str, Any] = {"base": str(v_base), "rank": 2, "steps": 4, "previews": 0, "lr": 1e-2, "prompt": "a cat"}
     more: dict[str, Any] = {"schedule": "linear", "warm_up": 1, "resolution": 48}
-    more |= {"batch_size": 2, "alpha": 3.0, "adam8bit": True, "templates": {"both": "a photo of {prompt}"}}
+    more |= {"batch_size": 2, "alpha": 3.0, "optimizer": optimizer, "templates": {"both": "a photo of {prompt}"}}
     whole = learn_job(picture, out=tmp_path / "whole", **options, **more)
     list(run(whole, device="cpu"))
     cut = learn_job(picture, out=tmp_path / "cut", **options, **more)
@@ -206,10 +208,10 @@ def test_alpha_is_the_strength_of_new_adapters(v_base: Path, picture: Path, tmp_
 
 def test_the_moments_are_chosen(v_base: Path, picture: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"base": str(v_base), "rank": 2, "steps": 2, "prompt": "a cat", "out": tmp_path}
-    assert learn_job(picture, vram="8", **options).loading.preset.adam8
-    for chosen in (True, False):
-        assert learn_job(picture, vram="8", adam8bit=chosen, **options).loading.preset.adam8 == chosen
-        assert learn_job(picture, adam8bit=chosen, **options).loading.preset.adam8 == chosen
+    for vram, usual in (("8", "adamw8bit"), ("max", "adamw")):
+        assert learn_job(picture, vram=vram, **options).loading.preset.optimizer == usual
+        for chosen in OPTIMIZERS:
+            assert learn_job(picture, vram=vram, optimizer=chosen, **options).loading.preset.optimizer == chosen
 
 
 def test_templates_replace_prompts(picture: Path, tmp_path: Path) -> None:

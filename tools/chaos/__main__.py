@@ -49,7 +49,10 @@ def chaos(
             print(f"BROKEN {broken[-1]}", flush=True)
     spent = max(time.monotonic() - begin, 1e-9) / 60
     print(f"{done.total()} cases in {spent:.1f} minutes, {done.total() / spent:.1f} a minute: {dict(done)}")
-    print(f"broken: {len(broken)}; refused: {hostile.refused}; batches at most {kills.worst:.2g} of the norm off")
+    print(
+        f"broken: {len(broken)}; processes interrupted: {kills.interrupted}; hostile files and settings refused: {hostile.refused}"
+    )
+    print(f"batches at most {kills.worst:.2g} of the norm off")
     return done, broken
 
 

@@ -38,6 +38,7 @@ class Kills:
         self.base, self.given, self.work, self.steps = base, given, work, steps
         self.whole: dict[str, float] = {}  # name of an uninterrupted run → seconds that it took
         self.worst = 0.0  # the largest difference of a batch
+        self.interrupted = 0  # processes that a signal ended, or asked to end, before they were done
         work.mkdir(parents=True, exist_ok=True)
 
     def jobs(self, method: str, out: Path, steps: int) -> list[Job]:
@@ -98,6 +99,7 @@ class Kills:
             else:
                 name += f", {(how := rng.choice(SIGNALS)).name} after {(moment := rng.uniform(0, seconds)):.2f} s"
                 ended = _interrupted(self.begin(jobs, log), log, how, moment)
+                self.interrupted += ended.code != 0
                 problems += [] if ended.code in (0, 130, -how) else [_last(ended)]
             problems += half_written(out)
         ended = wait(self.begin(jobs, log), log, LONGEST)

@@ -3,36 +3,52 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, suggestion
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What an optimiser keeps for each trained number. bytes: how much; for Adafactor at rank 16. mark: the name of a tensor
+    of its state that no other one has."""
+
+    bytes: float
+    mark: str
+
+
+OPTIMIZERS: Mapping[str, Moments] = {
+    "adamw": Moments(8.0, "exp_avg"),
+    "adamw8bit": Moments(2.03, "mean"),
+    "adafactor": Moments(0.3, "RMS"),
+}
 
 
 @dataclass(frozen=True)
 class Preset:
     """How memory is saved.
 
-    half: frozen weights and activations in bf16; adapters stay fp32. checkpointing: gradient checkpointing. adam8: AdamW's
-    moments in 8 bits. fp8: the UNet's linear and convolutional weights are stored in fp8. at_once: branches per forward
+    half: frozen weights and activations in bf16; adapters stay fp32. checkpointing: gradient checkpointing. optimizer: one
+    of `OPTIMIZERS`. fp8: the UNet's linear and convolutional weights are stored in fp8. at_once: branches per forward
     pass; several in one pass are faster than one after the other (`python -m tools.speed passes`). rank: the highest
     advisable rank for two adapters on all of SDXL's attention at 1024×1024 px."""
 
     name: str
     half: bool = True
     checkpointing: bool = True
-    adam8: bool = True
+    optimizer: str = "adamw8bit"
     fp8: bool = False
     at_once: int = 1
     rank: int = 64
 
 
 MAX = Preset(
-    "max", half=False, checkpointing=False, adam8=False, at_once=4, rank=128
+    "max", half=False, checkpointing=False, optimizer="adamw", at_once=4, rank=128
 )  # on CUDA the weights are bf16 even so
 PRESETS: Mapping[str, Preset] = {
     one.name: one
     for one in (
         MAX,
-        Preset("24", checkpointing=False, adam8=False),
-        Preset("16", adam8=False),
+        Preset("24", checkpointing=False, optimizer="adamw"),
+        Preset("16", optimizer="adamw"),
         Preset("12", rank=32),
         Preset("8", fp8=True, rank=16),
     )
@@ -59,8 +75,8 @@ class Loading(Files):
     vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
     blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
     cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
-    as published for the base. adam8bit: whether AdamW's moments have 8 bits;
-    None: as the preset has it. swap: how many of the denoiser's blocks have their weights on the processor
+    as published for the base. optimizer: one of `OPTIMIZERS`, in place of AdamW in methods that train with it; empty: AdamW,
+    with 8-bit moments if the preset has them. swap: how many of the denoiser's blocks have their weights on the processor
     (`unbraid.core.swap`), which needs gradient checkpointing."""
 
     vram: str = "max"
@@ -68,19 +84,24 @@ class Loading(Files):
     graphs: bool = True
     device: str = ""
     timesteps: str = ""
-    adam8bit: bool | None = None
+    optimizer: str = ""
     swap: int = 0
 
     @property
     def preset(self) -> Preset:
-        """The memory preset, with the AdamW that was chosen, and with gradient checkpointing if blocks are swapped. UsageError
-        if there is no such preset, or if blocks cannot be swapped."""
+        """The memory preset, with the optimiser that was chosen, and with gradient checkpointing if blocks are swapped.
+        UsageError if there is no such preset or optimiser, or if blocks cannot be swapped."""
         if self.vram not in PRESETS:
             raise UsageError(f"there is no preset {self.vram!r}", "--vram", f"There are: {', '.join(PRESETS)}.")
         if self.swap and self.compile:
             raise UsageError("compiled blocks cannot be swapped", "--swap", "Leave out --compile.")
         chosen = replace(PRESETS[self.vram], checkpointing=PRESETS[self.vram].checkpointing or self.swap > 0)
-        return chosen if self.adam8bit is None else replace(chosen, adam8=self.adam8bit)
+        if not self.optimizer:
+            return chosen
+        if self.optimizer not in OPTIMIZERS:
+            fix = suggestion(self.optimizer, OPTIMIZERS)
+            raise UsageError(f"there is no optimiser {self.optimizer!r}", "--optimizer", fix)
+        return replace(chosen, optimizer=self.optimizer)
 
 
 AS_IT_IS = Loading()

@@ -1,6 +1,6 @@
 """Applying a memory preset to a base, a recipe and a saved state; the error for when it was not enough."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,15 +10,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unbraid.bases.families.family import Network
-from unbraid.bases.presets import Loading, Preset, advice
+from unbraid.bases.presets import OPTIMIZERS, Loading, Preset, advice
 from unbraid.common.errors import UsageError
+from unbraid.core.adapters import Adapters
 from unbraid.core.fp8 import store_in_fp8
-from unbraid.core.optim import adamw
+from unbraid.core.optim import Rates, adamw, groups
 from unbraid.core.optim8 import adamw8
 from unbraid.core.recipe import Recipe
 from unbraid.core.swap import Swap, evenly
 
-MOMENTS = {True: "mean", False: "exp_avg"}  # the names of the first moment in AdamW8 (True) and AdamW (False)
+
+def adafactor(adapters: Adapters, rates: Rates) -> torch.optim.Optimizer:
+    """Adafactor (arXiv 1804.04235) with AdamW's learning rates: without its relative steps, which hardly move a factor that
+    begins at zero."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(groups(adapters, rates), lr=0.0, scale_parameter=False, relative_step=False)
+
+
+MAKERS: Mapping[str, Callable[[Adapters, Rates], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8,
+    "adafactor": adafactor,
+}
 
 
 def notes(device: torch.device, loading: Loading) -> list[str]:
@@ -73,21 +87,22 @@ def moved(pipe: Any, network: Network, device: torch.device, count: int) -> None
         pipe.to(device)
 
 
-def with_8bit_optimizer(recipe: Recipe, preset: Preset) -> Recipe:
-    """The recipe with 8-bit AdamW, if the preset uses it and the recipe's optimiser is AdamW."""
-    if not preset.adam8 or recipe.optimization.optimizer is not adamw:
+def with_optimizer(recipe: Recipe, preset: Preset) -> Recipe:
+    """The recipe with the preset's optimiser, if its own is AdamW."""
+    if recipe.optimization.optimizer is not adamw:
         return recipe
-    return replace(recipe, optimization=replace(recipe.optimization, optimizer=adamw8))
+    return replace(recipe, optimization=replace(recipe.optimization, optimizer=MAKERS[preset.optimizer]))
 
 
 def drop_foreign_moments(saved: Mapping[str, Tensor], preset: Preset) -> tuple[dict[str, Tensor], list[str]]:
-    """Prepare a saved state for a run with this preset: moments of the other kind of AdamW are left out, so they start
-    anew. Returns the state and warnings."""
-    other = f"/{MOMENTS[not preset.adam8]}"
-    if not any(key.startswith("optimizer/") and key.endswith(other) for key in saved):
+    """Prepare a saved state for a run with this preset: moments of another optimiser are left out, so they start anew.
+    Returns the state and warnings."""
+    found = {key.rsplit("/", 1)[1] for key in saved if key.startswith("optimizer/")}
+    others = {one.mark for name, one in OPTIMIZERS.items() if name != preset.optimizer}
+    if not found & others:
         return dict(saved), []
     kept = {key: value for key, value in saved.items() if not key.startswith("optimizer/")}
-    return kept, ["the run goes on with another kind of AdamW: its moments start anew"]
+    return kept, ["the run goes on with another optimiser: its moments start anew"]
 
 
 def memory_error(preset: Preset, begun: bool) -> UsageError:

@@ -73,10 +73,10 @@ Schedule = Annotated[
 WarmUp = Annotated[int, typer.Option(help="Steps in which the learning rates rise to their full value.")]
 BatchSize = Annotated[int, typer.Option(help="Samples of each branch in a step; memory decides how many share a pass.")]
 Alpha = Annotated[float, typer.Option(help="New adapters are multiplied by alpha / rank; 0: by 1.")]
-Adam8bit = Annotated[
-    bool | None,
+Optimizer = Annotated[
+    str,
     typer.Option(
-        "--adam8bit/--no-adam8bit", help="AdamW's moments in 8 bits. Without, as --vram has it.", show_default=False
+        metavar="adamw|adamw8bit|adafactor", help="Default: AdamW, with moments in 8 bits where --vram has it."
     ),
 ]
 Templates = Annotated[
@@ -107,7 +107,7 @@ def shared(
     warm_up: WarmUp = 0,
     batch_size: BatchSize = 1,
     alpha: Alpha = 0.0,
-    adam8bit: Adam8bit = None,
+    optimizer: Optimizer = "",
     template: Templates = None,
     thumbnail: Thumbnail = True,
     metadata: Metadata = True,

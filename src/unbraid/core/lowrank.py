@@ -52,7 +52,7 @@ def delta(lora: Lora) -> Float[Tensor, "d k"]:
     if len(up) * down.shape[1] > MOST_ENTRIES:
         what = f"a full change of {len(up)}×{down.shape[1]} does not fit into memory"
         raise UsageError(what, "merge", "Use concat, knots or np-lora, which do not form it.")
-    return up @ down * (lora.alpha / len(down))
+    return (up @ down).mul_(lora.alpha / len(down))
 
 
 def norm(lora: Lora) -> float:

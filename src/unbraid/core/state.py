@@ -67,7 +67,7 @@ class State:
         out |= {f"best/{key}": value for key, value in self.best.items()}
         out["least"], out["waited"] = torch.tensor(self.least, dtype=torch.float64), torch.tensor(self.waited)
         for i, moments in self.optimizer.state_dict()["state"].items():
-            out |= {f"optimizer/{i}/{key}": value for key, value in moments.items()}
+            out |= {f"optimizer/{i}/{key}": torch.as_tensor(value) for key, value in moments.items()}
         out["rng"], out["step"] = self.rng.get_state(), torch.tensor(self.step)
         return {key: value.detach().cpu().clone().contiguous() for key, value in out.items()}
 

@@ -7,6 +7,7 @@ ties, dare and prune are defined by the entries of ΔW, so they compute it, one 
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def concat(name: str, parts: Sequence[Part], size: Size) -> Made:
 
 def ties(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5) -> Made:
     """TIES (arXiv 2306.01708) on the entries of w ΔW: trim, take the sign of the sum, average the entries with that sign."""
-    merged = _elect(torch.stack(_promoted([_trim(delta(part.lora), density) * part.weight for part in parts])))
+    merged = _elect(_promoted([_trim(delta(part.lora), density).mul_(part.weight) for part in parts]))
     return _factored(name, merged, parts, size)
 
 
@@ -107,9 +108,7 @@ def knots(name: str, parts: Sequence[Part], size: Size, *, density: float = 0.5)
     turn = torch.linalg.svd(torch.linalg.qr(torch.cat(tasks, 1).T)[1].T)[
         0
     ]  # U from the small triangular factor, not from a d×k matrix
-    merged = _elect(
-        torch.stack([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
-    )
+    merged = _elect([_trim(turn.T @ task, density) * part.weight for task, part in zip(tasks, parts, strict=True)])
     lora = shaped(merged, basis @ turn, float(len(merged)), parts[0].lora)
     return (lora, 1.0) if size == Size() else truncate(lora, size.rank, size.energy)
 
@@ -179,10 +178,16 @@ def _trim(full: Tensor, density: float) -> Tensor:
     return full * (sizes >= floor)
 
 
-def _elect(weighted: Tensor) -> Tensor:
-    """`[n, …]` → at each entry, the mean of the non-zero values that have the sign of the sum."""
-    agrees = (weighted.sign() == weighted.sum(0).sign()) & (weighted != 0)
-    return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+def _elect(weighted: Sequence[Tensor]) -> Tensor:
+    """At each entry, the mean of the non-zero values that have the sign of the sum. One tensor after the other: a dense change
+    of a large layer takes a lot of memory."""
+    sign = reduce(torch.add, weighted).sign()
+    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
+    for one in weighted:
+        agrees = one * sign > 0
+        total.addcmul_(one, agrees.to(one.dtype))
+        count.add_(agrees)
+    return total.div_(count.clamp_min_(1))
 
 
 def _factored(name: str, merged: Tensor, parts: Sequence[Part], size: Size) -> tuple[Lora, float]:

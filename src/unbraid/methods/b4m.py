@@ -104,7 +104,7 @@ def make(
     interaction: bool = False,
     orthogonal: bool = True,
     fine_tune: int = 300,
-    optimizer: Literal["riemannian", "adamw"] = "riemannian",
+    metric: Literal["riemannian", "euclidean"] = "riemannian",
     lr: float = 1e-4,
     delta: float = 1e-2,
     every: int = 25,
@@ -114,8 +114,8 @@ def make(
     """Combine a content module and a style module by fine-tuning.
 
     roles, rank, split, halves, interaction, orthogonal: those of the modules (set by the command). fine_tune: training
-    steps on both pictures, each under its own prompt. optimizer: `riemannian` measures steps by the change of ΔW, `adamw`
-    by the change of each factor. lr: learning rate; with `adamw` for entries of a factor, with `riemannian` for entries of
+    steps on both pictures, each under its own prompt. metric: `riemannian` measures steps by the change of ΔW, `euclidean`
+    by that of each factor, as AdamW does. lr: learning rate; with `euclidean` for entries of a factor, with `riemannian` for entries of
     ΔW. delta: damping, relative to the size of the factors. every: steps between checks of the validation loss (both
     pictures under the joint prompt). patience: training stops after this many checks without a lower loss. compat:
     `official` initialises the content factor and the frozen halves of queries, and of square keys and values, again before
@@ -137,7 +137,7 @@ def make(
     stop = Stop(tuple(Branch(role, "both", active) for role in roles), every, patience)
     rates: Rates = {("merged", part): Rate(lr) for part in parts}
     optimization = Optimization(adamw)
-    if optimizer == "riemannian":
+    if metric == "riemannian":
         # clipping would make the step depend on how ΔW is factored
         optimization = Optimization(partial(riemannian, delta=delta), clip=None)
     return (Recipe(prepare, lambda step: branches, rates, fine_tune, PASSES, optimization, stop=stop),)

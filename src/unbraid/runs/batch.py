@@ -136,7 +136,7 @@ class _Record(BaseModel):
     warm_up: int = 0
     batch_size: int = 1
     alpha: float = 0.0
-    adam8bit: bool | None = None
+    optimizer: str = ""
     templates: dict[str, str] = {}
 
 

@@ -8,14 +8,13 @@ from PIL import Image
 from unbraid.bases.base import load
 from unbraid.images import sheets
 from unbraid.images.crop import open_image
+from unbraid.runs import showcase
 from unbraid.runs.api import split_job
 from unbraid.runs.job import RARE, Job
 from unbraid.sampling.render import Sampling, render
 from unbraid.sampling.uses import OWN, Use
 
 SUBJECT, STYLE = "fox", "line art"
-STYLES = ("cartoon", "flat", "glossy", "sepia")
-SUBJECTS = ("bell", "doughnut", "castle", "panda")
 NEXT = 'generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
 
 
@@ -35,6 +34,7 @@ def sheet(out: Path) -> Path:
         return prompt, render(base, prompt, uses)[0]
 
     both = f"a {RARE} {SUBJECT} in {STYLE} style"
+    other_styles, other_subjects = showcase.rows(job(out))
     rows = [
         (
             "the picture that was split; the base has never seen it. Beside it: what the base draws without LoRAs",
@@ -42,11 +42,11 @@ def sheet(out: Path) -> Path:
         ),
         (
             f"content LoRA: the same {SUBJECT} in other styles",
-            [draw(f"a {RARE} {SUBJECT} in {other} style", Use(content)) for other in STYLES],
+            [draw(prompt, Use(content)) for prompt in other_styles.prompts.values()],
         ),
         (
             f"style LoRA: other things as {STYLE}, like the picture",
-            [draw(f"a {other} in {STYLE} style", Use(style)) for other in SUBJECTS],
+            [draw(prompt, Use(style)) for prompt in other_subjects.prompts.values()],
         ),
         (
             "both LoRAs together: the picture drawn again, four times",

@@ -19,7 +19,7 @@ from unbraid.bases.configuration import denoiser_config
 from unbraid.bases.devices import pick_device
 from unbraid.bases.families.family import Network
 from unbraid.bases.pipeline import quiet
-from unbraid.bases.presets import Preset
+from unbraid.bases.presets import OPTIMIZERS, Preset
 from unbraid.bases.savings import save_memory, swapped_blocks, swaps_on
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Branch
@@ -83,7 +83,7 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
     denoiser, adapters = _adapted(job, recipe, family.network, make)
     trained = sum(p.numel() for group in groups(adapters, recipe.rates) for p in group["params"]) if recipe.steps else 0
     kept = sum(p.numel() for name in adapters.names for one in adapters.of(name).values() for _, p in one.parts())
-    moments = 2.03 if preset.adam8 else 8
+    moments = OPTIMIZERS[preset.optimizer].bytes
     return Estimate(
         weights,
         round(4 * kept + (4 + moments) * trained),

@@ -216,10 +216,10 @@ class BreakSettings(RunOptions, total=False):
 class MakeSettings(RunOptions, total=False):
     """Break-for-Make: fine-tuning (doi 10.1145/3728461): make(…, method="make")."""
 
-    optimizer: Literal["riemannian", "adamw"]
-    """`riemannian` measures steps by the change of ΔW, `adamw` by the change of each factor. Default 'riemannian'."""
+    metric: Literal["riemannian", "euclidean"]
+    """`riemannian` measures steps by the change of ΔW, `euclidean` by that of each factor, as AdamW does. Default 'riemannian'."""
     lr: float
-    """Learning rate; with `adamw` for entries of a factor, with `riemannian` for entries of ΔW. Default 0.0001; on icons 0.001."""
+    """Learning rate; with `euclidean` for entries of a factor, with `riemannian` for entries of ΔW. Default 0.0001; on icons 0.001."""
     delta: float
     """Damping, relative to the size of the factors. Default 0.01."""
     every: int

@@ -14,7 +14,7 @@ from unbraid.files.merge import merge
 from unbraid.images import sheets
 from unbraid.methods import METHODS
 from unbraid.methods.entry import Output
-from unbraid.runs import folder, pace
+from unbraid.runs import folder, pace, showcase
 from unbraid.runs.job import Job, metadata
 from unbraid.runs.merger_plot import mergers_plot
 from unbraid.runs.prepare import GUIDANCE, Ready, source
@@ -122,7 +122,19 @@ def _sheet(ready: Ready, texts: Mapping[str, str]) -> Path:
         (name, [(f"seed {i}", image) for i, image in enumerate(images)])
         for name, images in _uses(ready, (0, 1, 2, 3), pace.SHEET_STEPS)
     ]
+    rows += [(row.title, _pictures(ready, row)) for row in showcase.rows(job)]
     return sheets.save_image(sheets.contact_sheet(rows), job.out / "sheet.png")
+
+
+def _pictures(ready: Ready, row: showcase.Row) -> list[tuple[str, Image.Image]]:
+    """The pictures of a row of the showcase, each at the same seed."""
+    cells = []
+    for label, text in row.prompts.items():
+        if text in (texts := ready.run_data.encoded):
+            terms = classifier_free(GUIDANCE, text, (Active(row.adapter),))
+            drawn = generate(ready.base, terms, texts, ready.adapters, seeds=(0,), steps=pace.SHEET_STEPS)
+            cells.append((label, drawn[0]))
+    return cells
 
 
 def _labels(job: Job, role: str, images: Sequence[Image.Image]) -> list[str]:

@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from unbraid.bases.base import Base, Picture, RunData
 from unbraid.bases.families.family import Prompt
 from unbraid.bases.families.segments import with_segments
-from unbraid.bases.savings import with_8bit_optimizer
+from unbraid.bases.savings import with_optimizer
 from unbraid.common.errors import UnsuitedError, UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active
@@ -25,7 +25,7 @@ from unbraid.files.lora_file import read
 from unbraid.images.crop import fit
 from unbraid.images.opening import open_alpha
 from unbraid.methods import METHODS
-from unbraid.runs import pace
+from unbraid.runs import pace, showcase
 from unbraid.runs.job import Job, Training
 from unbraid.sampling.attach import attach
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
@@ -52,9 +52,11 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
     """Encode prompts and pictures, draw missing ones, and attach adapters. On an error the adapters are detached."""
     (made,) = METHODS[job.method].make(job.data.training.blocks or base.family.blocks, **job.settings)
     training = job.data.training
-    if job.loading.adam8bit is not None and made.optimization.optimizer is not adamw:
-        raise UsageError(f"{job.method} has an optimiser of its own with these settings", "--adam8bit", "Leave it out.")
-    recipe = with_batch(with_schedule(with_8bit_optimizer(made, job.loading.preset), training), training)
+    if job.loading.optimizer and made.optimization.optimizer is not adamw:
+        raise UsageError(
+            f"{job.method} has an optimiser of its own with these settings", "--optimizer", "Leave it out."
+        )
+    recipe = with_batch(with_schedule(with_optimizer(made, job.loading.preset), training), training)
     if not base.family.network.layers.own_prompt:
         _check_alone(recipe)
     if not base.family.network.layers.text and any(one.segment for two in recipe.branches(0) for one in two.active):
@@ -69,6 +71,7 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
         matched = chosen(given, adapters.layers, "--blocks") if (given := job.data.training.blocks) else {}
         captions = {role: base.encode_prompt(text) for path in job.data.captions for role, text in _captions(job, path)}
         prompts = with_segments([branch.prompt for branch in recipe.branches(0)], base.alike(prompts | captions))
+        prompts |= _for_the_sheet(job, base, prompts[NEGATIVE])
         images = {**opened, **_drawn(job, base, adapters, prompts, recipe, opened.keys())}
         encoded = {
             role: [
@@ -83,6 +86,15 @@ def prepare(job: Job, texts: Mapping[str, str], opened: Mapping[str, list[Image.
             raise UsageError(what, "--alpha", "Leave it out.")
         undo.pop_all()
     return Ready(job, base, RunData(base, encoded, prompts), adapters, recipe, state, images, matched)
+
+
+def _for_the_sheet(job: Job, base: Base, like: Prompt) -> dict[str, Prompt]:
+    """The prompts of the sheet's further rows, by their text; those that are as long as the others, which are not padded for them."""
+    if not job.extras.previews:
+        return {}
+    encoded = {text: base.encode_prompt(text) for row in showcase.rows(job) for text in row.prompts.values()}
+    every = base.family.network.ragged
+    return {text: prompt for text, prompt in encoded.items() if every or len(prompt.embeds) == len(like.embeds)}
 
 
 def _check_alone(recipe: Recipe) -> None:

@@ -49,8 +49,8 @@ class RunOptions(TypedDict, total=False):
     """Samples of each branch in a step. Default 1."""
     alpha: float
     """New adapters are multiplied by alpha / rank. Default 0: by 1, as if alpha were the rank."""
-    adam8bit: bool | None
-    """Whether AdamW's moments have 8 bits. Default: as the memory preset has it."""
+    optimizer: str
+    """`adamw`, `adamw8bit` or `adafactor`, in methods that train with AdamW. Default: AdamW, in 8 bits if the preset has it."""
     templates: Mapping[str, str]
     """Role → template of its prompt, such as `{"content": "a photo of a {rare} {subject}"}`. Default: the method's."""
     config: Path | None

@@ -34,6 +34,7 @@ progress { width: 100%; height: .6em; accent-color: #0f766e; }
 .card p { margin: .1em 0; }
 .card img, .card .blank { width: 72px; height: 72px; object-fit: cover; border-radius: 6px; background: #8884; flex: none; }
 .grid-wrap.fixed-height { max-height: none !important; }
+.secondary-wrap input { padding-right: 2.4em !important; text-overflow: ellipsis; } /* a long name ends before the arrow */
 pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 footer { display: none !important; }
 @media (max-width: 640px) {
