@@ -54,11 +54,11 @@ def opened(state: tuple[tuple[Path, int], ...], *arguments: Any) -> Pipeline:
 def bases_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base is read from the disk once in a process; each test that loads it has a copy of its own."""
 
-    def copied(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "") -> Pipeline:
-        places = [Path(place) for place in (location(name), vae) if place]
+    def copied(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "", parts: str = "") -> Pipeline:
+        places = [Path(place) for place in (location(name), vae, parts) if place]
         files = [file for place in places for file in (place, *place.rglob("*"))]
         state = tuple((file, file.stat().st_mtime_ns) for file in sorted(files) if file.exists())
-        pipe = opened(state, name, dtype, vae, prediction)
+        pipe = opened(state, name, dtype, vae, prediction, parts)
         kept = {id(part): part for key, part in pipe.components.items() if key.startswith("tokenizer")}
         return copy.deepcopy(pipe, kept)
 

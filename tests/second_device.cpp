@@ -12,6 +12,8 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/extension.h>
 
+#include <malloc.h>
+
 #include <atomic>
 #include <map>
 #include <set>
@@ -25,13 +27,21 @@ std::atomic<int64_t> to_host{0}, from_host{0};
 
 // ---- memory
 
+std::atomic<int64_t> allocated{0};  // bytes of tensors that were made here or copied to here; not of operators' results
+
+void release(void* data) {
+  allocated -= malloc_usable_size(data);
+  std::free(data);
+}
+
 struct Malloc final : at::Allocator {
   at::DataPtr allocate(size_t n) override {
     void* data = n ? std::malloc(n) : nullptr;
     TORCH_CHECK(data || !n, "second: out of memory");
-    return {data, data, &std::free, kSecond};
+    allocated += malloc_usable_size(data);
+    return {data, data, &release, kSecond};
   }
-  at::DeleterFnPtr raw_deleter() const override { return &std::free; }
+  at::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* dest, const void* src, size_t n) const override { std::memcpy(dest, src, n); }
 };
 Malloc memory;
@@ -217,7 +227,6 @@ Tensor reshape_alias(const Tensor& self, at::IntArrayRef size, at::IntArrayRef s
 }
 Tensor view(const Tensor& self, at::IntArrayRef size) { return like(self, host(self).view(size)); }
 Tensor unfold(const Tensor& self, int64_t dim, int64_t size, int64_t step) { return like(self, host(self).unfold(dim, size, step)); }
-
 Tensor copy_from(const Tensor& self, const Tensor& to, bool) {
   TORCH_CHECK(is_ours(self) || is_ours(to));
   if (to.is_cpu()) to_host++;
@@ -294,5 +303,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(&hooks);
   m.def("to_host", [] { return to_host.load(); });
   m.def("from_host", [] { return from_host.load(); });
+  m.def("allocated", [] { return allocated.load(); });
   m.def("generator", [] { return standard(); });
 }

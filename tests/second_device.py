@@ -67,6 +67,11 @@ def host_copies() -> Iterator[Copies]:
     found.to_host, found.from_host = made.to_host() - begin[0], made.from_host() - begin[1]
 
 
+def allocated() -> int:
+    """Bytes of the tensors on the device that were made there or copied to it. The results of operators are not counted."""
+    return _built().allocated()
+
+
 @cache
 def _built() -> Any:
     """Compile once per source and version of torch. Test workers wait for each other."""

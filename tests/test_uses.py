@@ -10,7 +10,7 @@ from double import double
 from torch import Tensor, nn
 
 from unbraid.bases.base import Base, load
-from unbraid.cli.generate import _against, _uses
+from unbraid.cli.lora_options import parsed_uses, with_opponents
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Active, Lora
 from unbraid.core.lowrank import delta
@@ -98,14 +98,14 @@ def test_windows_and_guiding_styles_go_together() -> None:
 
 
 def test_the_command_line_reads_them() -> None:
-    (one, two, three) = _uses(["a:b.safetensors:0.8@0.2-1.0", "x@y.safetensors@0-.5", "c.safetensors"], [])
+    (one, two, three) = parsed_uses(["a:b.safetensors:0.8@0.2-1.0", "x@y.safetensors@0-.5", "c.safetensors"], [])
     assert (one.file, one.scale, one.steps) == (Path("a:b.safetensors"), 0.8, (0.2, 1.0))
     assert (two.file, two.scale, two.steps) == (Path("x@y.safetensors"), 1.0, (0.0, 0.5))
     assert (three.file, three.steps) == (Path("c.safetensors"), (0.0, 1.0))
-    (near,) = _against([one], ["d.safetensors:0.4"])
+    (near,) = with_opponents([one], ["d.safetensors:0.4"])
     assert (near.against, near.contrast, near.steps) == (Path("d.safetensors"), 0.4, (0.2, 1.0))
     with pytest.raises(UsageError, match="1 files for 2 LoRAs"):
-        _against([one, two], ["d.safetensors"])
+        with_opponents([one, two], ["d.safetensors"])
 
 
 def test_pictures_and_errors(v_base: Path, tmp_path: Path) -> None:

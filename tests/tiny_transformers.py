@@ -64,20 +64,21 @@ def t5(width: int = WIDTH) -> tuple[T5EncoderModel, Any]:
     return T5EncoderModel(T5Config(**size, feed_forward_proj="gated-gelu")), tokenizer  # type: ignore[arg-type]
 
 
-def flux(dev: bool = True) -> FluxPipeline:
-    """Flux.1-dev with its guidance embedding and dynamic shift, or schnell."""
+def flux(dev: bool = True, head: int = 16) -> FluxPipeline:
+    """Flux.1-dev with its guidance embedding and dynamic shift, or schnell. `head`: channels of a head; with 32, the rotary
+    embedding divides them as in the real one."""
     torch.manual_seed(0)
     encoder, tokenizer = t5()
     transformer = FluxTransformer2DModel(
         in_channels=64,
         num_layers=2,
         num_single_layers=2,
-        attention_head_dim=16,
+        attention_head_dim=head,
         num_attention_heads=2,
         joint_attention_dim=WIDTH,
         pooled_projection_dim=32,
         guidance_embeds=dev,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=(4, (head - 4) // 2, (head - 4) // 2),
     )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),

@@ -1,4 +1,4 @@
-"""Prints the estimated training memory on a CUDA card, by preset, for bases of the real sizes: `python -m
+"""Prints the estimated training memory on a CUDA card, by preset and by `--swap`, for bases of the real sizes: `python -m
 tools.memory_table`. No weights are loaded."""
 
 import json
@@ -95,6 +95,22 @@ def rows(folder: Path) -> list[str]:
     return out
 
 
+SWAPS = {"Flux.1-dev, 1024 px": (28, 42, 57), "SD3.5 large, 1024 px": (19, 28, 38), "Z-Image, 1024 px": (17, 25, 34)}
+
+
+def swap_rows(folder: Path) -> list[str]:
+    """The lines of the table of `--swap`: GiB in total of learning with rank 16, after `rows`, whose folder it reads."""
+    picture, titles = folder / "picture.png", ("none", "half", "three quarters", "all")
+    out = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for base, counts in SWAPS.items():
+        for vram in ("12", "8"):
+            given: dict[str, Any] = {"base": str(folder / base), "rank": 16, "vram": vram}
+            jobs = [learn_job(picture, prompt="a sks fox", **given, swap=n) for n in (0, *counts)]
+            cells = [f"{estimate(one, 'cuda').total / GIB:.1f} ({one.loading.swap})" for one in jobs]
+            out.append(f"| {base}, `--vram {vram}` | {' | '.join(cells)} |")
+    return out
+
+
 def written(folder: Path, part: str, kind: str, config: Mapping[str, Any]) -> Path:
     """A base that has only the configuration of its denoiser."""
     (folder / part).mkdir(parents=True)
@@ -123,6 +139,7 @@ def main() -> None:
     """Prints the table, and the operations of a forward pass of each transformer."""
     with TemporaryDirectory() as folder:
         print("\n".join(rows(Path(folder))))
+        print("\n".join(swap_rows(Path(folder))))
     for base, (name, config) in TRANSFORMERS.items():
         print(f"{base}: {flops(name, config) / 1e12:.1f} TFLOP a forward pass")
 

@@ -18,7 +18,7 @@ from unbraid.bases.families.segments import rows
 from unbraid.bases.pipeline import Pipeline, open_pipeline
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.samples import Picture, drawn
-from unbraid.bases.savings import save_memory
+from unbraid.bases.savings import moved, save_memory
 from unbraid.common.errors import UsageError
 from unbraid.core.graphs import CudaExecutor, Graphs
 from unbraid.core.lora import Noise
@@ -209,11 +209,11 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
-    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction)
+    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction, loading.parts)
     network = family_of(pipe).network
     denoiser = getattr(pipe, network.part)
     save_memory(denoiser, where, loading.preset)
     if loading.compile:
         compile_blocks(denoiser, network.blocks)
-    pipe.to(where)
-    return Base(name, pipe, where, loading.graphs, loading.timesteps)
+    moved(pipe, network, where, loading.swap)
+    return Base(name, pipe, where, loading.graphs and not loading.swap, loading.timesteps)

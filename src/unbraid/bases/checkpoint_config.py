@@ -6,7 +6,7 @@ schedule.
 
 from collections.abc import Mapping
 from itertools import count, takewhile
-from typing import Any
+from typing import Any, Literal
 
 from unbraid.bases.sniff import POSITIONS, TEXT, UNET, VAE, Checkpoint, Kind, Prediction
 from unbraid.common.errors import UsageError
@@ -15,7 +15,16 @@ from unbraid.files.formats.header import Shape
 
 Config = dict[str, Any]
 GROUPS = 32  # groups of every group norm in UNet and VAE
-SCALING = {"sdxl": 0.13025, "sd15": 0.18215, "sd21": 0.18215}
+VaeKind = Kind | Literal["flux", "sd3", "z-image"]
+SCALING: Mapping[VaeKind, float] = {
+    "sdxl": 0.13025,
+    "sd15": 0.18215,
+    "sd21": 0.18215,
+    "flux": 0.3611,
+    "sd3": 1.5305,
+    "z-image": 0.3611,
+}
+SHIFT: Mapping[VaeKind, float] = {"flux": 0.1159, "sd3": 0.0609, "z-image": 0.1159}
 HEADS = 8  # attention heads at every level of SD1.5's UNet
 HEAD = 64  # channels of an attention head in all other models
 
@@ -73,7 +82,7 @@ def expected_names(name: str, kind: Kind) -> str:
     return f"{UNET}{ldm}.{leaf}"
 
 
-def vae_config(shapes: Mapping[str, Shape], kind: Kind, prefix: str = VAE) -> Config:
+def vae_config(shapes: Mapping[str, Shape], kind: VaeKind, prefix: str = VAE) -> Config:
     """The configuration of an autoencoder whose tensors have LDM names that begin with `prefix`."""
     levels = list(takewhile(lambda i: f"{prefix}encoder.down.{i}.block.0.conv2.weight" in shapes, count()))
     layers = list(takewhile(lambda j: f"{prefix}encoder.down.0.block.{j}.conv2.weight" in shapes, count()))
@@ -89,8 +98,9 @@ def vae_config(shapes: Mapping[str, Shape], kind: Kind, prefix: str = VAE) -> Co
         "use_post_quant_conv": f"{prefix}post_quant_conv.weight" in shapes,
         "norm_num_groups": GROUPS,
         "scaling_factor": SCALING[kind],
-        "force_upcast": kind == "sdxl",
-        "sample_size": 1024 if kind == "sdxl" else 512,
+        "shift_factor": SHIFT.get(kind),
+        "force_upcast": kind not in ("sd15", "sd21"),
+        "sample_size": 512 if kind in ("sd15", "sd21") else 1024,
     }
 
 
@@ -104,17 +114,18 @@ def vae_factor(checkpoint: Checkpoint) -> int:
 def text_configs(checkpoint: Checkpoint) -> list[Config]:
     """Configurations of the one or two text encoders. OpenAI's CLIP has the names of transformers; OpenCLIP has names of
     its own, and fused projections."""
-    return [_text(checkpoint, prefix) for prefix in TEXT[checkpoint.kind]]
+    return [text_config(checkpoint.shapes, prefix, checkpoint.kind) for prefix in TEXT[checkpoint.kind]]
 
 
-def _text(checkpoint: Checkpoint, prefix: str) -> Config:
-    shapes, open_clip = checkpoint.shapes, prefix.endswith(".model.")
+def text_config(shapes: Mapping[str, Shape], prefix: str, kind: Kind) -> Config:
+    """The configuration of a CLIP whose keys begin with `prefix`."""
+    open_clip = prefix.endswith(".model.")
     table = shapes[prefix + ("token_embedding.weight" if open_clip else "embeddings.token_embedding.weight")]
     layer = "transformer.resblocks.{}." if open_clip else "encoder.layers.{}."
     layers = sum(f"{prefix}{layer.format(i)}mlp.{'c_fc' if open_clip else 'fc1'}.weight" in shapes for i in range(64))
     wide = shapes[f"{prefix}{layer.format(0)}mlp.{'c_fc' if open_clip else 'fc1'}.weight"][0]
     projected = shapes.get(prefix + "text_projection", table)[1]
-    with_projection = checkpoint.kind == "sdxl" and open_clip
+    with_projection = kind == "sdxl" and open_clip
     return {
         "architectures": ["CLIPTextModelWithProjection" if with_projection else "CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -123,7 +134,7 @@ def _text(checkpoint: Checkpoint, prefix: str) -> Config:
         "intermediate_size": wide,
         "projection_dim": projected,
         # SD2.1 was trained on the last layer but one, so diffusers leaves the 24th layer out
-        "num_hidden_layers": min(layers, 23) if checkpoint.kind == "sd21" else layers,
+        "num_hidden_layers": min(layers, 23) if kind == "sd21" else layers,
         "num_attention_heads": max(1, table[1] // HEAD),
         "max_position_embeddings": shapes[prefix + POSITIONS[open_clip]][0],
         "hidden_act": "gelu" if open_clip else "quick_gelu",

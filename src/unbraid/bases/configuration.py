@@ -10,6 +10,8 @@ from unbraid.bases.pipeline import location
 from unbraid.bases.recognised import check_supported, pipeline_class
 from unbraid.bases.single_file import configs
 from unbraid.bases.sniff import sniff
+from unbraid.bases.transformer_config import transformer_config
+from unbraid.bases.transformer_file import transformer_file
 from unbraid.common.errors import UsageError, first_line
 
 
@@ -22,6 +24,8 @@ def denoiser_config(base: str) -> tuple[Family, Mapping[str, Any]]:
 
 
 def _of_file(file: Path) -> Mapping[str, Any]:
+    if transformer := transformer_file(file):
+        return transformer_config(transformer)
     found = configs(sniff(file))
     return next(found[key] for family in FAMILIES if (key := f"{family.network.part}/config.json") in found)
 

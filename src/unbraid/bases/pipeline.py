@@ -2,7 +2,7 @@
 another VAE."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -22,10 +22,13 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from unbraid.bases.families import family_of
-from unbraid.bases.recognised import check_supported, left_out, pipeline_class
+from unbraid.bases.checkpoint_config import VaeKind
+from unbraid.bases.families import FAMILIES, family_of
+from unbraid.bases.recognised import check_supported, default_parts, left_out, pipeline_class
 from unbraid.bases.single_file import load_single_file, load_vae_file
-from unbraid.bases.sniff import Kind, sniff
+from unbraid.bases.sniff import sniff
+from unbraid.bases.transformer_file import TransformerFile, transformer_file
+from unbraid.bases.transformer_loading import check_parts, complete, own_parts
 from unbraid.common.errors import UsageError, first_line
 
 # The pipeline classes of all families, for the type checker
@@ -33,20 +36,30 @@ Pipeline = (
     StableDiffusionXLPipeline | StableDiffusionPipeline | FluxPipeline | StableDiffusion3Pipeline | ZImagePipeline
 )
 EXAMPLE = "a hub id such as stabilityai/stable-diffusion-xl-base-1.0."
+KINDS: Mapping[str, VaeKind] = {family.pipeline.__name__: family.name for family in FAMILIES}  # type: ignore[misc]
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
-def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "") -> Pipeline:
+def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str = "", parts: str = "") -> Pipeline:
     """Open a base: UNet and text encoders in `dtype`, the VAE in full precision because some VAEs overflow in fp16.
 
     `vae`: a folder, hub id or file to use in place of the base's own VAE. `prediction`: `epsilon` or `v`, for a base whose
-    files do not state it, or state it wrongly. Raises UsageError for whatever is no text-to-image model of a known family."""
+    files do not state it, or state it wrongly. `parts`: a folder or hub id with what a transformer's single file lacks.
+    Raises UsageError for whatever is no text-to-image model of a known family."""
     if prediction and prediction not in PREDICTIONS:
         raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
     path = location(name)
     with quiet():
         other = _open_vae(vae, path) if vae else None
-        pipe = load_single_file(Path(path), dtype, other) if Path(path).is_file() else _folder(name, path, dtype, other)
+        transformer = transformer_file(Path(path)) if Path(path).is_file() else None
+        if parts and not transformer:
+            raise UsageError("goes with a single file of Flux.1, SD3.5 or Z-Image", "--parts", "Leave it out.")
+        if transformer:
+            pipe = _assembled(transformer, dtype, other, parts)
+        elif Path(path).is_file():
+            pipe = load_single_file(Path(path), dtype, other)
+        else:
+            pipe = _folder(name, path, dtype, {"vae": other} if other is not None else {})
     _check(pipe, name, vae)
     if prediction and "prediction_type" not in pipe.scheduler.config:
         raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
@@ -77,10 +90,19 @@ def _is_file_name(path: str) -> bool:
     return path.endswith((".safetensors", ".ckpt", ".pt"))
 
 
-def _folder(name: str, path: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
+def _assembled(file: TransformerFile, dtype: torch.dtype, vae: AutoencoderKL | None, parts: str) -> Any:
+    """The pipeline of a transformer's single file: what it has, and the rest from the folder or hub id `parts`."""
+    if parts := parts or default_parts(file.kind):
+        known_model(parts, "folder", "Give a diffusers folder or a hub id.", f"--parts {parts}")
+        check_parts(file, parts)
+    own = own_parts(file, dtype, vae, parts)
+    return _folder(parts, parts, dtype, own) if parts else complete(file, own)
+
+
+def _folder(name: str, path: str, dtype: torch.dtype, own: Mapping[str, Any]) -> Any:
+    """The pipeline of a folder or hub id, with the components `own` in place of its own."""
     check_supported(pipeline_class(path), name)
-    # diffusers loads a base without them only if that is asked for
-    given: dict[str, Any] = {**dict.fromkeys(left_out(path)), **({"vae": vae} if vae is not None else {})}
+    given = {**dict.fromkeys(left_out(path)), **own}  # diffusers loads a base without them only if that is asked for
     try:
         return DiffusionPipeline.from_pretrained(
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
@@ -116,19 +138,16 @@ def _open_vae(name: str, base: str) -> AutoencoderKL:
         raise UsageError(f"the VAE cannot be loaded: {first_line(error)}", name, fix) from error
 
 
-def _kind(base: str) -> Kind:
-    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration. UsageError for a base
-    whose VAE is not read from a file."""
+def _kind(base: str) -> VaeKind:
+    """The kind of the base. It gives the scaling factor of a VAE file, which has no configuration."""
     if Path(base).is_file():
-        return sniff(Path(base)).kind
+        found = transformer_file(Path(base))
+        return found.kind if found else sniff(Path(base)).kind
     name = pipeline_class(base)
     if not name:
         raise UsageError("the base cannot be loaded: it has no model_index.json", base, "Give a diffusers folder.")
-    kinds: dict[str, Kind] = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
-    if name not in kinds:
-        fix = "Give the VAE as a diffusers folder or a hub id."
-        raise UsageError("a VAE in one file goes with SDXL, SD1.5 and SD2.1 alone", "--vae", fix)
-    return kinds[name]
+    check_supported(name, base)
+    return KINDS[name]
 
 
 def _check(pipe: Any, name: str, vae: str) -> None:

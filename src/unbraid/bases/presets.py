@@ -56,31 +56,46 @@ PRESETS: Mapping[str, Preset] = {
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How to open a base.
+class Files:
+    """Where a base is, beside its name.
 
     vae: a folder, hub id or file to use in place of the base's own VAE. prediction: `epsilon` or `v`, for a base whose
-    files do not state it. vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
-    blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
-    cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
-    as published for the base. optimizer: one of `OPTIMIZERS`, in place of AdamW in methods that train with it; empty: AdamW,
-    with 8-bit moments if the preset has them."""
+    files do not state it. parts: a folder or hub id with what a transformer's single file lacks: text encoders, tokenizers,
+    VAE."""
 
     vae: str = ""
     prediction: str = ""
+    parts: str = ""
+
+
+@dataclass(frozen=True)
+class Loading(Files):
+    """How to open a base.
+
+    vram: the name of a preset, in GB. compile: whether torch.compile compiles the transformer
+    blocks for training. graphs: whether passes are captured as CUDA graphs, if the device has them. device: such as
+    cuda:1; empty for the best one. timesteps: how they are drawn in training (`unbraid.bases.families.flow.parsed`); empty:
+    as published for the base. optimizer: one of `OPTIMIZERS`, in place of AdamW in methods that train with it; empty: AdamW,
+    with 8-bit moments if the preset has them. swap: how many of the denoiser's blocks have their weights on the processor
+    (`unbraid.core.swap`), which needs gradient checkpointing."""
+
     vram: str = "max"
     compile: bool = False
     graphs: bool = True
     device: str = ""
     timesteps: str = ""
     optimizer: str = ""
+    swap: int = 0
 
     @property
     def preset(self) -> Preset:
-        """The memory preset, with the optimiser that was chosen. UsageError if there is no such preset or optimiser."""
+        """The memory preset, with the optimiser that was chosen, and with gradient checkpointing if blocks are swapped.
+        UsageError if there is no such preset or optimiser, or if blocks cannot be swapped."""
         if self.vram not in PRESETS:
             raise UsageError(f"there is no preset {self.vram!r}", "--vram", f"There are: {', '.join(PRESETS)}.")
-        chosen = PRESETS[self.vram]
+        if self.swap and self.compile:
+            raise UsageError("compiled blocks cannot be swapped", "--swap", "Leave out --compile.")
+        chosen = replace(PRESETS[self.vram], checkpointing=PRESETS[self.vram].checkpointing or self.swap > 0)
         if not self.optimizer:
             return chosen
         if self.optimizer not in OPTIMIZERS:

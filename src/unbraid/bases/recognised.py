@@ -1,5 +1,6 @@
 """What a diffusers folder or hub repository holds, from the name of its pipeline class alone. Nothing else is downloaded."""
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from unbraid.bases.families import FAMILIES
 from unbraid.bases.families.family import Preset
+from unbraid.bases.transformer_file import transformer_file
 from unbraid.common.errors import UsageError
 
 TAKEN = "unbraid takes SDXL, SD1.5, SD2.1, Flux.1, SD3.5 and Z-Image."
@@ -84,6 +86,23 @@ def check_supported(name: str, base: str) -> None:
 
 def family_preset(base: str, method: str) -> Preset:
     """What the family of a base changes in a method. Nothing, if the family is not known before the base is loaded."""
-    name = pipeline_class(base)
-    presets = next((family.presets for family in FAMILIES if family.pipeline.__name__ == name), {})
+    name, kind = pipeline_class(base), kind_of_file(base)
+    presets = next((one.presets for one in FAMILIES if name == one.pipeline.__name__ or kind == one.name), {})
     return presets.get(method, Preset())
+
+
+def default_parts(kind: str) -> str:
+    """The folder or hub id with what single files of transformers lack, for a file of this kind: the environment variable
+    UNBRAID_PARTS. Empty if the file is of no kind of transformer."""
+    return os.environ.get("UNBRAID_PARTS", "") if kind else ""
+
+
+def kind_of_file(base: str) -> str:
+    """The kind of transformer that a single file has; empty if it is none."""
+    if not Path(base).is_file():
+        return ""
+    try:
+        found = transformer_file(Path(base))
+    except UsageError:  # is raised again when the base is loaded
+        return ""
+    return found.kind if found else ""

@@ -6,16 +6,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unbraid.bases.presets import OPTIMIZERS, Preset, advice
+from unbraid.bases.families.family import Network
+from unbraid.bases.presets import OPTIMIZERS, Loading, Preset, advice
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.fp8 import store_in_fp8
 from unbraid.core.optim import Rates, adamw, groups
 from unbraid.core.optim8 import adamw8
 from unbraid.core.recipe import Recipe
+from unbraid.core.swap import Swap, evenly
 
 
 def adafactor(adapters: Adapters, rates: Rates) -> torch.optim.Optimizer:
@@ -33,9 +35,13 @@ MAKERS: Mapping[str, Callable[[Adapters, Rates], torch.optim.Optimizer]] = {
 }
 
 
-def notes(device: torch.device, preset: Preset) -> list[str]:
-    """Remarks on what a preset does not do on a device, or does at a price."""
-    remarks = []
+def notes(device: torch.device, loading: Loading) -> list[str]:
+    """Remarks on what a preset or an option does not do on a device, or does at a price."""
+    remarks, preset = list[str](), loading.preset
+    if loading.swap and not swaps_on(device):
+        remarks.append(f"--swap on {device.type} does nothing: there is no other memory")
+    elif loading.swap and loading.graphs and device.type == "cuda":
+        remarks.append("--swap: no CUDA graphs, because weights are copied in the middle of a step")
     if preset.half and device.type == "cpu":
         remarks.append(f"--vram {preset.name} on a processor: half precision takes less memory there, and more time")
     if preset.fp8 and device.type == "mps":
@@ -53,6 +59,32 @@ def save_memory(denoiser: Any, device: torch.device, preset: Preset) -> None:
         denoiser.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     if preset.fp8 and device.type != "mps":
         store_in_fp8(denoiser)
+
+
+def swaps_on(device: torch.device) -> bool:
+    """Whether a device has memory of its own, so that blocks can be swapped."""
+    return device.type not in ("cpu", "mps", "meta")
+
+
+def swapped_blocks(denoiser: Any, network: Network, count: int) -> list[nn.Module]:
+    """The blocks of a denoiser that are swapped if `count` of them are: at equal distances. UsageError if there are not so
+    many."""
+    every = [one for one in denoiser.modules() if isinstance(one, network.blocks)]
+    if not 0 <= count <= len(every):
+        fix = f"Its {network.title} has {len(every)} blocks: give 0 to {len(every)}."
+        raise UsageError(f"{count} blocks cannot be swapped", "--swap", fix)
+    return [every[i] for i in evenly(count, len(every))]
+
+
+def moved(pipe: Any, network: Network, device: torch.device, count: int) -> None:
+    """Move a pipeline to a device, but for the weights of `count` blocks of its denoiser, which are swapped. UsageError if
+    there are not so many blocks."""
+    some = swapped_blocks(getattr(pipe, network.part), network, count)
+    if not some or not swaps_on(device):
+        pipe.to(device)
+        return
+    with Swap(some, device).put_aside():
+        pipe.to(device)
 
 
 def with_optimizer(recipe: Recipe, preset: Preset) -> Recipe:

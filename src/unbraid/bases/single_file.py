@@ -13,10 +13,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from unbraid.bases.checkpoint_config import (
     Config,
+    VaeKind,
     expected_names,
     model_index,
     scheduler_config,
@@ -95,18 +96,18 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) 
         raise UsageError("the checkpoint has no VAE", path, fix)
     tokenizers = {f"tokenizer{'_2' * i}": clip_tokenizer(pad) for i, pad in enumerate(PADS[checkpoint.kind])}
     with TemporaryDirectory() as name:
-        folder = _write(Path(name), configs(checkpoint))
+        folder = write_configs(Path(name), configs(checkpoint))
         try:
-            given = vae or _vae(path, folder)
+            given = vae or vae_in(path, folder)
             load: Any = PIPELINES[checkpoint.kind].from_single_file  # type: ignore[attr-defined]
             pipe = load(str(path), config=name, local_files_only=True, torch_dtype=dtype, vae=given, **tokenizers)
         except UNFIT as error:
             raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get the full checkpoint.") from error
-    _check_whole(pipe, path)
+    check_whole(pipe, path)
     return pipe
 
 
-def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
+def load_vae_file(path: Path, kind: VaeKind) -> AutoencoderKL:
     """A VAE from its own file or from a checkpoint. `kind` gives the scaling factor. Raises UsageError if it cannot be
     loaded."""
     shapes = read_header(path).shapes
@@ -117,33 +118,36 @@ def load_vae_file(path: Path, kind: Kind) -> AutoencoderKL:
     with TemporaryDirectory() as name:
         config = _vae_config(shapes, kind, prefix, path)
         try:
-            vae = _vae(path, _write(Path(name), {"vae/config.json": config}))
+            vae = vae_in(path, write_configs(Path(name), {"vae/config.json": config}))
         except UNFIT as error:
             raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get another copy of it.") from error
-    _check_whole({"vae": vae}, path)
+    check_whole({"vae": vae}, path)
     return vae
 
 
-def _vae_config(shapes: Mapping[str, Shape], kind: Kind, prefix: str, path: Path) -> Config:
+def _vae_config(shapes: Mapping[str, Shape], kind: VaeKind, prefix: str, path: Path) -> Config:
     try:
         return vae_config(shapes, kind, prefix)
     except KeyError as error:
         raise UsageError(f"the VAE lacks {error.args[0]}", path, "Get another copy of it.") from error
 
 
-def _vae(path: Path, folder: Path) -> AutoencoderKL:
+def vae_in(source: Path | Mapping[str, Tensor], folder: Path) -> AutoencoderKL:
+    """The VAE of a file, or of tensors with LDM names. `folder` has its configuration in `vae`."""
     load: Any = AutoencoderKL.from_single_file
-    return load(str(path), config=str(folder), subfolder="vae", local_files_only=True, torch_dtype=torch.float32)
+    given = str(source) if isinstance(source, Path) else dict(source)
+    return load(given, config=str(folder), subfolder="vae", local_files_only=True, torch_dtype=torch.float32)
 
 
-def _write(folder: Path, found: Mapping[str, Config]) -> Path:
+def write_configs(folder: Path, found: Mapping[str, Config]) -> Path:
+    """Write configurations, by the names of their files. Returns the folder."""
     for name, config in found.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(config))
     return folder
 
 
-def _check_whole(pipe: Any, path: Path) -> None:
+def check_whole(pipe: Any, path: Path) -> None:
     """Raise UsageError if some weights have no values, because the file lacks them."""
     parts = pipe if isinstance(pipe, dict) else pipe.components
     for part, model in parts.items():

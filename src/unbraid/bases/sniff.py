@@ -24,7 +24,7 @@ POSITIONS = (
     "embeddings.position_embedding.weight",
     "positional_embedding",
 )  # the two names that a text encoder's positions can have
-TAKEN = "As one file: SDXL, SD1.5, SD2.1. As a diffusers folder also Flux.1, SD3.5, Z-Image."
+TAKEN = "As one file or as a diffusers folder: SDXL, SD1.5, SD2.1, Flux.1, SD3.5, Z-Image."
 LORA = re.compile(r"(^|[._])(lora|hada|lokr|oft)_|\.lora\.|_lora\.")
 OTHERS: Mapping[str, tuple[str, str]] = {  # a prefix that only one kind of file has → what the file is, what to do
     "double_stream_modulation_img.": ("a FLUX.2 checkpoint", TAKEN),
@@ -123,9 +123,11 @@ def _prediction(header: Header, kind: Kind) -> Prediction:
 def _side(header: Header, kind: Kind, prediction: Prediction) -> int:
     """The side in pixels: from ModelSpec's resolution (`1024x1024`; for other shapes, the square of equal area), else the
     usual one for the kind."""
-    found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", header.metadata.get("modelspec.resolution", ""))
-    if found:
-        side = round((int(found[1]) * int(found[2])) ** 0.5 / 64) * 64
-        return max(64, side)
     usual = {"sdxl": 1024, "sd15": 512, "sd21": 768 if prediction == "v_prediction" else 512}
-    return usual[kind]
+    return stated_side(header) or usual[kind]
+
+
+def stated_side(header: Header) -> int:
+    """The side in pixels from ModelSpec's resolution; 0 if it is not stated."""
+    found = re.fullmatch(r"(\d{2,4})x(\d{2,4})", header.metadata.get("modelspec.resolution", ""))
+    return max(64, round((int(found[1]) * int(found[2])) ** 0.5 / 64) * 64) if found else 0

@@ -1,6 +1,5 @@
 """`unbraid generate`: pictures of a prompt with LoRAs."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from unbraid.cli.options import BaseName, Device, Graphs, Prediction, Seed, Vae, Vram
+from unbraid.cli.lora_options import parsed_uses, scaled, with_opponents
+from unbraid.cli.options import BaseName, Device, Graphs, Parts, Prediction, Seed, Swap, Vae, Vram
 from unbraid.cli.run import console, loading
 from unbraid.common.errors import UsageError
 
@@ -104,8 +104,10 @@ def generate(
     width: int | None = None,
     base: BaseName = "",
     vae: Vae = "",
+    parts: Parts = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    swap: Swap = 0,
     graphs: Graphs = True,
     device: Device = "",
 ) -> None:
@@ -119,22 +121,27 @@ def generate(
         from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
         from unbraid.sampling.sweep import parse_sweep
 
-    uses = _against(_uses(lora or [], lora_prompt or []), against or [])
-    styles = StyleGuidance(_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
+    uses = with_opponents(parsed_uses(lora or [], lora_prompt or []), against or [])
+    styles = StyleGuidance(parsed_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
     inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
     sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative, embedded_guidance)
     settings: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
     over = parse_sweep(sweep) if sweep else None
-    if not over and n > 1 and out.suffix:
-        raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
-    if edit and n > 1:
-        raise UsageError(f"{n} pictures of one edit would be the same", edit, "Leave out --n.")
+    _check_count(n, out, edit, bool(over))
     name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
-        model = _opened(name, Loading(vae, prediction, vram, graphs=graphs, device=device), prompt, negative)
+        how = Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)
+        model = _opened(name, how, prompt, negative)
         _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
         for file in _drawn(model, prompt, uses, out, settings, over):
             print(file)
+
+
+def _check_count(n: int, out: Path, edit: Path | None, sheet: bool) -> None:
+    if not sheet and n > 1 and out.suffix:
+        raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
+    if edit and n > 1:
+        raise UsageError(f"{n} pictures of one edit would be the same", edit, "Leave out --n.")
 
 
 def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[str, Any], over: Any) -> Iterator[Path]:
@@ -199,47 +206,5 @@ def _control(model: str, image: Path | None) -> Any:
     if bool(model) != bool(image):
         fix = "Give both --controlnet NAME and --control-image IMAGE."
         raise UsageError("a ControlNet and its map go together", model or image or "", fix)
-    name, scale = _scaled(model)
+    name, scale = scaled(model)
     return Control(name, image, scale) if image else None
-
-
-def _uses(loras: list[str], prompts: list[str], option: str = "--lora") -> list[Any]:
-    from unbraid.sampling.uses import Use
-
-    if prompts and len(prompts) != len(loras):
-        fix = f"Give one per {option}, or none."
-        raise UsageError(f"{len(prompts)} prompts for {len(loras)} LoRAs", option, fix)
-    uses = []
-    for i, text in enumerate(loras):
-        whole, steps = _in_steps(text)
-        name, scale = _scaled(whole)
-        uses.append(Use(Path(name), scale, prompts[i] if prompts else None, steps))
-    return uses
-
-
-def _against(uses: list[Any], others: list[str]) -> list[Any]:
-    """The uses, each with the LoRA that it is drawn against."""
-    if others and len(others) != len(uses):
-        what, fix = f"{len(others)} files for {len(uses)} LoRAs", "Give one per --lora, or none."
-        raise UsageError(what, "--against", fix)
-    parsed = [_scaled(text) for text in others]
-    both = zip(uses, parsed, strict=True) if parsed else ()
-    return [replace(use, against=Path(name), contrast=weight) for use, (name, weight) in both] or uses
-
-
-def _in_steps(text: str) -> tuple[str, tuple[float, float]]:
-    """Parse NAME[:SCALE] or NAME[:SCALE]@FROM-TO. The name may contain @."""
-    found = re.fullmatch(r"(.+)@([0-9.]+)-([0-9.]+)", text)
-    try:
-        return (found[1], (float(found[2]), float(found[3]))) if found else (text, (0.0, 1.0))
-    except ValueError:  # two dots in a number
-        return text, (0.0, 1.0)
-
-
-def _scaled(text: str) -> tuple[str, float]:
-    """Parse NAME or NAME:SCALE. The name may contain colons."""
-    name, colon, scale = text.rpartition(":")
-    try:
-        return (name, float(scale)) if colon else (text, 1.0)
-    except ValueError:
-        return text, 1.0

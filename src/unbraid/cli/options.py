@@ -14,13 +14,20 @@ BaseName = Annotated[
     str,
     typer.Option(
         "--base",
-        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1; as folder or id also"
-        " Flux.1, SD3.5, Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
+        help="icons (embedded), a diffusers folder, a hub id, or a .safetensors checkpoint: SDXL, SD1.5, SD2.1, Flux.1, SD3.5,"
+        " Z-Image. Default: the environment variable UNBRAID_BASE, else icons.",
     ),
 ]
 Vae = Annotated[
     str,
     typer.Option(metavar="FOLDER|HUB_ID|FILE", help="Another VAE; for SDXL, such as madebyollin/sdxl-vae-fp16-fix."),
+]
+Parts = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER|HUB_ID",
+        help="What a single file of Flux.1, SD3.5 or Z-Image lacks: text encoders, tokenizers, VAE.",
+    ),
 ]
 Prediction = Annotated[
     str, typer.Option(metavar="epsilon|v", help="What the base predicts, where its file does not say it.")
@@ -34,6 +41,12 @@ Timesteps = Annotated[
 ]
 Vram = Annotated[
     str, typer.Option(metavar="8|12|16|24|max", help="GB of the card: how much is saved, see docs/bases.md.")
+]
+Swap = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="N blocks of the model have their weights on the processor: less of the card, slower."
+    ),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile: a minute at the start, quicker steps.")]
 Graphs = Annotated[
@@ -89,8 +102,10 @@ def shared(
     out: Out = None,
     base: BaseName = "",
     vae: Vae = "",
+    parts: Parts = "",
     prediction: Prediction = "",
     vram: Vram = "max",
+    swap: Swap = 0,
     compile: Compile = False,
     graphs: Graphs = True,
     device: Device = "",

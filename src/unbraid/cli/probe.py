@@ -1,7 +1,7 @@
 """`unbraid probe-blocks`: parse, call, print."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,8 +20,14 @@ def probe_blocks(
     out: Annotated[Path, typer.Option(help="Folder for the table, the picture and roles.toml.")] = Path("blocks"),
     subject: Annotated[list[str] | None, typer.Option(help="A subject that the base draws well; repeatable.")] = None,
     style: Annotated[list[str] | None, typer.Option(help="A style that it draws well; repeatable.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Two LoRAs to swap in place of words; give it twice.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What is drawn with the LoRAs; repeatable. Without, their own prompts.")
+    ] = None,
     pairs: Annotated[
-        int, typer.Option(help="How many subjects and styles are swapped; fewer than 4 give no roles.")
+        int, typer.Option(help="How many subjects and styles, or LoRAs, are swapped; fewer than 4 give no roles.")
     ] = 8,
     seeds: Annotated[int, typer.Option(help="Pictures of each.")] = 2,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
@@ -35,34 +41,56 @@ def probe_blocks(
 ) -> None:
     """Measure which blocks of a base serve content and which style.
 
-    One group of blocks at a time reads another prompt. Writes roles.toml for --blocks."""
-    if min(pairs, seeds, steps, size) < 1:
-        raise UsageError("a number below 1", "probe-blocks", "Give 1 or more for pairs, seeds, steps and size.")
+    One group of blocks at a time reads another prompt, or has another LoRA. Writes roles.toml for --blocks."""
+    _check(lora, prompt, [*(subject or ()), *(style or ())], min(pairs, seeds, steps, size))
     with console.status("loading"):
         from unbraid.bases.base import load
         from unbraid.bases.presets import Loading
         from unbraid.bench.field.models import load_models
         from unbraid.bench.probe import report
+        from unbraid.bench.probe.loras import LoraPlan, probe_loras
         from unbraid.bench.probe.measure import Plan, eyes, probe
         from unbraid.bench.probe.words import words
 
         opened = load(base, device or None, Loading(vram=vram, graphs=False))
         looking = eyes(opened, load_models(clip or None, dino or None, csd or None, device=device or None))
-    plan = Plan(*words(opened.name, subject or (), style or ()), pairs, seeds, steps, size=size)
+    if lora:
+        plan = LoraPlan(lora, prompt or (), pairs, seeds, steps, size=size)
+        events = probe_loras(opened, looking, plan)
+    else:
+        plan = Plan(*words(opened.name, subject or (), style or ()), pairs, seeds, steps, size=size)
+        events = probe(opened, looking, plan)
     rows = []
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("drawing", total=None)
-        for event in probe(opened, looking, plan):
+        for event in events:
             if isinstance(event, list):
                 rows = event
             else:
                 bar.update(task, completed=event[0], total=event[1])
     files = report.write(rows, base, looking.names, plan, out)
     if not quiet:
-        table = Table("group", "content", "style", "role")
-        for i, row in enumerate(rows):
-            name = "all groups" if i == 0 else report.label(row)
-            table.add_row(name, f"{row.content.mean:.2f}", f"{row.style.mean:.2f}", row.role if i else "")
-        Console(stderr=True).print(table)
+        names = ["all groups", *map(report.label, rows[1:])]
+        _print(names, rows)
     for file in files:
         print(file)
+
+
+def _print(names: list[str], rows: list[Any]) -> None:
+    """Print the effects of the groups. The first row is that of all groups together, and has no role."""
+    table = Table("group", "content", "style", "role")
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        table.add_row(name, f"{row.content.mean:.2f}", f"{row.style.mean:.2f}", row.role if i else "")
+    Console(stderr=True).print(table)
+
+
+def _check(loras: list[str] | None, prompts: list[str] | None, words: list[str], least: int) -> None:
+    """Raise UsageError for options that do not go together, and numbers below 1. `words`: subjects and styles."""
+    if least < 1:
+        raise UsageError("a number below 1", "probe-blocks", "Give 1 or more for pairs, seeds, steps and size.")
+    if loras and len(loras) != 2:
+        raise UsageError(f"{len(loras)} LoRAs", "--lora", "Give two, or none to swap prompts.")
+    if loras and words:
+        raise UsageError("words are not swapped if LoRAs are", "--subject, --style", "Leave them out, or the LoRAs.")
+    if prompts and not loras:
+        raise UsageError("goes with two LoRAs", "--prompt", "Give --subject and --style, or --lora twice.")

@@ -16,6 +16,7 @@ from unbraid.core.lora import Active, Factors, Lora
 from unbraid.core.packing import grouped, pack
 from unbraid.core.selectors import selects
 from unbraid.core.stacked import Added, stacked
+from unbraid.core.swap import home
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # not fp8, which only stores weights
 MOST_PROMPTS, MOST_ROWS = 8, 8  # limits of the cache of keys and values, which takes 26 MB per prompt in SDXL
@@ -109,7 +110,7 @@ class Adapters:
             if new.down.shape[1] != base.in_features or new.up.shape[0] != base.out_features:
                 shapes = f"{tuple(new.up.shape)}·{tuple(new.down.shape)} for a layer {tuple(base.weight.shape)}"
                 raise UsageError(f"{name}: wrong shapes {shapes}", where or adapter, "It was made for another base.")
-            self.layers[name].adapters[adapter] = new.to(base.weight.device)
+            self.layers[name].adapters[adapter] = new.to(home(base))
         self.names.append(adapter)
 
     def new(

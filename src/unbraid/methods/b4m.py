@@ -27,6 +27,7 @@ from unbraid.core.adapters import AdaptedLinear, Adapters
 from unbraid.core.lora import Active, Branch, Factors, Fixed, Lora, Part
 from unbraid.core.optim import Rate, Rates, adamw, riemannian
 from unbraid.core.recipe import Hooks, Optimization, Passes, Recipe, Stop
+from unbraid.core.swap import home
 from unbraid.methods.b4m_official import is_redrawn, official, redraw
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication, two
 from unbraid.methods.losses import with_x0_loss
@@ -158,7 +159,7 @@ class Cut:
     def fixed(self, layer: AdaptedLinear) -> Fixed:
         """The frozen part of one layer (P and Q), and masks of what is trained."""
         d, k = layer.base.weight.shape
-        half, like = self.rank // 2, layer.base.weight
+        half, where = self.rank // 2, home(layer.base)
         frozen_rows, frozen_columns = self.frozen(d), self.frozen(k)
         up, down = torch.zeros(d, self.rank), torch.zeros(self.rank, k)
         if self.orthogonal:
@@ -172,7 +173,7 @@ class Cut:
         free = (ranks, ranks) if self.interaction or not self.orthogonal else (first, 1 - first)
         values = {"down": down, "up": up, "down_ranks": free[0], "up_ranks": free[1]}
         values |= {"columns": (~frozen_columns).float(), "rows": (~frozen_rows).float()}
-        return Fixed(**{name: value.to(like.device) for name, value in values.items()})
+        return Fixed(**{name: value.to(where) for name, value in values.items()})
 
     def fresh(self, layer: AdaptedLinear) -> Factors:
         """The factors of one layer before training. With orthonormal halves, ΔW = 0, and all trained entries have
@@ -195,7 +196,7 @@ class Cut:
 
     def opened(self, layer: AdaptedLinear, lora: Lora) -> Factors:
         """The factors of a joined module, for training. What is frozen keeps its values from the files."""
-        device = layer.base.weight.device
+        device = home(layer.base)
         made = Factors(lora.down.to(device, copy=True), lora.up.to(device, copy=True))
         made.fixed = self.fixed(layer)
         free_down, free_up = made.fixed.free(made.down.detach(), made.up.detach())

@@ -24,6 +24,7 @@ from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Active, Branch, Factors, Lora, Part
 from unbraid.core.optim import Rate
 from unbraid.core.recipe import Optimization, Passes, Recipe
+from unbraid.core.swap import home
 from unbraid.images.crop import alignment
 from unbraid.methods.entry import Blocks, Entry, Input, Inputs, Output, Publication
 from unbraid.methods.further import with_prior
@@ -110,7 +111,7 @@ def fixed(adapters: Adapters, name: str, rank: int, place: int) -> None:
     for layer_name, layer in adapters.layers.items():
         d, k = layer.base.weight.shape
         if k not in bases:
-            bases[k] = rows(k, rank, place).to(layer.base.weight.device)
+            bases[k] = rows(k, rank, place).to(home(layer.base))
         made[layer_name] = Factors(bases[k], bases[k].new_zeros(d, rank))
     adapters.add(name, made)
 

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from unbraid.bases.pipeline import location
 from unbraid.bases.presets import AS_IT_IS
-from unbraid.bases.recognised import family_preset
+from unbraid.bases.recognised import default_parts, family_preset, kind_of_file
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.images.captions import caption_of, captions_of
@@ -178,7 +178,11 @@ def job(
     where = Path(out) if out else Path("runs") / f"{next(iter(files.values()))[0].stem}-{method}"
     location(base)  # UsageError if there is no such base
     loading = replace(AS_IT_IS, **{name: options[name] for name in asdict(AS_IT_IS) if name in options})
-    loading = replace(loading, timesteps=loading.timesteps or family_preset(base, method).timesteps)
+    loading = replace(
+        loading,
+        timesteps=loading.timesteps or family_preset(base, method).timesteps,
+        parts=loading.parts or default_parts(kind_of_file(base)),
+    )
     training = checked_training(**{name: options[name] for name in TrainingOptions.__annotations__ if name in options})
     if rare != RARE:
         if "{rare}" not in " ".join(METHODS[method].prompts.values() if method in METHODS else ()):

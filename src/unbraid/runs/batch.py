@@ -139,8 +139,10 @@ class _Record(BaseModel):
     captions: dict[str, str] = {}
     blocks: dict[str, list[str]] = {}
     vae: str = ""
+    parts: str = ""
     prediction: str = ""
     vram: str = "max"
+    swap: int = 0
     compile: bool = False
     graphs: bool = True
     device: str = ""

@@ -37,8 +37,10 @@ def generate(
     edit: Path | None = None,
     base: str = "",
     vae: str = "",
+    parts: str = "",
     prediction: str = "",
     vram: str = "max",
+    swap: int = 0,
     graphs: bool = True,
     device: str = "",
 ) -> list[Image.Image]:
@@ -48,14 +50,14 @@ def generate(
     until another one is needed, or a training run begins.
     `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
     `render.StyleGuidance`. `negative` to `width`: those of `render.Sampling`. `start`, `control`, `edit`: those of
-    `render.ImageInputs`. `vae`, `prediction`, `vram`, `graphs` and `device`: those of `presets.Loading`."""
+    `render.ImageInputs`. `vae`, `parts`, `prediction`, `vram`, `swap`, `graphs` and `device`: those of `presets.Loading`."""
     some = [loras] if isinstance(loras, Use | str | Path) else loras
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in some]
     counted("steps", steps, range(1, 1001))
     seeds = seeds if n is None else range(counted("n", n, range(1, 10_001)))
     name = base or base_for(use.file for use in (*uses, *styles))
     return render(
-        _opened(name, Loading(vae, prediction, vram, graphs=graphs, device=device)),
+        _opened(name, Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)),
         prompt,
         uses,
         combine=combine,

@@ -22,7 +22,7 @@ from unbraid.common.errors import UsageError
 from unbraid.runs.absolute import absolute
 from unbraid.runs.lease import AtWorkError, Clock, leased
 
-HOW = "unbraid vram compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
+HOW = "unbraid vram swap compile graphs device thumbnail metadata".split()  # may differ when a run is resumed
 RECORD, EVENTS, STATE, LOCK = "run.toml", "events.jsonl", "state.safetensors", ".lock"
 JOB = "job.toml"  # a run that was written down before it began: see job_folder
 STOP = "stop"  # an empty file that asks a run to save after its step, write its LoRAs and end

@@ -20,11 +20,12 @@ from unbraid.bases.devices import pick_device
 from unbraid.bases.families.family import Network
 from unbraid.bases.pipeline import quiet
 from unbraid.bases.presets import OPTIMIZERS, Preset
-from unbraid.bases.savings import save_memory
+from unbraid.bases.savings import save_memory, swapped_blocks, swaps_on
 from unbraid.core.adapters import Adapters
 from unbraid.core.lora import Branch
 from unbraid.core.optim import groups
 from unbraid.core.recipe import Recipe
+from unbraid.core.swap import BUFFERS, frozen_bytes
 from unbraid.files.lora_file import read
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
@@ -55,6 +56,7 @@ def memory_line(job: Job) -> str:
     parts = {"weights": found.weights, "adapters": found.adapters, "activations": found.activations}
     shares = ", ".join(f"{part} {size / unit:.1f}" for part, size in parts.items())
     text = f"memory, estimated: {found.total / unit:.1f} {name} ({shares}) with --vram {preset.name}"
+    text += f" --swap {job.loading.swap}" if job.loading.swap else ""
     rank = job.settings.get("rank")
     if isinstance(rank, int) and rank > preset.rank:
         text += f"; at this preset, ranks up to {preset.rank} are advised: --set rank={preset.rank}"
@@ -74,6 +76,9 @@ def estimate(job: Job, device: str | None = None) -> Estimate:
         resting = make()
         save_memory(resting, torch.device("cpu"), preset)
     weights = sum(one.numel() * one.element_size() for one in (*resting.parameters(), *resting.buffers()))
+    away = [frozen_bytes(one) for one in swapped_blocks(resting, family.network, job.loading.swap)]
+    if away and swaps_on(where):
+        weights -= sum(away) - min(BUFFERS, len(away)) * max(away)
     (recipe,) = METHODS[job.method].make(job.data.training.blocks or family.blocks, **job.settings)
     denoiser, adapters = _adapted(job, recipe, family.network, make)
     trained = sum(p.numel() for group in groups(adapters, recipe.rates) for p in group["params"]) if recipe.steps else 0

@@ -70,7 +70,7 @@ def script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCorou
             ready.base.pipe, [*texts.values(), *"\n".join(job.data.captions.values()).splitlines()]
         )
         ready.base.release(tiles=job.loading.preset.fp8)
-        warnings += notes(ready.base.device, job.loading.preset)
+        warnings += notes(ready.base.device, job.loading)
         with folder.locked(job.out) as check:
             resume = folder.goes_on(job.out, resume)  # another worker may have been here while the base was loaded
             folder.claim(job.out, recorded, resume)

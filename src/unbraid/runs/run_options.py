@@ -16,10 +16,14 @@ class RunOptions(TypedDict, total=False):
     """`icons` (embedded), a diffusers folder, a hub id, or a `.safetensors` checkpoint. Default: UNBRAID_BASE, else `icons`."""
     vae: str
     """Another VAE: a folder, a hub id or a file. Default: the base's own."""
+    parts: str
+    """A folder or hub id with what a single file of Flux.1, SD3.5 or Z-Image lacks: text encoders, tokenizers, VAE."""
     prediction: str
     """`epsilon` or `v`: what the base predicts. Default: what its file declares."""
     vram: str
     """Memory preset: `8`, `12`, `16`, `24` (GB of the card) or `max`, the default."""
+    swap: int
+    """How many of the denoiser's blocks have their weights on the processor. Default 0."""
     compile: bool
     """Use torch.compile. Default False."""
     graphs: bool

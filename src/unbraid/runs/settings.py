@@ -24,7 +24,7 @@ MOST = 10_000_000  # the upper limit of every setting that is a whole number
 LEAST = {"rank": 1, "steps": 1, "window": 1, "every": 1, "patience": 1, "pairs": 1, "sample_times": 1}
 SIGNED: frozenset[str] = frozenset()  # settings of type float that may be negative
 RECORDED = frozenset(  # keys of a run.toml other than the table of its method
-    "unbraid method base vae prediction vram compile graphs device timesteps seed resolution schedule warm_up batch_size alpha optimizer templates blocks previews thumbnail metadata words images sha256 loras captions prompts".split()
+    "unbraid method base vae parts prediction vram swap compile graphs device timesteps seed resolution schedule warm_up batch_size alpha optimizer templates blocks previews thumbnail metadata words images sha256 loras captions prompts".split()
 )
 
 

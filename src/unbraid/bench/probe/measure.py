@@ -1,7 +1,8 @@
 """How far content and style of a picture follow a prompt that one group of blocks alone reads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from unbraid.core.selectors import ROLES
 from unbraid.sampling.sample import NEGATIVE
 
 Pictures = Sequence[Image.Image]
+Swapped = Sequence[str] | None  # groups in which something else is used: (): in none; None: in the whole model
 Embed = Callable[[Pictures], Tensor]  # pictures → `[n, d]`, unit norm
 EVERYWHERE = "all groups"
+FIXES = {"prompts": "subjects and styles", "LoRAs": "LoRAs"}
 RESAMPLES, FEWEST = 2000, 4  # of the bootstrap; pairs without which no role is given
 
 
@@ -34,6 +37,15 @@ class Eyes:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Pictures that are drawn in one way, in another, and in the other way in some groups of blocks alone. `roles`: what is
+    looked at."""
+
+    roles: Sequence[str]
+    draw: Callable[[Swapped], Pictures]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is drawn. Pair i swaps subject i for the next one, and style i for the next one; `seeds` pictures each."""
 
@@ -44,6 +56,16 @@ class Plan:
     steps: int = 20
     guidance: float = 4.0
     size: int = 1
+
+    @property
+    def swapped(self) -> str:
+        """What a group has alone, for the picture."""
+        return "a prompt that this group alone reads"
+
+    @property
+    def source(self) -> str:
+        """What was swapped, for the file of roles."""
+        return ""
 
     def pair(self, i: int) -> dict[str, tuple[str, str]]:
         """Role → the prompt, and the prompt in which this role is another one."""
@@ -98,36 +120,50 @@ def probe(base: Base, looking: Eyes, plan: Plan) -> Iterator[tuple[int, int] | l
     Raises UsageError if a prompt never changes what the pictures show."""
     if min(len(plan.subjects), len(plan.styles)) < 2:
         raise UsageError("nothing to swap", "probe-blocks", "Give two subjects and two styles, or more.")
-    found = groups(base, plan.size)
-    chosen = [tuple(name for some in found for name in some), *found]
-    moved: dict[str, list[list[float]]] = {role: [[] for _ in chosen] for role in ROLES}
-    span: dict[str, list[float]] = {role: [] for role in ROLES}
-    done, total = 0, plan.pairs * len(ROLES) * (len(chosen) + 2)
+    yield from measured(looking, groups(base, plan.size), _changes(base, plan), plan.pairs * len(ROLES), "prompts")
+
+
+def _changes(base: Base, plan: Plan) -> Iterator[Change]:
     how = {"guidance": plan.guidance, "steps": plan.steps}
     for i in range(plan.pairs):
         seeds = range(i * plan.seeds, (i + 1) * plan.seeds)
         for role, (plain, other) in plan.pair(i).items():
-            look = getattr(looking, role)
-            some = base.alike(
-                {
-                    "main": base.encode_prompt(plain),
-                    "other": base.encode_prompt(other),
-                    NEGATIVE: base.encode_negative(),
-                }
-            )
-            begin = look(drawn(base, some, **how, seeds=seeds))
-            end = look(drawn(base, {**some, "main": some["other"]}, **how, seeds=seeds))
-            done += 2
+            texts = {"main": base.encode_prompt(plain), "other": base.encode_prompt(other)}
+            some = base.alike({**texts, NEGATIVE: base.encode_negative()})
+            whole = {**some, "main": some["other"]}
+
+            def draw(swapped: Swapped, some: Any = some, whole: Any = whole, seeds: Any = seeds) -> Pictures:
+                return drawn(base, whole if swapped is None else some, swapped or (), **how, seeds=seeds)
+
+            yield Change((role,), draw)
+
+
+def measured(
+    looking: Eyes, found: Sequence[tuple[str, ...]], changes: Iterable[Change], count: int, what: str
+) -> Iterator[tuple[int, int] | list[Row]]:
+    """Draw each of `count` changes in every group of `found`, and measure. Yields as `probe` does. `what`: what is swapped,
+    for the UsageError if it never changes what the pictures show."""
+    chosen = [tuple(name for some in found for name in some), *found]
+    moved: dict[str, list[list[float]]] = {role: [[] for _ in chosen] for role in ROLES}
+    span: dict[str, list[float]] = {role: [] for role in ROLES}
+    done, total = 0, count * (len(chosen) + 2)
+    for change in changes:
+        both = [change.draw(swapped) for swapped in ((), None)]
+        ends = {role: [getattr(looking, role)(pictures) for pictures in both] for role in change.roles}
+        done += 2
+        for role, (begin, end) in ends.items():
             span[role].append(float((2 - 2 * (begin * end).sum(1)).sum()))
-            for j, swapped in enumerate(chosen):
-                here = look(drawn(base, some, swapped, **how, seeds=seeds))
+        for j, swapped in enumerate(chosen):
+            pictures = change.draw(swapped)
+            for role, (begin, end) in ends.items():
+                here = getattr(looking, role)(pictures)
                 way = (here * end).sum(1) - (here * begin).sum(1) + 1 - (begin * end).sum(1)
                 moved[role][j].append(float(way.sum()))
-                done += 1
-                yield done, total
+            done += 1
+            yield done, total
     for role in ROLES:
         if sum(span[role]) < 1e-6:
-            raise UsageError(f"the prompts do not change the {role}", "probe-blocks", "Give other subjects and styles.")
+            raise UsageError(f"the {what} do not change the {role}", "probe-blocks", f"Give other {FIXES[what]}.")
     yield [_row(modules, *([moved[role][j], span[role]] for role in ROLES)) for j, modules in enumerate(chosen)]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import tomli_w
 from matplotlib.figure import Figure
 
+from unbraid.bench.probe.loras import LoraPlan
 from unbraid.bench.probe.measure import EVERYWHERE, Plan, Row
 from unbraid.bench.reports.plots import COLOURS, save
 from unbraid.common.atomic import atomic
@@ -17,7 +18,7 @@ from unbraid.core.selectors import ROLES
 ROLES_FILE = "roles.toml"
 
 
-def write(rows: Sequence[Row], base: str, names: dict[str, str], plan: Plan, out: Path) -> list[Path]:
+def write(rows: Sequence[Row], base: str, names: dict[str, str], plan: Plan | LoraPlan, out: Path) -> list[Path]:
     """Write blocks.json, blocks.png and roles.toml into a folder. The first of `rows` is that of all groups together. `names`: what
     looked at content and at style."""
     whole, *groups = rows
@@ -28,11 +29,11 @@ def write(rows: Sequence[Row], base: str, names: dict[str, str], plan: Plan, out
         EVERYWHERE: {key: value for key, value in asdict(whole).items() if key not in ("modules", "role")},
         "groups": [{"selector": label(row), **asdict(row)} for row in groups],
     }
-    files = {"blocks.json": json.dumps(table, indent=1) + "\n", ROLES_FILE: roles(groups, base, names)}
+    files = {"blocks.json": json.dumps(table, indent=1) + "\n", ROLES_FILE: roles(groups, base, names, plan.source)}
     for name, text in files.items():
         with atomic(out / name) as part:
             part.write_text(text, "utf-8")
-    return [out / "blocks.json", picture(rows, out / "blocks.png"), out / ROLES_FILE]
+    return [out / "blocks.json", picture(rows, out / "blocks.png", plan.swapped), out / ROLES_FILE]
 
 
 def label(row: Row) -> str:
@@ -50,17 +51,17 @@ def chosen(groups: Sequence[Row], role: str) -> list[str]:
     ]
 
 
-def roles(groups: Sequence[Row], base: str, names: dict[str, str]) -> str:
-    """The text of the file of roles."""
+def roles(groups: Sequence[Row], base: str, names: dict[str, str], swapped: str = "") -> str:
+    """The text of the file of roles. `swapped`: what was swapped, if not prompts."""
     unsure = [role for role in ROLES if not any(row.role == role for row in groups)]
-    source = f"unbraid probe-blocks on {Path(base).name}; content seen by {names['content']}, style by {names['style']}"
+    source = f"unbraid probe-blocks on {Path(base).name}{swapped}; content seen by {names['content']}, style by {names['style']}"
     if unsure:
         source += f"; no group is {' or '.join(unsure)} with 90 % confidence: the nearest one was taken"
     return tomli_w.dumps({"source": source, **{role: chosen(groups, role) for role in ROLES}}, multiline_strings=False)
 
 
-def picture(rows: Sequence[Row], path: Path) -> Path:
-    """Two bars per group, how far content and style follow it, with 90 % intervals."""
+def picture(rows: Sequence[Row], path: Path, swapped: str) -> Path:
+    """Two bars per group, how far content and style follow it, with 90 % intervals. `swapped`: what the group has alone."""
     labels = [
         EVERYWHERE if i == 0 else label(row) + (f" ({row.role})" if row.role else "") for i, row in enumerate(rows)
     ]
@@ -72,7 +73,7 @@ def picture(rows: Sequence[Row], path: Path) -> Path:
         means = [one.mean for one in some]
         axes.barh(places + shift, means, 0.38, xerr=spread.clip(0), color=colour, label=role, ecolor="#555555")
     axes.set_yticks(places, labels, fontsize=8)
-    axes.set_xlabel("how far the picture follows a prompt that this group alone reads: 0 not at all, 1 wholly")
+    axes.set_xlabel(f"how far the picture follows {swapped}: 0 not at all, 1 wholly")
     axes.axvline(0, color="#999999", lw=0.8)
     axes.legend(frameon=False, fontsize=8)
     return save(figure, path)

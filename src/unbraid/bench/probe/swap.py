@@ -28,11 +28,11 @@ TEXT = "encoder_hidden_states"  # the argument with which a block gets the text
 UNSEEN = 1e-30  # the weight of rows that are computed to be read: too small to change a sum
 
 
-def groups(base: Base, size: int = 1) -> list[tuple[str, ...]]:
-    """The groups of blocks that are swapped together: up to `size` neighbours of one kind. Raises UsageError for a base whose
-    blocks do not get the text as an argument."""
+def groups(base: Base, size: int = 1, of_text: bool = True) -> list[tuple[str, ...]]:
+    """The groups of blocks that are swapped together: up to `size` neighbours of one kind. `of_text`: to swap what they read.
+    Raises UsageError then for a base whose blocks do not get the text as an argument."""
     kinds = base.family.network.layers
-    if not (kinds.own_prompt or kinds.text):
+    if of_text and not (kinds.own_prompt or kinds.text):
         what = f"the blocks of this {base.family.network.title} read text and picture as one sequence"
         raise UsageError(what, base.name, "Give a base of another family.")
     adapters = Adapters.attach(base.denoiser, ATTENTION, kinds)
