@@ -142,6 +142,7 @@ def test_the_lock_of_a_job_folder_is_a_lease_too(tmp_path: Path, clock: Clock) -
 def test_the_signs_of_life_come_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT", 0.01)
     with lease.leased(tmp_path) as held:
+        assert held
         before, deadline = held.beat, time.monotonic() + 60
         while held.beat == before and time.monotonic() < deadline:
             time.sleep(0.01)
