@@ -19,7 +19,6 @@ from unbraid.runs import folder as run_folder
 from unbraid.runs import job_folder, lease
 from unbraid.runs.grid_worker import run_here
 from unbraid.studio import process, queue
-from unbraid.studio.adopt import TASK
 from unbraid.studio.checkpoint import checkpoint
 from unbraid.studio.safety import Home, open_home
 
@@ -129,7 +128,7 @@ def test_another_process_of_the_same_number_is_not_taken_for_it(home: Home, v_ba
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 99999, '{"pid": "x"}', '{"pid": 1e400, "born": 0}', "\ud800"])
 def test_damaged_records_are_no_running_process(home: Home, v_base: Path, picture: Path, text: str) -> None:
     folder = waiting(home, v_base, picture)
-    for name in (process.RECORD, "run.toml", "job.toml", TASK):
+    for name in (process.RECORD, "run.toml", "job.toml"):
         (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))
     assert queue.look(folder).state == "stopped"
     assert [run.name for run in queue.runs(home)] == ["cat"]
@@ -168,21 +167,3 @@ def test_other_workers_take_part(home: Home, v_base: Path, picture: Path) -> Non
     assert states(home) == {"cat": "done", "dog=1.5-s0": "waiting"}
     assert cli_in_process(["grid", str(dog), "--quiet", "--device", "cpu"]) == (0, "")
     assert states(home) == {"cat": "done", "dog=1.5-s0": "done"}
-
-
-def test_runs_of_earlier_studios_are_taken_over(home: Home, v_base: Path, picture: Path) -> None:
-    """They have task.json and no job.toml: finished ones are done, begun ones can go on, those that waited are told."""
-    done, begun, never = (home.new_run(name) for name in ("done", "begun", "never"))
-    for folder, stop in ((done, {}), (begun, {"stop": 1.0}), (never, {})):
-        process.write_json(folder / TASK, {"words": ["split"], "since": 100.0 + len(folder.name), **stop})
-    given = {"base": str(v_base), "method": "blora", "steps": 2, "rank": 2, "previews": 0, "subject": "cat"}
-    unbraid.split(picture, style="ink", out=done, **given)
-    (begun / run_folder.RECORD).write_bytes((done / run_folder.RECORD).read_bytes())
-    assert states(home) == {"done": "done", "begun": "stopped", "never": "failed"}
-    assert [path.parent.name for path in home.runs.glob(f"*/{TASK}")] == ["never"]
-    assert [run.name for run in queue.runs(home)] == ["never", "begun", "done"]
-    assert queue.look(done).done == 2 and queue.look(never).message == queue.OLD
-    queue.go_on(begun)
-    assert [event.done for event in run_here([begun], device="cpu")][-1] and queue.look(begun).state == "done"
-    queue.remove(home, never)
-    assert states(home) == {"done": "done", "begun": "done"}

@@ -34,7 +34,7 @@ class Weight:
 
     def put(self, value: Tensor) -> None:
         """Set the module's tensor."""
-        kind = self.module._parameters if self.name in self.module._parameters else self.module._buffers
+        kind: Any = self.module._parameters if self.name in self.module._parameters else self.module._buffers
         kind[self.name] = value
 
     def within(self, memory: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from unbraid.runs import job_folder
 from unbraid.runs.job import Job
 from unbraid.runs.job_folder import write_job
 from unbraid.studio import process
-from unbraid.studio.adopt import TASK, adopt
 from unbraid.studio.process import write_json
 from unbraid.studio.safety import Home
 
@@ -32,7 +31,6 @@ PATIENCE = 60.0  # seconds until a process that was asked to end is terminated: 
 CUT_OFF = (
     "It ended without a word: the machine was switched off, or memory ran out. Go on continues from its last save."
 )
-OLD = "An earlier unbraid put it into the queue, and this one cannot take it up. Fill in its form again."
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,7 @@ def add(folder: Path, job: Job) -> None:
 
 def runs(home: Home) -> list[Run]:
     """All runs of the studio's folder, the newest first."""
-    adopt(home)
-    found = {path.parent: path for name in (TASK, run_folder.JOB) for path in home.runs.glob(f"*/{name}")}
-    known = [path for path in found.values() if home.contains(path)]
+    known = [path for path in home.runs.glob(f"*/{run_folder.JOB}") if home.contains(path)]
     return [look(path.parent) for path in sorted(known, key=_since, reverse=True)]
 
 
@@ -86,8 +82,6 @@ def _state(folder: Path) -> tuple[State, str]:
     mine, known = process.record(folder), job_folder.state(folder)
     if process.found(folder) or known == "at work":
         return "stopping" if ASKED in mine else "running" if run_folder.begun(folder) else "starting", ""
-    if not run_folder.is_job(folder):
-        return "failed", OLD
     if known == "done":
         return "done", ""
     if ASKED in mine:
