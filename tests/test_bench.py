@@ -354,6 +354,8 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
         (["--report"], "there is nothing to report"),
         (["--results", "no.jsonl"], "no.jsonl"),
         (["--clip", "a/b"], "nothing to measure"),
+        (["--processes", "-1"], "-1 processes"),
+        (["--gpus", "1"], "--gpus: goes with --ray"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -11,7 +11,12 @@ from unbraid.common.errors import first_line, suggestion
 
 @pytest.mark.parametrize(
     ("word", "fix"),
-    [("eulr", "Did you mean 'euler'?"), ("zzz", "There are: ddim, euler."), ("", "There are: ddim, euler.")],
+    [
+        ("eulr", "Did you mean 'euler'?"),
+        ("EULER", "Did you mean 'euler'?"),
+        ("zzz", "There are: ddim, euler."),
+        ("", "There are: ddim, euler."),
+    ],
 )
 def test_a_suggestion_is_the_nearest_name_or_all_names(word: str, fix: str) -> None:
     assert suggestion(word, {"ddim": 1, "euler": 2}) == fix

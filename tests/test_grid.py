@@ -196,12 +196,30 @@ GOOD = "verb = 'learn'\nprompt = 'a cat'\n[[pictures]]\nimages = 'IMAGE'\n"
         (GOOD + "[settings.dreambooth]\nrank = [1, 2]", "which is none of the methods"),
         (GOOD + f"[settings]\nrank = {[*range(1, 400)]}\nsteps = {[*range(1, 400)]}", "more than 100000 runs"),
         ("verb = ", "not a TOML file"),
+        (GOOD + "[[pictures]]\nimages = 'nothing.png'", "nothing.png"),
+        ("optimizer = 'adamwx'\n" + GOOD, "Did you mean 'adamw'"),
     ],
 )
 def test_bad_files_are_one_line(table: str, what: str, picture: Path, tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(table.replace("IMAGE", str(picture)))
     code, text = cli_in_process(["grid", str(file), "--out", str(tmp_path / "out")])
+    assert code == 1 and what in text and len(text.strip().splitlines()) == 1, text
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.toml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (("--gpus", "0.5"), "--gpus: goes with --ray"),
+        (("--judge",), "these options go with `report`"),
+        (("--by", "loss"), "these options go with `report`"),
+    ],
+)
+def test_options_of_something_else_are_told(options: tuple[str, ...], what: str, picture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GOOD.replace("IMAGE", str(picture)))
+    code, text = cli_in_process(["grid", str(file), "--out", str(tmp_path / "out"), *options])
     assert code == 1 and what in text and len(text.strip().splitlines()) == 1, text
     assert [path.name for path in tmp_path.iterdir()] == ["grid.toml"]
 

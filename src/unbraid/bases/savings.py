@@ -39,7 +39,9 @@ def notes(device: torch.device, loading: Loading) -> list[str]:
     """Remarks on what a preset or an option does not do on a device, or does at a price."""
     remarks, preset = list[str](), loading.preset
     if loading.swap and not swaps_on(device):
-        remarks.append(f"--swap on {device.type} does nothing: there is no other memory")
+        remarks.append(
+            f"--swap on {device.type} has no other memory to swap to: it only switches gradient checkpointing on"
+        )
     elif loading.swap and loading.graphs and device.type == "cuda":
         remarks.append("--swap: no CUDA graphs, because weights are copied in the middle of a step")
     if preset.half and device.type == "cpu":

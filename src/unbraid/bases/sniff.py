@@ -88,7 +88,7 @@ def _kind(path: Path, shapes: Mapping[str, Shape]) -> Kind:
         if any(key.startswith(mark) or f".{mark}" in key for key in shapes):
             raise UsageError(f"this is {what}", path, fix)
     if FIRST not in shapes or UNET + "out.2.weight" not in shapes or not context:
-        raise UsageError(f"this is {_part(shapes)}", path, "Give a whole checkpoint of SDXL, SD1.5 or SD2.1.")
+        raise UsageError(f"this is {_part(shapes)}", path, "Give a whole checkpoint.")
     if any(key.startswith(REFINER_TEXT) for key in shapes) or context == 1280:
         fix = "Give the base model: the refiner only finishes pictures, and LoRAs are not trained on it."
         raise UsageError("this is an SDXL refiner", path, fix)

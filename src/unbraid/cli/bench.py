@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import TextColumn, TimeElapsedColumn
 
-from unbraid.cli.options import BaseName, Cpus, Gpus, Quiet, Ray, Retries, Shard
+from unbraid.cli.options import BaseName, Cpus, Gpus, Quiet, Ray, Retries, Shard, check_ray
 from unbraid.cli.progress import console, progress_bar
 from unbraid.cli.run import interruptible
 from unbraid.common.errors import UsageError
@@ -91,6 +91,9 @@ def bench(
         raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
     if full and medium:
         raise UsageError("there is one size", "--full --medium", "Give one of them.")
+    if processes < 0:
+        raise UsageError(f"{processes} processes", "--processes", "Give 1 or more, or 0 for one per core.")
+    check_ray(ray, gpus)
     scale = (FULL if full else MEDIUM if medium else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
     given, (i, n) = results.read(known) if known else [], share(shard)

@@ -8,7 +8,7 @@ from rich.progress import TextColumn
 from typer.core import TyperCommand
 
 from unbraid.cli import grid_file
-from unbraid.cli.options import Cpus, Device, Gpus, Quiet, Ray, Retries, Shard
+from unbraid.cli.options import Cpus, Device, Gpus, Quiet, Ray, Retries, Shard, check_ray
 from unbraid.cli.progress import progress_bar
 from unbraid.cli.run import UNDONE, interruptible, loading
 from unbraid.common.errors import UsageError
@@ -58,6 +58,10 @@ def grid(
     `unbraid grid report FOLDER` makes a table, sheets and curves."""
     if str(file) == "report":
         return _report(folder, out, by, {"clip": clip, "dino": dino, "csd": csd}, judge, quiet)
+    if by or judge or clip or dino or csd:
+        fix = "Train first, then `unbraid grid report FOLDER`."
+        raise UsageError("these options go with `report`", "--by, --judge, --clip, --dino, --csd", fix)
+    check_ray(ray, gpus)
     if folder:
         raise UsageError("there are two arguments", folder, "Give FILE or FOLDER alone, or `report FOLDER`.")
     with loading("torch and diffusers", quiet):
@@ -84,6 +88,7 @@ def _found(where: Path, shard: str) -> list[Path]:
 
 def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
     """The job folders of this share of the grid. Those that are missing are made, when all of them are known to be right."""
+    from unbraid.images.crop import open_image
     from unbraid.runs.folder import is_job
     from unbraid.runs.grid_worker import share
     from unbraid.runs.job_folder import write_job
@@ -91,7 +96,12 @@ def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
     own, runs = grid_file.read(file)
     i, n = share(shard)
     where, mine = out or own, runs[i::n]
-    for job in [grid_file.job(run, where, file) for run in mine if not is_job(where / run.name)]:
+    jobs = [grid_file.job(run, where, file) for run in mine if not is_job(where / run.name)]
+    for job in jobs:
+        _ = job.loading.preset  # UsageError for options that do not fit together
+    for path in dict.fromkeys(path for job in jobs for some in job.data.images.values() for path in some):
+        open_image(path)
+    for job in jobs:
         write_job(job)
     return [where / run.name for run in mine]
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from unbraid.common.errors import UsageError
+
 Out = Annotated[
     Path | None,
     typer.Option(help="Run folder; default runs/NAME-METHOD, or the first of runs/NAME-METHOD-2, … that is free."),
@@ -131,3 +133,9 @@ def shared(
 
 
 SHARED = inspect.signature(shared).parameters
+
+
+def check_ray(ray: str, gpus: float | None) -> None:
+    """Raise UsageError for options of Ray without Ray."""
+    if gpus is not None and not ray:
+        raise UsageError("goes with --ray", "--gpus", "Add --ray local, auto or an address, or leave it out.")

@@ -50,7 +50,10 @@ def read_toml(path: Path, fix: str) -> dict[str, Any]:
 
 
 def sha256(path: Path, start: int = 0) -> str:
-    """The SHA-256 of a file, or of its bytes from `start` on, in hexadecimal."""
-    with path.open("rb") as file:
-        file.seek(start)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file, or of its bytes from `start` on, in hexadecimal. UsageError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror})", path, "Check the path.") from error

@@ -26,8 +26,9 @@ class UnsuitedError(UsageError):
 def suggestion(word: str, known: Iterable[str]) -> str:
     """The `fix` for an unknown name: the most similar known name, or all of them if none is similar."""
     names = list(known)
-    near = get_close_matches(word, names, 1)
-    return f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names)}."
+    lower = {name.lower(): name for name in names}
+    near = get_close_matches(word.lower(), lower, 1)
+    return f"Did you mean {lower[near[0]]!r}?" if near else f"There are: {', '.join(names)}."
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

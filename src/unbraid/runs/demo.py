@@ -23,7 +23,8 @@ def image() -> Path:
 
 
 def job(out: Path) -> Job:
-    return split_job(image(), subject=SUBJECT, style=STYLE, out=out, base="icons")
+    # no previews: `sheet` draws more than the run's own sheet would
+    return split_job(image(), subject=SUBJECT, style=STYLE, out=out, base="icons", previews=0)
 
 
 def sheet(out: Path) -> Path:
