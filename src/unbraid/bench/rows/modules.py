@@ -67,7 +67,7 @@ OFFICIAL = {  # as published: correlated halves, the first ones, and AdamW
     "compat": "official",
     "orthogonal": False,
     "halves": "first",
-    "tune": {"compat": "official", "optimizer": "adamw"},
+    "tune": {"compat": "official", "metric": "euclidean"},
 }
 ROWS = [
     Row("combine", "Break-for-Make, at once", modules, methods=BREAK),
@@ -79,7 +79,7 @@ ROWS = [
         "combine",
         "ablation: Break-for-Make, fine-tuned by AdamW",
         modules,
-        {"tune": {"optimizer": "adamw"}},
+        {"tune": {"metric": "euclidean"}},
         ablation=True,
         methods=BOTH,
     ),
