@@ -91,15 +91,13 @@ def bench(
         raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
     if full and medium:
         raise UsageError("there is one size", "--full --medium", "Give one of them.")
-    if processes < 0:
-        raise UsageError(f"{processes} processes", "--processes", "Give 1 or more, or 0 for one per core.")
     check_ray(ray, gpus)
     scale = (FULL if full else MEDIUM if medium else QUICK).limited(tuple(seed or ()))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
     given, (i, n) = results.read(known) if known else [], share(shard)
     cluster = Cluster(ray, gpus, cpus, retries) if ray else None
     mine = [] if report else todos[i::n]
-    made, failed = _run(len(mine), grid.run(mine, processes or _processes(), given, cluster), quiet)
+    made, failed = _run(len(mine), grid.run(mine, _processes(processes), given, cluster), quiet)
     _report(todos, [*given, *made], work, out or work / "report")
     _tell(failed, len(mine), work)
 
@@ -164,10 +162,12 @@ def _run(count: int, events: Iterable[Any], quiet: bool) -> tuple[list[Any], lis
     return made, failed
 
 
-def _processes() -> int:
+def _processes(given: int) -> int:
     from unbraid.bases.devices import pick_device
 
-    return 1 if pick_device() != "cpu" else os.cpu_count() or 1
+    if given < 0:
+        raise UsageError(f"{given} processes", "--processes", "Give 1 or more, or 0 for one per core.")
+    return given or (1 if pick_device() != "cpu" else os.cpu_count() or 1)
 
 
 def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
