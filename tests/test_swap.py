@@ -207,7 +207,7 @@ def test_what_is_refused_and_said(picture: Path, tmp_path: Path) -> None:
         load(base, "cpu", Loading(swap=1, compile=True))
     job = learn_job(picture, prompt="a sks cat", base=base, out=tmp_path / "run", swap=2, **RUN)
     assert [one.warning for one in run(job, device="cpu") if one.warning] == [
-        "--swap on cpu does nothing: there is no other memory"
+        "--swap on cpu has no other memory to swap to: it only switches gradient checkpointing on"
     ]
     said = notes(torch.device("cuda"), Loading(swap=2))
     assert said == ["--swap: no CUDA graphs, because weights are copied in the middle of a step"]
