@@ -1,5 +1,6 @@
 """`unbraid probe-blocks`: parse, call, print."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,15 +53,29 @@ def probe_blocks(
         from unbraid.bench.probe.measure import Plan, eyes, probe
         from unbraid.bench.probe.words import words
 
+        amount = {"pairs": pairs, "seeds": seeds, "steps": steps, "size": size}
+        plan: Any = LoraPlan(lora, prompt or (), **amount) if lora else None
+        if plan:
+            plan.check()  # before a base is loaded
         opened = load(base, device or None, Loading(vram=vram, graphs=False))
         looking = eyes(opened, load_models(clip or None, dino or None, csd or None, device=device or None))
-    if lora:
-        plan = LoraPlan(lora, prompt or (), pairs, seeds, steps, size=size)
+    if plan:
         events = probe_loras(opened, looking, plan)
     else:
-        plan = Plan(*words(opened.name, subject or (), style or ()), pairs, seeds, steps, size=size)
+        plan = Plan(*words(opened.name, subject or (), style or ()), **amount)
         events = probe(opened, looking, plan)
-    rows = []
+    rows = _drawn(events, quiet)
+    files = report.write(rows, base, looking.names, plan, out)
+    if not quiet:
+        names = ["all groups", *map(report.label, rows[1:])]
+        _print(names, rows)
+    for file in files:
+        print(file)
+
+
+def _drawn(events: Iterable[Any], quiet: bool) -> list[Any]:
+    """Draw, and show the progress. Returns the rows."""
+    rows: list[Any] = []
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("drawing", total=None)
         for event in events:
@@ -68,12 +83,7 @@ def probe_blocks(
                 rows = event
             else:
                 bar.update(task, completed=event[0], total=event[1])
-    files = report.write(rows, base, looking.names, plan, out)
-    if not quiet:
-        names = ["all groups", *map(report.label, rows[1:])]
-        _print(names, rows)
-    for file in files:
-        print(file)
+    return rows
 
 
 def _print(names: list[str], rows: list[Any]) -> None:

@@ -5,17 +5,17 @@ The prompt stays the same. Everywhere else the model has the first LoRA, also in
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from unbraid.bases.base import Base
 from unbraid.bases.families.family import Prompt
-from unbraid.bench.probe.measure import Change, Eyes, Pictures, Row, Swapped, measured
+from unbraid.bench.probe.measure import Amount, Change, Eyes, Pictures, Row, Swapped, measured
 from unbraid.bench.probe.swap import groups
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Active, Lora
 from unbraid.core.selectors import ROLES, selects
-from unbraid.files.lora_file import read
+from unbraid.files.lora_file import LoraFile, read
 from unbraid.sampling.attach import attach
 from unbraid.sampling.sample import NEGATIVE, classifier_free, generate
 from unbraid.sampling.uses import Loras, own_prompt
@@ -24,17 +24,12 @@ TWO = 2
 
 
 @dataclass(frozen=True)
-class LoraPlan:
+class LoraPlan(Amount):
     """What is drawn. Pair i begins with the LoRA i mod 2 and swaps the other one in, under that LoRA's own prompt, or under
-    prompt i of `prompts`, if there are any; `seeds` pictures each."""
+    prompt i of `prompts`, if there are any."""
 
     files: Sequence[str]
     prompts: Sequence[str] = ()
-    pairs: int = 8
-    seeds: int = 2
-    steps: int = 20
-    guidance: float = 4.0
-    size: int = 1
 
     @property
     def swapped(self) -> str:
@@ -49,12 +44,18 @@ class LoraPlan:
         first, second = (Path(self.files[(i + j) % TWO]) for j in range(TWO))
         return {"prompt": self.prompt(i), "begin": first.name, "other": second.name}
 
+    def check(self) -> None:
+        """Raise UsageError for a file that is no LoRA, or that records no prompt where none is given."""
+        for i in range(TWO):
+            _read(Path(self.files[i]))
+            self.prompt(i)
+
     def prompt(self, i: int) -> str:
         if self.prompts:
             return self.prompts[i % len(self.prompts)]
         file = Path(self.files[i % TWO])
         try:
-            return own_prompt(file, read(file))
+            return own_prompt(file, _read(file))
         except UsageError as error:
             raise UsageError(error.what, file, "Give --prompt TEXT.") from error
 
@@ -68,7 +69,7 @@ def probe_loras(base: Base, looking: Eyes, plan: LoraPlan) -> Iterator[tuple[int
 
 
 def _changes(base: Base, plan: LoraPlan) -> Iterator[Change]:
-    opened = [(Path(file), read(Path(file)).modules) for file in plan.files]
+    opened = [(file, _read(file).modules) for file in map(Path, plan.files)]
     for i in range(plan.pairs):
         some = {"main": base.encode_prompt(plan.prompt(i)), NEGATIVE: base.encode_negative()}
         pair = {"begin": opened[i % TWO], "other": opened[(i + 1) % TWO]}
@@ -92,6 +93,12 @@ def _drawn(
     finally:
         if adapters:
             adapters.detach()
+
+
+@lru_cache(TWO)
+def _read(file: Path) -> LoraFile:
+    """A LoRA, which is needed for the prompts of all pairs, and for the pictures."""
+    return read(file)
 
 
 def _within(swapped: Swapped, name: str) -> bool:

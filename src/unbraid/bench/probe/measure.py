@@ -45,12 +45,10 @@ class Change:
     draw: Callable[[Swapped], Pictures]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is drawn. Pair i swaps subject i for the next one, and style i for the next one; `seeds` pictures each."""
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much is drawn, and how: `seeds` pictures of each of `pairs`; up to `size` neighbouring blocks are one group."""
 
-    subjects: Sequence[str]
-    styles: Sequence[str]
     pairs: int = 8
     seeds: int = 2
     steps: int = 20
@@ -64,8 +62,16 @@ class Plan:
 
     @property
     def source(self) -> str:
-        """What was swapped, for the file of roles."""
+        """What was swapped, for the file of roles, if not prompts."""
         return ""
+
+
+@dataclass(frozen=True)
+class Plan(Amount):
+    """What is drawn. Pair i swaps subject i for the next one, and style i for the next one."""
+
+    subjects: Sequence[str]
+    styles: Sequence[str]
 
     def pair(self, i: int) -> dict[str, tuple[str, str]]:
         """Role → the prompt, and the prompt in which this role is another one."""
