@@ -97,8 +97,6 @@ def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
     i, n = share(shard)
     where, mine = out or own, runs[i::n]
     jobs = [grid_file.job(run, where, file) for run in mine if not is_job(where / run.name)]
-    for job in jobs:
-        _ = job.loading.preset  # UsageError for options that do not fit together
     for path in dict.fromkeys(path for job in jobs for some in job.data.images.values() for path in some):
         open_image(path)
     for job in jobs:
