@@ -14,10 +14,11 @@ from unbraid.bench.truth.art import held_out_art, known_art, to_image
 from unbraid.bench.truth.filters import HELD_OUT_FILTERS
 from unbraid.bench.truth.subjects import STYLE_WORDS, TRAIN_SETS
 from unbraid.images import sheets
+from unbraid.runs import showcase
 from unbraid.runs.break_make import matrix
 
 Cells = list[tuple[str, Image.Image]]
-STYLES = ("cartoon", "flat", "glossy", "sepia")
+STYLES = showcase.STYLES[: showcase.MOST]
 SUBJECTS = ("teapot", "castle", "panda", "violin")
 MODULES = {"lion": "fluent-emoji", "house": "twemoji"}, {"pencil": "owl", "thermal": "grapes"}
 
