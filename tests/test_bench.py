@@ -95,7 +95,8 @@ def test_every_row_runs_and_is_reported(tmp_path: Path, v_base: Path, monkeypatc
     assert trained.cost.flops > 0 and trained.cost.parameters > 0 and trained.cost.seconds > 0 and trained.cost.file > 0
     html, markdown, kept = report.write(units, len(units), tmp_path, tmp_path / "report")
     page = html.read_text()
-    assert "data:image/webp;base64," in page and "data:image/png;base64," in page and "http" not in page
+    assert "data:image/webp;base64," in page and "data:image/png;base64," in page
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)  # in base64 those letters stand now and then
     for row in run:
         assert row.name.replace("'", "&#39;") in page and row.name in markdown.read_text()
     assert results.read(kept)[0].key == units[0].key
