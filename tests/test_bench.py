@@ -187,7 +187,7 @@ def test_the_medium_size_is_a_part_of_the_full_one() -> None:
     medium, full = ({grid.key(todo) for todo in grid.plan(Path("unused"), size, rows)} for size in (MEDIUM, FULL))
     assert medium < full and len(medium) == 2 * 8 * 2
     shown = [cell for cell in cells(MEDIUM) if cell.task == "separate" and not cell.seed]
-    assert [cell.subject for cell in shown] == list(FULL.subjects)
+    assert [cell.subject for cell in shown] == list(MEDIUM.subjects)
     assert {cell.style.style for cell in shown} == set(FULL.styles)
 
 

@@ -1,6 +1,9 @@
 """The helpers that all packages share: texts of errors, hashes of files."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,13 @@ def test_a_hash_can_skip_the_beginning(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"headerdata")
     assert sha256(tmp_path / "a") == hashlib.sha256(b"headerdata").hexdigest()
     assert sha256(tmp_path / "a", start=6) == hashlib.sha256(b"data").hexdigest()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux only")
+def test_threads_that_wait_give_their_core_to_others() -> None:
+    """GNU's OpenMP reads how long threads may wait in a loop when it is loaded, and prints it."""
+    code, environment = "import unbraid, torch; torch.get_num_threads()", {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+    environment.pop("GOMP_SPINCOUNT", None)
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}):
+        found = subprocess.run([sys.executable, "-c", code], env=environment | given, capture_output=True, text=True)
+        assert f"GOMP_SPINCOUNT = '{given.get('GOMP_SPINCOUNT', '10000')}'" in found.stderr

@@ -23,7 +23,7 @@ from unbraid.bench.grid import Todo, plan, run
 from unbraid.bench.registry import all_rows
 from unbraid.bench.reports.stats import problems
 from unbraid.bench.rows.row import Row
-from unbraid.bench.truth.tasks import InTurn, Task
+from unbraid.bench.truth.tasks import Scale, Task
 from unbraid.common.errors import UsageError
 from unbraid.runs.settings import Settings
 
@@ -97,7 +97,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 def todos(work: Path, row: Row, settings: Mapping[str, Settings], base: str) -> list[Todo]:
     """One problem for each subject, each in one style; `transfer` has one for each style."""
-    return plan(work, InTurn(SUBJECTS, STYLES, others=8, draws=1, training=settings), [row], base)
+    return plan(work, Scale(SUBJECTS, STYLES, others=8, draws=1, training=settings), [row], base)
 
 
 def likeness(work: Path, row: Row, settings: Mapping[str, Settings], base: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from unbraid.common.errors import UsageError
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import advises on torchvision, which is not used
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads of torch that wait in a loop starve on a busy machine
 
 if TYPE_CHECKING:
     from unbraid.runs.api import learn, learn_job, pair, pair_job, split, split_job, zip, zip_job

@@ -22,9 +22,9 @@ Known = Annotated[
     Path | None,
     typer.Option("--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."),
 ]
-Medium = Annotated[bool, typer.Option("--medium", help="All subjects, each in one style, two seeds: a part of --full.")]
+Medium = Annotated[bool, typer.Option("--medium", help="Eight subjects of --full, two seeds.")]
 Full = Annotated[
-    bool, typer.Option("--full/--quick", help="All subjects, styles and seeds (hours), or one of each (minutes).")
+    bool, typer.Option("--full/--quick", help="32 subjects, each in one of four styles, two seeds (hours), or one of each (minutes).")
 ]
 
 Tasks = Annotated[
