@@ -24,7 +24,10 @@ Known = Annotated[
 ]
 Medium = Annotated[bool, typer.Option("--medium", help="Eight subjects of --full, two seeds.")]
 Full = Annotated[
-    bool, typer.Option("--full/--quick", help="32 subjects, each in one of four styles, two seeds (hours), or one of each (minutes).")
+    bool,
+    typer.Option(
+        "--full/--quick", help="32 subjects, each in one of four styles, two seeds (hours), or one of each (minutes)."
+    ),
 ]
 
 Tasks = Annotated[
