@@ -1,9 +1,10 @@
 """Rows of `combine`: a LoRA learnt from several pictures of a subject, and one learnt from a single picture of a style."""
 
+from collections.abc import Mapping
 from itertools import product
 from statistics import mean
 
-from unbraid.bench.rows.row import Drawers, Row
+from unbraid.bench.rows.row import Drawers, Make, Row
 from unbraid.bench.rows.separate import MAKERS
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.scores import harmonic, likeness
@@ -13,7 +14,7 @@ from unbraid.files.merge import Size
 from unbraid.files.tools import Source, merge_files
 from unbraid.methods import METHODS
 from unbraid.runs.settings import Settings
-from unbraid.sampling.render import Use
+from unbraid.sampling.uses import OWN, Use
 
 TUNING = ("horse", "house")  # the direct sum's weights are tuned on these subjects, which no table contains
 WEIGHTS = (0.5, 0.75, 1.0, 1.25)
@@ -21,10 +22,24 @@ WEIGHTS = (0.5, 0.75, 1.0, 1.25)
 
 def summed(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """Both LoRAs loaded together: at weight 1, by a way of combining them (`combine`), or at weights tuned on other subjects
-    (`tuned`)."""
+    (`tuned`). `content`, `style`: further settings of this use."""
     content, style = cache.learnt(cell)
     a, b = tuned_weights(cache) if settings.get("tuned") else (1.0, 1.0)
-    return {"both": cache.drawer(Use(content, a), Use(style, b), combine=settings.get("combine", "sum"))}
+    first, second = {"scale": a, **settings.get("content", {})}, {"scale": b, **settings.get("style", {})}
+    return {"both": cache.drawer(Use(content, **first), Use(style, **second), combine=settings.get("combine", "sum"))}
+
+
+def guided(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """The content LoRA in the model, and the style LoRA as style guidance."""
+    content, style = cache.learnt(cell)
+    return {"both": cache.drawer(Use(content), styles=[Use(style, prompt=cell.style.style)])}
+
+
+def style_of_a_split(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """The content LoRA, and the style LoRA of a split of the style's picture, whose content LoRA is thrown away."""
+    content = cache.learn(cache.contents(cell), content_prompt(cell.subject), cell.seed)
+    style = cache.split(cell.style, seed=cell.seed) / "style.safetensors"
+    return {"both": cache.drawer(Use(content), Use(style))}
 
 
 def merged(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -90,7 +105,18 @@ def tuned_weights(cache: TrainingCache) -> tuple[float, float]:
     return a, b
 
 
-SUM, ZIP = ("dreambooth",), ("dreambooth", "ziplora")
+SUM, ZIP, SPLIT = ("dreambooth",), ("dreambooth", "ziplora"), ("dreambooth", "unziplora")
+IDEAS: Mapping[str, tuple[Make, Settings, tuple[str, ...]]] = {  # tried against the direct sum
+    "each reads its own prompt": (summed, {"content": {"prompt": OWN}, "style": {"prompt": OWN}}, SUM),
+    "the style reads its own prompt": (summed, {"style": {"prompt": OWN}}, SUM),
+    "the style from a fifth of the steps on": (summed, {"style": {"steps": (0.2, 1.0)}}, SUM),
+    "the content from a fifth of the steps on": (summed, {"content": {"steps": (0.2, 1.0)}}, SUM),
+    "the content in the first four fifths": (summed, {"content": {"steps": (0.0, 0.8)}}, SUM),
+    "both at 0.75": (summed, {"content": {"scale": 0.75}, "style": {"scale": 0.75}}, SUM),
+    "style guidance": (guided, {}, SUM),
+    "the blocks of each role": (merged, {"method": "blocks"}, SUM),
+    "the style LoRA of a split": (style_of_a_split, {}, SPLIT),
+}
 ROWS = [
     Row("combine", "direct sum", summed, methods=SUM),
     Row("combine", "direct sum, tuned", summed, {"tuned": True}, methods=SUM),
@@ -111,6 +137,7 @@ ROWS = [
     Row("combine", "ZipLoRA", zipped, {"granularity": "column"}, methods=ZIP),
     Row("combine", "ZipLoRA, public recipe", zipped, {"compat": "official"}, methods=ZIP),
     Row("combine", "joint training", joint, methods=SUM),
+    *(Row("combine", f"ablation: {idea}", make, own, True, methods) for idea, (make, own, methods) in IDEAS.items()),
     *(
         Row("combine", f"ablation: ZipLoRA, {name}", zipped, {"granularity": "column", **own}, True, ZIP)
         for name, own in (
