@@ -1,6 +1,7 @@
 """Rows of `separate` and `recombine`: content and style are each learnt from one picture."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from unbraid.bases.families import BLOCKS
 from unbraid.bench.rows.row import Drawers, Make, Row, every_use
@@ -58,6 +59,23 @@ def guided(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     return {"both": cache.drawer(*both)}
 
 
+def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """The content LoRA of one split with the style LoRA of another, each under its own prompt or (`one_prompt`) all under that of the
+    drawing. The other two LoRAs are subtracted by the weight `less`: the style that the content came with, the content that the style
+    came with. `guided`: each is drawn against its counterpart in the other split, as in ConsisLoRA."""
+    first, second = (cache.split(one, seed=cell.seed) for one in (cell.content, cell.style))
+    own, less, guided = None if settings.get("one_prompt") else OWN, settings.get("less", 0.0), settings.get("guided")
+
+    def use(folder: Path, other: Path, role: str, scale: float) -> Use:
+        file = f"{role}.safetensors"
+        return Use(folder / file, scale, prompt=own, against=other / file if guided and scale > 0 else None)
+
+    uses = [use(first, second, "content", 1.0), use(second, first, "style", 1.0)]
+    if less:
+        uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
+    return {"both": cache.drawer(*uses)}
+
+
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split and the style LoRA of another, merged by `zip`."""
     content = cache.split(cell.content, seed=cell.seed) / "content.safetensors"
@@ -96,6 +114,15 @@ ROWS = [
     ),
     Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
     Row("recombine", "ConsisLoRA, guided", guided, methods=("consislora",)),
+    *(
+        Row("recombine", f"ablation: UnZipLoRA, {name}", recombined, settings, True, (UNZIP,))
+        for name, settings in (
+            ("one prompt", {"one_prompt": True}),
+            ("the rest subtracted", {"less": 0.3}),
+            ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
+            ("guided", {"guided": True}),
+        )
+    ),
     *(
         Row(task, f"ablation: {METHODS[name].title}, {idea}", MAKERS[name], settings, True, (name,))
         for task in TASKS
