@@ -46,14 +46,13 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
     `vae`: a folder, hub id or file to use in place of the base's own VAE. `prediction`: `epsilon` or `v`, for a base whose
     files do not state it, or state it wrongly. `parts`: a folder or hub id with what a transformer's single file lacks.
     Raises UsageError for whatever is no text-to-image model of a known family."""
-    if prediction and prediction not in PREDICTIONS:
-        raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
+    check_prediction(prediction)
     path = location(name)
     with quiet():
         other = _open_vae(vae, path) if vae else None
         transformer = transformer_file(Path(path)) if Path(path).is_file() else None
-        if parts and not transformer:
-            raise UsageError("goes with a single file of Flux.1, SD3.5 or Z-Image", "--parts", "Leave it out.")
+        if parts:
+            check_given_parts(transformer, parts)
         if transformer:
             pipe = _assembled(transformer, dtype, other, parts)
         elif Path(path).is_file():
@@ -61,8 +60,7 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         else:
             pipe = _folder(name, path, dtype, {"vae": other} if other is not None else {})
     _check(pipe, name, vae)
-    if prediction and "prediction_type" not in pipe.scheduler.config:
-        raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
+    family_of(pipe).network.check_options(prediction, "")
     if prediction:
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)
@@ -71,6 +69,26 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def check_prediction(prediction: str) -> None:
+    """Raise UsageError for a prediction type that there is not. Empty: as the base says."""
+    if prediction and prediction not in PREDICTIONS:
+        raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
+
+
+def check_given_parts(file: TransformerFile | None, parts: str) -> None:
+    """Raise UsageError if `parts` does not complete a transformer's file. `file`: None for other bases."""
+    if not file:
+        raise UsageError("goes with a single file of Flux.1, SD3.5 or Z-Image", "--parts", "Leave it out.")
+    known_model(parts, "folder", "Give a diffusers folder or a hub id.", f"--parts {parts}")
+    check_parts(file, parts)
+
+
+def check_vae(name: str) -> None:
+    """Raise UsageError if there can be no VAE of this name."""
+    fix = "Give a diffusers folder, a .safetensors file, or a hub id such as madebyollin/sdxl-vae-fp16-fix."
+    known_model(name, "VAE", fix)
 
 
 def location(name: str) -> str:
@@ -92,9 +110,8 @@ def _is_file_name(path: str) -> bool:
 
 def _assembled(file: TransformerFile, dtype: torch.dtype, vae: AutoencoderKL | None, parts: str) -> Any:
     """The pipeline of a transformer's single file: what it has, and the rest from the folder or hub id `parts`."""
-    if parts := parts or default_parts(file.kind):
-        known_model(parts, "folder", "Give a diffusers folder or a hub id.", f"--parts {parts}")
-        check_parts(file, parts)
+    if not parts and (parts := default_parts(file.kind)):
+        check_given_parts(file, parts)
     own = own_parts(file, dtype, vae, parts)
     return _folder(parts, parts, dtype, own) if parts else complete(file, own)
 
@@ -125,9 +142,7 @@ def _offline(error: BaseException | None) -> bool:
 
 
 def _open_vae(name: str, base: str) -> AutoencoderKL:
-    known_model(
-        name, "VAE", "Give a diffusers folder, a .safetensors file, or a hub id such as madebyollin/sdxl-vae-fp16-fix."
-    )
+    check_vae(name)
     if Path(name).is_file():
         return load_vae_file(Path(name), _kind(base))
     inside = {"subfolder": "vae"} if (Path(name) / "vae").is_dir() else {}

@@ -126,7 +126,7 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
     from unbraid.methods import METHODS
     from unbraid.runs import folder
     from unbraid.runs.after import next_steps
-    from unbraid.runs.job import check
+    from unbraid.runs.checks import check
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run
 
