@@ -3,10 +3,13 @@
 from pathlib import Path
 
 from unbraid.bases.configuration import denoiser_config
-from unbraid.bases.pipeline import check_given_parts, check_prediction, check_vae
+from unbraid.bases.folder_files import check_folder
+from unbraid.bases.pipeline import check_given_parts, check_prediction, check_vae, location
 from unbraid.bases.presets import Loading
+from unbraid.bases.recognised import components, default_parts
 from unbraid.bases.savings import swapped_blocks
 from unbraid.bases.transformer_file import transformer_file
+from unbraid.bases.transformer_loading import check_complete
 from unbraid.common.errors import UsageError
 
 
@@ -17,14 +20,19 @@ def check_loading(base: str, loading: Loading) -> None:
     check_prediction(loading.prediction)
     if loading.vae:
         check_vae(loading.vae)
-    if loading.parts:
-        check_given_parts(transformer_file(Path(base)) if Path(base).is_file() else None, loading.parts)
+    file = transformer_file(Path(base)) if Path(base).is_file() else None
+    if parts := loading.parts or default_parts(file.kind if file else ""):
+        check_given_parts(file, parts)
+    elif file:
+        check_complete(file, bool(loading.vae or file.vae))
     try:
         family, config = denoiser_config(base)
     except UsageError:
         if base != "icons" and not Path(base).exists():
             return
         raise
+    if Path(location(base)).is_dir():
+        check_folder(Path(location(base)), components(base))
     family.network.check_options(loading.prediction, loading.timesteps)
     if loading.swap:
         swapped_blocks(family.network.empty(config), family.network, loading.swap)

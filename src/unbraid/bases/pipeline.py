@@ -24,12 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from unbraid.bases.checkpoint_config import VaeKind
 from unbraid.bases.families import FAMILIES, family_of
-from unbraid.bases.recognised import check_supported, default_parts, left_out, pipeline_class
-from unbraid.bases.single_file import load_single_file, load_vae_file
+from unbraid.bases.folder_files import check_filled, check_folder
+from unbraid.bases.recognised import check_supported, components, default_parts, left_out, pipeline_class
+from unbraid.bases.single_file import UNFIT, check_whole, load_single_file, load_vae_file, reason
 from unbraid.bases.sniff import sniff
 from unbraid.bases.transformer_file import TransformerFile, transformer_file
 from unbraid.bases.transformer_loading import check_parts, complete, own_parts
-from unbraid.common.errors import UsageError, first_line
+from unbraid.common.errors import UsageError
 
 # The pipeline classes of all families, for the type checker
 Pipeline = (
@@ -120,16 +121,20 @@ def _folder(name: str, path: str, dtype: torch.dtype, own: Mapping[str, Any]) ->
     """The pipeline of a folder or hub id, with the components `own` in place of its own."""
     check_supported(pipeline_class(path), name)
     given = {**dict.fromkeys(left_out(path)), **own}  # diffusers loads a base without them only if that is asked for
+    found = check_folder(Path(path), components(path).keys() - given.keys()) if Path(path).is_dir() else {}
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
         )
-    except (OSError, ValueError, KeyError) as error:
+    except UNFIT as error:
         if _offline(error):
             fix = "Connect for the first download, or give a folder or a file."
             raise UsageError("there is no network, and this model is not in the cache", name, fix) from error
         fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id."
-        raise UsageError(f"the base cannot be loaded: {first_line(error)}", name, fix) from error
+        raise UsageError(f"the base cannot be loaded: {reason(error)}", name, fix) from error
+    check_whole(pipe, Path(name))
+    check_filled(pipe, Path(path), found)
+    return pipe
 
 
 def _offline(error: BaseException | None) -> bool:
@@ -146,11 +151,15 @@ def _open_vae(name: str, base: str) -> AutoencoderKL:
     if Path(name).is_file():
         return load_vae_file(Path(name), _kind(base))
     inside = {"subfolder": "vae"} if (Path(name) / "vae").is_dir() else {}
+    if Path(name).is_dir():
+        check_folder(Path(name), inside.values() or ("",))
     try:
-        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
-    except (OSError, ValueError, KeyError) as error:
+        vae = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
+    except UNFIT as error:
         fix = "Give a complete diffusers folder with .safetensors weights, a file, or a hub id."
-        raise UsageError(f"the VAE cannot be loaded: {first_line(error)}", name, fix) from error
+        raise UsageError(f"the VAE cannot be loaded: {reason(error)}", name, fix) from error
+    check_whole({"vae": vae}, Path(name))
+    return vae
 
 
 def _kind(base: str) -> VaeKind:

@@ -22,15 +22,16 @@ def check_all(jobs: Sequence[Job]) -> None:
     """Check words, pictures and bases of many jobs, each picture once for each method, and each base once for each way to open it."""
     pictures = {(job.method, tuple(job.data.images.items())): job for job in jobs}
     bases = {(job.base, job.loading): job for job in jobs}
-    try:
-        for job in jobs:
-            prompts_of(job)
-        for job in pictures.values():
-            _check_pictures(job)
-        for job in bases.values():
-            check_loading(job.base, job.loading)
-    except UsageError as error:
-        raise UsageError(error.what, f"{job.out.name}: {error.where}", error.fix) from error
+    for some, one_check in (
+        (jobs, prompts_of),
+        (pictures.values(), _check_pictures),
+        (bases.values(), lambda job: check_loading(job.base, job.loading)),
+    ):
+        for job in some:
+            try:
+                one_check(job)
+            except UsageError as error:
+                raise UsageError(error.what, f"{job.out.name}: {error.where}", error.fix) from error
 
 
 def _check_pictures(job: Job) -> None:
