@@ -198,6 +198,13 @@ GOOD = "verb = 'learn'\nprompt = 'a cat'\n[[pictures]]\nimages = 'IMAGE'\n"
         ("verb = ", "not a TOML file"),
         (GOOD + "[[pictures]]\nimages = 'nothing.png'", "nothing.png"),
         ("optimizer = 'adamwx'\n" + GOOD, "Did you mean 'adamw'"),
+        ("swap = 999\n" + GOOD, "999 blocks cannot be swapped"),
+        ("swap = -1\n" + GOOD, "-1 blocks cannot be swapped"),
+        ("timesteps = 'logit-normal'\n" + GOOD, "--timesteps: this base is trained with uniform timesteps"),
+        ("prediction = 'x'\n" + GOOD, "--prediction: there is no prediction type 'x'"),
+        ("vae = 'no/such/vae'\n" + GOOD, "no/such/vae: there is no such VAE"),
+        ("parts = 'no/such/parts'\n" + GOOD, "--parts: goes with a single file"),
+        ("template = ['both=a {sujet}']\n" + GOOD, "there is no word {sujet}"),
     ],
 )
 def test_bad_files_are_one_line(table: str, what: str, picture: Path, tmp_path: Path) -> None:

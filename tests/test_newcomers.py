@@ -1,7 +1,9 @@
 """What misled two new users, each once: every row of their reports is a test here or in the file of its subject."""
 
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -53,6 +55,15 @@ def test_pictures_on_a_sheet_keep_their_size() -> None:
 
     assert side(64, 64, 4000) == 128, "an input picture may be of any size"
     assert side(256, 256, 300) == 256 and side(1024) == 512 and side(1024, cell=192) == 192
+
+
+def test_a_title_is_nearer_to_its_own_row_than_to_the_row_above() -> None:
+    rows = [("Title", [("gqyp", Image.new("RGB", (128, 128), "red"))])] * 2
+    lines = np.asarray(contact_sheet(rows).convert("L")).min(1) < 255
+    heights = [(ink, len([*some])) for ink, some in groupby(lines)]
+    picture = max(i for i, (ink, height) in enumerate(heights[:-3]) if ink and height == 128 and i < len(heights) // 2)
+    below, _, between, _, above = (height for _, height in heights[picture + 1 : picture + 6])
+    assert between > 15 and between > 2 * max(below, above)
 
 
 def test_options_are_checked_before_folders(picture: Path, v_base: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from unbraid.bases.words import words_of
+from unbraid.images.sheets import CAPTION, SPACE, TITLE
 from unbraid.runs import demo, pace, showcase
 from unbraid.runs.api import learn_job, split_job
 from unbraid.runs.run import run
@@ -48,7 +49,7 @@ def test_the_sheet_has_them(
         return
     with Image.open(tmp_path / "sheet.png") as sheet:
         cell = (sheet.width - 6) // 4
-        row = cell - 6 + 42
-        assert sheet.height == 6 + 7 * row, "the input, four uses, two rows of the showcase"
-        last = sheet.crop((6, sheet.height - row + 22, sheet.width, sheet.height - 26))
+        row = cell - 6 + TITLE + CAPTION + SPACE
+        assert sheet.height == 6 + 7 * row - SPACE, "the input, four uses, two rows of the showcase"
+        last = sheet.crop((6, sheet.height - row + SPACE + TITLE, sheet.width, sheet.height - 26))
         assert len(set(last.convert("L").tobytes())) > 16, "pictures, not paper"

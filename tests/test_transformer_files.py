@@ -17,6 +17,7 @@ from diffusers.loaders import single_file_utils as converters
 from ldm import save_header, vae_state
 from safetensors.torch import save_file
 from test_every_base import loaded
+from test_run import cli_in_process
 from test_transformers import REAL
 from tiny_bases import SIDE
 from torch import Tensor
@@ -29,6 +30,11 @@ from unbraid.bases.presets import Loading
 from unbraid.bases.recognised import family_preset
 from unbraid.bases.transformer_config import transformer_config
 from unbraid.bases.transformer_file import transformer_file
+from unbraid.bench import grid
+from unbraid.bench.registry import all_rows
+from unbraid.bench.rows.training_cache import TrainingCache
+from unbraid.bench.truth.tasks import QUICK
+from unbraid.bench.truth.truths import Truth
 from unbraid.common.errors import UsageError
 from unbraid.files.lora_file import read
 from unbraid.runs import run as running
@@ -258,3 +264,32 @@ def test_another_vae_from_a_file(tmp_path: Path) -> None:
         assert torch.equal(
             found.state_dict()["decoder.conv_in.weight"], pipe.vae.state_dict()["decoder.conv_in.weight"]
         )
+
+
+@pytest.mark.parametrize("verb", ["bench", "probe-blocks"])
+def test_parts_of_the_commands_that_measure(verb: str, tmp_path: Path) -> None:
+    """What is wrong with them is told before anything is drawn."""
+    file = original.save_transformer(tiny.flux(head=32), tmp_path / "model.safetensors")
+    base = {"bench": ["--work", str(tmp_path / "w"), "--base"], "probe-blocks": []}[verb]
+    for name, given, what in (
+        ("icons", str(tmp_path), "goes with a single file"),
+        (str(file), "", "Add --parts"),
+        (str(file), "no/where/at/all", "there is no such folder"),
+        (str(file), str(tmp_path), "has no model_index.json of Flux.1"),
+    ):
+        code, text = cli_in_process([verb, *base, name, *(["--parts", given] if given else [])])
+        assert code == 1 and what in text and len(text.strip().splitlines()) == 1, text
+
+
+def test_the_benchmark_trains_and_draws_with_the_parts(picture: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tiny.save(tiny.flux(head=32), tmp_path / "folder")
+    file = original.save_transformer(tiny.flux(head=32), tmp_path / "model.safetensors")
+    (todo, *_) = grid.plan(tmp_path, QUICK, [next(iter(all_rows()))], str(file), str(folder))
+    assert todo.parts == str(folder)
+    cache = TrainingCache(tmp_path / "work", QUICK, todo.base, parts=todo.parts)
+    assert type(cache.base.pipe).__name__ == "FluxPipeline"
+    jobs: list[Any] = []
+    monkeypatch.setattr(TrainingCache, "train", lambda self, job: jobs.append(job) or tmp_path)
+    cache.learn(picture, "a cat", 3, rank=2)
+    cache.split(Truth("cat", "ink", picture), seed=5)
+    assert [(job.loading.parts, job.base) for job in jobs] == [(str(folder), str(file))] * 2

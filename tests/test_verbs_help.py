@@ -11,7 +11,7 @@ from unbraid.cli.main import app
 from unbraid.cli.options import SHARED
 from unbraid.cli.train import app as training
 from unbraid.methods import ENTRIES
-from unbraid.runs.settings import open_settings
+from unbraid.runs.settings import base_defaults, open_settings
 
 
 @pytest.mark.parametrize("verb", sorted({entry.verb for entry in ENTRIES}))
@@ -21,6 +21,9 @@ def test_help_lists_the_methods_and_their_settings(verb: str) -> None:
         assert f"--method {entry.name}: {entry.title} ({entry.paper})" in text
         for name, parameter in open_settings(entry).items():
             assert f"{name}={parameter.default}" in text, name
+        for name, value in base_defaults("icons").get(entry.name, {}).items():
+            assert name not in open_settings(entry) or f"On icons {value}." in text, name
+    assert "A base can have its own" in text and "unbraid explain METHOD --base BASE" in text
     for name in SHARED:
         assert f"--{name.strip('_').replace('_', '-')}" in text, name
 

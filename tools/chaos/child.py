@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from unbraid.common.errors import LONGEST as MESSAGE
+
 LONGEST = 25.0  # seconds that a command may take
 MEMORY = 8 * 2**30  # bytes of address space
 Work = Callable[[], int]
@@ -93,6 +95,8 @@ def one_line(ended: Ended) -> str:
         return f"more than {LONGEST:g} s"
     if "Traceback" in ended.text or ended.code not in (0, 1, 2, 3):
         return f"exit {ended.code}: {ended.text.strip()[-300:]}"
-    if ended.code == 1 and (len(lines) != 1 or not lines[0].isprintable() or len(lines[0]) > 310):
+    if ended.code == 1 and (
+        len(lines) != 1 or not lines[0].isprintable() or len(lines[0]) > len("unbraid: ") + MESSAGE
+    ):
         return f"no single printable line: {ended.text[:300]!r}"
     return ""

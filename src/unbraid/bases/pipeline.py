@@ -24,12 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from unbraid.bases.checkpoint_config import VaeKind
 from unbraid.bases.families import FAMILIES, family_of
-from unbraid.bases.recognised import check_supported, default_parts, left_out, pipeline_class
-from unbraid.bases.single_file import load_single_file, load_vae_file
+from unbraid.bases.folder_files import check_filled, check_folder
+from unbraid.bases.recognised import check_supported, components, default_parts, left_out, pipeline_class
+from unbraid.bases.single_file import UNFIT, check_whole, load_single_file, load_vae_file, reason
 from unbraid.bases.sniff import sniff
 from unbraid.bases.transformer_file import TransformerFile, transformer_file
 from unbraid.bases.transformer_loading import check_parts, complete, own_parts
-from unbraid.common.errors import UsageError, first_line
+from unbraid.common.errors import UsageError
 
 # The pipeline classes of all families, for the type checker
 Pipeline = (
@@ -46,14 +47,13 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
     `vae`: a folder, hub id or file to use in place of the base's own VAE. `prediction`: `epsilon` or `v`, for a base whose
     files do not state it, or state it wrongly. `parts`: a folder or hub id with what a transformer's single file lacks.
     Raises UsageError for whatever is no text-to-image model of a known family."""
-    if prediction and prediction not in PREDICTIONS:
-        raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
+    check_prediction(prediction)
     path = location(name)
     with quiet():
         other = _open_vae(vae, path) if vae else None
         transformer = transformer_file(Path(path)) if Path(path).is_file() else None
-        if parts and not transformer:
-            raise UsageError("goes with a single file of Flux.1, SD3.5 or Z-Image", "--parts", "Leave it out.")
+        if parts:
+            check_given_parts(transformer, parts)
         if transformer:
             pipe = _assembled(transformer, dtype, other, parts)
         elif Path(path).is_file():
@@ -61,8 +61,7 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         else:
             pipe = _folder(name, path, dtype, {"vae": other} if other is not None else {})
     _check(pipe, name, vae)
-    if prediction and "prediction_type" not in pipe.scheduler.config:
-        raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
+    family_of(pipe).network.check_options(prediction, "")
     if prediction:
         pipe.scheduler.register_to_config(prediction_type=PREDICTIONS[prediction])
     pipe.set_progress_bar_config(disable=True)
@@ -71,6 +70,26 @@ def open_pipeline(name: str, dtype: torch.dtype, vae: str = "", prediction: str 
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def check_prediction(prediction: str) -> None:
+    """Raise UsageError for a prediction type that there is not. Empty: as the base says."""
+    if prediction and prediction not in PREDICTIONS:
+        raise UsageError(f"there is no prediction type {prediction!r}", "--prediction", "Give epsilon or v.")
+
+
+def check_given_parts(file: TransformerFile | None, parts: str) -> None:
+    """Raise UsageError if `parts` does not complete a transformer's file. `file`: None for other bases."""
+    if not file:
+        raise UsageError("goes with a single file of Flux.1, SD3.5 or Z-Image", "--parts", "Leave it out.")
+    known_model(parts, "folder", "Give a diffusers folder or a hub id.", f"--parts {parts}")
+    check_parts(file, parts)
+
+
+def check_vae(name: str) -> None:
+    """Raise UsageError if there can be no VAE of this name."""
+    fix = "Give a diffusers folder, a .safetensors file, or a hub id such as madebyollin/sdxl-vae-fp16-fix."
+    known_model(name, "VAE", fix)
 
 
 def location(name: str) -> str:
@@ -92,9 +111,8 @@ def _is_file_name(path: str) -> bool:
 
 def _assembled(file: TransformerFile, dtype: torch.dtype, vae: AutoencoderKL | None, parts: str) -> Any:
     """The pipeline of a transformer's single file: what it has, and the rest from the folder or hub id `parts`."""
-    if parts := parts or default_parts(file.kind):
-        known_model(parts, "folder", "Give a diffusers folder or a hub id.", f"--parts {parts}")
-        check_parts(file, parts)
+    if not parts and (parts := default_parts(file.kind)):
+        check_given_parts(file, parts)
     own = own_parts(file, dtype, vae, parts)
     return _folder(parts, parts, dtype, own) if parts else complete(file, own)
 
@@ -103,16 +121,20 @@ def _folder(name: str, path: str, dtype: torch.dtype, own: Mapping[str, Any]) ->
     """The pipeline of a folder or hub id, with the components `own` in place of its own."""
     check_supported(pipeline_class(path), name)
     given = {**dict.fromkeys(left_out(path)), **own}  # diffusers loads a base without them only if that is asked for
+    found = check_folder(Path(path), components(path).keys() - given.keys()) if Path(path).is_dir() else {}
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             path, torch_dtype={"default": dtype, "vae": torch.float32}, use_safetensors=True, **given
         )
-    except (OSError, ValueError, KeyError) as error:
+    except UNFIT as error:
         if _offline(error):
             fix = "Connect for the first download, or give a folder or a file."
             raise UsageError("there is no network, and this model is not in the cache", name, fix) from error
         fix = "Give icons, a complete diffusers folder with .safetensors weights, or a hub id."
-        raise UsageError(f"the base cannot be loaded: {first_line(error)}", name, fix) from error
+        raise UsageError(f"the base cannot be loaded: {reason(error)}", name, fix) from error
+    check_whole(pipe, Path(name))
+    check_filled(pipe, Path(path), found)
+    return pipe
 
 
 def _offline(error: BaseException | None) -> bool:
@@ -125,17 +147,19 @@ def _offline(error: BaseException | None) -> bool:
 
 
 def _open_vae(name: str, base: str) -> AutoencoderKL:
-    known_model(
-        name, "VAE", "Give a diffusers folder, a .safetensors file, or a hub id such as madebyollin/sdxl-vae-fp16-fix."
-    )
+    check_vae(name)
     if Path(name).is_file():
         return load_vae_file(Path(name), _kind(base))
     inside = {"subfolder": "vae"} if (Path(name) / "vae").is_dir() else {}
+    if Path(name).is_dir():
+        check_folder(Path(name), inside.values() or ("",))
     try:
-        return AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
-    except (OSError, ValueError, KeyError) as error:
+        vae = AutoencoderKL.from_pretrained(name, torch_dtype=torch.float32, use_safetensors=True, **inside)
+    except UNFIT as error:
         fix = "Give a complete diffusers folder with .safetensors weights, a file, or a hub id."
-        raise UsageError(f"the VAE cannot be loaded: {first_line(error)}", name, fix) from error
+        raise UsageError(f"the VAE cannot be loaded: {reason(error)}", name, fix) from error
+    check_whole({"vae": vae}, Path(name))
+    return vae
 
 
 def _kind(base: str) -> VaeKind:

@@ -55,6 +55,11 @@ def left_out(base: str) -> tuple[str, ...]:
     return tuple(name for name, part in texts if part and not any(part))
 
 
+def components(base: str) -> Mapping[str, Any]:
+    """The parts of the pipeline of a folder or a hub id: name → library and class. Empty if it cannot be found out."""
+    return {name: part for name, part in _index(base).items() if isinstance(part, list | tuple) and any(part)}
+
+
 def _index(base: str) -> Mapping[str, Any]:
     """The content of `model_index.json`; empty if there is none, or if `base` is a file."""
     if base == "icons" or Path(base).is_file():

@@ -2,6 +2,7 @@
 offline."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unbraid.bases.checkpoint_config import (
@@ -27,7 +29,7 @@ from unbraid.bases.checkpoint_config import (
 )
 from unbraid.bases.clip_tokenizer import END, SIZE, clip_tokenizer
 from unbraid.bases.families.unet import UNet
-from unbraid.bases.sniff import VAE, Checkpoint, Kind, sniff
+from unbraid.bases.sniff import DAMAGED, FLAT, VAE, Checkpoint, Kind, sniff
 from unbraid.common.errors import UsageError, first_line
 from unbraid.files.formats.header import Shape, read_header
 
@@ -37,7 +39,7 @@ PIPELINES: Mapping[Kind, type[DiffusionPipeline]] = {
     "sd21": StableDiffusionPipeline,
 }
 PADS: Mapping[Kind, tuple[str, ...]] = {"sdxl": (END, "!"), "sd15": (END,), "sd21": ("!",)}  # padding tokens
-UNFIT = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SingleFileComponentError)
+UNFIT = (OSError, ValueError, LookupError, RuntimeError, SafetensorError, SingleFileComponentError)
 
 
 def configs(checkpoint: Checkpoint) -> dict[str, Config]:
@@ -55,10 +57,12 @@ def configs(checkpoint: Checkpoint) -> dict[str, Config]:
         )
         if checkpoint.has_vae:
             found["vae/config.json"] = vae_config(checkpoint.shapes, checkpoint.kind)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise UsageError(
             f"the checkpoint lacks {error.args[0]}", checkpoint.path, "Get the full checkpoint."
         ) from error
+    except (IndexError, ValueError) as error:
+        raise UsageError(FLAT, checkpoint.path, DAMAGED) from error
     _check_unet(checkpoint, found["unet/config.json"])
     for config in texts.values():
         if config["vocab_size"] < SIZE:
@@ -83,8 +87,7 @@ def _check_unet(checkpoint: Checkpoint, config: Config) -> None:
                 if key in checkpoint.shapes
                 else "is not there"
             )
-            fix = "It is incomplete, or differs from the stock models: give a diffusers folder of it."
-            raise UsageError(f"{key} {there}", checkpoint.path, fix)
+            raise UsageError(f"{key} {there}", checkpoint.path, DAMAGED)
 
 
 def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) -> Any:
@@ -102,7 +105,7 @@ def load_single_file(path: Path, dtype: torch.dtype, vae: AutoencoderKL | None) 
             load: Any = PIPELINES[checkpoint.kind].from_single_file  # type: ignore[attr-defined]
             pipe = load(str(path), config=name, local_files_only=True, torch_dtype=dtype, vae=given, **tokenizers)
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get the full checkpoint.") from error
+            raise UsageError(f"cannot be loaded: {reason(error)}", path, "Get the full checkpoint.") from error
     check_whole(pipe, path)
     return pipe
 
@@ -120,7 +123,7 @@ def load_vae_file(path: Path, kind: VaeKind) -> AutoencoderKL:
         try:
             vae = vae_in(path, write_configs(Path(name), {"vae/config.json": config}))
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {_reason(error)}", path, "Get another copy of it.") from error
+            raise UsageError(f"cannot be loaded: {reason(error)}", path, "Get another copy of it.") from error
     check_whole({"vae": vae}, path)
     return vae
 
@@ -158,6 +161,16 @@ def check_whole(pipe: Any, path: Path) -> None:
             )
 
 
-def _reason(error: BaseException) -> str:
-    """Why loading failed, in one line. torch raises NotImplementedError for a weight that has no values."""
-    return "weights are missing" if isinstance(error, NotImplementedError) else first_line(error)
+def reason(error: BaseException) -> str:
+    """Why loading failed, in one line. torch raises NotImplementedError for a weight that has no values, diffusers explains at length
+    what else could be done about a shape, and transformers refers to a table that is not shown."""
+    line = first_line(error, 1000)
+    if isinstance(error, NotImplementedError):
+        return "weights are missing"
+    if found := re.search(
+        r"(\S+) expected shape (?:torch\.Size)?\(?(.+?)\)?, but got (?:torch\.Size)?\(?(.+?)\)?\. If", line
+    ):
+        return f"{found[1]} is {found[3]}, not {found[2]}"
+    if "ignore_mismatched_sizes" in line:
+        return "its weights have other shapes than its config.json says"
+    return first_line(error).rstrip(".")

@@ -42,6 +42,8 @@ OTHERS: Mapping[str, tuple[str, str]] = {  # a prefix that only one kind of file
     "emb_params": ("a textual inversion", "Give a whole checkpoint."),
 }
 REFINER_TEXT = "conditioner.embedders.0.model."
+FLAT = "a tensor has not the number of dimensions that it should have"
+DAMAGED = "It is damaged, or differs from the stock models: get it again, or give a diffusers folder of it."
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def sniff(path: Path) -> Checkpoint:
     header = read_header(path)
     shapes = header.shapes
     kind = _kind(path, shapes)
+    if len(shapes[FIRST]) != 4 or not shapes[UNET + "out.2.weight"]:
+        raise UsageError(FLAT, path, DAMAGED)
     given, drawn = shapes[FIRST][1], shapes[UNET + "out.2.weight"][0]
     if given != drawn:
         what = "an inpainting" if given == 2 * drawn + 1 else "an image-conditioned"
@@ -81,7 +85,7 @@ def sniff(path: Path) -> Checkpoint:
 
 
 def _kind(path: Path, shapes: Mapping[str, Shape]) -> Kind:
-    context = next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
+    context = next((shape[-1] for key, shape in shapes.items() if shape and key.endswith("attn2.to_k.weight")), 0)
     if any(LORA.search(key) for key in shapes):
         raise UsageError("this is a LoRA, not a base model", path, "Give it as --lora, and a checkpoint as the base.")
     for mark, (what, fix) in OTHERS.items():

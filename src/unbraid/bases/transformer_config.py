@@ -12,6 +12,7 @@ from typing import Any
 from unbraid.bases.checkpoint_config import Config
 from unbraid.bases.families import FAMILIES
 from unbraid.bases.families.family import Family
+from unbraid.bases.sniff import DAMAGED
 from unbraid.bases.transformer_file import TITLES, TransformerFile
 from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import Shape
@@ -37,18 +38,17 @@ def transformer_config(file: TransformerFile) -> Config:
     try:
         config = makers[file.kind](shapes) | sized
         model: Any = family_of_file(file).network.empty(config)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise UsageError(f"it lacks {error.args[0]}", file.path, "Get the full file.") from error
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
-        what = f"no {TITLES[file.kind]} that can be built ({error})"
-        raise UsageError(what, file.path, "Give a diffusers folder of it.") from error
+    except (IndexError, ValueError, AssertionError, ZeroDivisionError) as error:
+        what = f"{TITLES[file.kind]}: its tensors have shapes that do not fit together"
+        raise UsageError(what, file.path, DAMAGED) from error
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) == shapes.get(name):
             continue
         there = "is not there" if name not in shapes else f"is {shapes[name]}, not {wanted.get(name, 'known')}"
-        fix = "It is incomplete, or differs from the stock models: give a diffusers folder of it."
-        raise UsageError(f"{TITLES[file.kind]}: {name} {there}", file.path, fix)
+        raise UsageError(f"{TITLES[file.kind]}: {name} {there}", file.path, DAMAGED)
     return config
 
 

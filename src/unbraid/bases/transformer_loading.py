@@ -19,10 +19,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderMo
 from unbraid.bases.checkpoint_config import Config, text_config, vae_config
 from unbraid.bases.clip_tokenizer import END, clip_tokenizer
 from unbraid.bases.recognised import left_out, pipeline_class
-from unbraid.bases.single_file import UNFIT, check_whole, vae_in, write_configs
+from unbraid.bases.single_file import UNFIT, check_whole, reason, vae_in, write_configs
 from unbraid.bases.transformer_config import family_of_file, transformer_config
 from unbraid.bases.transformer_file import EXAMPLES, TITLES, TransformerFile
-from unbraid.common.errors import UsageError, first_line
+from unbraid.common.errors import UsageError
 from unbraid.files.formats.header import opened
 
 SHIFTS: Mapping[bool, Config] = {  # of Flux.1: dev, schnell
@@ -50,7 +50,7 @@ def own_parts(file: TransformerFile, dtype: torch.dtype, vae: AutoencoderKL | No
                 if part.replace("text_encoder", "tokenizer") not in missing:
                     found[part] = _encoder(file, part, prefix, parts or str(folder), dtype)
         except UNFIT as error:
-            raise UsageError(f"cannot be loaded: {first_line(error)}", file.path, "Get the full file.") from error
+            raise UsageError(f"cannot be loaded: {reason(error)}", file.path, "Get the full file.") from error
     check_whole(found, file.path)
     if file.kind == "flux":
         found["scheduler"] = FlowMatchEulerDiscreteScheduler(**SHIFTS[config["guidance_embeds"]])
@@ -58,16 +58,22 @@ def own_parts(file: TransformerFile, dtype: torch.dtype, vae: AutoencoderKL | No
 
 
 def complete(file: TransformerFile, own: Mapping[str, Any]) -> Any:
-    """The pipeline of a file that lacks nothing: of SD3.5 with both CLIPs and a VAE, but without T5, whose tokenizer would be
-    missing. Raises UsageError for all others."""
-    needed = [name for name in ("text_encoder", "text_encoder_2", "vae") if name not in own]
-    if file.kind == "sd3" and not needed and "text_encoder_3" not in file.encoders:
-        tokenizers = {"tokenizer": clip_tokenizer(END), "tokenizer_2": clip_tokenizer("!")}
-        third = {"text_encoder_3": None, "tokenizer_3": None}
-        schedule = FlowMatchEulerDiscreteScheduler(shift=SD3_SHIFT)
-        return family_of_file(file).pipeline(scheduler=schedule, **tokenizers, **third, **own)
+    """The pipeline of a file that lacks nothing. Raises UsageError for all others."""
+    check_complete(file, "vae" in own)
+    tokenizers = {"tokenizer": clip_tokenizer(END), "tokenizer_2": clip_tokenizer("!")}
+    third = {"text_encoder_3": None, "tokenizer_3": None}
+    schedule = FlowMatchEulerDiscreteScheduler(shift=SD3_SHIFT)
+    return family_of_file(file).pipeline(scheduler=schedule, **tokenizers, **third, **own)
+
+
+def check_complete(file: TransformerFile, vae: bool) -> None:
+    """Raise UsageError unless a file lacks nothing: SD3.5 with both CLIPs and a VAE, but without T5, whose tokenizer would be missing.
+    `vae`: whether there is one, in the file or beside it."""
+    clips = {"text_encoder", "text_encoder_2"} <= file.encoders.keys()
+    if file.kind == "sd3" and clips and vae and "text_encoder_3" not in file.encoders:
+        return
     lacking = "text encoders" if file.kind == "z-image" or len(file.encoders) < 2 else "tokenizers"
-    what = f"this file of {TITLES[file.kind]} has no {lacking}{'' if 'vae' in own else ' and no VAE'}"
+    what = f"this file of {TITLES[file.kind]} has no {lacking}{'' if vae else ' and no VAE'}"
     raise UsageError(what, file.path, f"Add --parts {EXAMPLES[file.kind]}, or set UNBRAID_PARTS.")
 
 

@@ -44,6 +44,7 @@ class Todo:
     base: str
     row: str
     cell: Cell
+    parts: str = ""  # see `TrainingCache`
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class Done:
     held: bool = False
 
 
-def plan(work: Path, scale: Scale, rows: Sequence[Row], base: str = "icons") -> list[Todo]:
-    """Every unit of a benchmark, seed by seed."""
-    return [Todo(work, scale, base, row.name, cell) for cell in cells(scale) for row in rows if row.task == cell.task]
+def plan(work: Path, scale: Scale, rows: Sequence[Row], base: str = "icons", parts: str = "") -> list[Todo]:
+    """Every unit of a benchmark, seed by seed. `base`, `parts`: as for `unbraid.bases.base.load`."""
+    return [
+        Todo(work, scale, base, row.name, cell, parts) for cell in cells(scale) for row in rows if row.task == cell.task
+    ]
 
 
 def run(
@@ -108,7 +111,10 @@ def _in_processes(missing: Sequence[Todo], processes: int) -> Iterator[Done]:
 
 
 def _there(missing: Sequence[Todo], ray: Cluster) -> Iterator[Done]:
-    there = [replace(todo, work=todo.work.absolute(), base=absolute_base(todo.base)) for todo in missing]
+    there = [
+        replace(todo, work=todo.work.absolute(), base=absolute_base(todo.base), parts=absolute_base(todo.parts))
+        for todo in missing
+    ]
     for which, how, text in spread(there, answers, ray):
         done = how == DONE
         yield Done(missing[which], results.parsed(text) if done else None, "" if done else text, how == HELD)
@@ -149,7 +155,7 @@ def _leased(todo: Todo) -> Unit:
 
 
 def _do(todo: Todo, file: Path) -> Unit:
-    cache, row, cell = _training_cache(todo.work, todo.scale, todo.base), _row(todo), todo.cell
+    cache, row, cell = _training_cache(todo.work, todo.scale, todo.base, todo.parts), _row(todo), todo.cell
     cache.spent()
     drawers = row.make(cache, cell, row.settings)
     cost, drawings, varied = cache.spent(), [], None
@@ -200,9 +206,9 @@ def _row(todo: Todo) -> Row:
 
 
 @cache
-def _training_cache(work: Path, scale: Scale, base: str) -> TrainingCache:
+def _training_cache(work: Path, scale: Scale, base: str, parts: str) -> TrainingCache:
     """One per process, because it holds the loaded base."""
-    return TrainingCache(work, scale, base, waits=False)
+    return TrainingCache(work, scale, base, waits=False, parts=parts)
 
 
 def _begin(parent: int) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 
 from unbraid.bench.rows.cost import Cost
 from unbraid.common.atomic import atomic
+from unbraid.common.contents import TEXT, mismatch
 from unbraid.common.errors import UsageError
+
+UNIT = "unit.json"  # the name of a unit's own file
+GIVEN, MADE = "Give a results.jsonl of `unbraid bench`.", "Delete it and run again."
 
 
 @dataclass(frozen=True)
@@ -46,24 +50,26 @@ def write(unit: Unit, file: Path) -> None:
 
 def read(file: Path) -> list[Unit]:
     """The units of a file, one per line. UsageError for a file that cannot be read, and for a line that is not a unit."""
+    if other := mismatch(file, "a results.jsonl", (TEXT,)):
+        raise UsageError(other, file, GIVEN)
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("cannot be read", file, "Give a results.jsonl of `unbraid bench`.") from error
+        raise UsageError("cannot be read", file, GIVEN) from error
     units = []
     for i, line in enumerate(lines):
         try:
             units.append(parsed(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"is no unit of a benchmark ({error})", f"{file}, line {i + 1}", "Delete it and run again."
+                f"is no unit of a benchmark ({error})", f"{file}, line {i + 1}", MADE if file.name == UNIT else GIVEN
             ) from error
     return units
 
 
 def collect(work: Path) -> list[Unit]:
     """All finished units in a benchmark's folder."""
-    return [unit for file in sorted((work / "units").glob("*/unit.json")) for unit in read(file)]
+    return [unit for file in sorted((work / "units").glob(f"*/{UNIT}")) for unit in read(file)]
 
 
 def wanted(units: Iterable[Unit], planned: Mapping[str, tuple[str, str, str]]) -> list[Unit]:

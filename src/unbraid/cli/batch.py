@@ -20,6 +20,7 @@ from unbraid.common.atomic import read_toml
 from unbraid.common.errors import UsageError, suggestion
 
 app = typer.Typer()
+FORM = 'One table per run: [[run]], verb = "split", …'
 NOT_THERE = ("resume", "quiet")  # options of the whole batch, not of a single run
 
 
@@ -59,12 +60,12 @@ def read(file: Path) -> list[Any]:
     """The jobs of a batch file, or the one job of a run.toml. UsageError if the file is neither."""
     from unbraid.runs.batch import recorded  # imports torch, which the file tools do not need
 
-    table = read_toml(file, 'One table per run: [[run]], verb = "split", …')
+    table = read_toml(file, f"Give a run.toml, or a file of runs. {FORM}")
     if isinstance(table.get("method"), str) and "run" not in table:
         return [recorded(file)]
     runs = table.pop("run", None)
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
-        raise UsageError("there are no runs in it", file, 'One table per run: [[run]], verb = "split", …')
+        raise UsageError("there are no runs in it", file, FORM)
     for key in table.keys() - set().union(*(_names(verb) for verb in _verbs().values())):
         raise UsageError(f"no verb has {key!r}", file, "Settings of a method stand under `set`.")
     return [job_of({**table, **run}, run.keys(), f"{file}, run {i + 1}") for i, run in enumerate(runs)]

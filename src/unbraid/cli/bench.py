@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import TextColumn, TimeElapsedColumn
 
-from unbraid.cli.options import BaseName, Cpus, Gpus, Quiet, Ray, Retries, Shard, check_ray
+from unbraid.cli.options import BaseName, Cpus, Gpus, Parts, Quiet, Ray, Retries, Shard, check_ray
 from unbraid.cli.progress import console, progress_bar
 from unbraid.cli.run import interruptible
 from unbraid.common.errors import UsageError
@@ -61,6 +61,7 @@ def bench(
     csd: Annotated[str, typer.Option(help="CSD, or a CLIP tower for style.")] = "",
     lpips: Annotated[str, typer.Option(help="Folder with LPIPS's weights.")] = "",
     base: BaseName = "icons",
+    parts: Parts = "",
     shard: Shard = "",
     ray: Ray = "",
     gpus: Gpus = None,
@@ -71,38 +72,48 @@ def bench(
     """Compare all methods on tasks with right answers.
 
     Writes a table, a page and pictures that show which one works."""
+    from unbraid.bases.loadable import check_loading
+    from unbraid.bases.presets import Loading
     from unbraid.bench import grid, results
     from unbraid.bench.registry import chosen
-    from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS
+    from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK
     from unbraid.runs.cluster import Cluster
     from unbraid.runs.grid_worker import share
 
-    for name in task or ():
-        if name not in TASKS:
-            raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
+    models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
+    _check(task or (), models, images, shared_out=bool(shard or ray), both=full and medium)
+    check_ray(ray, gpus)
     if only == ["list"]:
         _list(task or ())
         return
-    models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
+    check_loading(base, Loading(parts=parts))
     if images:
-        if shard or ray:
-            raise UsageError("your own pictures are not shared out", "--shard, --ray", "Leave them out.")
         selection = (task or (), only or (), seed or (0,))
-        _field(work, out or work / "report", base, images, protocol, models, selection)
+        _field(work, out or work / "report", (base, parts), images, protocol, models, selection)
         return
-    if any(models.values()):
-        raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
-    if full and medium:
-        raise UsageError("there is one size", "--full --medium", "Give one of them.")
-    check_ray(ray, gpus)
     scale = (FULL if full else MEDIUM if medium else QUICK).limited(tuple(seed or ()))
-    todos = grid.plan(work, scale, chosen(task or (), only or ()), base)
+    todos = grid.plan(work, scale, chosen(task or (), only or ()), base, parts)
     given, (i, n) = results.read(known) if known else [], share(shard)
     cluster = Cluster(ray, gpus, cpus, retries) if ray else None
     mine = [] if report else todos[i::n]
     made, failed = _run(len(mine), grid.run(mine, _processes(processes), given, cluster), quiet)
     _report(todos, [*given, *made], work, out or work / "report")
     _tell(failed, len(mine), work)
+
+
+def _check(tasks: Sequence[str], models: dict[str, str], images: Path | None, *, shared_out: bool, both: bool) -> None:
+    """Raise UsageError for a task that there is not, and for options that do not go together. `both`: whether both sizes are given."""
+    from unbraid.bench.truth.tasks import TASKS
+
+    for name in tasks:
+        if name not in TASKS:
+            raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
+    if images and shared_out:
+        raise UsageError("your own pictures are not shared out", "--shard, --ray", "Leave them out.")
+    if not images and any(models.values()):
+        raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
+    if both:
+        raise UsageError("there is one size", "--full --medium", "Give one of them.")
 
 
 def _list(tasks: Sequence[str]) -> None:
@@ -114,9 +125,15 @@ def _list(tasks: Sequence[str]) -> None:
 
 
 def _field(
-    work: Path, out: Path, base: str, images: Path, name: str, models: dict[str, str], selection: tuple[Any, ...]
+    work: Path,
+    out: Path,
+    base: tuple[str, str],
+    images: Path,
+    name: str,
+    models: dict[str, str],
+    selection: tuple[Any, ...],
 ) -> None:
-    """Run the same rows on a user's own pictures, scored by the usual metrics (docs/field-metrics.md)."""
+    """Run the same rows on a user's own pictures, scored by the usual metrics (docs/field-metrics.md). `base`: its name, and `--parts`."""
     from unbraid.bench.field.models import load_models
     from unbraid.bench.field.protocol import PROTOCOLS, Selection, protocol
     from unbraid.bench.field.report import write
@@ -127,7 +144,8 @@ def _field(
     units, failed = [], []
     loaded = load_models(**{key: model or None for key, model in models.items()})
     with console.status("training and drawing") as status:
-        for done in protocol(work, base, images, loaded, name=name, selection=Selection(*selection)):
+        events = protocol(work, base[0], images, loaded, name=name, selection=Selection(*selection), parts=base[1])
+        for done in events:
             status.update(f"{len(units)} done: {done.todo.row}, {done.todo.cell}")
             if done.unit:
                 units.append(done.unit)

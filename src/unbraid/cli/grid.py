@@ -88,7 +88,7 @@ def _found(where: Path, shard: str) -> list[Path]:
 
 def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
     """The job folders of this share of the grid. Those that are missing are made, when all of them are known to be right."""
-    from unbraid.images.crop import open_image
+    from unbraid.runs.checks import check_all
     from unbraid.runs.folder import is_job
     from unbraid.runs.grid_worker import share
     from unbraid.runs.job_folder import write_job
@@ -97,8 +97,7 @@ def _written(file: Path, out: Path | None, shard: str) -> list[Path]:
     i, n = share(shard)
     where, mine = out or own, runs[i::n]
     jobs = [grid_file.job(run, where, file) for run in mine if not is_job(where / run.name)]
-    for path in dict.fromkeys(path for job in jobs for some in job.data.images.values() for path in some):
-        open_image(path)
+    check_all(jobs)
     for job in jobs:
         write_job(job)
     return [where / run.name for run in mine]

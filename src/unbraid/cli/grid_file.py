@@ -48,7 +48,7 @@ class Planned:
 
 def read(file: Path) -> tuple[Path, list[Planned]]:
     """The folder of the grid (`out`, by default grids/NAME) and its runs, seed by seed. UsageError if the file is wrong."""
-    table = read_toml(file, FIX)
+    table = read_toml(file, f"Give a TOML file or a folder of job folders. {FIX}")
     out = table.pop("out", str(Path("grids") / file.stem))
     pictures, settings = table.pop("pictures", None), table.pop("settings", {})
     if not isinstance(pictures, list) or not pictures or not all(isinstance(one, dict) and one for one in pictures):

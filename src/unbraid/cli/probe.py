@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from unbraid.cli.options import Device, Quiet, Vram
+from unbraid.cli.options import Device, Parts, Quiet, Vram
 from unbraid.cli.progress import console, progress_bar
 from unbraid.common.errors import UsageError
 
@@ -36,6 +36,7 @@ def probe_blocks(
     clip: Annotated[str, typer.Option(help="CLIP, a folder or hub id: for what --dino and --csd do not see.")] = "",
     dino: Annotated[str, typer.Option(help="DINO or DINOv2, for content.")] = "",
     csd: Annotated[str, typer.Option(help="CSD, for style.")] = "",
+    parts: Parts = "",
     vram: Vram = "max",
     device: Device = "",
     quiet: Quiet = False,
@@ -46,6 +47,7 @@ def probe_blocks(
     _check(lora, prompt, [*(subject or ()), *(style or ())], min(pairs, seeds, steps, size))
     with console.status("loading"):
         from unbraid.bases.base import load
+        from unbraid.bases.loadable import check_loading
         from unbraid.bases.presets import Loading
         from unbraid.bench.field.models import load_models
         from unbraid.bench.probe import report
@@ -57,7 +59,9 @@ def probe_blocks(
         plan: Any = LoraPlan(lora, prompt or (), **amount) if lora else None
         if plan:
             plan.check()  # before a base is loaded
-        opened = load(base, device or None, Loading(vram=vram, graphs=False))
+        loading = Loading(parts=parts, vram=vram, graphs=False)
+        check_loading(base, loading)
+        opened = load(base, device or None, loading)
         looking = eyes(opened, load_models(clip or None, dino or None, csd or None, device=device or None))
     if plan:
         events = probe_loras(opened, looking, plan)

@@ -18,6 +18,10 @@ from unbraid.common.errors import UsageError
 SHOWN = 10  # show the loss every so many steps on an accelerator: reading it waits for the device
 
 UNDONE = 3  # exit status: training is done, but some picture could not be made
+OWN_DEFAULTS = (
+    "Their usual defaults are shown. A base can have its own, in the unbraid.toml of its folder: the embedded one, icons, has."
+    " `unbraid explain METHOD --base BASE` prints those that count."
+)
 OTHERS = frozenset(  # arguments of the verbs that are not settings of a method
     (
         "method image images words subject style content prompt prompts class_prompt class_images from_ also loras roles single before after pairs beside blocks kind fine_tune out"
@@ -44,12 +48,19 @@ class Verb(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from unbraid.methods import ENTRIES
-        from unbraid.runs.settings import descriptions, open_settings
+        from unbraid.runs.settings import base_defaults, descriptions, open_settings
 
+        embedded = base_defaults("icons")
+        with formatter.section("Settings of the methods"):
+            formatter.write_text(OWN_DEFAULTS)
         for entry in (one for one in ENTRIES if one.verb == self.name):
             about = descriptions(entry)
             with formatter.section(f"--method {entry.name}: {entry.title} ({entry.paper}). --set"):
-                rows = [(f"{name}={one.default}", about[name]) for name, one in open_settings(entry).items()]
+                own = {name: f" On icons {value}." for name, value in embedded.get(entry.name, {}).items()}
+                rows = [
+                    (f"{name}={one.default}", about[name] + own.get(name, ""))
+                    for name, one in open_settings(entry).items()
+                ]
                 formatter.write_dl(rows, col_max=34)
 
 
@@ -126,7 +137,7 @@ def run_job(job: Any, resume: bool, quiet: bool, numbered: bool = False) -> int:
     from unbraid.methods import METHODS
     from unbraid.runs import folder
     from unbraid.runs.after import next_steps
-    from unbraid.runs.job import check
+    from unbraid.runs.checks import check
     from unbraid.runs.memory import memory_line
     from unbraid.runs.run import run
 

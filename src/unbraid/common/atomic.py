@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from unbraid.common.errors import UsageError
+from unbraid.common.contents import TEXT, mismatch
+from unbraid.common.errors import UsageError, printable
 
 _numbers = count()
 
@@ -45,8 +46,18 @@ def read_toml(path: Path, fix: str) -> dict[str, Any]:
         ValueError,
         RecursionError,
     ) as error:  # syntax errors, too deep nesting, numbers with too many digits
-        reason = " ".join(str(error).split())[:150]
-        raise UsageError(f"not a TOML file: {reason}", path, fix) from error
+        raise UsageError(_no_toml(path, error), path, fix) from error
+
+
+def _no_toml(path: Path, error: Exception) -> str:
+    """Why a path could not be read as TOML: it is not there, of another kind, may not be read, or has an error in it."""
+    if other := mismatch(path, "a TOML file", (TEXT,)):
+        return other
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})"
+    if isinstance(error, UnicodeError):
+        return "not a TOML file: it is not text in UTF-8"
+    return f"not a TOML file: {printable(' '.join(str(error).split()), 150)}"
 
 
 def sha256(path: Path, start: int = 0) -> str:

@@ -3,20 +3,23 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-LONGEST = 299  # characters of a message
+LONGEST = 800  # characters of a message
+PLACE, MENDING = 240, 400  # characters of its `where` and `fix`; the rest is for what is wrong
 
 
 class UsageError(Exception):
     """A problem that the user can fix: `what` is wrong, `where`, and how to `fix` it.
 
-    The command line prints it as one line and exits with status 1.
+    The command line prints it as one line and exits with status 1. Of a text that is too long, that line has the end of `where`, which
+    is the end of a path, and both ends of `what`, which can contain another message.
     """
 
     def __init__(self, what: str, where: object = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, str(where), fix
-        where_ = printable(self.where, max(LONGEST - min(len(what), 120) - min(len(fix), 90) - 8, 60))
-        parts = [part for part in (where_, printable(what, 120)) if part]
-        super().__init__(": ".join(parts) + (f". {printable(fix, 90)}" if fix else ""))
+        place, mending = printable(self.where, PLACE, 0), printable(fix, MENDING)
+        wrong = printable(what, LONGEST - len(place) - len(mending) - len(": . "))
+        parts = [part for part in (place, wrong) if part]
+        super().__init__(": ".join(parts) + (f". {mending}" if fix else ""))
 
 
 class UnsuitedError(UsageError):
@@ -32,16 +35,17 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's message, at most `limit` characters; the name of its class if it has no message."""
+    """The first line of an error's message, shortened in the middle to `limit` characters, but a UsageError's is whole; the name of
+    its class if it has no message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:limit]
+    return printable(lines[0], LONGEST if isinstance(error, UsageError) else limit)
 
 
-def printable(text: object, limit: int = 120) -> str:
-    """Untrusted text made safe for a terminal: one line without control characters, shortened in the middle to `limit` characters."""
-    text = str(text)
-    text = text if len(text) <= 4 * limit else f"{text[: 2 * limit]}{text[-2 * limit :]}"
-    shown = "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else "\ufffd" for letter in text)
-    if len(shown) <= limit:
-        return shown
-    return f"{shown[: limit // 2 - 1]}…{shown[-(limit - limit // 2) :]}"
+def printable(text: object, limit: int = 120, start: int | None = None) -> str:
+    """Untrusted text made safe for a terminal: one line without control characters. Of a text that is longer than `limit`
+    characters, the first `start` stay (without it, half of them), and the last."""
+    shown = str(text)
+    if len(shown) > limit:
+        first = limit // 2 - 1 if start is None else start
+        shown = f"{shown[:first]}…{shown[len(shown) - (limit - first - 1) :]}"
+    return "".join(letter if letter.isprintable() else " " if letter in "\n\r\t" else "\ufffd" for letter in shown)

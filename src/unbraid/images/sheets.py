@@ -11,6 +11,11 @@ from PIL.PngImagePlugin import PngInfo
 from unbraid.common.atomic import atomic
 
 GAP = 6  # pixels between pictures
+TITLE, CAPTION, SPACE = (
+    22,
+    20,
+    18,
+)  # pixels: heights of a title, of a caption, and between rows, so that a title belongs to its row
 CELLS = 128, 512  # pixels: the smallest and largest side of a picture on a sheet
 PAPER, INK = "white", "#333333"
 
@@ -22,16 +27,16 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]],
     cell = cell or min(max(usual, CELLS[0]), CELLS[1])
     font = ImageFont.load_default(13)
     columns = max(len(cells) for _, cells in rows)
-    row_height = 22 + cell + 20
-    sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + len(rows) * row_height), PAPER)
+    row_height = TITLE + cell + CAPTION + SPACE
+    sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + len(rows) * row_height - SPACE), PAPER)
     pen = ImageDraw.Draw(sheet)
     for r, (title, cells) in enumerate(rows):
         top = GAP + r * row_height
         pen.text((GAP, top), _plain(title), INK, font)
         for c, (label, picture) in enumerate(cells):
             left = GAP + c * (cell + GAP)
-            sheet.paste(_scaled(picture, cell), (left, top + 22))
-            pen.text((left, top + 22 + cell + 2), _short(label, pen, font, cell), INK, font)
+            sheet.paste(_scaled(picture, cell), (left, top + TITLE))
+            pen.text((left, top + TITLE + cell + 2), _short(label, pen, font, cell), INK, font)
     return sheet
 
 

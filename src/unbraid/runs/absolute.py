@@ -19,9 +19,9 @@ def absolute(record: Mapping[str, Any]) -> dict[str, Any]:
         found["captions"] = {whole(path): text for path, text in found["captions"].items()}
     if "loras" in found:
         found["loras"] = {role: whole(path) for role, path in found["loras"].items()}
-    return found | {"base": absolute_base(record["base"])}
+    return found | {name: absolute_base(record[name]) for name in ("base", "vae", "parts") if name in record}
 
 
 def absolute_base(base: str) -> str:
-    """A base that is a folder or a file by its absolute path; hub ids and the embedded one by their names."""
-    return str(Path(base).absolute()) if base != EMBEDDED and Path(base).exists() else base
+    """A base, or a part of one, that is a folder or a file by its absolute path; hub ids and the embedded one by their names."""
+    return str(Path(base).absolute()) if base not in ("", EMBEDDED) and Path(base).exists() else base

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unbraid.bases.base import Base, joined, load
 from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.common.atomic import read_toml
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, printable
 from unbraid.core.many import run_batched
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.runs import folder
@@ -119,7 +119,7 @@ def _script(job: Job, resume: bool, find: Callable[[Job], Base]) -> TrainingCoro
     try:
         yield from script(job, resume and folder.begun(job.out), find)
     except FAULTS as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
         raise UsageError(
             what, job.out, "The other runs go on. By itself it says more: `unbraid batch`, with its run.toml."
         ) from error

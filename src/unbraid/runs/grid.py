@@ -7,8 +7,10 @@ from pathlib import Path
 
 from unbraid.common.errors import UsageError
 from unbraid.runs.batch import check_folders
+from unbraid.runs.checks import check_all
 from unbraid.runs.cluster import DONE, HELD, Cluster, spread
 from unbraid.runs.drawing import forget_base
+from unbraid.runs.folder import is_job
 from unbraid.runs.grid_worker import Event, answers, run_here, share
 from unbraid.runs.job import Job
 from unbraid.runs.job_folder import is_done, write_job
@@ -33,6 +35,7 @@ def grid(
     check_folders(jobs, resume=True)
     i, n = share(shard)
     mine = jobs[i::n]
+    check_all([job for job in mine if not is_job(job.out)])
     for job in mine:
         write_job(job)
     failed = dict[Path, UsageError]()

@@ -16,7 +16,7 @@ import torch
 from unbraid.bases.base import Base
 from unbraid.bases.presets import AS_IT_IS
 from unbraid.bases.savings import memory_error
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, printable
 from unbraid.core.recipe import TrainingCoroutine
 from unbraid.core.train import run_one
 from unbraid.runs import job_folder, pace
@@ -134,5 +134,5 @@ def _script(folder: Path, find: Callable[[Job], Base]) -> TrainingCoroutine[Prog
             yield from script(recorded(folder / JOB), False, find)
         yield END
     except FAULTS as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 200)}"
         raise UsageError(what, folder, "The others go on. The same command tries it again.") from error

@@ -19,7 +19,7 @@ from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.selectors import Blocks
 from unbraid.core.state import Step
 from unbraid.files.formats.metadata import card
-from unbraid.images.crop import check_size, open_image
+from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
 from unbraid.runs import folder
 from unbraid.runs.settings import BATCH_SIZES, RESOLUTIONS, WARM_UPS, Settings, base_defaults, counted
@@ -170,17 +170,6 @@ def with_article(template: str, words: Mapping[str, str]) -> str:
 
 def _fields(template: str) -> list[str]:
     return [name for _, name, _, _ in Formatter().parse(template) if name]
-
-
-def check(job: Job, resume: bool) -> None:
-    """Check words, pictures and the folder before a model is loaded. UsageError for the first that is wrong."""
-    texts = prompts_of(job)
-    opened = opened_images(job)
-    for role, images in opened.items():
-        for image, path in zip(images, job.data.images[role], strict=True):
-            check_size(image, path)
-    METHODS[job.method].inputs.check(opened, job.data.images)
-    folder.claimable(job.out, record(job, texts), resume)
 
 
 def opened_images(job: Job) -> dict[str, list[Image.Image]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.common.atomic import atomic, read_toml
+from unbraid.common.contents import FOLDER, mismatch
 from unbraid.common.errors import UsageError
 from unbraid.runs import folder
 from unbraid.runs.absolute import absolute
@@ -38,7 +39,8 @@ def folders(where: Path) -> list[Path]:
         found = [Path(one.path) for one in os.scandir(where) if one.is_dir() and folder.is_job(Path(one.path))]
         if found:
             return sorted(found)
-    raise UsageError("there are no job folders here", where, "Give the folder of a grid.")
+    what = mismatch(where, "a folder", (FOLDER,)) or "there are no job folders here"
+    raise UsageError(what, where, "Give the folder of a grid.")
 
 
 def is_done(out: Path) -> bool:

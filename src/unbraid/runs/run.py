@@ -11,7 +11,7 @@ from unbraid.bases.base import Base, load
 from unbraid.bases.devices import memory_in_use
 from unbraid.bases.savings import drop_foreign_moments, memory_error, notes
 from unbraid.common.atomic import atomic
-from unbraid.common.errors import UsageError
+from unbraid.common.errors import UsageError, first_line
 from unbraid.core import mergers
 from unbraid.core.lora import Branch
 from unbraid.core.recipe import ForwardRequest, TrainingCoroutine, go_on
@@ -148,8 +148,7 @@ def _picture(ready: Ready, name: str, make: Callable[[], Path]) -> Progress:
     try:
         return Progress(done, total, file=make())
     except UNDONE as error:
-        reason = error.what if isinstance(error, UsageError) else str(error)
-        return Progress(done, total, warning=f"{name} could not be made: {' '.join(reason.split())[:200]}", undone=True)
+        return Progress(done, total, warning=f"{name} could not be made: {first_line(error)}", undone=True)
 
 
 def remarks(job: Job) -> list[str]:

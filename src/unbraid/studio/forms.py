@@ -12,7 +12,8 @@ from unbraid.common.errors import UsageError
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import Entry
 from unbraid.runs.api import learn_job, pair_job, split_job, zip_job
-from unbraid.runs.job import Job, check
+from unbraid.runs.checks import check
+from unbraid.runs.job import Job
 from unbraid.runs.job_folder import read_done
 from unbraid.runs.memory import memory_line
 from unbraid.runs.settings import base_defaults, descriptions, open_settings, parse_set

@@ -59,6 +59,10 @@ class Network(Protocol):
         """Raise UsageError if the pipeline is no text-to-image model, such as one for inpainting."""
         ...
 
+    def check_options(self, prediction: str, timesteps: str) -> None:
+        """Raise UsageError for `--prediction` and `--timesteps` that it cannot have. Empty: none is given."""
+        ...
+
     def process(self, config: Any, base: str, timesteps: str) -> Process:
         """Its noise. `config`: the scheduler's configuration. `base`: the base's name, for errors. `timesteps`: how they
         are drawn in training; empty: as published. Raises UsageError if it cannot be so."""

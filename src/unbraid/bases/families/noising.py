@@ -61,6 +61,13 @@ class Process(Protocol):
         ...
 
 
+def check_uniform(timesteps: str) -> None:
+    """Raise UsageError for timesteps that are not uniform. Empty: as published, which is uniform."""
+    if timesteps not in ("", "uniform"):
+        what = f"this base is trained with uniform timesteps, not with {timesteps!r}"
+        raise UsageError(what, "--timesteps", "Leave it out: it is for bases with flow matching, such as Flux.")
+
+
 class Diffusion:
     """x_t = α_t x_0 + σ_t ε with α² + σ² = 1 (arXiv 2006.11239). The network predicts ε, or v = α_t ε − σ_t x_0 (arXiv 2202.00512)."""
 
@@ -76,9 +83,7 @@ class Diffusion:
         if self.prediction not in PREDICTIONS:
             what = f"prediction type {self.prediction!r} is not supported"
             raise UsageError(what, base, "Use a base that predicts epsilon or v.")
-        if timesteps not in ("", "uniform"):
-            what = f"this base is trained with uniform timesteps, not with {timesteps!r}"
-            raise UsageError(what, "--timesteps", "Leave it out: it is for bases with flow matching, such as Flux.")
+        check_uniform(timesteps)
 
     def to(self, device: torch.device) -> None:
         self._signal = self._signal.to(device)

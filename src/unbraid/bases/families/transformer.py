@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.bases.families.family import Preset, Prompt
-from unbraid.bases.families.flow import Flow, dynamic_shift
+from unbraid.bases.families.flow import Flow, dynamic_shift, parsed
 from unbraid.bases.families.noising import Process
 from unbraid.common.errors import UsageError
 from unbraid.core.layers import Layers
@@ -51,6 +51,11 @@ class Transformer:
         if config.get("out_channels") not in (None, config["in_channels"]):
             what = f"its transformer takes {config['in_channels']} channels: an inpainting or image-conditioned model"
             raise UsageError(what, name, "Give the text-to-image model that it was made from.")
+
+    def check_options(self, prediction: str, timesteps: str) -> None:
+        if prediction:
+            raise UsageError("a base with flow matching predicts the velocity", "--prediction", "Leave it out.")
+        parsed(timesteps or self.density)
 
     def process(self, config: Any, base: str, timesteps: str) -> Process:
         return Flow(config, base, timesteps or self.density, self.preconditioned)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unbraid.bases.families.family import Prompt
 from unbraid.bases.families.long_prompts import encode, remarks
-from unbraid.bases.families.noising import Diffusion, Process
+from unbraid.bases.families.noising import Diffusion, Process, check_uniform
 from unbraid.common.errors import UsageError
 from unbraid.core.layers import UNET, Layers
 
@@ -47,6 +47,9 @@ class UNet:
         if config["in_channels"] != config["out_channels"]:
             what = f"its UNet takes {config['in_channels']} channels: an inpainting or image-conditioned model"
             raise UsageError(what, name, "Give the text-to-image model that it was made from.")
+
+    def check_options(self, prediction: str, timesteps: str) -> None:
+        check_uniform(timesteps)
 
     def process(self, config: Any, base: str, timesteps: str) -> Process:
         return Diffusion(config, base, timesteps)

@@ -89,14 +89,16 @@ def protocol(
     name: str = "plain",
     selection: Selection | None = None,
     training: Mapping[str, Settings] | None = None,
+    parts: str = "",
 ) -> Iterator[Done]:
     """Yields every unit when it is finished; `unbraid.bench.field.report` shows them. `images`: a folder with the layout that
-    `unbraid.bench.field.given` describes. `training`: method → settings that replace its own.
+    `unbraid.bench.field.given` describes. `training`: method → settings that replace its own. `parts`: what a transformer's single
+    file lacks, as for `unbraid.bases.base.load`.
 
     A UsageError in one unit is yielded as its `Done.error`; the other units go on."""
     rules, given, selection = _protocol(name), read_given(images), selection or Selection()
     scale = Scale((), draws=rules.draws, steps=rules.steps, guidance=rules.guidance, training=training or {})
-    cache = TrainingCache(work, scale, base, subjects=given.contents, partners=given.partners)
+    cache = TrainingCache(work, scale, base, subjects=given.contents, partners=given.partners, parts=parts)
     rows = chosen_rows(selection.tasks, selection.rows)
     for cell in cells(given, selection.seeds):
         for row in (row for row in rows if row.task == cell.task):

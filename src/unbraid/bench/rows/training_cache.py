@@ -16,6 +16,7 @@ from typing import Any, Unpack
 from PIL import Image
 
 from unbraid.bases.base import Base, load
+from unbraid.bases.presets import Loading
 from unbraid.bench.rows.cost import Cost, counted, measured
 from unbraid.bench.rows.version import DRAWING, MERGING, base_digest, versions
 from unbraid.bench.truth.tasks import Cell, Item, Scale, content_prompt, joint_prompt, style_prompt
@@ -53,11 +54,12 @@ class TrainingCache:
         default_factory=dict
     )  # kind of module → (picture, prompt)
     waits: bool = True
+    parts: str = ""  # a folder or hub id with what a transformer's single file lacks
 
     @cached_property
     def base(self) -> Base:
         """The base, loaded when it is first used."""
-        return load(self.base_name)
+        return load(self.base_name, loading=Loading(parts=self.parts))
 
     def picture(self, truth: Truth, name: str = "") -> Path:
         """A true picture as a PNG file."""
@@ -145,12 +147,14 @@ class TrainingCache:
             sheets.save_image(drawn, file)
         return open_image(file)
 
+    def _opened(self) -> dict[str, Any]:
+        """The options of a training with which the base is opened."""
+        return {"base": self.base_name, "parts": self.parts}
+
     def learn(self, images: Path | list[Path], prompt: str, seed: int, **settings: Any) -> Path:
         """The file of a DreamBooth-LoRA."""
-        return (
-            self.train(learn_job(images, prompt=prompt, seed=seed, base=self.base_name, **settings))
-            / "lora.safetensors"
-        )
+        job = learn_job(images, prompt=prompt, seed=seed, **{**self._opened(), **settings})
+        return self.train(job) / "lora.safetensors"
 
     def learnt(self, cell: Cell) -> tuple[Path, Path]:
         """The two DreamBooth-LoRAs that most rows of `combine` start from: one of the subject's pictures, one of the style's."""
@@ -159,18 +163,17 @@ class TrainingCache:
 
     def split(self, picture: Truth, method: str = "unziplora", **options: Unpack[SplitOptions]) -> Path:
         """The folder of a split of one picture."""
-        options.setdefault("base", self.base_name)
+        given: Any = {**self._opened(), **options}
         words = {"subject": picture.subject, "style": picture.style}
-        return self.train(split_job(self.picture(picture), method=method, **words, **options))
+        return self.train(split_job(self.picture(picture), method=method, **words, **given))
 
     def zipped(
         self, cell: Cell, content: Path, style: Path, images: Mapping[str, Path], **options: Unpack[ZipOptions]
     ) -> tuple[Use, Use]:
         """A content LoRA and a style LoRA, merged by `zip`, ready to be drawn with."""
         prompts = {"both": joint_prompt(cell.subject, cell.style.style)}
-        options.setdefault("seed", cell.seed)
-        options.setdefault("base", self.base_name)
-        folder = self.train(zip_job(content, style, images=images, prompts=prompts, **options))
+        given: Any = {**self._opened(), "seed": cell.seed, **options}
+        folder = self.train(zip_job(content, style, images=images, prompts=prompts, **given))
         return Use(folder / "content.safetensors"), Use(folder / "style.safetensors")
 
     def drawer(self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "") -> Drawer:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from unbraid.common.contents import PICTURE, TEXT, contents
 from unbraid.common.errors import UsageError, first_line
 from unbraid.files.formats.gate import MAX_KEYS, check, check_module, check_size
 from unbraid.files.formats.kinds import KIND, sizes
@@ -17,6 +18,10 @@ from unbraid.files.formats.names import KINDS, Key, split_key
 from unbraid.files.formats.recognise import Verdict, both_ways, name_in, recognise
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+OTHERS = {  # kind of another file, such as an argument in the wrong place → how to mend it
+    PICTURE: "Give a .safetensors file.",
+    TEXT: "Give a .safetensors file; if it should be one, get it again: a page or a pointer came in its place.",
+}
 Shape = tuple[int, ...]
 
 
@@ -59,7 +64,11 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
             yield handle
     except (SafetensorError, OSError, UnicodeError) as error:
-        raise UsageError(f"not a readable safetensors file ({_short(error)})", path, _fix(path)) from error
+        known = contents(path)
+        reason = f"it is {known}" if known in OTHERS else _short(error)
+        raise UsageError(
+            f"not a readable safetensors file ({reason})", path, OTHERS.get(known) or _fix(path)
+        ) from error
 
 
 def _no_file(path: Path) -> UsageError:

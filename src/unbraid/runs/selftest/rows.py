@@ -21,7 +21,6 @@ from unbraid.runs.selftest.checks import Check, checks
 from unbraid.runs.selftest.scene import Scene
 
 LIBRARIES = ("unbraid", "torch", "diffusers", "transformers", "peft")
-LONGEST = 300  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,12 @@ def _row(check: Check, scene: Scene) -> Row:
     try:
         found = check.function(scene)
     except UsageError as error:
-        return Row(check.name, False, time.perf_counter() - begin, _line(str(error)), trace=traceback.format_exc())
+        return Row(check.name, False, time.perf_counter() - begin, first_line(error), trace=traceback.format_exc())
     except Exception as error:  # noqa: BLE001  # whatever a strange driver or library raises is what this command is to report
-        reason = _line(f"{type(error).__name__}: {first_line(error)}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
         return Row(check.name, False, time.perf_counter() - begin, reason, trace=traceback.format_exc())
     peak = torch.cuda.max_memory_allocated(scene.device) if on_cuda and found.peak is None else found.peak
     return Row(check.name, True, time.perf_counter() - begin, found.note, peak, found.estimate)
-
-
-def _line(text: str) -> str:
-    """One printable line."""
-    return "".join(one if one.isprintable() else " " for one in text)[:LONGEST].strip()
 
 
 def about(base: str, device: str) -> dict[str, str]:
