@@ -11,11 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 from unbraid.common.atomic import atomic
 
 GAP = 6  # pixels between pictures
-TITLE, CAPTION, SPACE = (
-    22,
-    20,
-    18,
-)  # pixels: heights of a title, of a caption, and between rows, so that a title belongs to its row
+TITLE, CAPTION = 22, 20  # pixels: their heights
+SPACE = 18  # pixels between rows, so that a title is seen to belong to its row
 CELLS = 128, 512  # pixels: the smallest and largest side of a picture on a sheet
 PAPER, INK = "white", "#333333"
 
