@@ -127,7 +127,7 @@ def test_a_training_that_another_machine_has_is_waited_for_or_told(
     tmp_path: Path, v_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training_cache, "POLL", 0.01)
-    cache = grid._training_cache(tmp_path, tiny(tmp_path, v_base)[0].scale, str(v_base))
+    cache = grid._training_cache(tmp_path, tiny(tmp_path, v_base)[0].scale, str(v_base), "")
     (tmp_path / "locks" / "made-x-json").mkdir(parents=True)
     lease, calls = take(tmp_path / "locks" / "made-x-json", "another machine"), list[int]()
     with pytest.raises(folder.AtWorkError):
