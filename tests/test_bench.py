@@ -294,10 +294,27 @@ def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
 # rows of other packages, bad input
 
 
+def example(word: str) -> str:
+    """The example of docs/benchmark.md in which a word stands."""
+    return next(code for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if word in code)
+
+
+def test_the_docs_compare_rows_by_the_committed_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(DOCS.parent.parent)
+    exec(example("lead("), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert "DARE -0.015 [-0.056, 0.025]" in printed and len(printed) > 15
+    for line in printed:
+        row, figures = line.split(" ", 1)
+        assert row not in ("DARE", "TIES", "KnOTS", "NP-LoRA", "EST-LoRA", "K-LoRA") or figures in DOCS.read_text()
+
+
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The example of docs/benchmark.md, installed as a package with an entry point."""
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    code = example("ROWS")
     (point,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.S)
     place = tmp_path / "site"
     info = place / "my_bench-1.dist-info"
