@@ -93,11 +93,9 @@ def test_what_changes_results_raises_a_version(found: dict[str, Figures]) -> Non
     for name, figures in found.items():
         assert recorded[name]["version"] == now[name], f"{name}: record anew, see above"
         for what, values in recorded[name]["figures"].items():
-            # Processors round differently, and Adam's first steps make a whole step of a gradient that is rounding alone
-            near = [
-                pytest.approx(one, rel=1e-3 if i or name not in METHODS else 0.02, abs=1e-5)
-                for i, one in enumerate(values)
-            ]
+            # Weights of `break` were seen to differ by 0.6 % between processors, with equal losses
+            rel = 0.01 if name == "break" else 1e-3
+            near = [pytest.approx(one, rel=1e-3 if i else rel, abs=1e-5) for i, one in enumerate(values)]
             assert figures[what] == near, (
                 f"{name} gives other results ({what}): raise its version, and record anew (see above)"
             )

@@ -51,19 +51,12 @@ def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> b
     return any(one.prompt and (one.segment or not joint) for branch in recipe.branches(0) for one in branch.active)
 
 
-def guided(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
-    """ConsisLoRA with its guidance: each LoRA is drawn against the LoRA of the other picture."""
-    first, second = (cache.split(one, "consislora", seed=cell.seed, **settings) for one in (cell.content, cell.style))
-    content, style = "content.safetensors", "style.safetensors"
-    both = Use(first / content, against=second / content), Use(second / style, against=first / style)
-    return {"both": cache.drawer(*both)}
-
-
 def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split with the style LoRA of another, each under its own prompt or (`one_prompt`) all under that of the
     drawing. The other two LoRAs are subtracted by the weight `less`: the style that the content came with, the content that the style
     came with. `guided`: each is drawn against its counterpart in the other split, as in ConsisLoRA."""
-    first, second = (cache.split(one, seed=cell.seed) for one in (cell.content, cell.style))
+    method = settings.get("method", UNZIP)
+    first, second = (cache.split(one, method, seed=cell.seed) for one in (cell.content, cell.style))
     own, less, guided = None if settings.get("one_prompt") else OWN, settings.get("less", 0.0), settings.get("guided")
 
     def use(folder: Path, other: Path, role: str, scale: float) -> Use:
@@ -113,7 +106,13 @@ ROWS = [
         )
     ),
     Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
-    Row("recombine", "ConsisLoRA, guided", guided, methods=("consislora",)),
+    Row(
+        "recombine",
+        "ConsisLoRA, guided",
+        recombined,
+        {"method": "consislora", "one_prompt": True, "guided": True},
+        methods=("consislora",),
+    ),
     *(
         Row("recombine", f"ablation: UnZipLoRA, {name}", recombined, settings, True, (UNZIP,))
         for name, settings in (
