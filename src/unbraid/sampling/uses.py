@@ -9,7 +9,9 @@ from unbraid.core.lora import Lora
 from unbraid.files.lora_file import LoraFile, read
 
 Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file (for error messages), and its modules
-OWN = "own"  # a value of Use.prompt: stands for the prompt that the file was trained with
+# Values of Use.prompt that stand for what is recorded in the file: the prompt that it was trained with; the name of its style, without
+# the subject that it was trained on
+OWN, STYLED = "own", "style"
 ALL_STEPS = (0.0, 1.0)
 PROMPTS, STYLE = ("unbraid.prompt", "modelspec.trigger_phrase"), "unbraid.style"  # keys in files
 
@@ -19,7 +21,8 @@ class Use:
     """One LoRA file and its strength.
 
     `prompt`: the text that this LoRA gets in the keys and values of cross-attention, in place of the main prompt
-    (UnZipLoRA's joint inference); in joint attention, in a segment of its own. `own` stands for the prompt that is recorded in the file.
+    (UnZipLoRA's joint inference); in joint attention, in a segment of its own. `own` stands for the prompt that is recorded in the file,
+    `style` for "S style" with the style S that is recorded there: a style LoRA then does not read the subject of its own picture.
     `steps`: the part of the sampling steps in which it acts: 0 is the first step, 1 the end (CRAFT, arXiv 2602.18936).
     `against`: another LoRA file, such as that of another picture's style. The drawing moves away from what that one draws
     and towards what this one draws, each under its own prompt, by `contrast` (see `unbraid.sampling.combine.difference`)."""
@@ -66,7 +69,7 @@ def open_uses(prompt: str, uses: Sequence[Use], styles: Sequence[Use]) -> Cast:
     texts = {"main": prompt}
     for role, (use, file) in opened.items():
         if use.prompt is not None:
-            texts[role] = own_prompt(use.file, file) if use.prompt == OWN else use.prompt
+            texts[role] = RECORDED[use.prompt](use.file, file) if use.prompt in RECORDED else use.prompt
         if role in others:
             texts |= {toward(role): own_prompt(use.file, file), away(role): own_prompt(*others[role])}
     for role, (use, file) in guides.items():
@@ -116,3 +119,11 @@ def style_words(path: Path, file: LoraFile) -> str:
     if file.metadata.get(STYLE):
         return file.metadata[STYLE]
     raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")
+
+
+def styled(path: Path, file: LoraFile) -> str:
+    """The prompt that names a LoRA's style and no subject. UsageError if its file does not name the style."""
+    return f"{style_words(path, file)} style"
+
+
+RECORDED = {OWN: own_prompt, STYLED: styled}

@@ -10,7 +10,7 @@ from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
 from unbraid.runs.settings import Settings, base_defaults, resolve
-from unbraid.sampling.uses import OWN, Use
+from unbraid.sampling.uses import OWN, STYLED, Use
 
 
 def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -53,17 +53,20 @@ def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> b
 
 def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split with the style LoRA of another, each under its own prompt or (`one_prompt`) all under that of the
-    drawing. The other two LoRAs are subtracted by the weight `less`: the style that the content came with, the content that the style
-    came with. `guided`: each is drawn against its counterpart in the other split, as in ConsisLoRA."""
-    method = settings.get("method", UNZIP)
-    first, second = (cache.split(one, method, seed=cell.seed) for one in (cell.content, cell.style))
+    drawing; with `style_words` a style LoRA reads the name of its style alone. The other two LoRAs are subtracted by the weight `less`:
+    the style that the content came with, the content that the style came with. `guided`: each is drawn against its counterpart in the
+    other split, as in ConsisLoRA. `scales`: strengths of content and style. `training`: settings of the two splits."""
+    method, training = settings.get("method", UNZIP), settings.get("training", {})
+    first, second = (cache.split(one, method, seed=cell.seed, **training) for one in (cell.content, cell.style))
     own, less, guided = None if settings.get("one_prompt") else OWN, settings.get("less", 0.0), settings.get("guided")
+    prompts = {"content": own, "style": STYLED if settings.get("style_words") else own}
+    content, style = settings.get("scales", (1.0, 1.0))
 
     def use(folder: Path, other: Path, role: str, scale: float) -> Use:
         file = f"{role}.safetensors"
-        return Use(folder / file, scale, prompt=own, against=other / file if guided and scale > 0 else None)
+        return Use(folder / file, scale, prompt=prompts[role], against=other / file if guided and scale > 0 else None)
 
-    uses = [use(first, second, "content", 1.0), use(second, first, "style", 1.0)]
+    uses = [use(first, second, "content", content), use(second, first, "style", style)]
     if less:
         uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
     return {"both": cache.drawer(*uses)}
@@ -77,12 +80,14 @@ def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Dr
     return {"both": cache.drawer(*cache.zipped(cell, content, style, images, **settings))}
 
 
+MORE_ALONE: Settings = {"content_alone": 0.5}
 IDEAS: Mapping[str, Settings] = {  # settings that are off by default, each against what the two LoRAs have in common
     "x0 loss": {"loss": "x0"},
     "style learnt again": {"style_steps": 150},
     "prior preserved": {"prior_weight": 0.5},
     "leak loss": {"leak_weight": 1.0},
     "windows": {"content_part": "0-0.7", "style_part": "0.28-1"},
+    "more content alone": MORE_ALONE,
 }
 # Every method of the verb `split` has a row in both tasks
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
@@ -120,6 +125,8 @@ ROWS = [
             ("the rest subtracted", {"less": 0.3}),
             ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
             ("guided", {"guided": True}),
+            ("style words", {"style_words": True}),
+            ("more content alone, style words", {"style_words": True, "training": MORE_ALONE}),
         )
     ),
     *(
