@@ -28,6 +28,7 @@ from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS, Scale, cells, 
 from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
+from unbraid.runs.api import split_job
 from unbraid.runs.job import Job
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmark.md"
@@ -210,6 +211,19 @@ def test_a_key_depends_on_settings_and_scale(tmp_path: Path) -> None:
     assert grid.key(todo) == key
     assert grid.key(replace(todo, scale=replace(QUICK, steps=3))) != key
     assert grid.key(replace(todo, cell=replace(todo.cell, seed=1))) != key
+
+
+def test_a_training_is_made_anew_for_every_option_that_changes_it(tmp_path: Path) -> None:
+    cache, picture = TrainingCache(tmp_path, QUICK), tmp_path / "in.png"
+    Image.new("RGB", (128, 128), "red").save(picture)
+
+    def key(**options: Any) -> str:
+        return cache._key(split_job(picture, subject="fox", style="ink", **options))
+
+    options: dict[str, Any] = {"resolution": 64, "schedule": "cosine", "warm_up": 5, "batch_size": 2, "alpha": 8.0}
+    options |= {"templates": {"style": "{style} style"}, "blocks": "b-lora", "rank": 4, "seed": 1}
+    keys = [key(), *(key(**{name: value}) for name, value in options.items())]
+    assert len(set(keys)) == len(keys)
 
 
 # statistics

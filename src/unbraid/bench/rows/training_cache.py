@@ -27,7 +27,7 @@ from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
 from unbraid.runs import folder
 from unbraid.runs.api import learn_job, split_job, zip_job
-from unbraid.runs.job import Job
+from unbraid.runs.job import Job, Training
 from unbraid.runs.job_folder import write_job
 from unbraid.runs.lease import AtWorkError
 from unbraid.runs.options import SplitOptions, ZipOptions
@@ -209,6 +209,9 @@ class TrainingCache:
         loras = {role: sha256(file) for role, file in job.data.loras.items()}
         texts = [text for files in job.data.images.values() for file in files if (text := job.data.captions.get(file))]
         inputs = (job.method, dict(job.data.words), images, loras, texts, dict(job.settings), job.seed)
+        usual = asdict(Training())  # left out, so that a new option does not make earlier trainings void
+        options = {name: value for name, value in asdict(job.data.training).items() if value != usual[name]}
+        inputs = (*inputs, options) if options else inputs
         return short(inputs, base_digest(self.base_name), METHODS[job.method].version)
 
     def _once(self, file: Path, make: Callable[[], None], waits: bool = True) -> None:
