@@ -33,7 +33,8 @@ Against = Annotated[
 LoraPrompts = Annotated[
     list[str] | None,
     typer.Option(
-        help="What the LoRA of the same position reads in cross-attention; `own` is what it was trained with."
+        help="What the LoRA of the same position reads in cross-attention. `own` is what it was trained with, `style` the name of its style "
+        "alone: for a style LoRA with another subject than its own."
     ),
 ]
 StyleLoras = Annotated[

@@ -118,7 +118,9 @@ def style_words(path: Path, file: LoraFile) -> str:
     """The name of a style LoRA's style, from its metadata. UsageError if none is recorded."""
     if file.metadata.get(STYLE):
         return file.metadata[STYLE]
-    raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")
+    raise UsageError(
+        "does not say what its style is called", path, "Say it: --style-prompt WORDS, or --lora-prompt WORDS."
+    )
 
 
 def styled(path: Path, file: LoraFile) -> str:
