@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from studio_client import Client
 from test_run import cli_in_process
 
 from tools.screenshots import running
+from unbraid.core.lora import Lora
+from unbraid.files.lora_file import write
 from unbraid.methods import ENTRIES
 from unbraid.runs.settings import open_settings
 from unbraid.runs.shortest import settings
@@ -66,6 +69,17 @@ def test_split_from_upload_to_loras(client: Client, home: Home, picture: Path, v
     assert files.keys() == {"content.safetensors", "style.safetensors"}
     status, data = client.ask("GET", files["style.safetensors"].partition(client.host)[2])
     assert status == 200 and data == (run.folder / "style.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("reads", "refused"), [("", ""), ("own", ""), ("style", "style"), ("all", "choices")])
+def test_what_a_lora_reads(client: Client, home: Home, reads: str, refused: str) -> None:
+    layer, name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "reads.safetensors"
+    lora = Lora(torch.zeros(2, 256), torch.zeros(256, 2), 2.0)
+    write(home.loras / name, {layer: lora}, family="sdxl", metadata={"unbraid.prompt": "a cat in ink style"})
+    given = {"Prompt": "a dog", "lora-0": f"loras/{name}", "Reads": reads, "Steps": 1, "How many pictures": 1}
+    answer = client.call("draw", given)
+    assert answer["success"] == (not refused), answer
+    assert refused in json.dumps(answer), "its file names no style; there is no such choice"
 
 
 def test_the_form_has_every_setting_of_the_methods(client: Client) -> None:

@@ -12,7 +12,7 @@ from unbraid.sampling.canvas import Start
 from unbraid.sampling.combine import Combine
 from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use
 from unbraid.sampling.samplers import SAMPLERS
-from unbraid.sampling.uses import OWN
+from unbraid.sampling.uses import OWN, STYLED
 from unbraid.studio.drawing import Drawing, drawn, mask_of, stored
 from unbraid.studio.pages.common import DRAWING, Studio, count, filled, lora_choice, number, on, shown_pictures
 from unbraid.studio.safety import checked_text
@@ -28,6 +28,11 @@ HOW = {  # the ways to combine LoRAs, in words
     "k-lora-released": "layer by layer, as K-LoRA's own program does it",
     "est-lora": "layer by layer, by energy (EST-LoRA)",
 }
+READS = {  # what a LoRA reads in cross-attention (Use.prompt), in words
+    "": "the prompt",
+    OWN: "the prompt that it was trained with",
+    STYLED: "the name of its style alone: for a style LoRA with another subject than its own",
+}
 Values = Mapping[Any, Any]  # component → what the browser sent
 
 
@@ -36,7 +41,7 @@ class Form:
     """The components of the page, by what they are for."""
 
     prompt: gr.Textbox
-    loras: Sequence[tuple[gr.Dropdown, gr.Slider, gr.Checkbox]]
+    loras: Sequence[tuple[gr.Dropdown, gr.Slider, gr.Dropdown]]
     style: tuple[gr.Dropdown, gr.Slider, gr.Textbox, gr.Slider]
     sweep: tuple[gr.Radio, gr.Number, gr.Number, gr.Number]
     image: tuple[gr.ImageEditor, gr.Radio, gr.Slider]
@@ -82,13 +87,13 @@ def generate_page(studio: Studio) -> list[gr.Dropdown]:
     return [*(row[0] for row in loras), style[0]]
 
 
-def _lora_row(i: int) -> tuple[gr.Dropdown, gr.Slider, gr.Checkbox]:
+def _lora_row(i: int) -> tuple[gr.Dropdown, gr.Slider, gr.Dropdown]:
     with gr.Group():
         with gr.Row(equal_height=True):
             lora = lora_choice("LoRA" if not i else f"LoRA {i + 1}", elem_id=f"lora-{i}")
             scale = gr.Slider(-2, 2, 1, step=0.05, label="Strength", min_width=140)
-        own = gr.Checkbox(label="reads the prompt that it was trained with")
-    return lora, scale, own
+        reads = gr.Dropdown([(words, one) for one, words in READS.items()], value="", label="Reads")
+    return lora, scale, reads
 
 
 def _style() -> tuple[gr.Dropdown, gr.Slider, gr.Textbox, gr.Slider]:
@@ -183,10 +188,12 @@ def drawing_of(studio: Studio, form: Form, values: Values) -> Drawing:
     )
 
 
-def _use(studio: Studio, lora: object, scale: object, own: object) -> Use | None:
+def _use(studio: Studio, lora: object, scale: object, reads: object) -> Use | None:
     if not lora:
         return None
-    return Use(studio.home.lora(str(lora)), number(scale, "Strength", -STRONG, STRONG), OWN if own else None)
+    if reads not in list(READS):
+        raise UsageError("is none of the choices", "Reads", "Choose one of the list.")
+    return Use(studio.home.lora(str(lora)), number(scale, "Strength", -STRONG, STRONG), str(reads) or None)
 
 
 def _sweep_text(what: object, first: object, last: object, many: object) -> str:
