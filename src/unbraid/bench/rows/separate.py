@@ -53,7 +53,8 @@ def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> b
 
 def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split with the style LoRA of another, each under its own prompt or (`one_prompt`) all under that of the
-    drawing; with `style_words` a style LoRA reads the name of its style alone. The other two LoRAs are subtracted by the weight `less`:
+    drawing; with `style_words` a style LoRA reads the name of its style alone. `negative`: the negative prompt is the subject that the
+    style came with. The other two LoRAs are subtracted by the weight `less`:
     the style that the content came with, the content that the style came with. `guided`: each is drawn against its counterpart in the
     other split, as in ConsisLoRA. `scales`: strengths of content and style. `training`: settings of the two splits."""
     method, training = settings.get("method", UNZIP), settings.get("training", {})
@@ -69,7 +70,8 @@ def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     uses = [use(first, second, "content", content), use(second, first, "style", style)]
     if less:
         uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
-    return {"both": cache.drawer(*uses)}
+    negative = f"a {cell.style.subject}" if settings.get("negative") else ""
+    return {"both": cache.drawer(*uses, negative=negative)}
 
 
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -125,8 +127,15 @@ ROWS = [
             ("the rest subtracted", {"less": 0.3}),
             ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
             ("guided", {"guided": True}),
+            ("style at 0.7", {"scales": (1.0, 0.7)}),
             ("style words", {"style_words": True}),
+            ("the style's subject as negative prompt", {"negative": True}),
+            ("style words, the style's subject as negative prompt", {"style_words": True, "negative": True}),
             ("more content alone, style words", {"style_words": True, "training": MORE_ALONE}),
+            (
+                "more content alone, style words, the style's subject as negative prompt",
+                {"style_words": True, "negative": True, "training": MORE_ALONE},
+            ),
         )
     ),
     *(

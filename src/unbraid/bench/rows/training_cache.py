@@ -176,12 +176,15 @@ class TrainingCache:
         folder = self.train(zip_job(content, style, images=images, prompts=prompts, **given))
         return Use(folder / "content.safetensors"), Use(folder / "style.safetensors")
 
-    def drawer(self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "") -> Drawer:
-        """A function that draws with these LoRA files. `styles`: files for style guidance. `suffix` is appended to the prompt."""
+    def drawer(
+        self, *uses: Use, styles: Sequence[Use] = (), combine: Combine = "sum", suffix: str = "", negative: str = ""
+    ) -> Drawer:
+        """A function that draws with these LoRA files. `styles`: files for style guidance. `suffix` is appended to the prompt.
+        `negative`: the negative prompt."""
         self.used |= {use.file: Cost(file=use.file.stat().st_size) for use in (*uses, *styles)}
 
         def draw(item: Item, seeds: Sequence[int]) -> list[Image.Image]:
-            prompt, sampling = item.prompt + suffix, self._sampling(seeds)
+            prompt, sampling = item.prompt + suffix, replace(self._sampling(seeds), negative=negative)
             return render(self.base, prompt, uses, combine=combine, styles=StyleGuidance(styles), sampling=sampling)
 
         return draw
