@@ -74,6 +74,15 @@ def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     return {"both": cache.drawer(*uses, negative=negative)}
 
 
+def reading_style_words(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """A split whose style LoRA, used alone, reads the name of its style and not the prompt. `negative`: the negative prompt is then the
+    subject that the style came with."""
+    file = cache.split(cell.style, seed=cell.seed) / "style.safetensors"
+    negative = f"a {cell.style.subject}" if settings.get("negative") else ""
+    style = cache.drawer(Use(file, prompt=STYLED), negative=negative)
+    return {**MAKERS[UNZIP](cache, cell, {}), "style": style}
+
+
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split and the style LoRA of another, merged by `zip`."""
     content = cache.split(cell.content, seed=cell.seed) / "content.safetensors"
@@ -119,6 +128,13 @@ ROWS = [
         recombined,
         {"method": "consislora", "one_prompt": True, "guided": True},
         methods=("consislora",),
+    ),
+    *(
+        Row("separate", f"ablation: UnZipLoRA, {name}", reading_style_words, settings, True, (UNZIP,))
+        for name, settings in (
+            ("style words", {}),
+            ("style words, the style's subject as negative prompt", {"negative": True}),
+        )
     ),
     *(
         Row("recombine", f"ablation: UnZipLoRA, {name}", recombined, settings, True, (UNZIP,))
