@@ -1,6 +1,6 @@
 """Compare rows of *recombine* on pictures that the benchmark does not use: four subjects, each in another style, make twelve ordered pairs.
 
-    python -m tools.pairs --work DIR UnZipLoRA "ablation: UnZipLoRA, style words"
+    python -m tools.pairs --work DIR UnZipLoRA "ablation: UnZipLoRA, own prompts"
 
 Four trainings serve all pairs, so a way to draw costs seconds, and a setting of training costs minutes. Prints every row's means, and
 its lead over the first row with the standard error of the paired difference (the pairs share pictures, so it is a little too small).

@@ -27,7 +27,8 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 def separated(method: str) -> Make:
     """How rows of a split method are made: from the content LoRA of one split and the style LoRA of another (or the same)
     one. Which files they are drawn with, and whether each reads its own prompt when they are drawn together, follows from
-    the method's outputs."""
+    the method's outputs. A style LoRA that is drawn with another subject reads the name of its style alone (docs/benchmark.md), but
+    not with the published code."""
 
     def make(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
@@ -38,7 +39,9 @@ def separated(method: str) -> Make:
         own = OWN if reads_own_prompts(method, given, joint_attention) else None
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
         joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
-        both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=own) for role in ROLES]
+        elsewhere = own and cell.content != cell.style and settings.get("compat") != "official"
+        prompts = {"content": own, "style": STYLED if elsewhere else own}
+        both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=prompts[role]) for role in ROLES]
         return {**alone, "both": cache.drawer(*both)}
 
     return make
@@ -54,20 +57,18 @@ def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> b
 def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split with the style LoRA of another, each under its own prompt or (`one_prompt`) all under that of the
     drawing; with `style_words` a style LoRA reads the name of its style alone. `negative`: the negative prompt is the subject that the
-    style came with. The other two LoRAs are subtracted by the weight `less`:
-    the style that the content came with, the content that the style came with. `guided`: each is drawn against its counterpart in the
-    other split, as in ConsisLoRA. `scales`: strengths of content and style. `training`: settings of the two splits."""
-    method, training = settings.get("method", UNZIP), settings.get("training", {})
-    first, second = (cache.split(one, method, seed=cell.seed, **training) for one in (cell.content, cell.style))
+    style came with. The other two LoRAs are subtracted by the weight `less`: the style that the content came with, the content that the
+    style came with. `guided`: each is drawn against its counterpart in the other split, as in ConsisLoRA."""
+    method = settings.get("method", UNZIP)
+    first, second = (cache.split(one, method, seed=cell.seed) for one in (cell.content, cell.style))
     own, less, guided = None if settings.get("one_prompt") else OWN, settings.get("less", 0.0), settings.get("guided")
     prompts = {"content": own, "style": STYLED if settings.get("style_words") else own}
-    content, style = settings.get("scales", (1.0, 1.0))
 
     def use(folder: Path, other: Path, role: str, scale: float) -> Use:
         file = f"{role}.safetensors"
         return Use(folder / file, scale, prompt=prompts[role], against=other / file if guided and scale > 0 else None)
 
-    uses = [use(first, second, "content", content), use(second, first, "style", style)]
+    uses = [use(first, second, "content", 1.0), use(second, first, "style", 1.0)]
     if less:
         uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
     negative = f"a {cell.style.subject}" if settings.get("negative") else ""
@@ -91,24 +92,28 @@ def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Dr
     return {"both": cache.drawer(*cache.zipped(cell, content, style, images, **settings))}
 
 
-MORE_ALONE: Settings = {"content_alone": 0.5}
 IDEAS: Mapping[str, Settings] = {  # settings that are off by default, each against what the two LoRAs have in common
     "x0 loss": {"loss": "x0"},
     "style learnt again": {"style_steps": 150},
     "prior preserved": {"prior_weight": 0.5},
     "leak loss": {"leak_weight": 1.0},
     "windows": {"content_part": "0-0.7", "style_part": "0.28-1"},
-    "more content alone": MORE_ALONE,
+    "more content alone": {"content_alone": 0.5},
 }
 # Every method of the verb `split` has a row in both tasks
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
+DRAWN: Mapping[Task, int] = {"separate": 1, "recombine": 2}  # versions; 2: the style reads the name of its style alone
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
 UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are granted channels, as SDXL's are at 65536
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
     Row("recombine", "DreamBooth-LoRAs", dreambooth, methods=("dreambooth",)),
-    *(Row(task, METHODS[name].title, make, methods=(name,)) for task in TASKS for name, make in MAKERS.items()),
+    *(
+        Row(task, METHODS[name].title, make, methods=(name,), version=DRAWN[task])
+        for task in TASKS
+        for name, make in MAKERS.items()
+    ),
     *(
         Row(task, f"UnZipLoRA, official{name}", MAKERS[UNZIP], {**OFFICIAL, **more}, methods=(UNZIP,))
         for task in TASKS
@@ -143,19 +148,12 @@ ROWS = [
             ("the rest subtracted", {"less": 0.3}),
             ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
             ("guided", {"guided": True}),
-            ("style at 0.7", {"scales": (1.0, 0.7)}),
-            ("style words", {"style_words": True}),
-            ("the style's subject as negative prompt", {"negative": True}),
-            ("style words, the style's subject as negative prompt", {"style_words": True, "negative": True}),
-            ("more content alone, style words", {"style_words": True, "training": MORE_ALONE}),
-            (
-                "more content alone, style words, the style's subject as negative prompt",
-                {"style_words": True, "negative": True, "training": MORE_ALONE},
-            ),
+            ("own prompts", {}),
+            ("the style's subject as negative prompt", {"style_words": True, "negative": True}),
         )
     ),
     *(
-        Row(task, f"ablation: {METHODS[name].title}, {idea}", MAKERS[name], settings, True, (name,))
+        Row(task, f"ablation: {METHODS[name].title}, {idea}", MAKERS[name], settings, True, (name,), DRAWN[task])
         for task in TASKS
         for name, ideas in ((UNZIP, tuple(IDEAS)), ("blora", ("x0 loss",)))
         for idea, settings in IDEAS.items()
