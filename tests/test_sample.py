@@ -17,7 +17,7 @@ from unbraid.files.lora_file import write
 from unbraid.sampling.render import Sampling, render
 from unbraid.sampling.sample import Term, classifier_free, generate
 from unbraid.sampling.samplers import SAMPLERS, with_sampler
-from unbraid.sampling.uses import OWN, STYLED, Use
+from unbraid.sampling.uses import OWN, STYLE_NAME, Use
 
 SIZE = 32
 
@@ -121,20 +121,27 @@ def test_recorded_prompts_come_from_the_file_and_change_the_picture(v_model: Bas
     adapters.new("a", 4, torch.Generator().manual_seed(0), up_std=0.1)
     modules = {f"unet.{name}": lora for name, lora in adapters.folded("a").items()}
     adapters.detach()
-    recorded = {"unbraid.prompt": "a teapot", "unbraid.style": "ink"}
+    recorded = {"unbraid.prompt": "a teapot in ink style", "unbraid.style": "ink"}
     write(tmp_path / "a.safetensors", modules, family="sdxl", metadata=recorded)
     sampling = Sampling(steps=3, height=SIZE, width=SIZE)
     pictures = [
         as_array(render(v_model, "a cat", [Use(tmp_path / "a.safetensors", prompt=prompt)], sampling=sampling)[0])
-        for prompt in (None, OWN, "a teapot", "a cat", STYLED, "ink style")
+        for prompt in (None, OWN, "a teapot in ink style", "a cat", STYLE_NAME, "ink style")
     ]
     assert np.array_equal(pictures[1], pictures[2]) and np.array_equal(pictures[4], pictures[5])
     rounding, change = (np.abs(pictures[0] - pictures[i]).mean() for i in (3, 1))
     assert rounding < 0.5 and change > 10 * rounding, "the same prompt goes another way through the layers"
     write(tmp_path / "b.safetensors", modules, family="sdxl")
-    for prompt, what in ((OWN, "records no prompt"), (STYLED, "does not say what its style is called.*--lora-prompt")):
+    for prompt, what in (
+        (OWN, "records no prompt"),
+        (STYLE_NAME, "does not say what its style is called.*--lora-prompt"),
+    ):
         with pytest.raises(UsageError, match=what):
             render(v_model, "a cat", [Use(tmp_path / "b.safetensors", prompt=prompt)])
+    content = {"unbraid.prompt": "a sks teapot", "unbraid.style": "ink"}
+    write(tmp_path / "c.safetensors", modules, family="sdxl", metadata=content)
+    with pytest.raises(UsageError, match=r"'a sks teapot', which names no style.*own"):
+        render(v_model, "a cat", [Use(tmp_path / "c.safetensors", prompt=STYLE_NAME)])
 
 
 def test_a_lora_for_another_base_is_refused_and_the_base_stays_whole(

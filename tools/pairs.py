@@ -22,6 +22,7 @@ from unbraid.bench.registry import chosen
 from unbraid.bench.reports.stats import problems
 from unbraid.bench.truth.tasks import STYLES, Cell, Scale
 from unbraid.bench.truth.truths import Truth
+from unbraid.common.errors import UsageError
 
 SCALE = Scale(SUBJECTS, STYLES, draws=1)
 SCORES = ("likeness", "content", "style", "leak")
@@ -40,7 +41,11 @@ def main(
     names = [row.name for name in rows for row in chosen(("recombine",), (name,))]
     pictures = [Truth(subject, style) for subject, style in zip(SUBJECTS, STYLES, strict=True)]
     cells = [Cell("recombine", content, style, 0) for content, style in permutations(pictures, 2)]
-    done = run([Todo(work, SCALE, base, name, cell) for name in names for cell in cells])
+    done = [
+        one for one in run([Todo(work, SCALE, base, name, cell) for name in names for cell in cells]) if not one.held
+    ]
+    for failed in (one for one in done if one.unit is None):
+        raise UsageError(failed.error, failed.todo.row, "Leave out this row.")
     found = problems([one.unit for one in done if one.unit], "recombine")
     for name in names:
         mine, first = found[name], found[names[0]]

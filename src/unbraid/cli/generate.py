@@ -34,7 +34,7 @@ LoraPrompts = Annotated[
     list[str] | None,
     typer.Option(
         help="What the LoRA of the same position reads in cross-attention. `own` is what it was trained with, `style` the name of its style "
-        "alone: for a style LoRA with another subject than its own."
+        "alone: for a style LoRA with another subject than its own. With --against both sides read what they were trained with."
     ),
 ]
 StyleLoras = Annotated[

@@ -11,7 +11,7 @@ from unbraid.files.lora_file import LoraFile, read
 Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file (for error messages), and its modules
 # Values of Use.prompt that stand for what is recorded in the file: the prompt that it was trained with; the name of its style, without
 # the subject that it was trained on
-OWN, STYLED = "own", "style"
+OWN, STYLE_NAME = "own", "style"
 ALL_STEPS = (0.0, 1.0)
 PROMPTS, STYLE = ("unbraid.prompt", "modelspec.trigger_phrase"), "unbraid.style"  # keys in files
 
@@ -118,14 +118,20 @@ def style_words(path: Path, file: LoraFile) -> str:
     """The name of a style LoRA's style, from its metadata. UsageError if none is recorded."""
     if file.metadata.get(STYLE):
         return file.metadata[STYLE]
-    raise UsageError(
-        "does not say what its style is called", path, "Say it: --style-prompt WORDS, or --lora-prompt WORDS."
-    )
+    raise UsageError("does not say what its style is called", path, "Say it: --style-prompt WORDS.")
 
 
-def styled(path: Path, file: LoraFile) -> str:
-    """The prompt that names a LoRA's style and no subject. UsageError if its file does not name the style."""
-    return f"{style_words(path, file)} style"
+def style_alone(path: Path, file: LoraFile) -> str:
+    """The prompt that names a LoRA's style and no subject. UsageError if its file names no style, or if it is the content LoRA of a
+    split, whose own prompt does not name the style that its picture had."""
+    name, own = file.metadata.get(STYLE), file.metadata.get(PROMPTS[0])
+    if not name:
+        raise UsageError("does not say what its style is called", path, 'Say it: --lora-prompt "ink style".')
+    if own and name not in own:
+        raise UsageError(
+            f"was trained under {own!r}, which names no style", path, "Let it read that: --lora-prompt own."
+        )
+    return f"{name} style"
 
 
-RECORDED = {OWN: own_prompt, STYLED: styled}
+RECORDED = {OWN: own_prompt, STYLE_NAME: style_alone}

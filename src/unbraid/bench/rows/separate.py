@@ -10,7 +10,7 @@ from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
 from unbraid.runs.settings import Settings, base_defaults, resolve
-from unbraid.sampling.uses import OWN, STYLED, Use
+from unbraid.sampling.uses import OWN, STYLE_NAME, Use
 
 
 def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -40,7 +40,7 @@ def separated(method: str) -> Make:
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
         joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
         elsewhere = own and cell.content != cell.style and settings.get("compat") != "official"
-        prompts = {"content": own, "style": STYLED if elsewhere else own}
+        prompts = {"content": own, "style": STYLE_NAME if elsewhere else own}
         both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=prompts[role]) for role in ROLES]
         return {**alone, "both": cache.drawer(*both)}
 
@@ -62,7 +62,7 @@ def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     method = settings.get("method", UNZIP)
     first, second = (cache.split(one, method, seed=cell.seed) for one in (cell.content, cell.style))
     own, less, guided = None if settings.get("one_prompt") else OWN, settings.get("less", 0.0), settings.get("guided")
-    prompts = {"content": own, "style": STYLED if settings.get("style_words") else own}
+    prompts = {"content": own, "style": STYLE_NAME if settings.get("style_words") else own}
 
     def use(folder: Path, other: Path, role: str, scale: float) -> Use:
         file = f"{role}.safetensors"
@@ -71,16 +71,19 @@ def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     uses = [use(first, second, "content", 1.0), use(second, first, "style", 1.0)]
     if less:
         uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
-    negative = f"a {cell.style.subject}" if settings.get("negative") else ""
-    return {"both": cache.drawer(*uses, negative=negative)}
+    return {"both": cache.drawer(*uses, negative=negative_prompt(cell, settings))}
+
+
+def negative_prompt(cell: Cell, settings: Settings) -> str:
+    """With `negative`, the subject that the style came with."""
+    return f"a {cell.style.subject}" if settings.get("negative") else ""
 
 
 def reading_style_words(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """A split whose style LoRA, used alone, reads the name of its style and not the prompt. `negative`: the negative prompt is then the
     subject that the style came with."""
     file = cache.split(cell.style, seed=cell.seed) / "style.safetensors"
-    negative = f"a {cell.style.subject}" if settings.get("negative") else ""
-    style = cache.drawer(Use(file, prompt=STYLED), negative=negative)
+    style = cache.drawer(Use(file, prompt=STYLE_NAME), negative=negative_prompt(cell, settings))
     return {**MAKERS[UNZIP](cache, cell, {}), "style": style}
 
 
@@ -103,14 +106,16 @@ IDEAS: Mapping[str, Settings] = {  # settings that are off by default, each agai
 # Every method of the verb `split` has a row in both tasks
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
-DRAWN: Mapping[Task, int] = {"separate": 1, "recombine": 2}  # versions; 2: the style reads the name of its style alone
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
+VERSIONS = {
+    ("recombine", name): 2 for name in (UNZIP, "qr-split")
+}  # 2: the style LoRA reads the name of its style alone
 UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are granted channels, as SDXL's are at 65536
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
     Row("recombine", "DreamBooth-LoRAs", dreambooth, methods=("dreambooth",)),
     *(
-        Row(task, METHODS[name].title, make, methods=(name,), version=DRAWN[task])
+        Row(task, METHODS[name].title, make, methods=(name,), version=VERSIONS.get((task, name), 1))
         for task in TASKS
         for name, make in MAKERS.items()
     ),
@@ -145,15 +150,23 @@ ROWS = [
         Row("recombine", f"ablation: UnZipLoRA, {name}", recombined, settings, True, (UNZIP,))
         for name, settings in (
             ("one prompt", {"one_prompt": True}),
-            ("the rest subtracted", {"less": 0.3}),
+            ("own prompts, the rest subtracted", {"less": 0.3}),
             ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
-            ("guided", {"guided": True}),
+            ("own prompts, guided", {"guided": True}),
             ("own prompts", {}),
             ("the style's subject as negative prompt", {"style_words": True, "negative": True}),
         )
     ),
     *(
-        Row(task, f"ablation: {METHODS[name].title}, {idea}", MAKERS[name], settings, True, (name,), DRAWN[task])
+        Row(
+            task,
+            f"ablation: {METHODS[name].title}, {idea}",
+            MAKERS[name],
+            settings,
+            True,
+            (name,),
+            VERSIONS.get((task, name), 1),
+        )
         for task in TASKS
         for name, ideas in ((UNZIP, tuple(IDEAS)), ("blora", ("x0 loss",)))
         for idea, settings in IDEAS.items()

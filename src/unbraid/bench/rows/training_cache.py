@@ -212,7 +212,9 @@ class TrainingCache:
         loras = {role: sha256(file) for role, file in job.data.loras.items()}
         texts = [text for files in job.data.images.values() for file in files if (text := job.data.captions.get(file))]
         inputs = (job.method, dict(job.data.words), images, loras, texts, dict(job.settings), job.seed)
-        usual = asdict(Training())  # left out, so that a new option does not make earlier trainings void
+        usual = asdict(
+            Training()
+        )  # left out, so that a new option leaves earlier trainings valid; a new default needs a new version
         options = {name: value for name, value in asdict(job.data.training).items() if value != usual[name]}
         inputs = (*inputs, options) if options else inputs
         return short(inputs, base_digest(self.base_name), METHODS[job.method].version)

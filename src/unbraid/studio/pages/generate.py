@@ -12,7 +12,7 @@ from unbraid.sampling.canvas import Start
 from unbraid.sampling.combine import Combine
 from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use
 from unbraid.sampling.samplers import SAMPLERS
-from unbraid.sampling.uses import OWN, STYLED
+from unbraid.sampling.uses import OWN, STYLE_NAME
 from unbraid.studio.drawing import Drawing, drawn, mask_of, stored
 from unbraid.studio.pages.common import DRAWING, Studio, count, filled, lora_choice, number, on, shown_pictures
 from unbraid.studio.safety import checked_text
@@ -31,7 +31,7 @@ HOW = {  # the ways to combine LoRAs, in words
 READS = {  # what a LoRA reads in cross-attention (Use.prompt), in words
     "": "the prompt",
     OWN: "the prompt that it was trained with",
-    STYLED: "the name of its style alone: for a style LoRA with another subject than its own",
+    STYLE_NAME: "the name of its style alone: for a style LoRA with another subject than its own",
 }
 Values = Mapping[Any, Any]  # component → what the browser sent
 
@@ -191,7 +191,7 @@ def drawing_of(studio: Studio, form: Form, values: Values) -> Drawing:
 def _use(studio: Studio, lora: object, scale: object, reads: object) -> Use | None:
     if not lora:
         return None
-    if reads not in list(READS):
+    if reads not in list(READS):  # a browser may send what cannot be hashed
         raise UsageError("is none of the choices", "Reads", "Choose one of the list.")
     return Use(studio.home.lora(str(lora)), number(scale, "Strength", -STRONG, STRONG), str(reads) or None)
 
