@@ -107,9 +107,8 @@ IDEAS: Mapping[str, Settings] = {  # settings that are off by default, each agai
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
-VERSIONS = {
-    ("recombine", name): 2 for name in (UNZIP, "qr-split")
-}  # 2: the style LoRA reads the name of its style alone
+# 2: the style LoRA reads the name of its style alone
+VERSIONS = {("recombine", name): 2 for name in (UNZIP, "qr-split")}
 UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are granted channels, as SDXL's are at 65536
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
