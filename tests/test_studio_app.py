@@ -71,7 +71,9 @@ def test_split_from_upload_to_loras(client: Client, home: Home, picture: Path, v
     assert status == 200 and data == (run.folder / "style.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("reads", "refused"), [("", ""), ("own", ""), ("style", "style"), ("all", "choices")])
+@pytest.mark.parametrize(
+    ("reads", "refused"), [("", ""), ("own", ""), ("style", "style is called"), ("all", "choices")]
+)
 def test_what_a_lora_reads(client: Client, home: Home, reads: str, refused: str) -> None:
     layer, name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "reads.safetensors"
     lora = Lora(torch.zeros(2, 256), torch.zeros(256, 2), 2.0)

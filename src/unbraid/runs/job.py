@@ -43,6 +43,11 @@ class Training:
     )  # role → template of its prompt, in place of the method's
     blocks: Blocks = field(default_factory=dict)  # which layers serve content and style; empty: as known for the base
 
+    def given(self) -> dict[str, Any]:
+        """The values that are not the defaults."""
+        usual = asdict(Training())
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
+
     def factor(self, step: int, steps: int) -> float:
         """The factor on the learning rates in a step of so many."""
         rise = min(1.0, (step + 1) / (self.warm_up + 1))
@@ -196,7 +201,7 @@ def record(job: Job, texts: Mapping[str, str]) -> dict[str, Any]:
         **{key: value for key, value in asdict(job.loading).items() if value != getattr(AS_IT_IS, key)},
         "seed": job.seed,
         "previews": job.extras.previews,
-        **{key: value for key, value in asdict(data.training).items() if value != getattr(Training(), key)},
+        **data.training.given(),
         **{name: False for name in ("thumbnail", "metadata") if not getattr(job.extras, name)},
         "words": dict(data.words),
         "images": images,

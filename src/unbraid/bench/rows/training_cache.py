@@ -27,7 +27,7 @@ from unbraid.images.crop import open_image
 from unbraid.methods import METHODS
 from unbraid.runs import folder
 from unbraid.runs.api import learn_job, split_job, zip_job
-from unbraid.runs.job import Job, Training
+from unbraid.runs.job import Job
 from unbraid.runs.job_folder import write_job
 from unbraid.runs.lease import AtWorkError
 from unbraid.runs.options import SplitOptions, ZipOptions
@@ -184,13 +184,13 @@ class TrainingCache:
         self.used |= {use.file: Cost(file=use.file.stat().st_size) for use in (*uses, *styles)}
 
         def draw(item: Item, seeds: Sequence[int]) -> list[Image.Image]:
-            prompt, sampling = item.prompt + suffix, replace(self._sampling(seeds), negative=negative)
+            prompt, sampling = item.prompt + suffix, self._sampling(seeds, negative)
             return render(self.base, prompt, uses, combine=combine, styles=StyleGuidance(styles), sampling=sampling)
 
         return draw
 
-    def _sampling(self, seeds: Sequence[int]) -> Sampling:
-        return Sampling(self.scale.guidance, self.scale.steps, seeds=seeds)
+    def _sampling(self, seeds: Sequence[int], negative: str = "") -> Sampling:
+        return Sampling(self.scale.guidance, self.scale.steps, seeds=seeds, negative=negative)
 
     def spent(self) -> Cost:
         """The cost of everything in `used`, which is then emptied."""
@@ -212,10 +212,8 @@ class TrainingCache:
         loras = {role: sha256(file) for role, file in job.data.loras.items()}
         texts = [text for files in job.data.images.values() for file in files if (text := job.data.captions.get(file))]
         inputs = (job.method, dict(job.data.words), images, loras, texts, dict(job.settings), job.seed)
-        usual = asdict(
-            Training()
-        )  # left out, so that a new option leaves earlier trainings valid; a new default needs a new version
-        options = {name: value for name, value in asdict(job.data.training).items() if value != usual[name]}
+        # Defaults are left out, so that a new option leaves earlier trainings valid; a new default needs a new version of the method
+        options = job.data.training.given()
         inputs = (*inputs, options) if options else inputs
         return short(inputs, base_digest(self.base_name), METHODS[job.method].version)
 
