@@ -37,6 +37,16 @@ LoraPrompts = Annotated[
         "alone: for a style LoRA with another subject than its own. With --against both sides read what they were trained with."
     ),
 ]
+LoraRoles = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="content, style or all: the LoRA of the same position leaves out the layers of the other role (docs/blocks.md). "
+        "For the subject of one picture in the style of another."
+    ),
+]
+RoleBlocks = Annotated[
+    str, typer.Option(metavar="NAME|FILE", help="Which layers have which role; without, what is known for the base.")
+]
 StyleLoras = Annotated[
     list[str] | None,
     typer.Option(
@@ -82,6 +92,8 @@ def generate(
     out: Output,
     lora: Loras = None,
     lora_prompt: LoraPrompts = None,
+    lora_role: LoraRoles = None,
+    blocks: RoleBlocks = "",
     against: Against = None,
     style_guidance: StyleLoras = None,
     style_prompt: StyleNames = None,
@@ -119,6 +131,7 @@ def generate(
     with loading("torch and diffusers"):
         from unbraid.bases.presets import Loading
         from unbraid.runs.preferences import base_for
+        from unbraid.runs.roles import in_roles, roles_in_drawing
         from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
         from unbraid.sampling.sweep import parse_sweep
 
@@ -133,6 +146,7 @@ def generate(
     with console.status("drawing"):
         how = Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)
         model = _opened(name, how, prompt, negative)
+        uses = in_roles(uses, lora_role or [], roles_in_drawing(name, model.family.blocks, blocks))
         _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
         for file in _drawn(model, prompt, uses, out, settings, over):
             print(file)

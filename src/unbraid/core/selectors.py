@@ -25,7 +25,7 @@ FORM = 'Write content = ["up_blocks.0.attentions.0"], style = [...].'
 
 @dataclass(frozen=True)
 class Table:
-    """A published table of roles: for which family of bases, by whom, and its selectors."""
+    """A table of roles: for which family of bases, by whom, and its selectors. One that bears the name of a base was measured on it."""
 
     family: str
     source: str
@@ -55,6 +55,14 @@ TABLES: Mapping[str, Table] = {
         "flux",
         "betyavan/b-lora-flux, 2026, by swapped prompts; it contradicts SplitFlux",
         {"content": ("transformer_blocks.5-12",), "style": ("transformer_blocks.0-1",)},
+    ),
+    "icons": Table(
+        "sdxl",
+        "unbraid probe-blocks icons, docs/blocks.md",
+        {
+            "content": ("up_blocks.0.attentions.1", "up_blocks.0.attentions.2"),
+            "style": ("up_blocks.1.attentions.0", "up_blocks.1.attentions.2", "down_blocks.1.attentions.1"),
+        },
     ),
 }
 
@@ -105,7 +113,7 @@ def groups_of(modules: Iterable[str]) -> list[str]:
 
 
 def open_blocks(name: str) -> Blocks:
-    """The roles of layers: a published table by its name, or a TOML file with `content`, `style` and perhaps `source`.
+    """The roles of layers: one of the `TABLES` by its name, or a TOML file with `content`, `style` and perhaps `source`.
 
     Raises UsageError if there is no such table or file, or the file has another form."""
     if name in TABLES:

@@ -16,7 +16,10 @@ def picture_texts(
     base = Path(base).name if Path(base).exists() else base
 
     def used(uses: Sequence[Use]) -> list[dict[str, Any]]:
-        found = [{"file": use.file.name, "strength": use.scale, "prompt": use.prompt} for use in uses]
+        found = [
+            {"file": use.file.name, "strength": use.scale, "prompt": use.prompt, "without": use.without or None}
+            for use in uses
+        ]
         return [{key: value for key, value in one.items() if value is not None} for one in found]
 
     record = {"prompt": prompt, "negative": sampling.negative, "seed": seed, "steps": sampling.steps}

@@ -1,12 +1,17 @@
-"""Which layers serve content and which style in a run: as the user says, or as the base's own file states."""
+"""Which layers serve content and which style: as the user says, or as is known for the base."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from unbraid.common.errors import UsageError
-from unbraid.core.selectors import Blocks, blocks_in, open_blocks
+from unbraid.core.selectors import ROLES, TABLES, Blocks, blocks_in, open_blocks
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
 from unbraid.runs.settings import base_defaults
+from unbraid.sampling.uses import Use
+
+EVERYWHERE = "all"  # the role of a LoRA that acts in all its layers
 
 
 def roles_of_layers(job: Job, given: str) -> Blocks:
@@ -19,3 +24,41 @@ def roles_of_layers(job: Job, given: str) -> Blocks:
         return open_blocks(given)
     own = base_defaults(job.base).get("blocks")
     return blocks_in(own, Path(job.base) / "unbraid.toml") if own and reads else {}
+
+
+def roles_in_drawing(base: str, family: Blocks, given: str = "") -> Blocks:
+    """The roles of layers where LoRAs are drawn with: a table by name or file (`given`), else the table that bears the base's name, else
+    what the base's unbraid.toml states, else what is published for its `family`. Empty if nothing is known."""
+    if given:
+        return open_blocks(given)
+    if base in TABLES:
+        return TABLES[base].blocks
+    own = base_defaults(base).get("blocks")
+    known = blocks_in(own, Path(base) / "unbraid.toml") if own else family
+    return known if all(known.get(role) for role in ROLES) else {}
+
+
+def in_role(use: Use, role: str, blocks: Blocks) -> Use:
+    """The same use of a LoRA as that of a content or a style LoRA, which does not act in the layers of the other role. Layers without
+    a role are both's."""
+    (other,) = (one for one in ROLES if one != role)
+    return replace(use, without=tuple(blocks.get(other, ())))
+
+
+def in_roles(uses: Sequence[Use], roles: Sequence[str], blocks: Blocks) -> list[Use]:
+    """The uses, each in the role of the same position, `all` for none. UsageError if the counts differ, there is no such role, or
+    no roles of layers are known."""
+    if not roles:
+        return list(uses)
+    if len(roles) != len(uses):
+        fix = "Give one per --lora, or none."
+        raise UsageError(f"{len(roles)} roles for {len(uses)} LoRAs", "--lora-role", fix)
+    for role in roles:
+        if role not in (*ROLES, EVERYWHERE):
+            raise UsageError(
+                f"there is no role {role!r}", "--lora-role", f"Roles are: {', '.join(ROLES)}, {EVERYWHERE}."
+            )
+    if not blocks and set(roles) != {EVERYWHERE}:
+        fix = "Give --blocks (`unbraid probe-blocks` measures them), or leave it out."
+        raise UsageError("which layers of this base serve content, and which style, is not known", "--lora-role", fix)
+    return [use if role == EVERYWHERE else in_role(use, role, blocks) for use, role in zip(uses, roles, strict=True)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
+from unbraid.core.selectors import selects
 from unbraid.files.lora_file import LoraFile, read
 
 Loras = Mapping[str, tuple[Path, Mapping[str, Lora]]]  # name → the file (for error messages), and its modules
@@ -25,7 +26,9 @@ class Use:
     `style` for "S style" with the style S that is recorded there: a style LoRA then does not read the subject of its own picture.
     `steps`: the part of the sampling steps in which it acts: 0 is the first step, 1 the end (CRAFT, arXiv 2602.18936).
     `against`: another LoRA file, such as that of another picture's style. The drawing moves away from what that one draws
-    and towards what this one draws, each under its own prompt, by `contrast` (see `unbraid.sampling.combine.difference`)."""
+    and towards what this one draws, each under its own prompt, by `contrast` (see `unbraid.sampling.combine.difference`).
+    `without`: selectors of layers (`unbraid.core.selectors`) in which it does not act, such as those of the other role
+    (`unbraid.runs.roles.in_role`)."""
 
     file: Path
     scale: float = 1.0
@@ -33,6 +36,16 @@ class Use:
     steps: tuple[float, float] = ALL_STEPS
     against: Path | None = None
     contrast: float = 1.0
+    without: tuple[str, ...] = ()
+
+    def kept(self, modules: Mapping[str, Lora]) -> Mapping[str, Lora]:
+        """The modules in whose layers it acts. UsageError if there is none."""
+        found = {name: lora for name, lora in modules.items() if not selects(self.without, name)}
+        if modules and not found:
+            raise UsageError(
+                f"has no layers beside {', '.join(self.without)}", self.file, "Let it act everywhere: --lora-role all."
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,10 @@ class Cast:
 
     def attached(self) -> Loras:
         """All LoRAs but the styles: by role, and the file that a LoRA is drawn against as `against_ROLE`."""
-        others = {away(role): (path, file.modules) for role, (path, file) in self.against.items()}
-        return {role: (use.file, file.modules) for role, (use, file) in self.loras.items()} | others
+        others = {
+            away(role): (path, self.loras[role][0].kept(file.modules)) for role, (path, file) in self.against.items()
+        }
+        return {role: (use.file, use.kept(file.modules)) for role, (use, file) in self.loras.items()} | others
 
 
 def toward(role: str) -> str:
@@ -88,9 +103,9 @@ def check_uses(uses: Sequence[Use], styles: Sequence[Use], combine: str, count: 
             what = f"from {begin:g} to {end:g} there is none of {count} steps"
             raise UsageError(what, use.file, "Give it a longer part, or draw in more steps.")
     for use in styles:
-        if use.steps != ALL_STEPS or use.against:
+        if use.steps != ALL_STEPS or use.against or use.without:
             fix = "--style-from says when styles begin to guide; leave out the rest."
-            raise UsageError("a guiding style has no steps and no contrast of its own", use.file, fix)
+            raise UsageError("a guiding style has no steps, layers or contrast of its own", use.file, fix)
     special = next((use for use in uses if use.steps != ALL_STEPS or use.against), None)
     if special and combine != "sum":
         what = f"steps and contrasts of single LoRAs do not go with {combine}"

@@ -22,11 +22,13 @@ WEIGHTS = (0.5, 0.75, 1.0, 1.25)
 
 def summed(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """Both LoRAs loaded together: at weight 1, by a way of combining them (`combine`), or at weights tuned on other subjects
-    (`tuned`). `content`, `style`: further settings of this use."""
+    (`tuned`). `content`, `style`: further settings of this use. `apart`: each leaves out the layers of the other role."""
     content, style = cache.learnt(cell)
     a, b = tuned_weights(cache) if settings.get("tuned") else (1.0, 1.0)
     first, second = {"scale": a, **settings.get("content", {})}, {"scale": b, **settings.get("style", {})}
-    return {"both": cache.drawer(Use(content, **first), Use(style, **second), combine=settings.get("combine", "sum"))}
+    uses = {"content": Use(content, **first), "style": Use(style, **second)}
+    some = cache.apart(uses) if settings.get("apart") else uses.values()
+    return {"both": cache.drawer(*some, combine=settings.get("combine", "sum"))}
 
 
 def guided(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -115,6 +117,7 @@ IDEAS: Mapping[str, tuple[Make, Settings, tuple[str, ...]]] = {  # tried against
     "both at 0.75": (summed, {"content": {"scale": 0.75}, "style": {"scale": 0.75}}, SUM),
     "style guidance": (guided, {}, SUM),
     "the blocks of each role": (merged, {"method": "blocks"}, SUM),
+    "the other role's layers left out": (summed, {"apart": True}, SUM),
     "the style LoRA of a split": (style_of_a_split, {}, SPLIT),
 }
 ROWS = [

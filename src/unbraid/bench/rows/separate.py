@@ -27,8 +27,8 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 def separated(method: str) -> Make:
     """How rows of a split method are made: from the content LoRA of one split and the style LoRA of another (or the same)
     one. Which files they are drawn with, and whether each reads its own prompt when they are drawn together, follows from
-    the method's outputs. A style LoRA that is drawn with another subject reads the name of its style alone (docs/benchmark.md), but
-    not with the published code."""
+    the method's outputs. What is learnt from two pictures leaves out the layers of the other role, and the style LoRA reads the name of
+    its style alone (docs/benchmark.md); but neither with the published code."""
 
     def make(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
@@ -41,8 +41,8 @@ def separated(method: str) -> Make:
         joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
         elsewhere = own and cell.content != cell.style and settings.get("compat") != "official"
         prompts = {"content": own, "style": STYLE_NAME if elsewhere else own}
-        both = [Use(folders[role] / f"{joint[role]}.safetensors", prompt=prompts[role]) for role in ROLES]
-        return {**alone, "both": cache.drawer(*both)}
+        both = {role: Use(folders[role] / f"{joint[role]}.safetensors", prompt=prompts[role]) for role in ROLES}
+        return {**alone, "both": cache.drawer(*(cache.apart(both) if elsewhere else both.values()))}
 
     return make
 
@@ -55,8 +55,8 @@ def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> b
 
 
 def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
-    """The content LoRA of one split with the style LoRA of another, each under its own prompt or (`one_prompt`) all under that of the
-    drawing; with `style_words` a style LoRA reads the name of its style alone. `negative`: the negative prompt is the subject that the
+    """The content LoRA of one split with the style LoRA of another, in all layers or (`apart`) without those of the other role, each under
+    its own prompt or (`one_prompt`) all under that of the drawing; with `style_words` a style LoRA reads the name of its style alone. `negative`: the negative prompt is the subject that the
     style came with. The other two LoRAs are subtracted by the weight `less`: the style that the content came with, the content that the
     style came with. `guided`: each is drawn against its counterpart in the other split, as in ConsisLoRA."""
     method = settings.get("method", UNZIP)
@@ -69,6 +69,8 @@ def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
         return Use(folder / file, scale, prompt=prompts[role], against=other / file if guided and scale > 0 else None)
 
     uses = [use(first, second, "content", 1.0), use(second, first, "style", 1.0)]
+    if settings.get("apart"):
+        uses = cache.apart(dict(zip(ROLES, uses, strict=True)))
     if less:
         uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
     return {"both": cache.drawer(*uses, negative=negative_prompt(cell, settings))}
@@ -107,8 +109,8 @@ IDEAS: Mapping[str, Settings] = {  # settings that are off by default, each agai
 MAKERS = {entry.name: separated(entry.name) for entry in ENTRIES if entry.verb == "split"}
 TASKS: tuple[Task, ...] = ("separate", "recombine")
 UNZIP, OFFICIAL = "unziplora", {"compat": "official", "column_ratio": 0.1}
-# 2: the style LoRA reads the name of its style alone
-VERSIONS = {("recombine", name): 2 for name in (UNZIP, "qr-split")}
+# 2: the style LoRA reads the name of its style alone. 3: each leaves out the layers of the other role
+VERSIONS = {("recombine", name): 3 for name in (UNZIP, "qr-split")}
 UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are granted channels, as SDXL's are at 65536
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
@@ -153,6 +155,8 @@ ROWS = [
             ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
             ("own prompts, guided", {"guided": True}),
             ("own prompts", {}),
+            ("own prompts, the other role's layers left out", {"apart": True}),
+            ("style words, all layers", {"style_words": True}),
             ("the style's subject as negative prompt", {"style_words": True, "negative": True}),
         )
     ),
