@@ -28,6 +28,7 @@ from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS, Scale, cells, 
 from unbraid.bench.truth.truths import Truth
 from unbraid.cli.main import main
 from unbraid.common.errors import UsageError
+from unbraid.core.selectors import TABLES
 from unbraid.runs.api import split_job
 from unbraid.runs.job import Job
 from unbraid.sampling.uses import OWN, STYLE_NAME, Use
@@ -241,22 +242,26 @@ class Noted(TrainingCache):
 
 
 @pytest.mark.parametrize(
-    ("row", "task", "style"),
+    ("row", "task", "style", "apart"),
     [
-        ("UnZipLoRA", "separate", OWN),
-        ("UnZipLoRA", "recombine", STYLE_NAME),
-        ("UnZipLoRA, official", "recombine", OWN),
-        ("QR-LoRA, split", "recombine", STYLE_NAME),
-        ("B-LoRA", "recombine", None),
-        ("ablation: UnZipLoRA, own prompts", "recombine", OWN),
+        ("UnZipLoRA", "separate", OWN, False),
+        ("UnZipLoRA", "recombine", STYLE_NAME, True),
+        ("UnZipLoRA, official", "recombine", OWN, False),
+        ("QR-LoRA, split", "recombine", STYLE_NAME, True),
+        ("B-LoRA", "recombine", None, False),
+        ("ablation: UnZipLoRA, own prompts", "recombine", OWN, False),
+        ("ablation: UnZipLoRA, style words, all layers", "recombine", STYLE_NAME, False),
+        ("ablation: UnZipLoRA, own prompts, the other role's layers left out", "recombine", OWN, True),
     ],
 )
-def test_what_the_loras_of_a_split_read(tmp_path: Path, row: str, task: str, style: str | None) -> None:
+def test_what_the_loras_of_a_split_read(tmp_path: Path, row: str, task: str, style: str | None, apart: bool) -> None:
     (one,) = chosen((task,), (row,))
     cell = next(cell for cell in cells(FULL) if cell.task == task)
     cache = Noted(tmp_path, FULL)
     assert "both" in one.make(cache, cell, one.settings)
     assert [use.prompt for use in cache.last] == [style and OWN, style]
+    left = TABLES["icons"].blocks
+    assert [use.without for use in cache.last] == ([left["style"], left["content"]] if apart else [(), ()])
 
 
 # statistics

@@ -13,13 +13,21 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.layers import ATTENTION
 from unbraid.core.lora import Lora
-from unbraid.core.selectors import TABLES, chosen, groups_of, open_blocks, selects
+from unbraid.core.selectors import ROLES, TABLES, chosen, groups_of, open_blocks, selects
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
 from unbraid.runs import run as running
 from unbraid.runs.api import split_job
 from unbraid.runs.batch import recorded as job_of
 from unbraid.runs.folder import RECORD
+from unbraid.runs.roles import in_role, in_roles, roles_in_drawing
+from unbraid.sampling.uses import Use
+
+GROUPS = [
+    f"{side}_blocks.{i}.attentions.{j}"
+    for side, i, n in (("down", 1, 2), ("down", 2, 2), ("up", 0, 3), ("up", 1, 3))
+    for j in range(n)
+]
 
 FILE = """
 content = ["up_blocks.0.attentions.2", "down_blocks.*.attentions.1.transformer_blocks.0.attn1"]
@@ -49,13 +57,15 @@ def test_published_tables_select_layers_of_the_published_models(name: str) -> No
     if table.family == "flux":
         layers = list(Adapters.attach(network.empty(REAL["flux"]), ATTENTION, network.layers).layers)
     else:
-        layers = [f"up_blocks.{i}.attentions.{j}.transformer_blocks.0.attn1.to_q" for i in range(2) for j in range(3)]
+        groups = ["down_blocks.1.attentions.1", *(f"up_blocks.{i}.attentions.{j}" for i in range(2) for j in range(3))]
+        layers = [f"{group}.transformer_blocks.0.attn1.to_q" for group in groups]
     found = chosen(open_blocks(name), layers, name)
     assert {role: len(groups_of(some)) for role, some in found.items()} == {
         "b-lora": {"content": 1, "style": 1},
         "unziplora": {"content": 2, "style": 4},
         "splitflux": {"content": 10, "style": 28},
         "b-lora-flux": {"content": 8, "style": 2},
+        "icons": {"content": 2, "style": 3},
     }[name]
 
 
@@ -173,3 +183,41 @@ def test_merge_takes_roles(tmp_path: Path) -> None:
         merge_files(sources, tmp_path / "no.safetensors", "blocks", blocks=open_blocks("b-lora"))
     with pytest.raises(UsageError, match="concat has no setting 'blocks'"):
         merge_files(sources, tmp_path / "no.safetensors", "concat", blocks=open_blocks("splitflux"))
+
+
+def test_roles_in_drawing_are_those_given_then_those_of_the_base(v_base: Path, tmp_path: Path) -> None:
+    family = BLOCKS["sdxl"]
+    assert roles_in_drawing("icons", family, "b-lora") == TABLES["b-lora"].blocks
+    assert roles_in_drawing("icons", family) == TABLES["icons"].blocks
+    assert roles_in_drawing(str(v_base), family) == family and roles_in_drawing("x", BLOCKS["flux"]) == {}
+    base = shutil.copytree(v_base, tmp_path / "base")
+    (base / "unbraid.toml").write_text("[blocks]\n" + FILE)
+    assert roles_in_drawing(str(base), family)["style"] == ("unet.mid_block",)
+
+
+def test_a_lora_leaves_out_the_layers_of_the_other_role() -> None:
+    """Every group of the base, by role: both act where no role is known."""
+    use, blocks = Use(Path("x.safetensors")), TABLES["icons"].blocks
+    some = {f"unet.{name}.attn1.to_q": Lora(torch.ones(1, 2), torch.ones(2, 1), 1.0) for name in GROUPS}
+    left = {
+        role: {groups_of([name])[0] for name in some}
+        - {groups_of([name])[0] for name in in_role(use, role, blocks).kept(some)}
+        for role in ROLES
+    }
+    assert left == {"content": set(blocks["style"]), "style": set(blocks["content"])}
+    assert use.kept(some) == some
+    with pytest.raises(UsageError, match=r"no layers beside up_blocks, .*--lora-role all"):
+        Use(use.file, without=("up_blocks", "down_blocks", "mid_block")).kept(some)
+
+
+def test_roles_of_loras_on_the_command_line() -> None:
+    uses, blocks = [Use(Path("a")), Use(Path("b"))], TABLES["icons"].blocks
+    assert in_roles(uses, [], {}) == uses == in_roles(uses, ["all", "all"], {})
+    assert [one.without for one in in_roles(uses, ["all", "style"], blocks)] == [(), blocks["content"]]
+    for roles, known, fault in (
+        (["style"], blocks, "--lora-role: 1 roles for 2 LoRAs"),
+        (["style", "subject"], blocks, "no role 'subject'.*content, style, all"),
+        (["content", "style"], {}, "is not known.*probe-blocks"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            in_roles(uses, roles, known)

@@ -15,7 +15,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.lora import Active, Lora
 from unbraid.core.lowrank import delta
 from unbraid.files.lora_file import write
-from unbraid.sampling.combine import by_step, difference, within
+from unbraid.sampling.combine import Combine, by_step, difference, within
 from unbraid.sampling.render import Sampling, StyleGuidance, attach, render
 from unbraid.sampling.sample import NEGATIVE, Guided, Style, classifier_free, style_guidance
 from unbraid.sampling.uses import Use
@@ -137,5 +137,27 @@ def test_pictures_and_errors(v_base: Path, tmp_path: Path) -> None:
             draw(use)
     with pytest.raises(UsageError, match="do not go with switch"):
         draw(Use(files[1]), Use(files[2], steps=(0.0, 0.5)), combine="switch")
-    with pytest.raises(UsageError, match="no steps and no contrast"):
+    with pytest.raises(UsageError, match="no steps, no layers and no contrast"):
         render(base, "a cat", styles=StyleGuidance([Use(files[1], steps=(0.0, 0.5))]))
+
+
+def test_a_lora_without_some_layers_is_the_file_without_them(v_model: Base, tmp_path: Path) -> None:
+    """In every way of combining, and for what a LoRA is drawn against."""
+    some = [modules(v_model, i) for i in range(3)]
+    left = [{name: lora for name, lora in one.items() if "up_blocks" not in name} for one in some]
+    files = [tmp_path / f"{i}.safetensors" for i in range(6)]
+    for file, one in zip(files, (*some, *left), strict=True):
+        write(file, one, family="sdxl", metadata={"unbraid.prompt": "a cat"})
+    out = ("up_blocks",)
+
+    def drawn(uses: list[Use], combine: Combine = "sum") -> np.ndarray:
+        return np.asarray(render(v_model, "a cat", uses, combine=combine, sampling=Sampling(steps=2))[0])
+
+    for combine in ("sum", "switch", "composite", "k-lora"):
+        whole = drawn([Use(files[0]), Use(files[1])], combine)
+        found = drawn([Use(files[0], without=out), Use(files[1], without=out)], combine)
+        assert (found == drawn([Use(files[3]), Use(files[4])], combine)).all() and (found != whole).any()
+    against = drawn([Use(files[0], without=out, against=files[2])])
+    assert (against == drawn([Use(files[3], against=files[5])])).all()
+    with pytest.raises(UsageError, match="no steps, no layers and no contrast"):
+        render(v_model, "a cat", styles=StyleGuidance([Use(files[0], prompt="ink", without=out)]))

@@ -131,32 +131,44 @@ def generate(
     with loading("torch and diffusers"):
         from unbraid.bases.presets import Loading
         from unbraid.runs.preferences import base_for
-        from unbraid.runs.roles import in_roles, roles_in_drawing
         from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
-        from unbraid.sampling.sweep import parse_sweep
 
     uses = with_opponents(parsed_uses(lora or [], lora_prompt or []), against or [])
     styles = StyleGuidance(parsed_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
     inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
     sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative, embedded_guidance)
     settings: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
-    over = parse_sweep(sweep) if sweep else None
-    _check_count(n, out, edit, bool(over))
+    over = _checked_sweep(sweep, n, out, edit)
     name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
         how = Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)
         model = _opened(name, how, prompt, negative)
-        uses = in_roles(uses, lora_role or [], roles_in_drawing(name, model.family.blocks, blocks))
+        uses = _in_roles(uses, lora_role or [], model.family.blocks, name, blocks)
         _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
         for file in _drawn(model, prompt, uses, out, settings, over):
             print(file)
 
 
-def _check_count(n: int, out: Path, edit: Path | None, sheet: bool) -> None:
-    if not sheet and n > 1 and out.suffix:
+def _checked_sweep(sweep: str, n: int, out: Path, edit: Path | None) -> Any:
+    """The parsed --sweep, if there is one. UsageError if so many pictures do not fit the output."""
+    from unbraid.sampling.sweep import parse_sweep
+
+    if not sweep and n > 1 and out.suffix:
         raise UsageError(f"{n} pictures do not fit into one file", out, "Give a folder.")
     if edit and n > 1:
         raise UsageError(f"{n} pictures of one edit would be the same", edit, "Leave out --n.")
+    return parse_sweep(sweep) if sweep else None
+
+
+def _in_roles(uses: list[Any], roles: list[str], family: Any, base: str, blocks: str) -> list[Any]:
+    """The uses, each without the layers of the other role."""
+    from unbraid.runs.roles import in_roles, roles_in_drawing
+
+    if blocks and not roles:
+        raise UsageError(
+            "there is no role to look up", "--blocks", "Give --lora-role for each --lora, or leave it out."
+        )
+    return in_roles(uses, roles, roles_in_drawing(base, family, blocks))
 
 
 def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[str, Any], over: Any) -> Iterator[Path]:

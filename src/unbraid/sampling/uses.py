@@ -105,7 +105,7 @@ def check_uses(uses: Sequence[Use], styles: Sequence[Use], combine: str, count: 
     for use in styles:
         if use.steps != ALL_STEPS or use.against or use.without:
             fix = "--style-from says when styles begin to guide; leave out the rest."
-            raise UsageError("a guiding style has no steps, layers or contrast of its own", use.file, fix)
+            raise UsageError("a guiding style has no steps, no layers and no contrast of its own", use.file, fix)
     special = next((use for use in uses if use.steps != ALL_STEPS or use.against), None)
     if special and combine != "sum":
         what = f"steps and contrasts of single LoRAs do not go with {combine}"

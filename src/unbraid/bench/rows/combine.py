@@ -5,7 +5,7 @@ from itertools import product
 from statistics import mean
 
 from unbraid.bench.rows.row import Drawers, Make, Row
-from unbraid.bench.rows.separate import MAKERS
+from unbraid.bench.rows.separate import MAKERS, apart
 from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.scores import harmonic, likeness
 from unbraid.bench.truth.tasks import PLACE, Cell, content_prompt, items, joint_prompt, style_prompt
@@ -27,7 +27,7 @@ def summed(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     a, b = tuned_weights(cache) if settings.get("tuned") else (1.0, 1.0)
     first, second = {"scale": a, **settings.get("content", {})}, {"scale": b, **settings.get("style", {})}
     uses = {"content": Use(content, **first), "style": Use(style, **second)}
-    some = cache.apart(uses) if settings.get("apart") else uses.values()
+    some = apart(cache, uses) if settings.get("apart") else uses.values()
     return {"both": cache.drawer(*some, combine=settings.get("combine", "sum"))}
 
 

@@ -9,6 +9,7 @@ from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
+from unbraid.runs.roles import in_role, roles_in_drawing
 from unbraid.runs.settings import Settings, base_defaults, resolve
 from unbraid.sampling.uses import OWN, STYLE_NAME, Use
 
@@ -42,9 +43,15 @@ def separated(method: str) -> Make:
         elsewhere = own and cell.content != cell.style and settings.get("compat") != "official"
         prompts = {"content": own, "style": STYLE_NAME if elsewhere else own}
         both = {role: Use(folders[role] / f"{joint[role]}.safetensors", prompt=prompts[role]) for role in ROLES}
-        return {**alone, "both": cache.drawer(*(cache.apart(both) if elsewhere else both.values()))}
+        return {**alone, "both": cache.drawer(*(apart(cache, both) if elsewhere else both.values()))}
 
     return make
+
+
+def apart(cache: TrainingCache, uses: Mapping[str, Use]) -> list[Use]:
+    """Role → a LoRA, each of which leaves out the layers of the other role, as far as roles of layers are known for the base."""
+    blocks = roles_in_drawing(cache.base_name, cache.base.family.blocks)
+    return [in_role(use, role, blocks) for role, use in uses.items()]
 
 
 def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> bool:
@@ -70,7 +77,7 @@ def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 
     uses = [use(first, second, "content", 1.0), use(second, first, "style", 1.0)]
     if settings.get("apart"):
-        uses = cache.apart(dict(zip(ROLES, uses, strict=True)))
+        uses = apart(cache, dict(zip(ROLES, uses, strict=True)))
     if less:
         uses += [use(first, second, "style", -less), use(second, first, "content", -less)]
     return {"both": cache.drawer(*uses, negative=negative_prompt(cell, settings))}

@@ -31,7 +31,6 @@ from unbraid.runs.job import Job
 from unbraid.runs.job_folder import write_job
 from unbraid.runs.lease import AtWorkError
 from unbraid.runs.options import SplitOptions, ZipOptions
-from unbraid.runs.roles import in_role, roles_in_drawing
 from unbraid.runs.run import run
 from unbraid.sampling.combine import Combine
 from unbraid.sampling.render import Sampling, StyleGuidance, Use, render
@@ -189,11 +188,6 @@ class TrainingCache:
             return render(self.base, prompt, uses, combine=combine, styles=StyleGuidance(styles), sampling=sampling)
 
         return draw
-
-    def apart(self, uses: Mapping[str, Use]) -> list[Use]:
-        """Role → a LoRA, each of which leaves out the layers of the other role, as far as roles of layers are known for the base."""
-        blocks = roles_in_drawing(self.base_name, self.base.family.blocks)
-        return [in_role(use, role, blocks) for role, use in uses.items()]
 
     def _sampling(self, seeds: Sequence[int], negative: str = "") -> Sampling:
         return Sampling(self.scale.guidance, self.scale.steps, seeds=seeds, negative=negative)
