@@ -251,7 +251,7 @@ class Noted(TrainingCache):
         ("B-LoRA", "recombine", None, False),
         ("ablation: UnZipLoRA, own prompts", "recombine", OWN, False),
         ("ablation: UnZipLoRA, style words, all layers", "recombine", STYLE_NAME, False),
-        ("ablation: UnZipLoRA, own prompts, the other role's layers left out", "recombine", OWN, True),
+        ("ablation: UnZipLoRA, own prompts, layers by role", "recombine", OWN, True),
     ],
 )
 def test_what_the_loras_of_a_split_read(tmp_path: Path, row: str, task: str, style: str | None, apart: bool) -> None:

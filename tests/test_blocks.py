@@ -13,6 +13,7 @@ from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.layers import ATTENTION
 from unbraid.core.lora import Lora
+from unbraid.core.lowrank import delta
 from unbraid.core.selectors import ROLES, TABLES, chosen, groups_of, open_blocks, selects
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
@@ -179,6 +180,11 @@ def test_merge_takes_roles(tmp_path: Path) -> None:
         "content": tuple(f"transformer.{n}" for n in names[:2]),
         "style": (f"transformer.{names[3]}",),
     }
+    whole = merge_files(sources, tmp_path / "roles.safetensors", "roles", blocks=open_blocks(str(file)))
+    change = {name: delta(lora) for name, lora in read(whole.path).modules.items()}
+    parts = [(first, second) if i == 2 else (first,) if i < 2 else (second,) for i in range(4)]  # the third has no role
+    for name, some in zip((f"transformer.{name}" for name in names), parts, strict=True):
+        torch.testing.assert_close(change[name], sum(delta(one[name]) for one in some), rtol=1e-6, atol=1e-6)
     with pytest.raises(UsageError, match="selects no layer"):
         merge_files(sources, tmp_path / "no.safetensors", "blocks", blocks=open_blocks("b-lora"))
     with pytest.raises(UsageError, match="concat has no setting 'blocks'"):

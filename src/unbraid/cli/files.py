@@ -37,7 +37,7 @@ def merge(
         list[str], typer.Argument(metavar="FILE[:WEIGHT[:BLOCKS]]...", help="Weight 1 where none is given.")
     ],
     out: Annotated[Path, typer.Option(help="The file to write.")],
-    method: Annotated[str, typer.Option(help="concat, ties, dare, prune, knots, np-lora or blocks.")] = "concat",
+    method: Annotated[str, typer.Option(help="concat, ties, dare, prune, knots, np-lora, blocks or roles.")] = "concat",
     rank: Rank = None,
     energy: Energy = None,
     density: Annotated[
@@ -49,7 +49,7 @@ def merge(
         str,
         typer.Option(
             metavar="NAME|FILE",
-            help="For --method blocks: b-lora, unziplora, splitflux, b-lora-flux, or a TOML file of roles.",
+            help="For --method blocks or roles: icons, b-lora, unziplora, splitflux, b-lora-flux, or a TOML file.",
         ),
     ] = "",
     to: To = None,

@@ -136,6 +136,13 @@ def blocks(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks = TAB
     return concat(name, mine, size) if mine else None
 
 
+def roles(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks = TABLES["unziplora"].blocks) -> Made:
+    """The sum without the style's layers of all LoRAs but the last, and without the content's layers of the last. Layers without a
+    role are everyone's. By default the roles are those of UnZipLoRA's paper on SDXL."""
+    mine = [part for part in parts if not selects(blocks["content" if part.source == -1 else "style"], name)]
+    return concat(name, mine, size) if mine else None
+
+
 METHODS: dict[str, Method] = {
     "concat": concat,
     "ties": ties,
@@ -144,6 +151,7 @@ METHODS: dict[str, Method] = {
     "knots": knots,
     "np-lora": np_lora,
     "blocks": blocks,
+    "roles": roles,
 }
 
 

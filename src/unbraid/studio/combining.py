@@ -29,6 +29,7 @@ TITLES: Mapping[str, str] = {
     "k-lora-released": "K-LoRA as released",
     "est-lora": "EST-LoRA",
     "np-lora": "NP-LoRA",
+    "roles": "layers by role",
     "ziplora": "ZipRank",
 }
 

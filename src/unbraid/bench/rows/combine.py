@@ -117,11 +117,11 @@ IDEAS: Mapping[str, tuple[Make, Settings, tuple[str, ...]]] = {  # tried against
     "both at 0.75": (summed, {"content": {"scale": 0.75}, "style": {"scale": 0.75}}, SUM),
     "style guidance": (guided, {}, SUM),
     "the blocks of each role": (merged, {"method": "blocks"}, SUM),
-    "the other role's layers left out": (summed, {"apart": True}, SUM),
     "the style LoRA of a split": (style_of_a_split, {}, SPLIT),
 }
 ROWS = [
     Row("combine", "direct sum", summed, methods=SUM),
+    Row("combine", "layers by role", summed, {"apart": True}, methods=SUM),
     Row("combine", "direct sum, tuned", summed, {"tuned": True}, methods=SUM),
     Row("combine", "SVD", merged, {"method": "concat", "rank": 16}, methods=SUM),
     Row("combine", "TIES", merged, {"method": "ties"}, methods=SUM),

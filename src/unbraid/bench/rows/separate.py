@@ -162,7 +162,7 @@ ROWS = [
             ("one prompt, the rest subtracted", {"one_prompt": True, "less": 0.3}),
             ("own prompts, guided", {"guided": True}),
             ("own prompts", {}),
-            ("own prompts, the other role's layers left out", {"apart": True}),
+            ("own prompts, layers by role", {"apart": True}),
             ("style words, all layers", {"style_words": True}),
             ("the style's subject as negative prompt", {"style_words": True, "negative": True}),
         )
