@@ -227,3 +227,20 @@ def test_roles_of_loras_on_the_command_line() -> None:
     ):
         with pytest.raises(UsageError, match=fault):
             in_roles(uses, roles, known)
+
+
+@pytest.mark.parametrize("base", ["icons", "other", ""])
+def test_merge_by_roles_knows_the_base_that_the_loras_were_made_for(tmp_path: Path, base: str) -> None:
+    """Without a table of that name, the roles are those published for SDXL."""
+    names = [f"unet.{group}.transformer_blocks.0.attn1.to_q" for group in GROUPS]
+    sources = []
+    for label in ROLES:
+        modules = {name: Lora(torch.ones(1, 640), torch.ones(640, 1), 1.0) for name in names}
+        path = tmp_path / f"{label}.safetensors"
+        write(path, modules, family="sdxl", metadata={"unbraid.base": base} if base else {})
+        sources.append(Source(path))
+    made = read(merge_files(sources, tmp_path / "out.safetensors", "roles").path).modules
+    table = TABLES["icons" if base == "icons" else "unziplora"].blocks
+    for name in names:
+        roles = 2 - selects(table["content"], name) - selects(table["style"], name)
+        assert delta(made[name])[0, 0] == pytest.approx(roles), name

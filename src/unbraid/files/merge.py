@@ -6,7 +6,7 @@ Ranks, alphas and sets of modules may differ; weights may be negative. A module 
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import matrices, rescaled
+from unbraid.core.selectors import Blocks, chosen
 from unbraid.files.merge_methods import METHODS, Method, Part, Size, all_equal
 
 
@@ -117,3 +118,11 @@ def _common_rank(loras: Sequence[Mapping[str, Lora]]) -> int:
         shared = all_equal(downs) or all_equal(ups)
         ranks[len(downs[0]) if shared else sum(len(down) for down in downs)] += 1
     return ranks.most_common(1)[0][0] if ranks else 1
+
+
+def chosen_blocks(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, tuple[str, ...]]:
+    """Role → the modules that it takes: the content's from all LoRAs but the last, the style's from the last. `names`: the
+    modules of each. Raises UsageError if a selector selects none."""
+    found = chosen(blocks, dict.fromkeys(name for some in names for name in some), "--blocks")
+    held = {"content": {name for some in names[:-1] for name in some}, "style": set(names[-1])}
+    return {role: tuple(name for name in found[role] if name in held[role]) for role in found}

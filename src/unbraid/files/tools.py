@@ -15,7 +15,7 @@ from torch import Tensor
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import wide
-from unbraid.core.selectors import Blocks, chosen
+from unbraid.core.selectors import TABLES
 from unbraid.files.changes import LENIENT, Conversion
 from unbraid.files.checkpoint_file import opened_checkpoint
 from unbraid.files.formats.block_weights import block_weights
@@ -24,7 +24,8 @@ from unbraid.files.formats.encode import Dialect, dialect_for
 from unbraid.files.formats.lycoris import LIMIT
 from unbraid.files.formats.sources import common_family, merged_metadata
 from unbraid.files.lora_file import LoraFile, read, write
-from unbraid.files.merge import Merged, Size, merge
+from unbraid.files.made_for import BASE
+from unbraid.files.merge import Merged, Size, chosen_blocks, merge
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,12 @@ def merge_files(
     base: str | Path | None = None,
     **settings: Any,
 ) -> Done:
-    """Merge LoRA files into one; see `unbraid.files.merge`. Files of different families are refused."""
+    """Merge LoRA files into one; see `unbraid.files.merge`. Files of different families are refused. For `roles` without `blocks` the
+    table that bears the name of the first file's base counts, if there is one."""
     with lenient(base) as conversion:  # not in parallel: torch uses all cores already
         loras = [read(source.path, conversion=conversion) for source in sources]
+    if method == "roles" and loras and (named := TABLES.get(loras[0].metadata.get(BASE, ""))):
+        settings = {"blocks": named.blocks, **settings}
     names = [{**lora.modules, **dict.fromkeys(_owners(lora).values())} for lora in loras]
     family = common_family([(str(s.path), lora.family, n) for s, lora, n in zip(sources, loras, names, strict=True)])
     kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
@@ -140,14 +144,6 @@ def merge_files(
     }
     lora = LoraFile(_modules(merged), kept | strings, family, bundled, vectors, errors)
     return replace(_write(lora, out, _dtype(merged), _kept(merged), to), matched=matched)
-
-
-def chosen_blocks(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, tuple[str, ...]]:
-    """Role → the modules that it takes: the content's from all LoRAs but the last, the style's from the last. `names`: the
-    modules of each. Raises UsageError if a selector selects none."""
-    found = chosen(blocks, dict.fromkeys(name for some in names for name in some), "--blocks")
-    held = {"content": {name for some in names[:-1] for name in some}, "style": set(names[-1])}
-    return {role: tuple(name for name in found[role] if name in held[role]) for role in found}
 
 
 def scaled(

@@ -18,6 +18,7 @@ class Claim:
     source: str
 
 
+OWN_PROMPTS = "ablation: UnZipLoRA, own prompts"  # the paper's way to draw; our row leaves out layers
 CLAIMS = (
     Claim("separate", "UnZipLoRA", "DreamBooth-LoRA", "likeness", "arXiv 2412.04465"),
     Claim("separate", "UnZipLoRA", "B-LoRA", "likeness", "arXiv 2412.04465"),
@@ -31,10 +32,13 @@ CLAIMS = (
         "this project's corrections",
     ),
     Claim("separate", "B-LoRA", "DreamBooth-LoRA", "leak", "arXiv 2403.14572"),
-    Claim("recombine", "UnZipLoRA", "DreamBooth-LoRAs", "likeness", "arXiv 2412.04465"),
-    Claim("recombine", "UnZipLoRA", "B-LoRA", "likeness", "arXiv 2412.04465"),
-    Claim("recombine", "UnZipLoRA, zipped", "UnZipLoRA", "likeness", "arXiv 2311.13600"),
+    Claim("recombine", OWN_PROMPTS, "DreamBooth-LoRAs", "likeness", "arXiv 2412.04465"),
+    Claim("recombine", OWN_PROMPTS, "B-LoRA", "likeness", "arXiv 2412.04465"),
+    Claim("recombine", "UnZipLoRA, zipped", OWN_PROMPTS, "likeness", "arXiv 2311.13600"),
+    Claim("recombine", "UnZipLoRA", OWN_PROMPTS, "likeness", "this project's layers by role"),
+    Claim("recombine", "UnZipLoRA", OWN_PROMPTS, "leak", "this project's layers by role"),
     Claim("recombine", "ConsisLoRA", "B-LoRA", "leak", "arXiv 2503.10614"),
+    Claim("combine", "layers by role", "direct sum", "likeness", "this project's layers by role"),
     Claim("combine", "ZipLoRA", "direct sum", "likeness", "arXiv 2311.13600"),
     Claim("combine", "ZipLoRA", "joint training", "likeness", "arXiv 2311.13600"),
     Claim("combine", "ZipLoRA", "ZipLoRA, public recipe", "likeness", "this project's corrections"),
