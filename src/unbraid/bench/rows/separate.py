@@ -96,6 +96,13 @@ def reading_style_words(cache: TrainingCache, cell: Cell, settings: Settings) ->
     return {**MAKERS[UNZIP](cache, cell, {}), "style": style}
 
 
+def alone_by_role(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
+    """A split each of whose LoRAs, used alone, leaves out the layers of the other role; together they act in all layers."""
+    folder = cache.split(cell.content, seed=cell.seed)
+    alone = {role: cache.drawer(*apart(cache, {role: Use(folder / f"{role}.safetensors")})) for role in ROLES}
+    return {**MAKERS[UNZIP](cache, cell, {}), **alone}
+
+
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split and the style LoRA of another, merged by `zip`."""
     content = cache.split(cell.content, seed=cell.seed) / "content.safetensors"
@@ -139,6 +146,7 @@ ROWS = [
             ),
         )
     ),
+    Row("separate", "UnZipLoRA, layers by role", alone_by_role, methods=(UNZIP,)),
     Row("recombine", "UnZipLoRA, zipped", split_and_zipped, methods=(UNZIP, "ziplora")),
     Row(
         "recombine",
