@@ -1,6 +1,8 @@
 """Which layers serve content and style: selectors, published tables, and files of roles, in `split` and `merge`."""
 
+import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from test_transformers import REAL
 
+from unbraid.bases.base import Base
 from unbraid.bases.families import BLOCKS, FAMILIES
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
@@ -216,17 +219,27 @@ def test_a_lora_leaves_out_the_layers_of_the_other_role() -> None:
         Use(use.file, without=("up_blocks", "down_blocks", "mid_block")).kept(some)
 
 
-def test_roles_of_loras_on_the_command_line() -> None:
-    uses, blocks = [Use(Path("a")), Use(Path("b"))], TABLES["icons"].blocks
-    assert in_roles(uses, [], {}) == uses == in_roles(uses, ["all", "all"], {})
-    assert [one.without for one in in_roles(uses, ["all", "style"], blocks)] == [(), blocks["content"]]
-    for roles, known, fault in (
-        (["style"], blocks, "--lora-role: 1 roles for 2 LoRAs"),
-        (["style", "subject"], blocks, "no role 'subject'.*content, style, all"),
-        (["content", "style"], {}, "is not known.*probe-blocks"),
+def test_roles_of_loras_in_drawing(v_model: Base, tmp_path: Path) -> None:
+    """As `generate` takes them, on a base of SDXL's family."""
+    uses, known = [Use(Path("a")), Use(Path("b"))], BLOCKS["sdxl"]
+    assert in_roles(uses, [], v_model) == uses == in_roles(uses, ["all", "all"], v_model)
+    assert [one.without for one in in_roles(uses, ["all", "style"], v_model)] == [(), known["content"]]
+    file = written(tmp_path, 'content = ["mid_block"]\nstyle = ["up_blocks"]')
+    assert [one.without for one in in_roles(uses, ["content", "style"], v_model, str(file))] == [
+        ("up_blocks",),
+        ("mid_block",),
+    ]
+    strange = copy.copy(v_model)
+    object.__setattr__(strange, "family", replace(v_model.family, blocks={}))
+    for base, roles, given, fault in (
+        (v_model, ["style"], "", "--lora-role: 1 roles for 2 LoRAs"),
+        (v_model, ["style", "subject"], "", "no role 'subject'.*content, style, all"),
+        (v_model, [], "icons", "--blocks: there is no role"),
+        (v_model, ["content", "style"], "splitflux", "selects no layer"),
+        (strange, ["content", "style"], "", "is not known.*probe-blocks"),
     ):
         with pytest.raises(UsageError, match=fault):
-            in_roles(uses, roles, known)
+            in_roles(uses, roles, base, given)
 
 
 @pytest.mark.parametrize("base", ["icons", "other", ""])

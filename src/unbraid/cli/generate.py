@@ -143,7 +143,7 @@ def generate(
     with console.status("drawing"):
         how = Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)
         model = _opened(name, how, prompt, negative)
-        uses = _in_roles(uses, lora_role or [], model.family.blocks, name, blocks)
+        uses = _in_roles(uses, lora_role or [], model, blocks)
         _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
         for file in _drawn(model, prompt, uses, out, settings, over):
             print(file)
@@ -160,15 +160,10 @@ def _checked_sweep(sweep: str, n: int, out: Path, edit: Path | None) -> Any:
     return parse_sweep(sweep) if sweep else None
 
 
-def _in_roles(uses: list[Any], roles: list[str], family: Any, base: str, blocks: str) -> list[Any]:
-    """The uses, each without the layers of the other role."""
-    from unbraid.runs.roles import in_roles, roles_in_drawing
+def _in_roles(uses: list[Any], roles: list[str], model: Any, blocks: str) -> list[Any]:
+    from unbraid.runs.roles import in_roles
 
-    if blocks and not roles:
-        raise UsageError(
-            "there is no role to look up", "--blocks", "Give --lora-role for each --lora, or leave it out."
-        )
-    return in_roles(uses, roles, roles_in_drawing(base, family, blocks))
+    return in_roles(uses, roles, model, blocks)
 
 
 def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[str, Any], over: Any) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from PIL import Image
 from unbraid.bases.base import Base, load
 from unbraid.bases.presets import Loading
 from unbraid.runs.preferences import base_for
+from unbraid.runs.roles import in_roles
 from unbraid.runs.settings import counted
 from unbraid.sampling.canvas import Control, Start
 from unbraid.sampling.combine import Combine
@@ -20,6 +21,8 @@ def generate(
     prompt: str,
     loras: Use | str | Path | Sequence[Use | str | Path] = (),
     *,
+    lora_roles: Sequence[str] = (),
+    blocks: str = "",
     combine: Combine = "sum",
     styles: Sequence[Use] = (),
     style_from: float = 1.0,
@@ -48,7 +51,8 @@ def generate(
 
     `base`: by default the one that all the LoRAs record, if it is there, else that of `preferences.default_base`. It is kept in memory
     until another one is needed, or a training run begins.
-    `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
+    `lora_roles`, `blocks`: those of `unbraid.runs.roles.in_roles`: with "content" or "style" for each LoRA, it leaves out the layers of the other
+    role. `combine`: how several LoRAs work together, see `unbraid.sampling.combine`. `styles`, `style_from`: the fields of
     `render.StyleGuidance`. `negative` to `width`: those of `render.Sampling`. `start`, `control`, `edit`: those of
     `render.ImageInputs`. `vae`, `parts`, `prediction`, `vram`, `swap`, `graphs` and `device`: those of `presets.Loading`."""
     some = [loras] if isinstance(loras, Use | str | Path) else loras
@@ -56,10 +60,11 @@ def generate(
     counted("steps", steps, range(1, 1001))
     seeds = seeds if n is None else range(counted("n", n, range(1, 10_001)))
     name = base or base_for(use.file for use in (*uses, *styles))
+    model = _opened(name, Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap))
     return render(
-        _opened(name, Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)),
+        model,
         prompt,
-        uses,
+        in_roles(uses, lora_roles, model, blocks),
         combine=combine,
         styles=StyleGuidance(styles, style_from),
         sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded_guidance),

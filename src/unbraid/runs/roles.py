@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from unbraid.bases.base import Base
 from unbraid.common.errors import UsageError
-from unbraid.core.selectors import ROLES, TABLES, Blocks, blocks_in, open_blocks
+from unbraid.core.selectors import ROLES, TABLES, Blocks, blocks_in, chosen, open_blocks
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
 from unbraid.runs.settings import base_defaults
@@ -45,19 +46,26 @@ def in_role(use: Use, role: str, blocks: Blocks) -> Use:
     return replace(use, without=tuple(blocks.get(other, ())))
 
 
-def in_roles(uses: Sequence[Use], roles: Sequence[str], blocks: Blocks) -> list[Use]:
-    """The uses, each in the role of the same position, `all` for none. UsageError if the counts differ, there is no such role, or
-    no roles of layers are known."""
+def in_roles(uses: Sequence[Use], roles: Sequence[str], base: Base, given: str = "") -> list[Use]:
+    """The uses, each in the role of the same position, `all` for none; all as they are if no roles are given. `given`: as for
+    `roles_in_drawing`. UsageError if the counts differ, there is no such role, no roles of layers are known, or those given are of
+    layers that the base has not."""
+    if given and not roles:
+        raise UsageError(
+            "there is no role to look up", "--blocks", "Give --lora-role for each --lora, or leave it out."
+        )
     if not roles:
         return list(uses)
     if len(roles) != len(uses):
         fix = "Give one per --lora, or none."
         raise UsageError(f"{len(roles)} roles for {len(uses)} LoRAs", "--lora-role", fix)
-    for role in roles:
-        if role not in (*ROLES, EVERYWHERE):
-            raise UsageError(
-                f"there is no role {role!r}", "--lora-role", f"Roles are: {', '.join(ROLES)}, {EVERYWHERE}."
-            )
+    if unknown := [role for role in roles if role not in (*ROLES, EVERYWHERE)]:
+        raise UsageError(
+            f"there is no role {unknown[0]!r}", "--lora-role", f"Roles are: {', '.join(ROLES)}, {EVERYWHERE}."
+        )
+    blocks = roles_in_drawing(base.name, base.family.blocks, given)
+    if given:
+        chosen(blocks, (name for name, _ in base.denoiser.named_modules()), "--blocks")
     if not blocks and set(roles) != {EVERYWHERE}:
         fix = "Give --blocks (`unbraid probe-blocks` measures them), or leave it out."
         raise UsageError("which layers of this base serve content, and which style, is not known", "--lora-role", fix)
