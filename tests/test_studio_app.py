@@ -12,6 +12,7 @@ from studio_client import Client
 from test_run import cli_in_process
 
 from tools.screenshots import running
+from unbraid.bases.base import load
 from unbraid.core.lora import Lora
 from unbraid.files.lora_file import write
 from unbraid.methods import ENTRIES
@@ -82,6 +83,21 @@ def test_what_a_lora_reads(client: Client, home: Home, reads: str, refused: str)
     answer = client.call("draw", given)
     assert answer["success"] == (not refused), answer
     assert refused in json.dumps(answer), "its file names no style; there is no such choice"
+
+
+@pytest.mark.parametrize(
+    ("acts", "refused"), [("all", ""), ("content", ""), ("style", "has no layers beside"), ("both", "choices")]
+)
+def test_where_a_lora_acts(client: Client, home: Home, v_base: Path, acts: str, refused: str) -> None:
+    """A LoRA whose only layer serves content on this base."""
+    name = "acts.safetensors"
+    layer = "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = load(str(v_base)).denoiser.get_submodule(layer).in_features
+    write(home.loras / name, {f"unet.{layer}": Lora(torch.zeros(2, width), torch.zeros(width, 2), 2.0)}, family="sdxl")
+    given = {"Prompt": "a dog", "lora-0": f"loras/{name}", "Acts in": acts, "Steps": 1, "How many pictures": 1}
+    answer = client.call("draw", {**given, "Base": str(v_base)})
+    assert answer["success"] == (not refused), answer
+    assert refused in json.dumps(answer)
 
 
 def test_the_form_has_every_setting_of_the_methods(client: Client) -> None:

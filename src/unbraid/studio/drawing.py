@@ -13,6 +13,7 @@ from unbraid.common.atomic import atomic
 from unbraid.common.errors import UsageError
 from unbraid.images.opening import open_alpha, open_image
 from unbraid.images.sheets import save_image
+from unbraid.runs.roles import in_roles
 from unbraid.sampling.combine import Combine
 from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use, render
 from unbraid.sampling.sweep import parse_sweep, sweep_sheet
@@ -24,7 +25,8 @@ _loaded: dict[str, Base] = {}  # the base that was used last
 
 @dataclass(frozen=True)
 class Drawing:
-    """What to draw. `sweep`: as `--sweep` of the command line; empty: a picture per seed."""
+    """What to draw. `sweep`: as `--sweep` of the command line; empty: a picture per seed. `roles`: of the `uses`, as for
+    `runs.roles.in_roles`."""
 
     prompt: str
     base: str = "icons"
@@ -34,6 +36,7 @@ class Drawing:
     sampling: Sampling = field(default_factory=Sampling)
     inputs: ImageInputs = field(default_factory=ImageInputs)
     sweep: str = ""
+    roles: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -52,9 +55,10 @@ def pictures(drawing: Drawing) -> list[Image.Image]:
     with using(drawing.base) as base:
         how = {"combine": drawing.combine, "styles": drawing.styles}
         more = {"sampling": drawing.sampling, "inputs": drawing.inputs}
+        uses = in_roles(drawing.uses, drawing.roles, base)
         if over:
-            return [sweep_sheet(base, drawing.prompt, over, drawing.uses, **how, **more)]
-        return render(base, drawing.prompt, drawing.uses, **how, **more)
+            return [sweep_sheet(base, drawing.prompt, over, uses, **how, **more)]
+        return render(base, drawing.prompt, uses, **how, **more)
 
 
 def drawn(home: Home, drawing: Drawing) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import gradio as gr
 
 from unbraid.common.errors import UsageError
+from unbraid.runs.roles import EVERYWHERE
 from unbraid.sampling.canvas import Start
 from unbraid.sampling.combine import Combine
 from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance, Use
@@ -33,6 +34,11 @@ READS = {  # what a LoRA reads in cross-attention (Use.prompt), in words
     OWN: "the prompt that it was trained with",
     STYLE_NAME: "the name of its style alone: for a style LoRA with another subject than its own",
 }
+ACTS = {  # in which layers a LoRA acts (runs.roles), in words
+    EVERYWHERE: "all its layers",
+    "content": "all but the style's: a content LoRA, alone or beside a style from elsewhere",
+    "style": "all but the content's: a style LoRA, alone or beside a content from elsewhere",
+}
 Values = Mapping[Any, Any]  # component → what the browser sent
 
 
@@ -41,7 +47,7 @@ class Form:
     """The components of the page, by what they are for."""
 
     prompt: gr.Textbox
-    loras: Sequence[tuple[gr.Dropdown, gr.Slider, gr.Dropdown]]
+    loras: Sequence[tuple[gr.Dropdown, gr.Slider, gr.Dropdown, gr.Dropdown]]
     style: tuple[gr.Dropdown, gr.Slider, gr.Textbox, gr.Slider]
     sweep: tuple[gr.Radio, gr.Number, gr.Number, gr.Number]
     image: tuple[gr.ImageEditor, gr.Radio, gr.Slider]
@@ -87,13 +93,14 @@ def generate_page(studio: Studio) -> list[gr.Dropdown]:
     return [*(row[0] for row in loras), style[0]]
 
 
-def _lora_row(i: int) -> tuple[gr.Dropdown, gr.Slider, gr.Dropdown]:
+def _lora_row(i: int) -> tuple[gr.Dropdown, gr.Slider, gr.Dropdown, gr.Dropdown]:
     with gr.Group():
         with gr.Row(equal_height=True):
             lora = lora_choice("LoRA" if not i else f"LoRA {i + 1}", elem_id=f"lora-{i}")
             scale = gr.Slider(-2, 2, 1, step=0.05, label="Strength", min_width=140)
         reads = gr.Dropdown([(words, one) for one, words in READS.items()], value="", label="Reads")
-    return lora, scale, reads
+        acts = gr.Dropdown([(words, one) for one, words in ACTS.items()], value=EVERYWHERE, label="Acts in")
+    return lora, scale, reads, acts
 
 
 def _style() -> tuple[gr.Dropdown, gr.Slider, gr.Textbox, gr.Slider]:
@@ -172,25 +179,30 @@ def drawing_of(studio: Studio, form: Form, values: Values) -> Drawing:
     combine = values[form.combine]
     if combine not in get_args(Combine):
         raise UsageError("is none of the choices", "Several LoRAs", "Choose one of the list.")
-    uses = [use for row in form.loras if (use := _use(studio, *(values[one] for one in row)))]
+    rows = [[values[one] for one in row] for row in form.loras if values[row[0]]]
     guide, scale, words, begin = (values[one] for one in form.style)
     named = checked_text(words, "What the style is called") or None
     styles = [Use(studio.home.lora(guide), number(scale, "Strength of the style", 0, STRONG), named)] if guide else []
     return Drawing(
         filled(values[form.prompt], "Prompt", 1000),
         studio.base(values[form.base]),
-        tuple(uses),
+        tuple(_use(studio, lora, scale, reads) for lora, scale, reads, _ in rows),
         combine,
         StyleGuidance(tuple(styles), number(begin, "Guide once", 0, 1)),
         sampling_of(form.sampling, values, edited := values[form.image[1]] == "edit" and bool(values[form.image[0]])),
         inputs_of(studio, form, values, edited),
         _sweep_text(*(values[one] for one in form.sweep)),
+        tuple(_role(acts) for *_, acts in rows),
     )
 
 
-def _use(studio: Studio, lora: object, scale: object, reads: object) -> Use | None:
-    if not lora:
-        return None
+def _role(acts: object) -> str:
+    if acts not in list(ACTS):
+        raise UsageError("is none of the choices", "Acts in", "Choose one of the list.")
+    return str(acts)
+
+
+def _use(studio: Studio, lora: object, scale: object, reads: object) -> Use:
     if reads not in list(READS):  # a browser may send what cannot be hashed
         raise UsageError("is none of the choices", "Reads", "Choose one of the list.")
     return Use(studio.home.lora(str(lora)), number(scale, "Strength", -STRONG, STRONG), str(reads) or None)
