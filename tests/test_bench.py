@@ -254,7 +254,9 @@ class Noted(TrainingCache):
         ("ablation: UnZipLoRA, own prompts, layers by role", "recombine", OWN, True),
     ],
 )
-def test_what_the_loras_of_a_split_read(tmp_path: Path, row: str, task: str, style: str | None, apart: bool) -> None:
+def test_what_the_loras_of_a_split_read_and_where_they_act(
+    tmp_path: Path, row: str, task: str, style: str | None, apart: bool
+) -> None:
     (one,) = chosen((task,), (row,))
     cell = next(cell for cell in cells(FULL) if cell.task == task)
     cache = Noted(tmp_path, FULL)

@@ -1,6 +1,7 @@
 """Which layers serve content and style: selectors, published tables, and files of roles, in `split` and `merge`."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_transformers import REAL
+from test_uses import modules
+from typer.testing import CliRunner
 
+import unbraid
 from unbraid.bases.base import Base
 from unbraid.bases.families import BLOCKS, FAMILIES
+from unbraid.cli.main import app
 from unbraid.common.errors import UsageError
 from unbraid.core.adapters import Adapters
 from unbraid.core.layers import ATTENTION
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta
-from unbraid.core.selectors import ROLES, TABLES, chosen, groups_of, open_blocks, selects
+from unbraid.core.selectors import ROLES, TABLES, USUAL, Blocks, chosen, groups_of, open_blocks, selects
 from unbraid.files.lora_file import read, write
 from unbraid.files.tools import Source, merge_files
 from unbraid.runs import run as running
@@ -194,14 +200,18 @@ def test_merge_takes_roles(tmp_path: Path) -> None:
         merge_files(sources, tmp_path / "no.safetensors", "concat", blocks=open_blocks("splitflux"))
 
 
-def test_roles_in_drawing_are_those_given_then_those_of_the_base(v_base: Path, tmp_path: Path) -> None:
-    family = BLOCKS["sdxl"]
-    assert roles_in_drawing("icons", family, "b-lora") == TABLES["b-lora"].blocks
-    assert roles_in_drawing("icons", family) == TABLES["icons"].blocks
-    assert roles_in_drawing(str(v_base), family) == family and roles_in_drawing("x", BLOCKS["flux"]) == {}
-    base = shutil.copytree(v_base, tmp_path / "base")
+def test_roles_in_drawing_are_those_given_then_those_of_the_base(v_model: Base, v_base: Path, tmp_path: Path) -> None:
+    usual = {role: BLOCKS["sdxl"][role] for role in ROLES}
+    named = replace(v_model, name="icons")
+    assert roles_in_drawing(v_model) == usual and roles_in_drawing(named) == TABLES["icons"].blocks
+    assert roles_in_drawing(named, str(written(tmp_path, FILE)))["style"] == ("unet.mid_block",)
+    base = shutil.copytree(v_base, tmp_path / "b-lora")  # the name of a table, which was not measured on a base
+    assert roles_in_drawing(replace(v_model, name=str(base))) == usual
     (base / "unbraid.toml").write_text("[blocks]\n" + FILE)
-    assert roles_in_drawing(str(base), family)["style"] == ("unet.mid_block",)
+    assert roles_in_drawing(replace(v_model, name=str(base)))["style"] == ("unet.mid_block",)
+    (base / "unbraid.toml").write_text("[blocks]\ncontent = ['up_blocks.9']\nstyle = ['mid_block']")
+    with pytest.raises(UsageError, match=r"unbraid.toml: 'up_blocks.9' selects no layer"):
+        roles_in_drawing(replace(v_model, name=str(base)))
 
 
 def test_a_lora_leaves_out_the_layers_of_the_other_role() -> None:
@@ -210,13 +220,13 @@ def test_a_lora_leaves_out_the_layers_of_the_other_role() -> None:
     some = {f"unet.{name}.attn1.to_q": Lora(torch.ones(1, 2), torch.ones(2, 1), 1.0) for name in GROUPS}
     left = {
         role: {groups_of([name])[0] for name in some}
-        - {groups_of([name])[0] for name in in_role(use, role, blocks).kept(some)}
+        - {groups_of([name])[0] for name in in_role(use, role, blocks).kept(some, use.file)}
         for role in ROLES
     }
     assert left == {"content": set(blocks["style"]), "style": set(blocks["content"])}
-    assert use.kept(some) == some
-    with pytest.raises(UsageError, match=r"no layers beside up_blocks, .*--lora-role all"):
-        Use(use.file, without=("up_blocks", "down_blocks", "mid_block")).kept(some)
+    assert use.kept(some, use.file) == some
+    with pytest.raises(UsageError, match=r"^y.safetensors: has no layers besides up_blocks, .*all its layers"):
+        Use(use.file, without=("up_blocks", "down_blocks", "mid_block")).kept(some, Path("y.safetensors"))
 
 
 def test_roles_of_loras_in_drawing(v_model: Base, tmp_path: Path) -> None:
@@ -230,9 +240,9 @@ def test_roles_of_loras_in_drawing(v_model: Base, tmp_path: Path) -> None:
         ("mid_block",),
     ]
     strange = copy.copy(v_model)
-    object.__setattr__(strange, "family", replace(v_model.family, blocks={}))
+    object.__setattr__(strange, "family", replace(v_model.family, name="flux"))
     for base, roles, given, fault in (
-        (v_model, ["style"], "", "--lora-role: 1 roles for 2 LoRAs"),
+        (v_model, ["style"], "", "--lora-role: 1 for 2 of --lora"),
         (v_model, ["style", "subject"], "", "no role 'subject'.*content, style, all"),
         (v_model, [], "icons", "--blocks: there is no role"),
         (v_model, ["content", "style"], "splitflux", "selects no layer"),
@@ -242,18 +252,75 @@ def test_roles_of_loras_in_drawing(v_model: Base, tmp_path: Path) -> None:
             in_roles(uses, roles, base, given)
 
 
-@pytest.mark.parametrize("base", ["icons", "other", ""])
-def test_merge_by_roles_knows_the_base_that_the_loras_were_made_for(tmp_path: Path, base: str) -> None:
-    """Without a table of that name, the roles are those published for SDXL."""
-    names = [f"unet.{group}.transformer_blocks.0.attn1.to_q" for group in GROUPS]
+@pytest.mark.parametrize(
+    ("family", "base", "table"),
+    [
+        ("sdxl", "icons", TABLES["icons"].blocks),
+        ("sdxl", "b-lora", USUAL["sdxl"]),
+        ("sdxl", "", USUAL["sdxl"]),
+        ("sd15", "", USUAL["sd15"]),
+        ("flux", "", {}),
+    ],
+)
+def test_merge_by_roles_knows_the_base_that_the_loras_were_made_for(
+    tmp_path: Path, family: Any, base: str, table: Blocks
+) -> None:
+    groups = ["transformer_blocks.0"] if family == "flux" else GROUPS[: 7 if family == "sdxl" else None]
+    part, leaf = ("transformer", "attn") if family == "flux" else ("unet", "transformer_blocks.0.attn1")
+    names = [f"{part}.{group}.{leaf}.to_q" for group in groups]
     sources = []
     for label in ROLES:
-        modules = {name: Lora(torch.ones(1, 640), torch.ones(640, 1), 1.0) for name in names}
+        modules = {name: Lora(torch.ones(1, 8), torch.ones(8, 1), 1.0) for name in names}
         path = tmp_path / f"{label}.safetensors"
-        write(path, modules, family="sdxl", metadata={"unbraid.base": base} if base else {})
+        write(path, modules, family=family, dialect="diffusers", metadata={"unbraid.base": base} if base else {})
         sources.append(Source(path))
-    made = read(merge_files(sources, tmp_path / "out.safetensors", "roles").path).modules
-    table = TABLES["icons" if base == "icons" else "unziplora"].blocks
+    out = tmp_path / "out.safetensors"
+    if not table:
+        with pytest.raises(UsageError, match=r"not known.*probe-blocks"):
+            merge_files(sources, out, "roles")
+        return
+    done = merge_files(sources, out, "roles")
+    made, whole = read(out).modules, {}
     for name in names:
-        roles = 2 - selects(table["content"], name) - selects(table["style"], name)
-        assert delta(made[name])[0, 0] == pytest.approx(roles), name
+        roles = {"content": not selects(table["style"], name), "style": not selects(table["content"], name)}
+        assert delta(made[name])[0, 0] == pytest.approx(sum(roles.values())), name
+        whole[name] = roles
+    assert done.matched == {role: tuple(name for name in names if whole[name][role]) for role in ROLES}
+    recipe = json.loads(read(out).metadata["unbraid.recipe"])
+    assert {role: tuple(some) for role, some in recipe["settings"]["blocks"].items()} == dict(table)
+
+
+def test_generate_draws_by_role(v_base: Path, v_model: Base, tmp_path: Path) -> None:
+    """From the command line and in Python: the picture is that of a file without those layers, and says so."""
+    whole = modules(v_model, 0)
+    left = {name: lora for name, lora in whole.items() if not selects(USUAL["sdxl"]["style"], name)}
+    assert left.keys() < whole.keys()
+    for name, some in (("whole", whole), ("left", left)):
+        write(tmp_path / f"{name}.safetensors", some, family="sdxl")
+
+    def drawn(name: str, *options: str) -> bytes:
+        out = tmp_path / f"{name}{len(options)}.png"
+        given = [
+            "--prompt",
+            "a cat",
+            "--lora",
+            str(tmp_path / f"{name}.safetensors"),
+            "--steps",
+            "2",
+            "--out",
+            str(out),
+        ]
+        result = CliRunner().invoke(app, ["generate", *given, "--base", str(v_base), *options])
+        assert result.exit_code == 0, result.exception
+        with Image.open(out) as image:
+            record = json.loads(image.text["unbraid"])  # type: ignore[attr-defined]
+            assert record["loras"][0].get("without") == (list(USUAL["sdxl"]["style"]) if options else None)
+            return image.tobytes()
+
+    by_role = drawn("whole", "--lora-role", "content")
+    assert by_role == drawn("left") != drawn("whole")
+    given: dict[str, Any] = {"base": str(v_base), "steps": 2, "lora_roles": "content"}
+    assert unbraid.generate("a cat", tmp_path / "whole.safetensors", **given)[0].tobytes() == by_role
+    wrong = ["generate", "--prompt", "a", "--lora", "x", "--lora-role", "both", "--out", "x.png", "--base", "none"]
+    result = CliRunner().invoke(app, wrong)
+    assert isinstance(result.exception, UsageError) and "no role 'both'" in str(result.exception)

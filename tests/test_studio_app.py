@@ -86,7 +86,7 @@ def test_what_a_lora_reads(client: Client, home: Home, reads: str, refused: str)
 
 
 @pytest.mark.parametrize(
-    ("acts", "refused"), [("all", ""), ("content", ""), ("style", "has no layers beside"), ("both", "choices")]
+    ("acts", "refused"), [("all", ""), ("content", ""), ("style", "has no layers besides"), ("both", "choices")]
 )
 def test_where_a_lora_acts(client: Client, home: Home, v_base: Path, acts: str, refused: str) -> None:
     """A LoRA whose only layer serves content on this base."""

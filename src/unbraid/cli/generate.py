@@ -41,7 +41,7 @@ LoraRoles = Annotated[
     list[str] | None,
     typer.Option(
         help="content, style or all: the LoRA of the same position leaves out the layers of the other role (docs/blocks.md). "
-        "For the subject of one picture in the style of another."
+        "For one that is used alone, or beside one of another picture."
     ),
 ]
 RoleBlocks = Annotated[
@@ -126,24 +126,24 @@ def generate(
 ) -> None:
     """Prompts and LoRAs → pictures.
 
-    Strengths may be negative. Without --base, the base is the one that the LoRAs were made for, if it is there. A PNG file holds the
-    prompt, the seed and the names of the LoRAs."""
+    Strengths may be negative. Without --base: that for which the LoRAs were made, if it is there. A PNG holds prompt, seed and LoRAs."""
     with loading("torch and diffusers"):
         from unbraid.bases.presets import Loading
         from unbraid.runs.preferences import base_for
+        from unbraid.runs.roles import checked_roles, in_roles
         from unbraid.sampling.render import ImageInputs, Sampling, StyleGuidance
-
     uses = with_opponents(parsed_uses(lora or [], lora_prompt or []), against or [])
     styles = StyleGuidance(parsed_uses(style_guidance or [], style_prompt or [], "--style-guidance"), style_from)
     inputs = ImageInputs(_start(from_, strength, mask), _control(controlnet, control_image), edit)
     sampling = Sampling(guidance, steps, sampler, range(seed, seed + n), height, width, negative, embedded_guidance)
     settings: dict[str, Any] = {"combine": combine, "styles": styles, "sampling": sampling, "inputs": inputs}
+    roles = checked_roles(lora_role or [], len(uses), blocks)
     over = _checked_sweep(sweep, n, out, edit)
     name = base or base_for(use.file for use in (*uses, *styles.uses))
     with console.status("drawing"):
         how = Loading(vae, prediction, parts, vram, graphs=graphs, device=device, swap=swap)
         model = _opened(name, how, prompt, negative)
-        uses = _in_roles(uses, lora_role or [], model, blocks)
+        uses = in_roles(uses, roles, model, blocks)
         _note_unknown_words(name, (prompt, negative), (*uses, *styles.uses))
         for file in _drawn(model, prompt, uses, out, settings, over):
             print(file)
@@ -158,12 +158,6 @@ def _checked_sweep(sweep: str, n: int, out: Path, edit: Path | None) -> Any:
     if edit and n > 1:
         raise UsageError(f"{n} pictures of one edit would be the same", edit, "Leave out --n.")
     return parse_sweep(sweep) if sweep else None
-
-
-def _in_roles(uses: list[Any], roles: list[str], model: Any, blocks: str) -> list[Any]:
-    from unbraid.runs.roles import in_roles
-
-    return in_roles(uses, roles, model, blocks)
 
 
 def _drawn(model: Any, prompt: str, uses: list[Any], out: Path, settings: dict[str, Any], over: Any) -> Iterator[Path]:

@@ -25,11 +25,12 @@ FORM = 'Write content = ["up_blocks.0.attentions.0"], style = [...].'
 
 @dataclass(frozen=True)
 class Table:
-    """A table of roles: for which family of bases, by whom, and its selectors. One that bears the name of a base was measured on it."""
+    """A table of roles: for which family of bases, by whom, its selectors, and the name of the base that it was measured on."""
 
     family: str
     source: str
     blocks: Blocks
+    base: str = ""
 
 
 TABLES: Mapping[str, Table] = {
@@ -63,8 +64,27 @@ TABLES: Mapping[str, Table] = {
             "content": ("up_blocks.0.attentions.1", "up_blocks.0.attentions.2"),
             "style": ("up_blocks.1.attentions.0", "up_blocks.1.attentions.2", "down_blocks.1.attentions.1"),
         },
+        base="icons",
     ),
 }
+USUAL: dict[str, Blocks] = {  # family → the roles that count where nothing else is known
+    "sdxl": TABLES["unziplora"].blocks,
+    "sd15": {  # by analogy with SDXL (the same place in the decoder); not measured
+        "content": ("up_blocks.1.attentions.0", "up_blocks.1.attentions.2"),
+        "style": ("up_blocks.1.attentions.1", "up_blocks.2.attentions", "up_blocks.3.attentions"),
+    },
+}
+USUAL |= {"sd21": USUAL["sd15"]}
+UNKNOWN = "which layers of this base serve content, and which style, is not known"
+MEASURE = "Give --blocks (`unbraid probe-blocks` measures them)."
+
+
+def known_roles(base: str, family: str) -> Blocks:
+    """The roles that were measured on a base, by its name or the last part of its path, else the usual ones of its family. Empty if
+    nothing is known."""
+    name = Path(base).name
+    measured = (table.blocks for table in TABLES.values() if table.base and table.base == name)
+    return next(measured, USUAL.get(family, {}))
 
 
 @lru_cache(1024)

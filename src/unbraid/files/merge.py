@@ -16,7 +16,7 @@ import torch
 from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import matrices, rescaled
-from unbraid.core.selectors import Blocks, chosen
+from unbraid.core.selectors import Blocks, chosen, selects
 from unbraid.files.merge_methods import METHODS, Method, Part, Size, all_equal
 
 
@@ -126,3 +126,12 @@ def chosen_blocks(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, t
     found = chosen(blocks, dict.fromkeys(name for some in names for name in some), "--blocks")
     held = {"content": {name for some in names[:-1] for name in some}, "style": set(names[-1])}
     return {role: tuple(name for name in found[role] if name in held[role]) for role in found}
+
+
+def kept_by_role(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, tuple[str, ...]]:
+    """Role → the modules that it keeps where LoRAs leave out the layers of the other role; else as `chosen_blocks`."""
+    held = {"content": dict.fromkeys(name for some in names[:-1] for name in some), "style": names[-1]}
+    other = {"content": blocks.get("style", ()), "style": blocks.get("content", ())}
+    return (
+        {role: tuple(name for name in held[role] if not selects(other[role], name)) for role in held} if blocks else {}
+    )

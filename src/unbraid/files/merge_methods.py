@@ -12,6 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import (
     delta,
@@ -24,7 +25,7 @@ from unbraid.core.lowrank import (
     wide,
     wide_pair,
 )
-from unbraid.core.selectors import TABLES, Blocks, selects
+from unbraid.core.selectors import MEASURE, TABLES, UNKNOWN, Blocks, selects
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,11 @@ def blocks(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks = TAB
     return concat(name, mine, size) if mine else None
 
 
-def roles(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks = TABLES["unziplora"].blocks) -> Made:
+def roles(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks | None = None) -> Made:
     """The sum without the style's layers of all LoRAs but the last, and without the content's layers of the last. Layers without a
-    role are everyone's. By default the roles are those of UnZipLoRA's paper on SDXL."""
+    role are everyone's. UsageError without `blocks`."""
+    if not blocks:
+        raise UsageError(UNKNOWN, "merge", MEASURE)
     mine = [part for part in parts if not selects(blocks["content" if part.source == -1 else "style"], name)]
     return concat(name, mine, size) if mine else None
 

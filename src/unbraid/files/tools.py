@@ -15,7 +15,7 @@ from torch import Tensor
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import wide
-from unbraid.core.selectors import TABLES
+from unbraid.core.selectors import known_roles
 from unbraid.files.changes import LENIENT, Conversion
 from unbraid.files.checkpoint_file import opened_checkpoint
 from unbraid.files.formats.block_weights import block_weights
@@ -25,7 +25,7 @@ from unbraid.files.formats.lycoris import LIMIT
 from unbraid.files.formats.sources import common_family, merged_metadata
 from unbraid.files.lora_file import LoraFile, read, write
 from unbraid.files.made_for import BASE
-from unbraid.files.merge import Merged, Size, chosen_blocks, merge
+from unbraid.files.merge import Merged, Size, chosen_blocks, kept_by_role, merge
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,17 @@ def merge_files(
     base: str | Path | None = None,
     **settings: Any,
 ) -> Done:
-    """Merge LoRA files into one; see `unbraid.files.merge`. Files of different families are refused. For `roles` without `blocks` the
-    table that bears the name of the first file's base counts, if there is one."""
+    """Merge LoRA files into one; see `unbraid.files.merge`. Files of different families are refused. For `roles` without `blocks`
+    those count that are known for the base of the first file, or its family."""
     with lenient(base) as conversion:  # not in parallel: torch uses all cores already
         loras = [read(source.path, conversion=conversion) for source in sources]
-    if method == "roles" and loras and (named := TABLES.get(loras[0].metadata.get(BASE, ""))):
-        settings = {"blocks": named.blocks, **settings}
     names = [{**lora.modules, **dict.fromkeys(_owners(lora).values())} for lora in loras]
     family = common_family([(str(s.path), lora.family, n) for s, lora, n in zip(sources, loras, names, strict=True)])
     kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
     matched = chosen_blocks(names, settings["blocks"]) if "blocks" in settings else {}
+    if method == "roles" and loras:
+        settings = {"blocks": known_roles(loras[0].metadata.get(BASE, ""), family), **settings}
+        matched = kept_by_role(names, settings["blocks"])
     parts = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
     modules, vectors = [one for one, _ in parts], _summed([one for _, one in parts], sources, method)
     errors = {f"{i} {name}": error for i, lora in enumerate(loras) for name, error in lora.errors.items()}

@@ -9,7 +9,7 @@ from PIL import Image
 from unbraid.bases.base import Base, load
 from unbraid.bases.presets import Loading
 from unbraid.runs.preferences import base_for
-from unbraid.runs.roles import in_roles
+from unbraid.runs.roles import checked_roles, in_roles
 from unbraid.runs.settings import counted
 from unbraid.sampling.canvas import Control, Start
 from unbraid.sampling.combine import Combine
@@ -21,7 +21,7 @@ def generate(
     prompt: str,
     loras: Use | str | Path | Sequence[Use | str | Path] = (),
     *,
-    lora_roles: Sequence[str] = (),
+    lora_roles: str | Sequence[str] = (),
     blocks: str = "",
     combine: Combine = "sum",
     styles: Sequence[Use] = (),
@@ -57,6 +57,7 @@ def generate(
     `render.ImageInputs`. `vae`, `parts`, `prediction`, `vram`, `swap`, `graphs` and `device`: those of `presets.Loading`."""
     some = [loras] if isinstance(loras, Use | str | Path) else loras
     uses = [one if isinstance(one, Use) else Use(Path(one)) for one in some]
+    roles = checked_roles([lora_roles] if isinstance(lora_roles, str) else lora_roles, len(uses), blocks)
     counted("steps", steps, range(1, 1001))
     seeds = seeds if n is None else range(counted("n", n, range(1, 10_001)))
     name = base or base_for(use.file for use in (*uses, *styles))
@@ -64,7 +65,7 @@ def generate(
     return render(
         model,
         prompt,
-        in_roles(uses, lora_roles, model, blocks),
+        in_roles(uses, roles, model, blocks),
         combine=combine,
         styles=StyleGuidance(styles, style_from),
         sampling=Sampling(guidance, steps, sampler, seeds, height, width, negative, embedded_guidance),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unbraid.bases.base import Base
 from unbraid.common.errors import UsageError
-from unbraid.core.selectors import ROLES, TABLES, Blocks, blocks_in, chosen, open_blocks
+from unbraid.core.selectors import MEASURE, ROLES, UNKNOWN, Blocks, blocks_in, chosen, known_roles, open_blocks
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
 from unbraid.runs.settings import base_defaults
@@ -27,16 +27,34 @@ def roles_of_layers(job: Job, given: str) -> Blocks:
     return blocks_in(own, Path(job.base) / "unbraid.toml") if own and reads else {}
 
 
-def roles_in_drawing(base: str, family: Blocks, given: str = "") -> Blocks:
-    """The roles of layers where LoRAs are drawn with: a table by name or file (`given`), else the table that bears the base's name, else
-    what the base's unbraid.toml states, else what is published for its `family`. Empty if nothing is known."""
+def roles_in_drawing(base: Base, given: str = "") -> Blocks:
+    """The roles of layers where LoRAs are drawn with: a table by name or file (`given`), else what the base's unbraid.toml states, else what
+    was measured on the base, else what is usual in its family. Empty if nothing is known. UsageError for a table of `given` or of
+    unbraid.toml whose layers the base has not."""
+    own, where = base_defaults(base.name).get("blocks"), "--blocks" if given else Path(base.name) / "unbraid.toml"
+    if not given and not own:
+        return known_roles(base.name, base.family.name)
+    blocks = open_blocks(given) if given else blocks_in(own or {}, where)
+    chosen(blocks, (name for name, _ in base.denoiser.named_modules()), where)
+    return blocks
+
+
+def checked_roles(roles: Sequence[str], count: int, given: str = "") -> Sequence[str]:
+    """The roles of so many LoRAs. UsageError, before a base is loaded, if their number differs, there is no such role, or `given` is no
+    table of roles."""
+    if given and not roles:
+        raise UsageError(
+            "there is no role to look up", "--blocks", "Give --lora-role for each --lora, or leave it out."
+        )
+    if roles and len(roles) != count:
+        raise UsageError(f"{len(roles)} for {count} of --lora", "--lora-role", "Give one per --lora, or none.")
+    if unknown := [role for role in roles if role not in (*ROLES, EVERYWHERE)]:
+        raise UsageError(
+            f"there is no role {unknown[0]!r}", "--lora-role", f"Roles are: {', '.join(ROLES)}, {EVERYWHERE}."
+        )
     if given:
-        return open_blocks(given)
-    if base in TABLES:
-        return TABLES[base].blocks
-    own = base_defaults(base).get("blocks")
-    known = blocks_in(own, Path(base) / "unbraid.toml") if own else family
-    return known if all(known.get(role) for role in ROLES) else {}
+        open_blocks(given)
+    return roles
 
 
 def in_role(use: Use, role: str, blocks: Blocks) -> Use:
@@ -48,25 +66,9 @@ def in_role(use: Use, role: str, blocks: Blocks) -> Use:
 
 def in_roles(uses: Sequence[Use], roles: Sequence[str], base: Base, given: str = "") -> list[Use]:
     """The uses, each in the role of the same position, `all` for none; all as they are if no roles are given. `given`: as for
-    `roles_in_drawing`. UsageError if the counts differ, there is no such role, no roles of layers are known, or those given are of
-    layers that the base has not."""
-    if given and not roles:
-        raise UsageError(
-            "there is no role to look up", "--blocks", "Give --lora-role for each --lora, or leave it out."
-        )
-    if not roles:
+    `roles_in_drawing`. UsageError as from `checked_roles`, and if no roles of layers are known."""
+    if not set(checked_roles(roles, len(uses), given)) - {EVERYWHERE}:
         return list(uses)
-    if len(roles) != len(uses):
-        fix = "Give one per --lora, or none."
-        raise UsageError(f"{len(roles)} roles for {len(uses)} LoRAs", "--lora-role", fix)
-    if unknown := [role for role in roles if role not in (*ROLES, EVERYWHERE)]:
-        raise UsageError(
-            f"there is no role {unknown[0]!r}", "--lora-role", f"Roles are: {', '.join(ROLES)}, {EVERYWHERE}."
-        )
-    blocks = roles_in_drawing(base.name, base.family.blocks, given)
-    if given:
-        chosen(blocks, (name for name, _ in base.denoiser.named_modules()), "--blocks")
-    if not blocks and set(roles) != {EVERYWHERE}:
-        fix = "Give --blocks (`unbraid probe-blocks` measures them), or leave it out."
-        raise UsageError("which layers of this base serve content, and which style, is not known", "--lora-role", fix)
+    if not (blocks := roles_in_drawing(base, given)):
+        raise UsageError(UNKNOWN, "--lora-role", MEASURE)
     return [use if role == EVERYWHERE else in_role(use, role, blocks) for use, role in zip(uses, roles, strict=True)]

@@ -38,13 +38,11 @@ class Use:
     contrast: float = 1.0
     without: tuple[str, ...] = ()
 
-    def kept(self, modules: Mapping[str, Lora]) -> Mapping[str, Lora]:
-        """The modules in whose layers it acts. UsageError if there is none."""
+    def kept(self, modules: Mapping[str, Lora], path: Path) -> Mapping[str, Lora]:
+        """The modules, of the file `path`, in whose layers it acts. UsageError if there is none."""
         found = {name: lora for name, lora in modules.items() if not selects(self.without, name)}
         if modules and not found:
-            raise UsageError(
-                f"has no layers beside {', '.join(self.without)}", self.file, "Let it act everywhere: --lora-role all."
-            )
+            raise UsageError(f"has no layers besides {', '.join(self.without)}", path, "Let it act in all its layers.")
         return found
 
 
@@ -61,9 +59,10 @@ class Cast:
     def attached(self) -> Loras:
         """All LoRAs but the styles: by role, and the file that a LoRA is drawn against as `against_ROLE`."""
         others = {
-            away(role): (path, self.loras[role][0].kept(file.modules)) for role, (path, file) in self.against.items()
+            away(role): (path, self.loras[role][0].kept(file.modules, path))
+            for role, (path, file) in self.against.items()
         }
-        return {role: (use.file, use.kept(file.modules)) for role, (use, file) in self.loras.items()} | others
+        return {role: (use.file, use.kept(file.modules, use.file)) for role, (use, file) in self.loras.items()} | others
 
 
 def toward(role: str) -> str:

@@ -6,6 +6,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 
 from unbraid.bases.families.family import Family
 from unbraid.bases.families.unet import UNet, encode_text
+from unbraid.core.selectors import USUAL
 
 
 def lora_metadata(pipe: Any) -> dict[str, str]:
@@ -23,9 +24,8 @@ FAMILY = Family(
     StableDiffusionPipeline,
     lambda config: not config.get("addition_embed_type"),
     UNet(),
-    {  # by analogy with SDXL (the same place in the decoder); not measured
-        "content": ("up_blocks.1.attentions.0", "up_blocks.1.attentions.2"),
-        "style": ("up_blocks.1.attentions.1", "up_blocks.2.attentions", "up_blocks.3.attentions"),
+    {
+        **USUAL["sd15"],
         "content alone": ("up_blocks.1.attentions.0",),
         "style alone": ("up_blocks.1.attentions.1",),
         "coarse": ("down_blocks.2", "mid_block", "up_blocks.1"),

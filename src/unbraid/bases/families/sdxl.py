@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unbraid.bases.families.family import Family, Prompt
 from unbraid.bases.families.unet import UNet, encode_text
-from unbraid.core.selectors import TABLES
+from unbraid.core.selectors import TABLES, USUAL
 
 
 def conditions(prompts: Sequence[Prompt], sizes: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -24,7 +24,7 @@ FAMILY = Family(
     lambda config: bool(config.get("addition_embed_type")),
     UNet(),
     {
-        **TABLES["unziplora"].blocks,
+        **USUAL["sdxl"],
         "content alone": TABLES["b-lora"].blocks["content"],
         "style alone": TABLES["b-lora"].blocks["style"],
         "coarse": ("down_blocks.2", "mid_block", "up_blocks.0"),

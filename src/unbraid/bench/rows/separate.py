@@ -9,7 +9,7 @@ from unbraid.bench.rows.training_cache import TrainingCache
 from unbraid.bench.truth.tasks import Cell, Task, joint_prompt
 from unbraid.methods import ENTRIES, METHODS
 from unbraid.methods.entry import ROLES
-from unbraid.runs.roles import in_role, roles_in_drawing
+from unbraid.runs.roles import in_roles, roles_in_drawing
 from unbraid.runs.settings import Settings, base_defaults, resolve
 from unbraid.sampling.uses import OWN, STYLE_NAME, Use
 
@@ -28,8 +28,8 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
 def separated(method: str) -> Make:
     """How rows of a split method are made: from the content LoRA of one split and the style LoRA of another (or the same)
     one. Which files they are drawn with, and whether each reads its own prompt when they are drawn together, follows from
-    the method's outputs. What is learnt from two pictures leaves out the layers of the other role, and the style LoRA reads the name of
-    its style alone (docs/benchmark.md); but neither with the published code."""
+    the method's outputs. LoRAs of two pictures that read their own prompts leave out the layers of the other role, if roles are known,
+    and the style LoRA reads the name of its style alone (docs/benchmark.md); but neither with the published code."""
 
     def make(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
@@ -41,17 +41,17 @@ def separated(method: str) -> Make:
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
         joint = {role: f"{role}_joint" if f"{role}_joint" in outputs else role for role in ROLES}  # files for joint use
         elsewhere = own and cell.content != cell.style and settings.get("compat") != "official"
+        by_role = elsewhere and roles_in_drawing(cache.base)
         prompts = {"content": own, "style": STYLE_NAME if elsewhere else own}
         both = {role: Use(folders[role] / f"{joint[role]}.safetensors", prompt=prompts[role]) for role in ROLES}
-        return {**alone, "both": cache.drawer(*(apart(cache, both) if elsewhere else both.values()))}
+        return {**alone, "both": cache.drawer(*(apart(cache, both) if by_role else both.values()))}
 
     return make
 
 
 def apart(cache: TrainingCache, uses: Mapping[str, Use]) -> list[Use]:
-    """Role → a LoRA, each of which leaves out the layers of the other role, as far as roles of layers are known for the base."""
-    blocks = roles_in_drawing(cache.base_name, cache.base.family.blocks)
-    return [in_role(use, role, blocks) for role, use in uses.items()]
+    """Role → a LoRA, each of which leaves out the layers of the other role. UsageError if no roles of layers are known for the base."""
+    return in_roles([*uses.values()], [*uses], cache.base)
 
 
 def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> bool:
