@@ -60,6 +60,7 @@ NAMES = (
     "copy of the input",
     "DreamBooth-LoRA",
     "UnZipLoRA",
+    "UnZipLoRA, layers by role",
     "B-LoRA",
     "QR-LoRA",
     "QR-LoRA, split",
