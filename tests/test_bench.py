@@ -229,15 +229,15 @@ def test_a_training_is_made_anew_for_every_option_that_changes_it(tmp_path: Path
 
 
 class Noted(TrainingCache):
-    """Notes what is drawn with last; trains nothing."""
+    """Notes what is drawn with, in order; trains nothing."""
 
-    last: tuple[Use, ...] = ()
+    every: tuple[tuple[Use, ...], ...] = ()
 
     def split(self, picture: Truth, method: str = "unziplora", **options: Any) -> Path:
         return self.work / str(picture)
 
     def drawer(self, *uses: Use, **options: Any) -> Drawer:
-        self.last = uses
+        self.every = (*self.every, uses)
         return lambda item, seeds: []
 
 
@@ -261,9 +261,19 @@ def test_what_the_loras_of_a_split_read_and_where_they_act(
     cell = next(cell for cell in cells(FULL) if cell.task == task)
     cache = Noted(tmp_path, FULL)
     assert "both" in one.make(cache, cell, one.settings)
-    assert [use.prompt for use in cache.last] == [style and OWN, style]
+    assert [use.prompt for use in cache.every[-1]] == [style and OWN, style]
     left = TABLES["icons"].blocks
-    assert [use.without for use in cache.last] == ([left["style"], left["content"]] if apart else [(), ()])
+    assert [use.without for use in cache.every[-1]] == ([left["style"], left["content"]] if apart else [(), ()])
+
+
+def test_the_loras_of_a_split_used_alone_by_role(tmp_path: Path) -> None:
+    (one,) = chosen(("separate",), ("UnZipLoRA, layers by role",))
+    cache, left = Noted(tmp_path, FULL), TABLES["icons"].blocks
+    one.make(cache, next(cells(FULL)), one.settings)
+    found = {use.file.stem: use.without for use in (uses[0] for uses in cache.every[:2])}
+    assert found == {"content": left["style"], "style": left["content"]}
+    both = next(uses for uses in cache.every if len(uses) == 2)
+    assert [use.without for use in both] == [(), ()]
 
 
 # statistics

@@ -129,7 +129,7 @@ def chosen_blocks(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, t
 
 
 def kept_by_role(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, tuple[str, ...]]:
-    """Role → the modules that it keeps where LoRAs leave out the layers of the other role; else as `chosen_blocks`."""
+    """Role → the modules that it keeps where LoRAs leave out the layers of the other role. `names`: as for `chosen_blocks`."""
     held = {"content": dict.fromkeys(name for some in names[:-1] for name in some), "style": names[-1]}
     other = {"content": blocks.get("style", ()), "style": blocks.get("content", ())}
     return (

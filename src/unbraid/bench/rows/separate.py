@@ -64,8 +64,9 @@ def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> b
 def recombined(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """The content LoRA of one split with the style LoRA of another, in all layers or (`apart`) without those of the other role, each under
     its own prompt or (`one_prompt`) all under that of the drawing; with `style_words` a style LoRA reads the name of its style alone.
-    `negative`: the negative prompt is the subject that the style came with. The other two LoRAs are subtracted by the weight `less`: the style that the content came with, the content that the
-    style came with. `guided`: each is drawn against its counterpart in the other split, as in ConsisLoRA."""
+    `negative`: the negative prompt is the subject that the style came with. The other two LoRAs are subtracted by the weight `less`: the
+    style that the content came with, the content that the style came with. `guided`: each is drawn against its counterpart in the other
+    split, as in ConsisLoRA."""
     method = settings.get("method", UNZIP)
     first, second = (cache.split(one, method, seed=cell.seed) for one in (cell.content, cell.style))
     own, less, guided = None if settings.get("one_prompt") else OWN, settings.get("less", 0.0), settings.get("guided")
