@@ -59,6 +59,7 @@ NAMES = (
     "base alone",
     "copy of the input",
     "DreamBooth-LoRA",
+    "DreamBooth-LoRA, layers by role",
     "UnZipLoRA",
     "UnZipLoRA, layers by role",
     "B-LoRA",

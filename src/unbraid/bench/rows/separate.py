@@ -15,14 +15,17 @@ from unbraid.sampling.uses import OWN, STYLE_NAME, Use
 
 
 def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
-    """One DreamBooth-LoRA per input picture. A cell with one picture uses its LoRA for content, style and both."""
+    """One DreamBooth-LoRA per input picture. A cell with one picture uses its LoRA for content, style and both. `apart`: a LoRA that is
+    used for one role, or together with another picture's, leaves out the layers of the other role."""
     files = []
     for picture in dict.fromkeys((cell.content, cell.style)):
         prompt = joint_prompt(picture.subject, picture.style)
-        files.append(cache.learn(cache.picture(picture), prompt, cell.seed, **settings))
+        files.append(cache.learn(cache.picture(picture), prompt, cell.seed))
+    uses: dict[str, Use] = dict(zip(ROLES, (Use(files[0]), Use(files[-1])), strict=True))
     if len(files) == 1:
-        return every_use(cache.drawer(Use(files[0])))
-    return {"both": cache.drawer(*map(Use, files))}
+        whole = every_use(cache.drawer(Use(files[0])))
+        return {**whole, **each_alone(cache, uses)} if settings.get("apart") else whole
+    return {"both": cache.drawer(*(apart(cache, uses) if settings.get("apart") else uses.values()))}
 
 
 def separated(method: str) -> Make:
@@ -35,7 +38,10 @@ def separated(method: str) -> Make:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
         folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
         outputs = METHODS[method].outputs(settings)
-        given = resolve(method, cache.base_name, None, {**settings, **cache.scale.training.get(method, {})})
+        trained = {
+            name: value for name, value in settings.items() if name != "blocks"
+        }  # an option of the split, no setting
+        given = resolve(method, cache.base_name, None, {**trained, **cache.scale.training.get(method, {})})
         joint_attention = not cache.base.family.network.layers.own_prompt
         own = OWN if reads_own_prompts(method, given, joint_attention) else None
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
@@ -52,6 +58,11 @@ def separated(method: str) -> Make:
 def apart(cache: TrainingCache, uses: Mapping[str, Use]) -> list[Use]:
     """Role → a LoRA, each of which leaves out the layers of the other role. UsageError if no roles of layers are known for the base."""
     return in_roles([*uses.values()], [*uses], cache.base)
+
+
+def each_alone(cache: TrainingCache, uses: Mapping[str, Use]) -> Drawers:
+    """Role → what draws with its LoRA alone, without the layers of the other role."""
+    return {role: cache.drawer(*apart(cache, {role: use})) for role, use in uses.items()}
 
 
 def reads_own_prompts(method: str, settings: Settings, joint: bool = False) -> bool:
@@ -100,8 +111,8 @@ def reading_style_words(cache: TrainingCache, cell: Cell, settings: Settings) ->
 def alone_by_role(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
     """A split each of whose LoRAs, used alone, leaves out the layers of the other role; together they act in all layers."""
     folder = cache.split(cell.content, seed=cell.seed)
-    alone = {role: cache.drawer(*apart(cache, {role: Use(folder / f"{role}.safetensors")})) for role in ROLES}
-    return {**MAKERS[UNZIP](cache, cell, {}), **alone}
+    uses = {role: Use(folder / f"{role}.safetensors") for role in ROLES}
+    return {**MAKERS[UNZIP](cache, cell, {}), **each_alone(cache, uses)}
 
 
 def split_and_zipped(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
@@ -130,6 +141,8 @@ UNSATURATED = {"loss_scale": 300.0}  # at which most adapters of `icons` are gra
 ROWS = [
     Row("separate", "DreamBooth-LoRA", dreambooth, methods=("dreambooth",)),
     Row("recombine", "DreamBooth-LoRAs", dreambooth, methods=("dreambooth",)),
+    Row("separate", "DreamBooth-LoRA, layers by role", dreambooth, {"apart": True}, methods=("dreambooth",)),
+    Row("recombine", "DreamBooth-LoRAs, layers by role", dreambooth, {"apart": True}, methods=("dreambooth",)),
     *(
         Row(task, METHODS[name].title, make, methods=(name,), version=VERSIONS.get((task, name), 1))
         for task in TASKS
@@ -190,6 +203,18 @@ ROWS = [
         for name, ideas in ((UNZIP, tuple(IDEAS)), ("blora", ("x0 loss",)))
         for idea, settings in IDEAS.items()
         if idea in ideas
+    ),
+    *(
+        Row(
+            task,
+            f"ablation: {METHODS[name].title}, blocks as measured",
+            MAKERS[name],
+            {"blocks": "icons"},
+            True,
+            (name,),
+        )
+        for task in TASKS
+        for name in ("blora", "consislora")  # which else train in SDXL's blocks
     ),
     *(
         Row("separate", f"ablation: {name}", MAKERS[UNZIP], settings, ablation=True, methods=(UNZIP,))
