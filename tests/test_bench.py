@@ -188,15 +188,15 @@ def test_the_medium_size_is_a_part_of_the_full_one() -> None:
     """Its units are those of the full size, so that a later full run repeats none of them."""
     rows = [row for row in all_rows() if row.task == "separate"][:2]
     medium, full = ({grid.key(todo) for todo in grid.plan(Path("unused"), size, rows)} for size in (MEDIUM, FULL))
-    assert medium < full and len(medium) == 2 * 8 * 2
+    assert medium < full and len(medium) == 2 * 8
     shown = [cell for cell in cells(MEDIUM) if cell.task == "separate" and not cell.seed]
     assert [cell.subject for cell in shown] == list(MEDIUM.subjects)
     assert {cell.style.style for cell in shown} == set(FULL.styles)
 
 
 def test_cells_come_seed_by_seed_and_ask_for_what_the_base_never_saw() -> None:
-    seeds = [cell.seed for cell in cells(FULL)]
-    assert seeds == sorted(seeds)
+    seeds = [cell.seed for cell in cells(replace(FULL, seeds=(0, 1)))]
+    assert seeds == sorted(seeds) and set(seeds) == {0, 1}
     for cell in cells(FULL):
         for item in items(cell, FULL):
             assert item.truth.values.shape == (3, 128, 128)
@@ -236,6 +236,9 @@ class Noted(TrainingCache):
     def split(self, picture: Truth, method: str = "unziplora", **options: Any) -> Path:
         return self.work / str(picture)
 
+    def learn(self, images: Path | list[Path], prompt: str, seed: int, **settings: Any) -> Path:
+        return self.work / "lora.safetensors"
+
     def drawer(self, *uses: Use, **options: Any) -> Drawer:
         self.every = (*self.every, uses)
         return lambda item, seeds: []
@@ -252,6 +255,7 @@ class Noted(TrainingCache):
         ("ablation: UnZipLoRA, own prompts", "recombine", OWN, False),
         ("ablation: UnZipLoRA, style words, all layers", "recombine", STYLE_NAME, False),
         ("ablation: UnZipLoRA, own prompts, layers by role", "recombine", OWN, True),
+        ("DreamBooth-LoRAs, layers by role", "recombine", None, True),
     ],
 )
 def test_what_the_loras_of_a_split_read_and_where_they_act(
@@ -266,14 +270,22 @@ def test_what_the_loras_of_a_split_read_and_where_they_act(
     assert [use.without for use in cache.every[-1]] == ([left["style"], left["content"]] if apart else [(), ()])
 
 
-def test_the_loras_of_a_split_used_alone_by_role(tmp_path: Path) -> None:
-    (one,) = chosen(("separate",), ("UnZipLoRA, layers by role",))
+@pytest.mark.parametrize(
+    ("row", "files"),
+    [
+        ("UnZipLoRA, layers by role", {"content": "content", "style": "style"}),
+        ("DreamBooth-LoRA, layers by role", {"content": "lora", "style": "lora"}),
+    ],
+)
+def test_what_was_learnt_from_one_picture_used_alone_by_role(tmp_path: Path, row: str, files: dict[str, str]) -> None:
+    (one,) = chosen(("separate",), (row,))
     cache, left = Noted(tmp_path, FULL), TABLES["icons"].blocks
-    one.make(cache, next(cells(FULL)), one.settings)
-    found = {use.file.stem: use.without for use in (uses[0] for uses in cache.every[:2])}
-    assert found == {"content": left["style"], "style": left["content"]}
-    both = next(uses for uses in cache.every if len(uses) == 2)
-    assert [use.without for use in both] == [(), ()]
+    drawers = one.make(cache, next(cells(FULL)), one.settings)
+    assert set(drawers) == {"content", "style", "both"}
+    alone = [(use.file.stem, use.without) for (use, *others) in cache.every if not others and use.without]
+    assert alone == [(files["content"], left["style"]), (files["style"], left["content"])]
+    whole = [{use.file.stem for use in uses} for uses in cache.every if not any(use.without for use in uses)]
+    assert set(files.values()) in whole
 
 
 # statistics
@@ -433,7 +445,6 @@ def test_a_row_may_draw_as_it_likes(tmp_path: Path, v_base: Path, monkeypatch: p
     [
         (["--task", "paint"], "there is no task 'paint'"),
         (["--only", "ZipLorra"], "there is no row 'ZipLorra'. Did you mean 'ZipLoRA'?"),
-        (["--seed", "7"], "seeds 7"),
         (["--report"], "there is nothing to report"),
         (["--results", "no.jsonl"], "no.jsonl"),
         (["--clip", "a/b"], "nothing to measure"),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +23,10 @@ Known = Annotated[
     Path | None,
     typer.Option("--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."),
 ]
-Medium = Annotated[bool, typer.Option("--medium", help="Eight subjects of --full, two seeds.")]
+Medium = Annotated[bool, typer.Option("--medium", help="Eight subjects of --full (an hour or two).")]
 Full = Annotated[
     bool,
-    typer.Option(
-        "--full/--quick", help="32 subjects, each in one of four styles, two seeds (hours), or one of each (minutes)."
-    ),
+    typer.Option("--full/--quick", help="32 subjects, each in one of four styles (hours), or one of each (minutes)."),
 ]
 
 Tasks = Annotated[
@@ -36,6 +35,9 @@ Tasks = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(help="A row by its name, ablations too; repeatable. `list` prints all. Default: all but ablations."),
+]
+Seeds = Annotated[
+    list[int] | None, typer.Option(min=0, help="Of training and drawing; repeatable: each repeats all. Default: 0.")
 ]
 Clip = Annotated[
     str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
@@ -49,7 +51,7 @@ def bench(
     work: Annotated[Path, typer.Option(help="Folder for everything; the same folder again resumes.")] = Path("bench"),
     task: Tasks = None,
     only: Only = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds of the size; repeatable. Default: all.")] = None,
+    seed: Seeds = None,
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
     known: Known = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
@@ -91,7 +93,7 @@ def bench(
         selection = (task or (), only or (), seed or (0,))
         _field(work, out or work / "report", (base, parts), images, protocol, models, selection)
         return
-    scale = (FULL if full else MEDIUM if medium else QUICK).limited(tuple(seed or ()))
+    scale = replace(FULL if full else MEDIUM if medium else QUICK, seeds=tuple(dict.fromkeys(seed or (0,))))
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base, parts)
     given, (i, n) = results.read(known) if known else [], share(shard)
     cluster = Cluster(ray, gpus, cpus, retries) if ray else None
