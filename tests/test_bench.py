@@ -363,8 +363,18 @@ def test_claims_are_about_rows_that_exist() -> None:
 
 def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
     units = [unit(row, problem, 0, 0.5, 0.5) for problem, rows in (("x", "ab"), ("y", "a")) for row in rows]
-    assert [one.cell for one in results.complete(units, {"combine": {"a", "b"}})] == ["x, seed 0"] * 2
-    assert results.complete(units, {"combine": {"a", "b", "c"}}) == units, "no cell is complete: all there is"
+    assert [one.cell for one in results.complete(units)] == ["x, seed 0"] * 2
+    apart = [unit("a", "x", 0, 0.5, 0.5), unit("b", "y", 0, 0.5, 0.5)]
+    assert results.complete(apart) == apart, "no cell is complete: all there is"
+
+
+def test_a_report_compares_two_rows_on_all_problems_that_both_have(tmp_path: Path) -> None:
+    had = {"a": "wxyz", "b": "wxy", "c": "wx"}
+    units = [unit(row, problem, 0, 0.5, 0.5) for row, some in had.items() for problem in some]
+    text = report.write(units, len(units), tmp_path, tmp_path / "report")[1].read_text()
+    means, leads = (text.split("\n\n")[i].splitlines() for i in (2, 3))
+    assert [line.split(" | ")[-1] for line in means[2:]] == ["2 |"] * 3, "means: the problems that all have"
+    assert {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in leads[2:]} == {"b": "0 of 3", "c": "0 of 2"}
 
 
 # rows of other packages, bad input

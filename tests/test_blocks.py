@@ -25,7 +25,7 @@ from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta
 from unbraid.core.selectors import ROLES, TABLES, USUAL, Blocks, chosen, groups_of, open_blocks, selects
 from unbraid.files.lora_file import read, write
-from unbraid.files.tools import Source, merge_files
+from unbraid.files.tools import Source, edit, merge_files
 from unbraid.runs import run as running
 from unbraid.runs.api import split_job
 from unbraid.runs.batch import recorded as job_of
@@ -288,6 +288,49 @@ def test_merge_by_roles_knows_the_base_that_the_loras_were_made_for(
     assert done.matched == {role: tuple(name for name in names if whole[name][role]) for role in ROLES}
     recipe = json.loads(read(out).metadata["unbraid.recipe"])
     assert {role: tuple(some) for role, some in recipe["settings"]["blocks"].items()} == dict(table)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_a_lora_is_taken_apart_by_role(tmp_path: Path, dialect: Any) -> None:
+    """Each file leaves out the layers of the other role; what stays is as it was; both hold the layers without a role."""
+    names = [f"unet.{group}.transformer_blocks.0.attn1.to_q" for group in GROUPS[:7]]
+    whole, table = {name: Lora(torch.randn(2, 8), torch.randn(8, 2), 4.0) for name in names}, USUAL["sdxl"]
+    source = tmp_path / "whole.safetensors"
+    write(source, whole, family="sdxl", dialect=dialect, metadata={"modelspec.title": "Fox"})
+    before = read(source).modules
+    roles = tmp_path / "roles.toml"
+    roles.write_text(f'content = ["{GROUPS[0]}"]\nstyle = ["{GROUPS[1]}"]')
+    for given, blocks in (([], table), (["--blocks", str(roles)], open_blocks(str(roles)))):
+        for role, other in (ROLES, ROLES[::-1]):
+            out = tmp_path / f"{role}.safetensors"
+            done = CliRunner().invoke(app, ["edit", str(source), str(out), "--lora-role", role, *given])
+            found, left = read(out), [name for name in names if not selects(blocks[other], name)]
+            assert not done.exit_code and f"{role}: {len(left)} modules" in done.output, done.output
+            assert 0 < len(left) < len(names) and sorted(found.modules) == sorted(left)
+            assert all(torch.equal(delta(found.modules[name]), delta(before[name])) for name in left)
+            assert found.metadata["modelspec.title"] == "Fox"
+
+
+def test_what_cannot_be_taken_apart_is_one_line(tmp_path: Path) -> None:
+    def written(name: str, family: Any, *modules: str) -> Path:
+        some = {module: Lora(torch.ones(1, 8), torch.ones(8, 1), 1.0) for module in modules}
+        write(tmp_path / name, some, family=family, dialect="diffusers")
+        return tmp_path / name
+
+    (style, *_) = USUAL["sdxl"]["style"]
+    unet = written("a.safetensors", "sdxl", f"unet.{style}.transformer_blocks.0.attn1.to_q")
+    flux = written("b.safetensors", "flux", "transformer.transformer_blocks.0.attn.to_q")
+    out = tmp_path / "out.safetensors"
+    for file, role, roles, fault in (
+        (unet, "subject", None, "there is no role 'subject'.*content, style"),
+        (unet, "content", None, "all of its layers serve style.*--lora-role style"),
+        (unet, "content", TABLES["splitflux"].blocks, "selects no layer"),
+        (unet, "", TABLES["icons"].blocks, "there is no role to look up.*--lora-role"),
+        (flux, "style", None, "not known.*probe-blocks"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            edit(file, out, role=role, roles=roles)
+        assert not out.exists()
 
 
 def test_generate_draws_by_role(v_base: Path, v_model: Base, tmp_path: Path) -> None:

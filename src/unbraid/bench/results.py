@@ -83,13 +83,15 @@ def wanted(units: Iterable[Unit], planned: Mapping[str, tuple[str, str, str]]) -
     return [found[entry] for entry in planned.values() if entry in found]
 
 
-def complete(units: Sequence[Unit], rows: Mapping[str, set[str]]) -> list[Unit]:
-    """The units of the cells that every row has finished, so that rows are compared on the same problems. `rows`: task → names of its
-    rows. If a task has no such cell, all its units are returned."""
+def complete(units: Sequence[Unit]) -> list[Unit]:
+    """The units of the cells that every row of their task has finished, so that rows are compared on the same problems. A row without any
+    unit does not count. If a task has no such cell, all its units are returned."""
+    rows: dict[str, set[str]] = {}
     done: dict[tuple[str, str], set[str]] = {}
     for unit in units:
+        rows.setdefault(unit.task, set()).add(unit.row)
         done.setdefault((unit.task, unit.cell), set()).add(unit.row)
-    finished = {cell for cell, names in done.items() if names >= rows[cell[0]]}
+    finished = {cell for cell, names in done.items() if names == rows[cell[0]]}
     tasks = {task for task, _ in finished}
     return [unit for unit in units if (unit.task, unit.cell) in finished or unit.task not in tasks]
 

@@ -201,8 +201,5 @@ def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
     units = results.wanted([*given, *results.collect(work)], planned)
     if not units:
         raise UsageError("there is nothing to report", work, "Run it without --report first.")
-    rows: dict[str, set[str]] = {}
-    for todo in todos:
-        rows.setdefault(todo.cell.task, set()).add(todo.row)
-    for file in report.write(results.complete(units, rows), len(todos), work, out):
+    for file in report.write(units, len(todos), work, out):
         print(file)

@@ -3,19 +3,18 @@
 Torch is imported on use."""
 
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from unbraid.cli.file_lines import say, tell
 from unbraid.common.errors import UsageError, printable
 
 if TYPE_CHECKING:
     import torch
 
-    from unbraid.files.doctor import Diagnosis
-    from unbraid.files.tools import Done, Source
+    from unbraid.files.tools import Source
 
 app = typer.Typer(no_args_is_help=True)
 To = Annotated[
@@ -62,7 +61,7 @@ def merge(
 
     given = {"density": density, "mu": mu, "seed": seed, "blocks": open_blocks(blocks) if blocks else None}
     settings = {key: value for key, value in given.items() if value is not None}
-    _say(merge_files([source_of(file) for file in files], out, method, Size(rank, energy), to, base, **settings))
+    say(merge_files([source_of(file) for file in files], out, method, Size(rank, energy), to, base, **settings))
 
 
 @app.command()
@@ -72,7 +71,7 @@ def convert(source: In, out: Out, to: To = None, dtype: Dtype = None, base: Base
     Without loss unless you give a dtype. LoHa, LoKr, DoRA and full changes become LoRAs."""
     from unbraid.files.tools import convert as run
 
-    _say(run(source, out, to, dtype_of(dtype), base))
+    say(run(source, out, to, dtype_of(dtype), base))
 
 
 @app.command()
@@ -91,7 +90,7 @@ def resize(
     from unbraid.files.merge import Size
     from unbraid.files.tools import resize as run
 
-    _say(run(source, out, Size(rank, energy), to, dtype_of(dtype), base))
+    say(run(source, out, Size(rank, energy), to, dtype_of(dtype), base))
 
 
 @app.command()
@@ -108,14 +107,22 @@ def edit(
         bool, typer.Option("--sidecar", help="Also write NAME.json for A1111, Forge, InvokeAI.")
     ] = False,
     to: To = None,
+    role: Annotated[
+        str,
+        typer.Option("--lora-role", metavar="content|style", help="Leave out the layers of the other one."),
+    ] = "",
+    blocks: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Which layers have which role, as for merge --method roles.")
+    ] = "",
 ) -> None:
-    """Scale blocks, scale the whole, set the metadata. Exact."""
+    """Scale blocks, scale the whole, take out the layers of a role, set the metadata. Exact."""
+    from unbraid.core.selectors import open_blocks
     from unbraid.files.formats.header import read_header
     from unbraid.files.formats.metadata import card, write_sidecar
     from unbraid.files.tools import edit as run
 
     metadata = card(title, trigger, description=description, thumbnail=thumbnail)
-    _say(run(source, out, block or (), strength, metadata, to))
+    say(run(source, out, block or (), strength, metadata, to, role, open_blocks(blocks) if blocks else None))
     if sidecar:
         typer.echo(f"{write_sidecar(out, read_header(out).metadata)}: sidecar")
 
@@ -134,7 +141,7 @@ def doctor(
 
     found = diagnoses(file, [tool] if tool else TOOLS)
     for one in found:
-        _tell(one, all_keys)
+        tell(one, all_keys)
     for line in dict.fromkeys(one.mend for one in found if one.mend):
         typer.echo(f"to mend it: {line}")
 
@@ -211,39 +218,3 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     import torch
 
     return None if name is None else {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def _say(done: "Done") -> None:
-    from unbraid.core.selectors import groups_of
-
-    low, high = done.ranks
-    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    kept = (
-        "" if done.kept == (1.0, 1.0) else f", kept {done.kept[0]:.1%} of the energy (worst module {done.kept[1]:.1%})"
-    )
-    more = f", and {len(done.bundled)} embeddings" if done.bundled else ""
-    base = "a base that is not known" if done.family == "unknown" else done.family
-    typer.echo(f"{done.path}: {done.modules} modules for {base}, {ranks}{kept}{more}")
-    for role, modules in done.matched.items():
-        typer.echo(f"  {role}: {len(modules)} modules, {printable(', '.join(groups_of(modules)), 200)}")
-    if done.converted[0]:
-        count, worst = done.converted
-        typer.echo(f"  {count} modules were no LoRA and are one now: off by at most {worst:.2g} of the change")
-    if done.vectors:
-        typer.echo(f"  {done.vectors} changes of norms and biases are kept beside it: ComfyUI and LyCORIS load them")
-
-
-def _tell(one: "Diagnosis", all_keys: bool) -> None:
-    verdict = f"refuses it: {one.refused}" if one.refused else f"loads {one.loads} of {one.modules} modules"
-    if not one.known:
-        verdict = f"nothing is known of what it does with such files ({one.family})"
-    typer.echo(f"{one.tool}: {verdict}")
-    for warning in one.warnings:
-        typer.echo(f"  warning: {printable(warning, 200)}")
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for key, why in one.dropped.items():
-        reasons[re.sub(r": \S+…$", "", why[:300])].append(key)
-    for why, keys in reasons.items():
-        typer.echo(f"  drops {len(keys)} keys: {printable(why)}")
-        for key in keys if all_keys else keys[:2]:
-            typer.echo(f"    {printable(key, 160)}")

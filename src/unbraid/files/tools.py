@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,17 +14,16 @@ from torch import Tensor
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import wide
-from unbraid.core.selectors import known_roles
+from unbraid.core.selectors import Blocks
 from unbraid.files.changes import LENIENT, Conversion
 from unbraid.files.checkpoint_file import opened_checkpoint
-from unbraid.files.formats.block_weights import block_weights
 from unbraid.files.formats.blocks import Family
 from unbraid.files.formats.encode import Dialect, dialect_for
 from unbraid.files.formats.lycoris import LIMIT
 from unbraid.files.formats.sources import common_family, merged_metadata
 from unbraid.files.lora_file import LoraFile, read, write
-from unbraid.files.made_for import BASE
 from unbraid.files.merge import Merged, Size, chosen_blocks, kept_by_role, merge
+from unbraid.files.scaling import of_role, owners, roles_of, scaled
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,20 @@ def edit(
     strength: float = 1.0,
     metadata: Mapping[str, str] | None = None,
     to: Dialect | None = None,
+    role: str = "",
+    roles: Blocks | None = None,
 ) -> Done:
-    """Scale blocks (0 removes them), scale the whole LoRA, set metadata. Lossless, as `convert` is."""
+    """Scale blocks (0 removes them), scale the whole LoRA, set metadata. Lossless, as `convert` is. `role`: leave out the layers of the
+    other one, so that the LoRA brings its content or its style alone; `roles`: those of layers, else as for `merge_files`."""
     lora = read(source, conversion=LENIENT)
+    if role:
+        lora = of_role(lora, role, roles)
+    elif roles:
+        raise UsageError("there is no role to look up", "--blocks", "Give --lora-role content or style.")
     modules, vectors = scaled(lora, tuple(blocks), strength)
     strings = lora.metadata | dict(metadata or {})
-    return _write(replace(lora, modules=modules, vectors=vectors, metadata=strings), out, None, dialect=to)
+    done = _write(replace(lora, modules=modules, vectors=vectors, metadata=strings), out, None, dialect=to)
+    return replace(done, matched={role: tuple(modules)}) if role else done
 
 
 def merge_files(
@@ -116,12 +122,12 @@ def merge_files(
     those count that are known for the base of the first file, or its family."""
     with lenient(base) as conversion:  # not in parallel: torch uses all cores already
         loras = [read(source.path, conversion=conversion) for source in sources]
-    names = [{**lora.modules, **dict.fromkeys(_owners(lora).values())} for lora in loras]
+    names = [{**lora.modules, **dict.fromkeys(owners(lora).values())} for lora in loras]
     family = common_family([(str(s.path), lora.family, n) for s, lora, n in zip(sources, loras, names, strict=True)])
     kept, bundled = merged_metadata([lora.metadata for lora in loras]), _bundled(loras)
     matched = chosen_blocks(names, settings["blocks"]) if "blocks" in settings else {}
     if method == "roles" and loras:
-        settings = {"blocks": known_roles(loras[0].metadata.get(BASE, ""), family), **settings}
+        settings = {"blocks": roles_of(loras[0], family), **settings}
         matched = kept_by_role(names, settings["blocks"])
     parts = [scaled(lora, source.blocks) for lora, source in zip(loras, sources, strict=True)]
     modules, vectors = [one for one, _ in parts], _summed([one for _, one in parts], sources, method)
@@ -145,27 +151,6 @@ def merge_files(
     }
     lora = LoraFile(_modules(merged), kept | strings, family, bundled, vectors, errors)
     return replace(_write(lora, out, _dtype(merged), _kept(merged), to), matched=matched)
-
-
-def scaled(
-    lora: LoraFile, rules: Sequence[str] = (), strength: float = 1.0
-) -> tuple[dict[str, Lora], dict[str, Tensor]]:
-    """A LoRA's modules and vectors, scaled by block rules and `strength`. Modules are scaled by their alpha, so that no factor is rounded.
-    Those with weight 0 are removed."""
-    if not isfinite(strength):
-        raise UsageError(f"a strength of {strength}", "--strength", "Give a number such as 0.8.")
-    owners = _owners(lora)
-    named = {**lora.modules, **dict.fromkeys(owners.values())}
-    weights = {name: weight * strength for name, weight in block_weights(named, rules, lora.family).items()}
-    modules = {
-        name: Lora(one.down, one.up, one.alpha * weights[name]) for name, one in lora.modules.items() if weights[name]
-    }
-    return modules, {key: lora.vectors[key] * weights[owner] for key, owner in owners.items() if weights[owner]}
-
-
-def _owners(lora: LoraFile) -> dict[str, str]:
-    """Key of a vector → its module."""
-    return {key: key.rpartition(".")[0] for key in lora.vectors}
 
 
 @contextmanager
@@ -202,7 +187,7 @@ def _write(
 ) -> Done:
     modules, dialect = (
         lora.modules,
-        dialect or dialect_for({**lora.modules, **dict.fromkeys(_owners(lora).values())}, lora.family),
+        dialect or dialect_for({**lora.modules, **dict.fromkeys(owners(lora).values())}, lora.family),
     )
     write(
         out,

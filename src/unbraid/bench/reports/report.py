@@ -8,8 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 
 from unbraid.bench.reports import claims, plots, published, tables
+from unbraid.bench.reports.stats import problems
 from unbraid.bench.reports.tables import Table
-from unbraid.bench.results import Unit, save
+from unbraid.bench.results import Unit, complete, save
 from unbraid.bench.rows.version import truth_digest
 from unbraid.bench.truth.tasks import TASKS
 from unbraid.common.atomic import atomic
@@ -30,7 +31,9 @@ class Section:
 
 
 def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Path]:
-    """Write report.html, table.md, results.jsonl and a few plots per task into `out`. `planned`: the number of units of a complete run."""
+    """Write report.html, table.md, results.jsonl and a few plots per task into `out`. `planned`: the number of units of a complete run.
+
+    Means are over the problems that all rows of a task have; a pair of rows is compared on all that both have."""
     sections = [_section(units, task, work, out) for task in TASKS if any(unit.task == task for unit in units)]
     verdicts = tables.claims(claims.verdicts(units))
     about = _about(units, planned)
@@ -46,7 +49,8 @@ def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Pa
     return [out / "report.html", out / "table.md", save(units, out / "results.jsonl")]
 
 
-def _section(units: Sequence[Unit], task: str, work: Path, out: Path) -> Section:
+def _section(every: Sequence[Unit], task: str, work: Path, out: Path) -> Section:
+    units = complete(every)
     pictures = [
         plots.scatter(units, task, out / f"{task}-scatter.png"),
         plots.sheet(units, task, work, out / f"{task}-sheet.webp"),
@@ -58,7 +62,7 @@ def _section(units: Sequence[Unit], task: str, work: Path, out: Path) -> Section
         task,
         TASKS[task],  # type: ignore[index]
         tables.scores(units, task),
-        tables.leads(units, task)[0],
+        tables.leads(every, task, tables.order(problems(units, task)))[0],
         tables.uses(units, task) if several else None,
         tables.failures(units, task),
         tables.costs(units, task),

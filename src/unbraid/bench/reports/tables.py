@@ -68,10 +68,10 @@ def uses(units: Iterable[Unit], task: str) -> Table:
     return Table(("", *columns), tuple(lines))
 
 
-def leads(units: Iterable[Unit], task: str) -> tuple[Table, list[Lead]]:
-    """The best row against each other row, on the same problems."""
+def leads(units: Iterable[Unit], task: str, best_first: Sequence[str] = ()) -> tuple[Table, list[Lead]]:
+    """The best row against each other row, on the same problems. `best_first`: the order of the rows, else that of their means."""
     found = problems(units, task)
-    rows = [row for row in order(found) if row not in (CEILING, COPY)]
+    rows = [row for row in best_first or order(found) if row not in (CEILING, COPY)]
     if len(rows) < 2:
         return Table(("",), ()), []
     first, *others = rows
