@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from unbraid.bench import grid, registry, results
 from unbraid.bench.registry import all_rows, chosen
@@ -26,7 +27,7 @@ from unbraid.bench.rows.training_cache import Drawer, TrainingCache
 from unbraid.bench.truth import tasks
 from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK, TASKS, Scale, cells, items
 from unbraid.bench.truth.truths import Truth
-from unbraid.cli.main import main
+from unbraid.cli.main import app, main
 from unbraid.common.errors import UsageError
 from unbraid.core.selectors import TABLES
 from unbraid.runs.api import split_job
@@ -333,14 +334,19 @@ def test_a_lead_is_paired() -> None:
     units = [unit("a", str(i), 0, x + 0.02 + 0.005 * rng.normal(), x) for i, x in enumerate(level)]
     units += [unit("b", str(i), 0, x, x) for i, x in enumerate(level)]
     units += [unit("c", str(i), 0, x + 0.005 * rng.normal(), x) for i, x in enumerate(level)]
-    found = stats.problems(units, "combine")
-    ahead, level_with = stats.lead(found, "a", "b", "content"), stats.lead(found, "c", "b", "content")
+    ahead, level_with = (stats.lead(units, "combine", row, "b", "content") for row in "ac")
     assert ahead and level_with
     assert ahead.p < 0.001 and ahead.ahead.mean == pytest.approx(0.02, abs=0.005)
     assert level_with.p > 0.05
     corrected = stats.holm([ahead, level_with])
     assert corrected[0].p == pytest.approx(min(1, 2 * ahead.p)) and corrected[1].p >= level_with.p
-    assert stats.lead(found, "a", "nobody") is None
+    assert stats.lead(units, "combine", "a", "nobody") is None
+
+
+def test_a_seed_that_only_one_of_two_rows_has_does_not_count() -> None:
+    units = [unit("a", "x", 0, 0.5, 0.5), unit("b", "x", 0, 0.5, 0.5), unit("a", "x", 1, 0.9, 0.9)]
+    found = stats.lead(units, "combine", "a", "b")
+    assert found and found.ahead.mean == 0
 
 
 def test_verdicts_follow_the_figures() -> None:
@@ -369,12 +375,29 @@ def test_rows_are_compared_on_the_cells_that_all_have_done() -> None:
 
 
 def test_a_report_compares_two_rows_on_all_problems_that_both_have(tmp_path: Path) -> None:
-    had = {"a": "wxyz", "b": "wxy", "c": "wx"}
-    units = [unit(row, problem, 0, 0.5, 0.5) for row, some in had.items() for problem in some]
+    had = {
+        "a": {"w": 0.9, "x": 0.9, "y": 0.1, "z": 0.1},
+        "b": {"w": 0.5, "x": 0.5, "y": 0.9},
+        "c": {"w": 0.2, "x": 0.2},
+    }
+    units = [unit(row, problem, 0, value, value) for row, some in had.items() for problem, value in some.items()]
     text = report.write(units, len(units), tmp_path, tmp_path / "report")[1].read_text()
     means, leads = (text.split("\n\n")[i].splitlines() for i in (2, 3))
     assert [line.split(" | ")[-1] for line in means[2:]] == ["2 |"] * 3, "means: the problems that all have"
-    assert {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in leads[2:]} == {"b": "0 of 3", "c": "0 of 2"}
+    assert leads[0].startswith("| a ahead of"), "the best there, not over its own problems"
+    assert {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in leads[2:]} == {"b": "2 of 3", "c": "2 of 2"}
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"), [([], (0,)), (["--seed", "1"], (1,)), (["--seed", "1", "--seed", "0", "--seed", "1"], (1, 0))]
+)
+def test_seeds_are_those_given_once_each(
+    given: list[str], seeds: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(grid, "plan", lambda work, scale, *rest: seen.append(scale.seeds) or [])
+    CliRunner().invoke(app, ["bench", "--report", "--work", str(tmp_path), *given])
+    assert seen == [seeds]
 
 
 # rows of other packages, bad input

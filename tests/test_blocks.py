@@ -24,7 +24,8 @@ from unbraid.core.layers import ATTENTION
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import delta
 from unbraid.core.selectors import ROLES, TABLES, USUAL, Blocks, chosen, groups_of, open_blocks, selects
-from unbraid.files.lora_file import read, write
+from unbraid.files.lora_file import LoraFile, read, write
+from unbraid.files.scaling import of_role
 from unbraid.files.tools import Source, edit, merge_files
 from unbraid.runs import run as running
 from unbraid.runs.api import split_job
@@ -290,25 +291,39 @@ def test_merge_by_roles_knows_the_base_that_the_loras_were_made_for(
     assert {role: tuple(some) for role, some in recipe["settings"]["blocks"].items()} == dict(table)
 
 
+@pytest.mark.parametrize("base", ["", "icons"])
 @pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
-def test_a_lora_is_taken_apart_by_role(tmp_path: Path, dialect: Any) -> None:
-    """Each file leaves out the layers of the other role; what stays is as it was; both hold the layers without a role."""
+def test_a_lora_is_taken_apart_by_role(tmp_path: Path, dialect: Any, base: str) -> None:
+    """Each file leaves out the layers of the other role; what stays is as it was; both hold what has no role, and the text encoder."""
     names = [f"unet.{group}.transformer_blocks.0.attn1.to_q" for group in GROUPS[:7]]
-    whole, table = {name: Lora(torch.randn(2, 8), torch.randn(8, 2), 4.0) for name in names}, USUAL["sdxl"]
-    source = tmp_path / "whole.safetensors"
-    write(source, whole, family="sdxl", dialect=dialect, metadata={"modelspec.title": "Fox"})
+    names += ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
+    whole = {name: Lora(torch.randn(2, 8), torch.randn(8, 2), 4.0) for name in names}
+    source, roles = tmp_path / "whole.safetensors", tmp_path / "roles.toml"
+    known = {"unbraid.base": base} if base else {}
+    write(source, whole, family="sdxl", dialect=dialect, metadata={"modelspec.title": "Fox", **known})
     before = read(source).modules
-    roles = tmp_path / "roles.toml"
     roles.write_text(f'content = ["{GROUPS[0]}"]\nstyle = ["{GROUPS[1]}"]')
-    for given, blocks in (([], table), (["--blocks", str(roles)], open_blocks(str(roles)))):
+    usual = TABLES["icons"].blocks if base else USUAL["sdxl"]
+    for given, blocks in (([], usual), (["--blocks", str(roles)], open_blocks(str(roles)))):
         for role, other in (ROLES, ROLES[::-1]):
             out = tmp_path / f"{role}.safetensors"
             done = CliRunner().invoke(app, ["edit", str(source), str(out), "--lora-role", role, *given])
-            found, left = read(out), [name for name in names if not selects(blocks[other], name)]
-            assert not done.exit_code and f"{role}: {len(left)} modules" in done.output, done.output
-            assert 0 < len(left) < len(names) and sorted(found.modules) == sorted(left)
-            assert all(torch.equal(delta(found.modules[name]), delta(before[name])) for name in left)
+            found, kept = read(out), [name for name in names if not selects(blocks[other], name)]
+            assert not done.exit_code and f"left out: {len(names) - len(kept)} modules, " in done.output, done.output
+            assert len(kept) < len(names) and sorted(found.modules) == sorted(kept) and names[-1] in kept
+            assert all(torch.equal(delta(found.modules[name]), delta(before[name])) for name in kept)
             assert found.metadata["modelspec.title"] == "Fox"
+
+
+def test_changes_of_norms_have_the_role_of_their_layer() -> None:
+    (style, *_), (content, *_) = USUAL["sdxl"]["style"], USUAL["sdxl"]["content"]
+    vectors = {f"unet.{group}.norm.diff": torch.ones(4) for group in (style, content, "mid_block")}
+    modules = {f"unet.{style}.proj_in": Lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)}
+    whole = LoraFile(modules, {}, "sdxl", {}, vectors, {f"unet.{style}.proj_in": 0.1})
+    found, left = of_role(whole, "content")
+    assert found.vectors.keys() == {f"unet.{content}.norm.diff", "unet.mid_block.norm.diff"}
+    assert (found.modules, found.errors) == ({}, {})
+    assert left == (f"unet.{style}.proj_in", f"unet.{style}.norm")
 
 
 def test_what_cannot_be_taken_apart_is_one_line(tmp_path: Path) -> None:
@@ -323,10 +338,11 @@ def test_what_cannot_be_taken_apart_is_one_line(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     for file, role, roles, fault in (
         (unet, "subject", None, "there is no role 'subject'.*content, style"),
-        (unet, "content", None, "all of its layers serve style.*--lora-role style"),
-        (unet, "content", TABLES["splitflux"].blocks, "selects no layer"),
-        (unet, "", TABLES["icons"].blocks, "there is no role to look up.*--lora-role"),
+        (unet, "content", None, "all layers of the file serve style.*--lora-role style"),
+        (unet, "style", None, "no layer of the file serves content.*up_blocks.0.attentions.0"),
+        (unet, "", TABLES["icons"].blocks, "--blocks: it counts with --lora-role alone"),
         (flux, "style", None, "not known.*probe-blocks"),
+        (flux, "style", TABLES["unziplora"].blocks, "no layer of the file serves content"),
     ):
         with pytest.raises(UsageError, match=fault):
             edit(file, out, role=role, roles=roles)

@@ -37,7 +37,10 @@ Only = Annotated[
     typer.Option(help="A row by its name, ablations too; repeatable. `list` prints all. Default: all but ablations."),
 ]
 Seeds = Annotated[
-    list[int] | None, typer.Option(min=0, help="Of training and drawing; repeatable: each repeats all. Default: 0.")
+    list[int] | None,
+    typer.Option(
+        min=0, max=2**31 - 1, help="Of training and drawing; repeatable: everything once per seed. Default: 0."
+    ),
 ]
 Clip = Annotated[
     str, typer.Option(help="CLIP, a folder or hub id: CLIP-I and CLIP-T. For --images, like the next three.")
@@ -89,11 +92,12 @@ def bench(
         _list(task or ())
         return
     check_loading(base, Loading(parts=parts))
+    seeds = tuple(dict.fromkeys(seed or (0,)))
     if images:
-        selection = (task or (), only or (), seed or (0,))
+        selection = (task or (), only or (), seeds)
         _field(work, out or work / "report", (base, parts), images, protocol, models, selection)
         return
-    scale = replace(FULL if full else MEDIUM if medium else QUICK, seeds=tuple(dict.fromkeys(seed or (0,))))
+    scale = replace(FULL if full else MEDIUM if medium else QUICK, seeds=seeds)
     todos = grid.plan(work, scale, chosen(task or (), only or ()), base, parts)
     given, (i, n) = results.read(known) if known else [], share(shard)
     cluster = Cluster(ray, gpus, cpus, retries) if ray else None
@@ -200,6 +204,7 @@ def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
     planned = {grid.key(todo): (todo.cell.task, todo.row, str(todo.cell)) for todo in todos}
     units = results.wanted([*given, *results.collect(work)], planned)
     if not units:
-        raise UsageError("there is nothing to report", work, "Run it without --report first.")
+        fix = "Give the --task, --only and --seed that were run, or run it without --report first."
+        raise UsageError("there is nothing to report", work, fix)
     for file in report.write(units, len(todos), work, out):
         print(file)

@@ -1,6 +1,4 @@
-"""What the commands on LoRA files print of a file that was written, and of what a tool does with one.
-
-Torch is imported on use."""
+"""What the commands on LoRA files print."""
 
 import re
 from collections import defaultdict
@@ -15,7 +13,8 @@ if TYPE_CHECKING:
     from unbraid.files.tools import Done
 
 
-def say(done: "Done") -> None:
+def print_done(done: "Done") -> None:
+    """Say what was written."""
     from unbraid.core.selectors import groups_of
 
     low, high = done.ranks
@@ -27,7 +26,8 @@ def say(done: "Done") -> None:
     base = "a base that is not known" if done.family == "unknown" else done.family
     typer.echo(f"{done.path}: {done.modules} modules for {base}, {ranks}{kept}{more}")
     for role, modules in done.matched.items():
-        typer.echo(f"  {role}: {len(modules)} modules, {printable(', '.join(groups_of(modules)), 200)}")
+        where = ", ".join(["", *groups_of(modules)])  # text encoders have no groups
+        typer.echo(f"  {role}: {len(modules)} modules{printable(where, 200)}")
     if done.converted[0]:
         count, worst = done.converted
         typer.echo(f"  {count} modules were no LoRA and are one now: off by at most {worst:.2g} of the change")
@@ -35,7 +35,8 @@ def say(done: "Done") -> None:
         typer.echo(f"  {done.vectors} changes of norms and biases are kept beside it: ComfyUI and LyCORIS load them")
 
 
-def tell(one: "Diagnosis", all_keys: bool) -> None:
+def print_diagnosis(one: "Diagnosis", all_keys: bool) -> None:
+    """Say what a tool does with a file."""
     verdict = f"refuses it: {one.refused}" if one.refused else f"loads {one.loads} of {one.modules} modules"
     if not one.known:
         verdict = f"nothing is known of what it does with such files ({one.family})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from unbraid.cli.file_lines import say, tell
+from unbraid.cli.file_lines import print_diagnosis, print_done
 from unbraid.common.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def merge(
 
     given = {"density": density, "mu": mu, "seed": seed, "blocks": open_blocks(blocks) if blocks else None}
     settings = {key: value for key, value in given.items() if value is not None}
-    say(merge_files([source_of(file) for file in files], out, method, Size(rank, energy), to, base, **settings))
+    print_done(merge_files([source_of(file) for file in files], out, method, Size(rank, energy), to, base, **settings))
 
 
 @app.command()
@@ -71,7 +71,7 @@ def convert(source: In, out: Out, to: To = None, dtype: Dtype = None, base: Base
     Without loss unless you give a dtype. LoHa, LoKr, DoRA and full changes become LoRAs."""
     from unbraid.files.tools import convert as run
 
-    say(run(source, out, to, dtype_of(dtype), base))
+    print_done(run(source, out, to, dtype_of(dtype), base))
 
 
 @app.command()
@@ -90,7 +90,7 @@ def resize(
     from unbraid.files.merge import Size
     from unbraid.files.tools import resize as run
 
-    say(run(source, out, Size(rank, energy), to, dtype_of(dtype), base))
+    print_done(run(source, out, Size(rank, energy), to, dtype_of(dtype), base))
 
 
 @app.command()
@@ -109,10 +109,11 @@ def edit(
     to: To = None,
     role: Annotated[
         str,
-        typer.Option("--lora-role", metavar="content|style", help="Leave out the layers of the other one."),
+        typer.Option("--lora-role", metavar="content|style", help="Leave out the layers that serve the other one."),
     ] = "",
     blocks: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="Which layers have which role, as for merge --method roles.")
+        str,
+        typer.Option(metavar="NAME|FILE", help="For --lora-role: which layers have which role, a table or TOML file."),
     ] = "",
 ) -> None:
     """Scale blocks, scale the whole, take out the layers of a role, set the metadata. Exact."""
@@ -122,7 +123,7 @@ def edit(
     from unbraid.files.tools import edit as run
 
     metadata = card(title, trigger, description=description, thumbnail=thumbnail)
-    say(run(source, out, block or (), strength, metadata, to, role, open_blocks(blocks) if blocks else None))
+    print_done(run(source, out, block or (), strength, metadata, to, role, open_blocks(blocks) if blocks else None))
     if sidecar:
         typer.echo(f"{write_sidecar(out, read_header(out).metadata)}: sidecar")
 
@@ -141,7 +142,7 @@ def doctor(
 
     found = diagnoses(file, [tool] if tool else TOOLS)
     for one in found:
-        tell(one, all_keys)
+        print_diagnosis(one, all_keys)
     for line in dict.fromkeys(one.mend for one in found if one.mend):
         typer.echo(f"to mend it: {line}")
 

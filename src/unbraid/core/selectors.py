@@ -87,6 +87,11 @@ def known_roles(base: str, family: str) -> Blocks:
     return next(measured, USUAL.get(family, {}))
 
 
+def left_out(blocks: Blocks, role: str) -> tuple[str, ...]:
+    """Selectors of the layers that a LoRA of a role leaves out: those of the other role. Layers without a role are everyone's."""
+    return tuple(one for other in ROLES if other != role for one in blocks.get(other, ()))
+
+
 @lru_cache(1024)
 def _pattern(selector: str) -> re.Pattern[str]:
     parts = []

@@ -16,7 +16,7 @@ import torch
 from unbraid.common.errors import UsageError, suggestion
 from unbraid.core.lora import Lora
 from unbraid.core.lowrank import matrices, rescaled
-from unbraid.core.selectors import Blocks, chosen, selects
+from unbraid.core.selectors import Blocks, chosen, left_out, selects
 from unbraid.files.merge_methods import METHODS, Method, Part, Size, all_equal
 
 
@@ -131,7 +131,5 @@ def chosen_blocks(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, t
 def kept_by_role(names: Sequence[Iterable[str]], blocks: Blocks) -> dict[str, tuple[str, ...]]:
     """Role → the modules that it keeps where LoRAs leave out the layers of the other role. `names`: as for `chosen_blocks`."""
     held = {"content": dict.fromkeys(name for some in names[:-1] for name in some), "style": names[-1]}
-    other = {"content": blocks.get("style", ()), "style": blocks.get("content", ())}
-    return (
-        {role: tuple(name for name in held[role] if not selects(other[role], name)) for role in held} if blocks else {}
-    )
+    kept = {role: tuple(name for name in held[role] if not selects(left_out(blocks, role), name)) for role in held}
+    return kept if blocks else {}

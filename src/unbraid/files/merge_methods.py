@@ -25,7 +25,7 @@ from unbraid.core.lowrank import (
     wide,
     wide_pair,
 )
-from unbraid.core.selectors import MEASURE, TABLES, UNKNOWN, Blocks, selects
+from unbraid.core.selectors import MEASURE, ROLES, TABLES, UNKNOWN, Blocks, left_out, selects
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def roles(name: str, parts: Sequence[Part], size: Size, *, blocks: Blocks | None
     role are everyone's. UsageError without `blocks`."""
     if not blocks:
         raise UsageError(UNKNOWN, "merge", MEASURE)
-    mine = [part for part in parts if not selects(blocks["content" if part.source == -1 else "style"], name)]
+    left = {role: left_out(blocks, role) for role in ROLES}
+    mine = [part for part in parts if not selects(left["style" if part.source == -1 else "content"], name)]
     return concat(name, mine, size) if mine else None
 
 

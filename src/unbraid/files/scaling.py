@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unbraid.common.errors import UsageError
 from unbraid.core.lora import Lora
-from unbraid.core.selectors import MEASURE, ROLES, UNKNOWN, Blocks, chosen, known_roles, selects
+from unbraid.core.selectors import MEASURE, ROLES, UNKNOWN, Blocks, known_roles, left_out, selects
 from unbraid.files.formats.block_weights import block_weights
 from unbraid.files.lora_file import LoraFile
 from unbraid.files.made_for import BASE
@@ -40,20 +40,26 @@ def roles_of(lora: LoraFile, family: str) -> Blocks:
     return known_roles(lora.metadata.get(BASE, ""), family)
 
 
-def of_role(lora: LoraFile, role: str, roles: Blocks | None = None) -> LoraFile:
-    """The same LoRA without the layers of the other role. Layers without a role are kept. `roles`: of layers, else `roles_of`.
+def of_role(lora: LoraFile, role: str, roles: Blocks | None = None) -> tuple[LoraFile, tuple[str, ...]]:
+    """The same LoRA without the layers of the other role, and the names of the modules that it leaves out. Layers without a role, text
+    encoders and embeddings are kept. `roles`: of layers, else `roles_of`.
 
-    Raises UsageError if there is no such role, none are known, a selector selects no layer, or nothing is left."""
+    Raises UsageError if there is no such role, none are known, no module is to be left out, or nothing else is there."""
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", "--lora-role", f"Roles are: {', '.join(ROLES)}.")
-    vectors = owners(lora)
-    if roles:
-        chosen(roles, [*lora.modules, *vectors.values()], "--blocks")
-    elif not (roles := roles_of(lora, lora.family)):
+    roles = roles or roles_of(lora, lora.family)
+    if not roles:
         raise UsageError(UNKNOWN, "--lora-role", MEASURE)
+    vectors = owners(lora)
+    names = dict.fromkeys([*lora.modules, *vectors.values()])
+    left = tuple(name for name in names if selects(left_out(roles, role), name))
     (other,) = (one for one in ROLES if one != role)
-    modules = {name: one for name, one in lora.modules.items() if not selects(roles[other], name)}
-    kept = {key: lora.vectors[key] for key, owner in vectors.items() if not selects(roles[other], owner)}
-    if not modules and not kept:
-        raise UsageError(f"all of its layers serve {other}", "--lora-role", f"Give --lora-role {other}.")
-    return replace(lora, modules=modules, vectors=kept)
+    if not left:
+        fix = f"Nothing has to be left out. The table has {', '.join(left_out(roles, role))}."
+        raise UsageError(f"no layer of the file serves {other}", "--lora-role", fix)
+    if len(left) == len(names):
+        raise UsageError(f"all layers of the file serve {other}", "--lora-role", f"Give --lora-role {other}.")
+    modules = {name: one for name, one in lora.modules.items() if name not in left}
+    kept = {key: lora.vectors[key] for key, owner in vectors.items() if owner not in left}
+    errors = {name: error for name, error in lora.errors.items() if name not in left}
+    return replace(lora, modules=modules, vectors=kept, errors=errors), left

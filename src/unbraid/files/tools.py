@@ -39,7 +39,8 @@ class Source:
 class Done:
     """What was written. `ranks`: lowest and highest. `kept`: share of the squared norm, mean and worst module. `bundled`: names of
     embeddings in the file. `vectors`: number of changes of norms and biases. `converted`: number of modules that were converted from
-    another kind than LoRA, and their worst relative error. `matched`: role → the modules that its `blocks` took."""
+    another kind than LoRA, and their worst relative error. `matched`: role → the modules that a merge took for it by its blocks or roles;
+    or `left out` → those that an edit left out."""
 
     path: Path
     modules: int
@@ -96,17 +97,15 @@ def edit(
     role: str = "",
     roles: Blocks | None = None,
 ) -> Done:
-    """Scale blocks (0 removes them), scale the whole LoRA, set metadata. Lossless, as `convert` is. `role`: leave out the layers of the
-    other one, so that the LoRA brings its content or its style alone; `roles`: those of layers, else as for `merge_files`."""
+    """Scale blocks (0 removes them), scale the whole LoRA, set metadata. Lossless, as `convert` is. `role`: leave out the layers that serve
+    the other one; `roles`: those of layers, else those that are known for the base that the file was made for, or its family."""
+    if roles and not role:
+        raise UsageError("it counts with --lora-role alone", "--blocks", "Give --lora-role content or style, too.")
     lora = read(source, conversion=LENIENT)
-    if role:
-        lora = of_role(lora, role, roles)
-    elif roles:
-        raise UsageError("there is no role to look up", "--blocks", "Give --lora-role content or style.")
     modules, vectors = scaled(lora, tuple(blocks), strength)
-    strings = lora.metadata | dict(metadata or {})
-    done = _write(replace(lora, modules=modules, vectors=vectors, metadata=strings), out, None, dialect=to)
-    return replace(done, matched={role: tuple(modules)}) if role else done
+    lora = replace(lora, modules=modules, vectors=vectors, metadata=lora.metadata | dict(metadata or {}))
+    lora, left = of_role(lora, role, roles) if role else (lora, ())
+    return replace(_write(lora, out, None, dialect=to), matched={"left out": left} if left else {})
 
 
 def merge_files(

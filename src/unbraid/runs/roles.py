@@ -6,7 +6,17 @@ from pathlib import Path
 
 from unbraid.bases.base import Base
 from unbraid.common.errors import UsageError
-from unbraid.core.selectors import MEASURE, ROLES, UNKNOWN, Blocks, blocks_in, chosen, known_roles, open_blocks
+from unbraid.core.selectors import (
+    MEASURE,
+    ROLES,
+    UNKNOWN,
+    Blocks,
+    blocks_in,
+    chosen,
+    known_roles,
+    left_out,
+    open_blocks,
+)
 from unbraid.methods import METHODS
 from unbraid.runs.job import Job
 from unbraid.runs.settings import base_defaults
@@ -60,8 +70,7 @@ def checked_roles(roles: Sequence[str], count: int, given: str = "") -> Sequence
 def in_role(use: Use, role: str, blocks: Blocks) -> Use:
     """The same use of a LoRA as that of a content or a style LoRA, which does not act in the layers of the other role. Layers without
     a role are both's."""
-    (other,) = (one for one in ROLES if one != role)
-    return replace(use, without=tuple(blocks.get(other, ())))
+    return replace(use, without=left_out(blocks, role))
 
 
 def in_roles(uses: Sequence[Use], roles: Sequence[str], base: Base, given: str = "") -> list[Use]:

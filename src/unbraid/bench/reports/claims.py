@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from unbraid.bench.reports.stats import METRICS, Lead, holm, lead, problems
+from unbraid.bench.reports.stats import METRICS, Lead, holm, lead
 from unbraid.bench.results import Unit
 
 
@@ -72,7 +72,7 @@ def verdicts(units: Iterable[Unit]) -> list[Verdict]:
     """A verdict on every claim whose rows have results. A claim holds or is reversed if the difference has p < 0.05 after Holm's correction
     over all claims; otherwise it is undecided."""
     some = list(units)
-    pairs = [(one, lead(problems(some, one.task), one.row, one.other, one.metric)) for one in CLAIMS]
+    pairs = [(one, lead(some, one.task, one.row, one.other, one.metric)) for one in CLAIMS]
     tested = [(claim, found) for claim, found in pairs if found]
     corrected = holm([found for _, found in tested])
     return [Verdict(claim, found, _word(claim, found)) for (claim, _), found in zip(tested, corrected, strict=True)]

@@ -34,14 +34,16 @@ def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Pa
     """Write report.html, table.md, results.jsonl and a few plots per task into `out`. `planned`: the number of units of a complete run.
 
     Means are over the problems that all rows of a task have; a pair of rows is compared on all that both have."""
-    sections = [_section(units, task, work, out) for task in TASKS if any(unit.task == task for unit in units)]
+    compared, tasks = complete(units), {unit.task for unit in units}
+    sections = [_section(units, compared, task, work, out) for task in TASKS if task in tasks]
     verdicts = tables.claims(claims.verdicts(units))
     about = _about(units, planned)
     page = Environment(loader=PackageLoader("unbraid.bench.reports", "."), autoescape=True).get_template(
         "report.html.j2"
     )
-    tasks = [_embedded(section) for section in sections]
-    html = page.render(about=about, tasks=tasks, claims=verdicts, published=_published())
+    html = page.render(
+        about=about, tasks=[_embedded(section) for section in sections], claims=verdicts, published=_published()
+    )
     with atomic(out / "report.html") as part:
         part.write_text(html, "utf-8")
     with atomic(out / "table.md") as part:
@@ -49,8 +51,8 @@ def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Pa
     return [out / "report.html", out / "table.md", save(units, out / "results.jsonl")]
 
 
-def _section(every: Sequence[Unit], task: str, work: Path, out: Path) -> Section:
-    units = complete(every)
+def _section(every: Sequence[Unit], units: Sequence[Unit], task: str, work: Path, out: Path) -> Section:
+    """`every`: all units; `units`: those of the problems that all rows have."""
     pictures = [
         plots.scatter(units, task, out / f"{task}-scatter.png"),
         plots.sheet(units, task, work, out / f"{task}-sheet.webp"),
@@ -62,7 +64,7 @@ def _section(every: Sequence[Unit], task: str, work: Path, out: Path) -> Section
         task,
         TASKS[task],  # type: ignore[index]
         tables.scores(units, task),
-        tables.leads(every, task, tables.order(problems(units, task)))[0],
+        tables.leads(every, task, tables.order(problems(units, task))),
         tables.uses(units, task) if several else None,
         tables.failures(units, task),
         tables.costs(units, task),

@@ -127,8 +127,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean(values), float(found.low), float(found.high), len(values))
 
 
-def lead(found: Mapping[str, Mapping[str, Values]], row: str, other: str, metric: str = "likeness") -> Lead | None:
-    """The paired comparison of two rows; None if they share no problem."""
+def lead(units: Iterable[Unit], task: str, row: str, other: str, metric: str = "likeness") -> Lead | None:
+    """The paired comparison of two rows, on the cells (a problem at a seed) that both have; None if they share none."""
+    some = [unit for unit in units if unit.task == task and unit.row in (row, other)]
+    had = {one: {unit.cell for unit in some if unit.row == one} for one in (row, other)}
+    found = problems([unit for unit in some if unit.cell in had[row] & had[other]], task)
     shared = [
         one for one in found.get(row, {}) if metric in found[row][one] and metric in found.get(other, {}).get(one, {})
     ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from unbraid.bench.reports.claims import Verdict
-from unbraid.bench.reports.stats import METRICS, Lead, Values, by_use, estimate, holm, lead, problems
+from unbraid.bench.reports.stats import METRICS, Values, by_use, estimate, holm, lead, problems
 from unbraid.bench.results import Unit
 from unbraid.bench.rows.cost import Cost
 from unbraid.bench.rows.row import BASE, CEILING, COPY
@@ -68,19 +68,18 @@ def uses(units: Iterable[Unit], task: str) -> Table:
     return Table(("", *columns), tuple(lines))
 
 
-def leads(units: Iterable[Unit], task: str, best_first: Sequence[str] = ()) -> tuple[Table, list[Lead]]:
-    """The best row against each other row, on the same problems. `best_first`: the order of the rows, else that of their means."""
-    found = problems(units, task)
-    rows = [row for row in best_first or order(found) if row not in (CEILING, COPY)]
-    if len(rows) < 2:
-        return Table(("",), ()), []
-    first, *others = rows
-    known = holm([one for other in others if (one := lead(found, first, other))])
+def leads(units: Iterable[Unit], task: str, rows: Sequence[str]) -> Table:
+    """The first of some rows against each other one, on the problems that both have."""
+    some = list(units)
+    first, *others = [row for row in rows if row not in (CEILING, COPY)] or [""]
+    known = holm([one for other in others if (one := lead(some, task, first, other))])
     lines = [
         (one.other, str(one.ahead), f"{one.wins} of {one.ahead.n}", f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001")
         for one in known
     ]
-    return Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines)), known
+    return (
+        Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines)) if lines else Table(("",), ())
+    )
 
 
 def costs(units: Iterable[Unit], task: str) -> Table:

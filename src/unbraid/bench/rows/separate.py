@@ -22,10 +22,11 @@ def dreambooth(cache: TrainingCache, cell: Cell, settings: Settings) -> Drawers:
         prompt = joint_prompt(picture.subject, picture.style)
         files.append(cache.learn(cache.picture(picture), prompt, cell.seed))
     uses: dict[str, Use] = dict(zip(ROLES, (Use(files[0]), Use(files[-1])), strict=True))
+    by_role = settings.get("apart")
     if len(files) == 1:
         whole = every_use(cache.drawer(Use(files[0])))
-        return {**whole, **each_alone(cache, uses)} if settings.get("apart") else whole
-    return {"both": cache.drawer(*(apart(cache, uses) if settings.get("apart") else uses.values()))}
+        return {**whole, **each_alone(cache, uses)} if by_role else whole
+    return {"both": cache.drawer(*(apart(cache, uses) if by_role else uses.values()))}
 
 
 def separated(method: str) -> Make:
@@ -38,10 +39,9 @@ def separated(method: str) -> Make:
         pictures = zip(ROLES, (cell.content, cell.style), strict=True)
         folders = {role: cache.split(picture, method, seed=cell.seed, **settings) for role, picture in pictures}
         outputs = METHODS[method].outputs(settings)
-        trained = {
-            name: value for name, value in settings.items() if name != "blocks"
-        }  # an option of the split, no setting
-        given = resolve(method, cache.base_name, None, {**trained, **cache.scale.training.get(method, {})})
+        # `blocks` is an option of the split, not a setting
+        named = {name: value for name, value in settings.items() if name != "blocks"}
+        given = resolve(method, cache.base_name, None, {**named, **cache.scale.training.get(method, {})})
         joint_attention = not cache.base.family.network.layers.own_prompt
         own = OWN if reads_own_prompts(method, given, joint_attention) else None
         alone = {role: cache.drawer(Use(folder / f"{role}.safetensors")) for role, folder in folders.items()}
@@ -214,7 +214,7 @@ ROWS = [
             (name,),
         )
         for task in TASKS
-        for name in ("blora", "consislora")  # which else train in SDXL's blocks
+        for name in ("blora", "consislora")  # by default they train in SDXL's blocks
     ),
     *(
         Row("separate", f"ablation: {name}", MAKERS[UNZIP], settings, ablation=True, methods=(UNZIP,))
