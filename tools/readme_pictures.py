@@ -49,6 +49,32 @@ def learn(work: Path) -> Image.Image:
     return sheets.contact_sheet([("the picture", [("", image)]), ("drawn with its LoRA", drawn)], cell=192)
 
 
+def roles(work: Path) -> Image.Image:
+    """One LoRA of one picture, used as content and as style: in all layers, and without those of the other role."""
+    image = _filtered("lion", "thermal")[1]
+    prompt = "a sks lion in thermal style"
+    run = unbraid.learn([image], prompt=prompt, base="icons", previews=0, out=work / "roles")
+    prompts = {
+        "content": [f"a sks lion in {style} style" for style in STYLES[:4]],
+        "style": [f"a {subject} in thermal style" for subject in SUBJECTS],
+    }
+
+    def drawn(used: str, role: str) -> Cells:
+        file = run / "lora.safetensors"
+        drawings = (
+            unbraid.generate(text, file, base="icons", seeds=(0,), lora_roles=role)[0] for text in prompts[used]
+        )
+        return list(zip(prompts[used], drawings, strict=True))
+
+    rows: list[tuple[str, Cells]] = [("the picture", [(prompt, image)])]
+    for used, other in (("content", "style"), ("style", "content")):
+        rows += [
+            (f"its LoRA as {used}, in all layers", drawn(used, "all")),
+            (f"the same without the layers of {other}", drawn(used, used)),
+        ]
+    return sheets.contact_sheet(rows, cell=192)
+
+
 def modules(work: Path) -> Image.Image:
     """Two content and two style modules, and every content with every style."""
     contents, styles = MODULES
@@ -88,7 +114,12 @@ def _filtered(subject: str, style: str) -> tuple[Image.Image, Image.Image]:
     return to_image(values), to_image(HELD_OUT_FILTERS[style](values[None])[0].clamp(0, 1))
 
 
-PICTURES: Mapping[str, Callable[[Path], Image.Image]] = {"pair": pair, "learn": learn, "modules": modules}
+PICTURES: Mapping[str, Callable[[Path], Image.Image]] = {
+    "pair": pair,
+    "learn": learn,
+    "roles": roles,
+    "modules": modules,
+}
 
 
 def main() -> None:
