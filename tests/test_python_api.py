@@ -13,7 +13,8 @@ import unbraid
 from unbraid.common.errors import UsageError
 from unbraid.files.made_for import made_for, recorded_base
 from unbraid.runs import drawing
-from unbraid.runs.api import learn_job, pair_job
+from unbraid.runs.after import next_steps
+from unbraid.runs.api import learn_job, pair_job, split_job
 from unbraid.runs.folder import read_events
 from unbraid.runs.job import Progress
 from unbraid.runs.preferences import base_for, default_base
@@ -155,6 +156,16 @@ def test_a_run_ends_with_what_to_do_next(v_base: Path, picture: Path, tmp_path: 
     from test_docs import parse
 
     parse(line.strip().removeprefix("next: "))
+
+
+def test_a_split_ends_with_a_drawing_in_its_style_by_role_where_roles_were_measured(
+    v_base: Path, picture: Path
+) -> None:
+    for base, by_role in (("icons", True), (str(v_base), False)):
+        job = split_job(picture, subject="cat", style="ink", base=base, out=picture.parent / "run")
+        *_, line = next_steps(job)
+        assert "--prompt 'a teapot in ink style'" in line and "run/style.safetensors" in line
+        assert ("--lora-role style" in line) == by_role
 
 
 def test_a_notebook_shows_a_run_as_its_sheet(v_base: Path, picture: Path, tmp_path: Path) -> None:

@@ -82,9 +82,13 @@ MEASURE = "Give --blocks (`unbraid probe-blocks` measures them)."
 def known_roles(base: str, family: str) -> Blocks:
     """The roles that were measured on a base, by its name or the last part of its path, else the usual ones of its family. Empty if
     nothing is known."""
+    return measured_roles(base) or USUAL.get(family, {})
+
+
+def measured_roles(base: str) -> Blocks:
+    """The roles that were measured on a base, by its name or the last part of its path. Empty if none were."""
     name = Path(base).name
-    measured = (table.blocks for table in TABLES.values() if table.base and table.base == name)
-    return next(measured, USUAL.get(family, {}))
+    return next((table.blocks for table in TABLES.values() if table.base and table.base == name), {})
 
 
 def left_out(blocks: Blocks, role: str) -> tuple[str, ...]:

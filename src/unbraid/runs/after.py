@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 
+from unbraid.core.selectors import measured_roles
 from unbraid.methods import METHODS
 from unbraid.runs.job import RARE, Job, metadata, prompts_of
 
@@ -32,6 +33,7 @@ def _drawing(job: Job, texts: dict[str, str], stems: list[str]) -> str:
         use = ["--style-guidance", file["style"]]
     elif "style" in stems and METHODS[job.method].prompts:
         prompt, use = f"a {SUBJECT} in {style} style", ["--lora", file["style"]]
+        use += ["--lora-role", "style"] if measured_roles(job.base) else []
     else:
         prompt, use = texts.get("both", f"a {RARE}"), [word for one in file.values() for word in ("--lora", one)]
     return shlex.join(["--prompt", prompt, *use, *base, "--n", "4", "--out", str(job.out / "drawn-by-it")])
