@@ -23,7 +23,7 @@ Known = Annotated[
     Path | None,
     typer.Option("--results", help="A results.jsonl: units in it are done, if base, versions and settings are these."),
 ]
-Medium = Annotated[bool, typer.Option("--medium", help="Eight subjects of --full (an hour or two).")]
+Medium = Annotated[bool, typer.Option("--medium", help="Eight subjects of --full (about two hours).")]
 Full = Annotated[
     bool,
     typer.Option("--full/--quick", help="32 subjects, each in one of four styles (hours), or one of each (minutes)."),
