@@ -15,7 +15,7 @@ from unbraid.sampling.render import Sampling, render
 from unbraid.sampling.uses import OWN, Use
 
 SUBJECT, STYLE = "fox", "line art"
-NEXT = 'generate --lora {out}/style.safetensors --prompt "a violin in line art style" --n 4 --out {out}/violins'
+NEXT = 'generate --lora {out}/style.safetensors --lora-role style --prompt "a violin in line art style" --n 4 --out {out}/violins'
 
 
 def image() -> Path:
