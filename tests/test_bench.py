@@ -416,9 +416,9 @@ def test_the_docs_compare_rows_by_the_committed_results(
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) > 15
     for line in printed:
-        row, figures = re.fullmatch(r"(.+?) (-?[0-9.]+.*)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        row, figures, n = re.fullmatch(r"(.+?) (-?[0-9.]+.*) on (\d+)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
         merge = not row.startswith("ablation") and row not in ("direct sum", CEILING, BASE, COPY)
-        assert (f"| {row}" in DOCS.read_text() and f" {figures} |" in DOCS.read_text()) or not merge, line
+        assert (f"| {row}" in DOCS.read_text() and f" {figures} | {n} |" in DOCS.read_text()) or not merge, line
 
 
 @pytest.fixture
