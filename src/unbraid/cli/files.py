@@ -116,7 +116,9 @@ def edit(
         typer.Option(metavar="NAME|FILE", help="For --lora-role: which layers have which role, a table or TOML file."),
     ] = "",
 ) -> None:
-    """Scale blocks, scale the whole, take out the layers of a role, set the metadata. Exact."""
+    """Scale blocks or the whole, leave out a role, set the metadata.
+
+    Exact: what stays is not rounded."""
     from unbraid.core.selectors import open_blocks
     from unbraid.files.formats.header import read_header
     from unbraid.files.formats.metadata import card, write_sidecar
