@@ -20,6 +20,7 @@ from unbraid.bases.presets import AS_IT_IS, Loading
 from unbraid.bases.samples import Picture, drawn
 from unbraid.bases.savings import moved, save_memory
 from unbraid.common.errors import UsageError
+from unbraid.common.interrupts import interrupts_kept
 from unbraid.core.graphs import CudaExecutor, Graphs
 from unbraid.core.lora import Noise
 from unbraid.core.recipe import Denoiser, Sample, Shared
@@ -209,7 +210,8 @@ def load(name: str = "icons", device: str | None = None, loading: Loading = AS_I
     if where.type == "cuda":
         torch.cuda.set_device(where)  # CUDA graphs are captured on the current card
     dtype = torch.bfloat16 if where.type == "cuda" or loading.preset.half else torch.float32
-    pipe = open_pipeline(name, dtype, loading.vae, loading.prediction, loading.parts)
+    with interrupts_kept():
+        pipe = open_pipeline(name, dtype, loading.vae, loading.prediction, loading.parts)
     network = family_of(pipe).network
     denoiser = getattr(pipe, network.part)
     save_memory(denoiser, where, loading.preset)

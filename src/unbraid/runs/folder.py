@@ -19,6 +19,7 @@ from torch import Tensor, uint8
 
 from unbraid.common.atomic import atomic, read_toml
 from unbraid.common.errors import UsageError
+from unbraid.common.interrupts import interrupts_kept
 from unbraid.runs.absolute import absolute
 from unbraid.runs.lease import AtWorkError, Clock, leased
 
@@ -166,7 +167,7 @@ def load_state(out: Path) -> dict[str, Tensor] | None:
         return None
     fix = "Delete it to start this run from its beginning."
     try:
-        with safe_open(path, "pt") as file:
+        with interrupts_kept(), safe_open(path, "pt") as file:
             found, digest = {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get(DIGEST)  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UsageError(f"is damaged ({error})", path, fix) from error

@@ -31,6 +31,7 @@ from unbraid.bases.devices import pick_device
 from unbraid.bases.pipeline import known_model
 from unbraid.bench.field import csd as csd_files
 from unbraid.common.errors import UsageError, first_line
+from unbraid.common.interrupts import interrupts_kept
 
 DINOS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # one class token, then registers, then patches
 LPIPS_NETS = {"features.28.weight": "vgg", "features.3.squeeze.weight": "squeeze", "features.0.weight": "alex"}
@@ -241,6 +242,7 @@ def _weights(name: str, what: str) -> Path:
 
 def _read(file: Path, what: str) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        with interrupts_kept():
+            return load_file(file)
     except SafetensorError as error:
         raise UsageError(f"the {what} is damaged ({error})", file, "Download it again.") from error

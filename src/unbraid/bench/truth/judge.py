@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unbraid.common.errors import UsageError
+from unbraid.common.interrupts import interrupts_kept
 
 SIZE = 128  # pixels; pictures of other sizes are resized
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -113,7 +114,8 @@ def load_judge(path: Path | None = None) -> Judge:
         raise UsageError("the judge's weights are missing", path, fix)
     judge = Judge()
     try:
-        tensors = load_file(path)
+        with interrupts_kept():
+            tensors = load_file(path)
         judge.load_state_dict({key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
     except (SafetensorError, RuntimeError) as error:  # load_state_dict raises RuntimeError for other keys or shapes
         raise UsageError("the judge's weights cannot be read", path, fix) from error

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from unbraid.common.contents import PICTURE, TEXT, contents
 from unbraid.common.errors import UsageError, first_line
+from unbraid.common.interrupts import interrupts_kept
 from unbraid.files.formats.gate import MAX_KEYS, check, check_module, check_size
 from unbraid.files.formats.kinds import KIND, sizes
 from unbraid.files.formats.names import KINDS, Key, split_key
@@ -61,7 +62,8 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     try:
         check_size(path)
         # pread copies tensors, so that a file which shrinks while it is read gives an error, not a crash
-        with safe_open(path, framework=framework, backend="pread" if framework == "pt" else "mmap") as handle:
+        backend = "pread" if framework == "pt" else "mmap"
+        with interrupts_kept(), safe_open(path, framework=framework, backend=backend) as handle:
             yield handle
     except (SafetensorError, OSError, UnicodeError) as error:
         known = contents(path)
