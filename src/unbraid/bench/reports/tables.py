@@ -70,16 +70,16 @@ def uses(units: Iterable[Unit], task: str) -> Table:
 
 def leads(units: Iterable[Unit], task: str, rows: Sequence[str]) -> Table:
     """The first of some rows against each other one, on the problems that both have."""
-    some = list(units)
-    first, *others = [row for row in rows if row not in (CEILING, COPY)] or [""]
+    some, compared = list(units), [row for row in rows if row not in (CEILING, COPY)]
+    if len(compared) < 2:
+        return Table(("",), ())
+    first, *others = compared
     known = holm([one for other in others if (one := lead(some, task, first, other))])
     lines = [
         (one.other, str(one.ahead), f"{one.wins} of {one.ahead.n}", f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001")
         for one in known
     ]
-    return (
-        Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines)) if lines else Table(("",), ())
-    )
+    return Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines))
 
 
 def costs(units: Iterable[Unit], task: str) -> Table:
