@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import second_device
 import torch
-import type_checks  # noqa: F401
+import type_checks
 from PIL import Image, ImageDraw
 from tiny_bases import Tiny, save_both, sd15, sd21, sdxl
 
@@ -34,6 +34,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if any("second" in getattr(item, "fixturenames", ()) for item in session.items):
         second_device.available()
     gc.freeze()  # the libraries are there to stay: collections need not walk through them
+
+
+@pytest.fixture(autouse=True)
+def checked_anew() -> None:
+    """In every test, the first calls of each function have their shapes checked."""
+    type_checks.calls.clear()
 
 
 @pytest.fixture(autouse=True)

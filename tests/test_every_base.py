@@ -30,11 +30,9 @@ from unbraid.sampling.render import Sampling, Use, render
 
 pytestmark = pytest.mark.slow
 
-BASES = (
-    ("tiny_sdxl", "folder"),
+BASES = (  # a file gives the weights of the folder that it was made from: tests/test_bases.py
     ("tiny_sdxl", "file"),
     ("tiny_sd15", "folder"),
-    ("tiny_sd15", "file"),
     ("tiny_v", "file"),
 )
 

@@ -77,7 +77,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
     job = split_job(tmp_path / "x.png", subject="cat", style="ink", **options)
     estimated = estimate(job, "cpu")
     ready = prepare(job, prompts_of(job), opened_images(job), load(job.base, "cpu", job.loading))
-    assert ready.base.denoiser.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
+    assert ready.base.dtype == ready.base.denoiser.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
     trained = [p for name in ready.adapters.names for one in ready.adapters.of(name).values() for _, p in one.parts()]
     frozen = [p for p in ready.base.denoiser.parameters() if not any(p is one for one in trained)]
     assert estimated.weights == sum(p.numel() * p.element_size() for p in frozen)
@@ -93,6 +93,7 @@ def test_the_estimate_is_what_a_step_takes(vram: str, wide: Path, tmp_path: Path
 def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> None:
     job = split_job(picture, subject="cat", style="ink", base=str(tiny_sdxl.file), vram="8", **QUICK)
     base = load(str(tiny_sdxl.file), "cpu", Loading(vram="8"))
+    assert base.dtype == base.denoiser.dtype == torch.bfloat16
     kept = [*base.denoiser.parameters(), *base.denoiser.buffers()]
     assert estimate(job, "cpu").weights == sum(one.nbytes for one in kept)
     assert {one.dtype for one in kept} == {torch.float8_e4m3fn, torch.bfloat16}
@@ -103,10 +104,8 @@ def test_fp8_weights_are_counted_as_they_are(tiny_sdxl: Tiny, picture: Path) -> 
 def test_real_sdxl_fits_by_the_estimate(picture: Path, tmp_path: Path) -> None:
     """From a header of the real size, with the advised ranks. The rest of the card is for the driver, encoding and drawing."""
     file = save_header(real_size("sdxl"), tmp_path / "model.safetensors")
-    for name in ("24", "8"):
-        rank = PRESETS[name].rank
-        job = split_job(picture, subject="cat", style="ink", base=str(file), vram=name, rank=rank)
-        assert estimate(job, "cpu").total < 0.75 * int(name) * GIB, memory_line(job)
+    job = split_job(picture, subject="cat", style="ink", base=str(file), vram="8", rank=PRESETS["8"].rank)
+    assert estimate(job, "cpu").total < 0.75 * 8 * GIB, memory_line(job)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from unbraid.bases import recognised
 from unbraid.bases.configuration import denoiser_config
 from unbraid.bases.pipeline import open_pipeline
 from unbraid.bases.recognised import family_preset, pipeline_class
@@ -55,6 +56,28 @@ def test_files(key: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"this is an? {FILES[key]}.* checkpoint") as caught:
         sniff(tmp_path / "model.safetensors")
     assert "diffusers folder" in str(caught.value)
+
+
+def test_the_hub_is_asked_once_and_again_after_a_minute_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, huggingface_hub tries for half a minute."""
+    asked, now = list[str](), 1000.0
+
+    def answer(base: str) -> dict[str, str]:
+        asked.append(base)
+        if base == "some/offline":
+            raise OSError("no network")
+        return {"_class_name": "FluxPipeline"}
+
+    monkeypatch.setattr(recognised.DiffusionPipeline, "load_config", answer)
+    monkeypatch.setattr(recognised, "_ASKED", {})
+    monkeypatch.setattr(recognised.time, "monotonic", lambda: now)
+    for base, name in (("some/flux", "FluxPipeline"), ("some/offline", "")):
+        assert {pipeline_class(base) for _ in range(3)} == {name}
+    assert family_preset("some/flux", "pair").settings
+    assert asked == ["some/flux", "some/offline"]
+    now += 61
+    assert (pipeline_class("some/flux"), pipeline_class("some/offline")) == ("FluxPipeline", "")
+    assert asked == ["some/flux", "some/offline", "some/offline"]
 
 
 def test_what_cannot_be_read_has_no_class(tmp_path: Path) -> None:

@@ -437,6 +437,15 @@ def test_memory_is_estimated_and_presets_change_no_gradient(folder: Path, pictur
 
 
 @pytest.mark.parametrize("folder", ONE_EACH, indirect=True)
+@pytest.mark.parametrize("vram", ["max", "8"])
+def test_it_computes_in_the_type_that_diffusers_says(folder: Path, vram: str) -> None:
+    base = bases.load(str(folder), "cpu", Loading(vram=vram))
+    adapters = Adapters.attach(base.denoiser, kinds=base.family.network.layers)
+    adapters.new("lora", 2, torch.Generator().manual_seed(0))
+    assert base.dtype == base.denoiser.dtype == (torch.float32 if vram == "max" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("folder", ONE_EACH, indirect=True)
 def test_the_selftest_passes(folder: Path) -> None:
     rows = selftest(str(folder), device="cpu", only=["dreambooth", "blora", "classifier-free", "image to image"])
     assert len(rows) == 4 and all(row.passed for row in rows), [row.note for row in rows]

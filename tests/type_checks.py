@@ -1,24 +1,43 @@
-"""What `--jaxtyping-packages` does to every function of the package, at half the cost. Imported before the package is."""
+"""What `--jaxtyping-packages` does to every function of the package, at a fraction of the cost. Imported before the package is."""
 
 import functools
 import inspect
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
 from beartype import beartype
 
 whole = jaxtyping.jaxtyped
+FIRST, EVERY = 100, 20  # calls of a function with shapes, per test: the first ones are checked, and later every 20th
+calls = Counter[
+    Callable[..., Any]
+]()  # emptied before each test, so that what a test checks does not depend on other tests
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
-    """jaxtyping's wrapper binds the arguments and remembers sizes at every call: only annotations with shapes need it.
-    The others are checked by beartype alone. Texts may be names of shapes."""
+    """jaxtyping's wrapper binds the arguments and remembers sizes at every call: only annotations with shapes need it, and not
+    at thousands of calls in one test. The others are checked by beartype alone. Texts may be names of shapes. Functions inside
+    of functions would be wrapped, and compiled, whenever the outer one is called: they are not checked."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
+    if not inspect.isfunction(function):
+        return whole(typechecker=typechecker)(function)
+    if "<locals>" in function.__qualname__:
+        return function
     hints = getattr(function, "__annotations__", {}).values()
-    if inspect.isfunction(function) and not any(isinstance(hint, str) or "jaxtyping" in repr(hint) for hint in hints):
+    if not any(isinstance(hint, str) or "jaxtyping" in repr(hint) for hint in hints):
         return beartype(function)
-    return whole(typechecker=typechecker)(function)
+    checked = whole(typechecker=typechecker)(function)
+
+    @functools.wraps(function)
+    def sampled(*given: Any, **named: Any) -> Any:
+        calls[function] += 1
+        often = calls[function] > FIRST and calls[function] % EVERY
+        return (function if often else checked)(*given, **named)
+
+    return sampled
 
 
 jaxtyping.jaxtyped = jaxtyped  # the import hook finds it here

@@ -21,6 +21,7 @@ from unbraid.bases.samples import Picture, drawn
 from unbraid.bases.savings import moved, save_memory
 from unbraid.common.errors import UsageError
 from unbraid.common.interrupts import interrupts_kept
+from unbraid.core.adapters import compute_dtype
 from unbraid.core.graphs import CudaExecutor, Graphs
 from unbraid.core.lora import Noise
 from unbraid.core.recipe import Denoiser, Sample, Shared
@@ -53,6 +54,11 @@ class Base:
     def denoiser(self) -> Any:
         """The network that LoRAs are trained on: a diffusers model with its `config`."""
         return getattr(self.pipe, self.family.network.part)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the denoiser computes in."""
+        return compute_dtype(self.denoiser)
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -142,27 +148,28 @@ class Base:
     def conditions(self, prompts: Sequence[Prompt], sizes: Tensor) -> dict[str, Any]:
         """The arguments of the denoiser, or of a ControlNet, other than latents and timesteps. `prompts` and `sizes
         [b, 6]`: one per row."""
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         more = self.family.conditions(prompts, sizes, dtype)
         if not self.family.network.layers.own_prompt:
             texts, segments = rows(prompts, dtype)
             return {"encoder_hidden_states": texts, **segments, **more}
-        return {"encoder_hidden_states": self._texts((dtype, *prompts), prompts), **more}
+        return {"encoder_hidden_states": self._texts(prompts, dtype), **more}
 
-    def _texts(self, key: tuple[object, ...], prompts: Sequence[Prompt]) -> Tensor:
+    def _texts(self, prompts: Sequence[Prompt], dtype: torch.dtype) -> Tensor:
         """The embeddings of a batch, `[b, tokens, channels]`. The same prompts give the same tensor object, by which
         adapted layers recognise the prompts whose keys and values they have cached."""
+        key = (dtype, *prompts)
         if key not in self.embeddings:
             if len(self.embeddings) == MOST_BATCHES:
                 self.embeddings.clear()
-            self.embeddings[key] = torch.stack([prompt.embeds for prompt in prompts]).to(self.denoiser.dtype)
+            self.embeddings[key] = torch.stack([prompt.embeds for prompt in prompts]).to(dtype)
         return self.embeddings[key]
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[Prompt], sizes: Tensor, **residuals: Any) -> Tensor:
         """The denoiser's prediction for a batch, in the shape of `noisy [b, c, h, w]`. `residuals`: outputs of a ControlNet,
         under the names of the denoiser's arguments."""
         conditions = {**self.conditions(prompts, sizes), **residuals}
-        return self.family.network.predict(self.denoiser, noisy, t, self.guidance, conditions)
+        return self.family.network.predict(self.denoiser, noisy.to(self.dtype), t, self.guidance, conditions)
 
 
 class RunData:

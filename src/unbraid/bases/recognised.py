@@ -1,6 +1,7 @@
 """What a diffusers folder or hub repository holds, from the name of its pipeline class alone. Nothing else is downloaded."""
 
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,10 @@ OTHERS: Mapping[str, str] = {  # how the name of a pipeline class begins → wha
 }
 
 
+AGAIN = 60.0  # seconds after which a hub id without an answer is asked again
+_ASKED: dict[str, tuple[Mapping[str, Any], float]] = {}  # hub id → what it answered, and when
+
+
 def pipeline_class(base: str) -> str:
     """The name of the pipeline class of a folder or a hub id; empty if it cannot be found out, or if `base` is a file."""
     return str(_index(base).get("_class_name") or "")
@@ -61,9 +66,20 @@ def components(base: str) -> Mapping[str, Any]:
 
 
 def _index(base: str) -> Mapping[str, Any]:
-    """The content of `model_index.json`; empty if there is none, or if `base` is a file."""
+    """The content of `model_index.json`; empty if there is none, or if `base` is a file. That of a hub id is asked for once;
+    without a network, where an answer takes half a minute, again after a minute."""
     if base == "icons" or Path(base).is_file():
         return {}
+    if Path(base).is_dir():
+        return _read_index(base)
+    index, when = _ASKED.get(base, ({}, -AGAIN))
+    if not index and time.monotonic() - when >= AGAIN:
+        index = _read_index(base)
+        _ASKED[base] = index, time.monotonic()
+    return index
+
+
+def _read_index(base: str) -> Mapping[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers passes arguments that the hub's library has deprecated

@@ -120,7 +120,7 @@ def load_control(base: Base, name: str) -> ControlNetModel:
         raise UsageError(what, name, "Leave out --controlnet.")
     known_model(name, "ControlNet", "Give a diffusers folder, or a hub id such as diffusers/controlnet-canny-sdxl-1.0.")
     try:
-        model = ControlNetModel.from_pretrained(name, torch_dtype=base.denoiser.dtype, use_safetensors=True)
+        model = ControlNetModel.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         fix = "Give a complete diffusers folder with .safetensors weights, or a hub id."
         raise UsageError(f"the ControlNet cannot be loaded: {first_line(error)}", name, fix) from error

@@ -86,7 +86,7 @@ class Guided(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.terms, self.prompts, self.adapters = base, tuple(terms), prompts, adapters
-        self.dtype, self.device = base.denoiser.dtype, base.device
+        self.dtype, self.device = base.dtype, base.device
         self.graphs = base.new_graphs()
         self.imitate(masked=False)
 

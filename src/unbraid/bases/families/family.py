@@ -83,9 +83,9 @@ class Network(Protocol):
     def predict(
         self, denoiser: Any, noisy: Tensor, t: Tensor, guidance: float, conditions: Mapping[str, Any]
     ) -> Tensor:
-        """The denoiser's prediction for latents at timesteps `t [b]`. `guidance`: for those that take it as an input.
-        `conditions`: its arguments other than these. `encoder_hidden_states` is a tensor, or a list with a tensor
-        `[tokens, channels]` per row."""
+        """The denoiser's prediction for latents, which have the type that it computes in, at timesteps `t [b]`.
+        `guidance`: for those that take it as an input. `conditions`: its arguments other than these.
+        `encoder_hidden_states` is a tensor, or a list with a tensor `[tokens, channels]` per row."""
         ...
 
     def picture_sizes(self, arguments: Mapping[str, Any]) -> Tensor | None:

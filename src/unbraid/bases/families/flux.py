@@ -59,7 +59,7 @@ class Flux(Transformer):
         rows, _, height, width = noisy.shape
         texts = stacked(conditions["encoder_hidden_states"])
         scale = torch.full((rows,), guidance, device=noisy.device) if denoiser.config["guidance_embeds"] else None
-        packed = pack(noisy.to(denoiser.dtype))
+        packed = pack(noisy)
         segments = conditions.get("segments", 1)
         apart = {} if segments == 1 else {"attention_mask": reading(segments, texts.shape[1], packed.shape[1], packed)}
         out = denoiser(

@@ -66,7 +66,7 @@ class SD3(Transformer):
             picture = noisy.shape[-2] * noisy.shape[-1] // denoiser.config["patch_size"] ** 2
             apart = {"attention_mask": reading(segments, texts.shape[1], picture, texts, picture_first=True)}
         return denoiser(
-            hidden_states=noisy.to(denoiser.dtype),
+            hidden_states=noisy,
             timestep=t,
             encoder_hidden_states=texts,
             pooled_projections=conditions["pooled_projections"],

@@ -81,7 +81,7 @@ class UNet:
         self, denoiser: Any, noisy: Tensor, t: Tensor, guidance: float, conditions: Mapping[str, Any]
     ) -> Tensor:
         del guidance
-        return denoiser(noisy.to(denoiser.dtype), t, **conditions).sample
+        return denoiser(noisy, t, **conditions).sample
 
     def picture_sizes(self, arguments: Mapping[str, Any]) -> Tensor | None:
         return (arguments.get("added_cond_kwargs") or {}).get("time_ids")

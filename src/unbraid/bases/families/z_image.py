@@ -45,7 +45,7 @@ class ZImage(Transformer):
         self, denoiser: Any, noisy: Tensor, t: Tensor, guidance: float, conditions: Mapping[str, Any]
     ) -> Tensor:
         del guidance
-        latents = list(noisy.to(denoiser.dtype)[:, :, None].unbind(0))
+        latents = list(noisy[:, :, None].unbind(0))
         texts = list(conditions["encoder_hidden_states"])
         out = denoiser(latents, (1000 - t) / 1000, texts, return_dict=False)[0]
         return -torch.stack(out).squeeze(2)
