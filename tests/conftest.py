@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def checked_anew() -> None:
-    """In every test, the first calls of each function have their shapes checked."""
+def checked_anew() -> Iterator[None]:
+    """In every test, the first calls of each function have their shapes checked; so have those of fixtures before it."""
+    type_checks.calls.clear()
+    yield
     type_checks.calls.clear()
 
 

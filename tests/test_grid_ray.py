@@ -46,7 +46,7 @@ def test_workers_and_a_driver_are_killed(tmp_path: Path) -> None:
 def test_shares_are_killed_and_two_drivers_are_on_one_grid(tmp_path: Path) -> None:
     """The plain run to compare with is made once for both."""
     for only, killed in (("shards", 2), ("two", 0)):
-        happened = broken(tmp_path, only, "--jobs=6", "--steps=20")
+        happened = broken(tmp_path, only, "--jobs=6", "--steps=30")
         assert happened == {"killed": killed, "done": 6, "ended twice": 0}
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,26 +59,35 @@ def test_files(key: str, tmp_path: Path) -> None:
     assert "diffusers folder" in str(caught.value)
 
 
-def test_the_hub_is_asked_once_and_again_after_a_minute_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_once_and_again_a_minute_after_a_long_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without a network, huggingface_hub tries for half a minute."""
     asked, now = list[str](), 1000.0
 
     def answer(base: str) -> dict[str, str]:
+        nonlocal now
         asked.append(base)
         if base == "some/offline":
+            now += 24
             raise OSError("no network")
-        return {"_class_name": "FluxPipeline"}
+        if base == "some/unknown":
+            raise OSError("404")
+        return {"_class_name": f"{base.rpartition('/')[2].title()}Pipeline"}
 
     monkeypatch.setattr(recognised.DiffusionPipeline, "load_config", answer)
     monkeypatch.setattr(recognised, "_ASKED", {})
-    monkeypatch.setattr(recognised.time, "monotonic", lambda: now)
-    for base, name in (("some/flux", "FluxPipeline"), ("some/offline", "")):
-        assert {pipeline_class(base) for _ in range(3)} == {name}
+    monkeypatch.setattr(recognised, "time", SimpleNamespace(monotonic=lambda: now))
+    (folder := tmp_path / "sdxl").mkdir()
+    given = {"some/flux": "FluxPipeline", "some/offline": "", "some/unknown": "", str(folder): "SdxlPipeline"}
+    for base, name in given.items():
+        assert {pipeline_class(base) for _ in range(2)} == {name}
     assert family_preset("some/flux", "pair").settings
-    assert asked == ["some/flux", "some/offline"]
+    assert asked == ["some/flux", "some/offline", *["some/unknown"] * 2, *[str(folder)] * 2], "folders can change"
     now += 61
-    assert (pipeline_class("some/flux"), pipeline_class("some/offline")) == ("FluxPipeline", "")
-    assert asked == ["some/flux", "some/offline", "some/offline"]
+    asked.clear()
+    assert {base: pipeline_class(base) for base in given} == given
+    assert asked == ["some/offline", "some/unknown", str(folder)]
 
 
 def test_what_cannot_be_read_has_no_class(tmp_path: Path) -> None:

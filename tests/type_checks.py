@@ -10,10 +10,12 @@ import jaxtyping
 from beartype import beartype
 
 whole = jaxtyping.jaxtyped
-FIRST, EVERY = 100, 20  # calls of a function with shapes, per test: the first ones are checked, and later every 20th
+# Calls of a function with shapes that are checked in a test: the first ones, and of the later ones one in so many. A prime,
+# so that it is not always the same layer's.
+FIRST, EVERY = 100, 19
 calls = Counter[
     Callable[..., Any]
-]()  # emptied before each test, so that what a test checks does not depend on other tests
+]()  # emptied around each test, so that what a test checks does not depend on other tests
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
@@ -34,8 +36,8 @@ def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     @functools.wraps(function)
     def sampled(*given: Any, **named: Any) -> Any:
         calls[function] += 1
-        often = calls[function] > FIRST and calls[function] % EVERY
-        return (function if often else checked)(*given, **named)
+        skipped = calls[function] > FIRST and calls[function] % EVERY
+        return (function if skipped else checked)(*given, **named)
 
     return sampled
 

@@ -171,7 +171,8 @@ def broken_shares(todo: Sequence[Job], start: Start, shares: Sequence[str], limi
         watch.look()
         for i, one in enumerate(shares[:-1]):
             first, step = share(one)
-            if i not in killed and any((job.out / DONE).exists() for job in todo[first::step]):
+            ended = [(job.out / DONE).exists() for job in todo[first::step]]
+            if i not in killed and any(ended) and not all(ended):
                 end(processes[i])
                 processes[i] = start(one)
                 killed.add(i)

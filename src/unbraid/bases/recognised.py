@@ -45,7 +45,7 @@ OTHERS: Mapping[str, str] = {  # how the name of a pipeline class begins → wha
 }
 
 
-AGAIN = 60.0  # seconds after which a hub id without an answer is asked again
+LONG, AGAIN = 5.0, 60.0  # seconds: who waited that long in vain does not ask again before this time
 _ASKED: dict[str, tuple[Mapping[str, Any], float]] = {}  # hub id → what it answered, and when
 
 
@@ -66,16 +66,18 @@ def components(base: str) -> Mapping[str, Any]:
 
 
 def _index(base: str) -> Mapping[str, Any]:
-    """The content of `model_index.json`; empty if there is none, or if `base` is a file. That of a hub id is asked for once;
-    without a network, where an answer takes half a minute, again after a minute."""
+    """The content of `model_index.json`; empty if there is none, or if `base` is a file. That of a hub id is asked for once,
+    and again where it was not found; but without a network, where an answer takes half a minute, only after a minute."""
     if base == "icons" or Path(base).is_file():
         return {}
     if Path(base).is_dir():
         return _read_index(base)
     index, when = _ASKED.get(base, ({}, -AGAIN))
-    if not index and time.monotonic() - when >= AGAIN:
+    if not index and (begin := time.monotonic()) - when >= AGAIN:
         index = _read_index(base)
-        _ASKED[base] = index, time.monotonic()
+        end = time.monotonic()
+        if index or end - begin > LONG:
+            _ASKED[base] = index, end
     return index
 
 
