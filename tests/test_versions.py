@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_every_base import everything
+from test_every_base import everything, works_elsewhere
 from tiny_bases import Tiny
 
 from unbraid.bases.base import load
@@ -53,10 +53,22 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def found(tiny_sdxl: Tiny, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figures]:
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("versions")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_sdxl: Tiny, picture: Path, work: Path) -> dict[str, list[Path]]:
+    return everything(str(tiny_sdxl.folder), picture, work)
+
+
+def test_every_method_on_sdxl(made: dict[str, list[Path]], tiny_sdxl: Tiny) -> None:
+    works_elsewhere(made, tiny_sdxl, "folder", True)
+
+
+@pytest.fixture(scope="module")
+def found(made: dict[str, list[Path]], tiny_sdxl: Tiny, work: Path) -> dict[str, Figures]:
     """Version → the results that it stands for: losses and LoRAs of every method, brightness of drawings, scores."""
-    work = tmp_path_factory.mktemp("versions")
-    made = everything(str(tiny_sdxl.folder), picture, work)
     methods = {
         method: {str(file.relative_to(work)): [of_file(file), *losses(file.parent)] for file in sorted(files)}
         for method, files in made.items()
