@@ -13,9 +13,8 @@ whole = jaxtyping.jaxtyped
 # Calls of a function with shapes that are checked in a test: the first ones, and of the later ones one in so many. A prime,
 # so that it is not always the same layer's.
 FIRST, EVERY = 100, 19
-calls = Counter[
-    Callable[..., Any]
-]()  # emptied around each test, so that what a test checks does not depend on other tests
+# Emptied around each test, so that what a test checks does not depend on other tests.
+calls = Counter[Callable[..., Any]]()
 
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:

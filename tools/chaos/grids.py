@@ -128,8 +128,8 @@ def broken_cluster(todo: Sequence[Job], start: Start, every: float, drivers: int
                 done["drivers started again"] = done.get("drivers started again", 0) + 1
                 process = start()
             elif done["drivers killed"] < drivers and count > len(todo) * (1 + done["drivers killed"]) / (drivers + 1):
+                done["drivers killed"] += process.poll() is None
                 end(process)
-                done["drivers killed"] += 1
             elif not done["disks full"] and count > len(todo) / 6 and working:
                 done["disks full"] += _full(working, todo)
             elif time.monotonic() > kill and working:
