@@ -29,7 +29,7 @@ if (
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so do the processes that tests start: studio, trainings, Ray's workers
 if "MPLCONFIGDIR" not in os.environ:  # the account's list of fonts may be damaged, and a test must not damage it
-    fonts = tempfile.TemporaryDirectory(prefix="unbraid-tests-fonts-")  # until pytest ends; its workers inherit the name
+    fonts = tempfile.TemporaryDirectory(prefix="unbraid-fonts-")  # removed when pytest ends; its workers inherit it
     os.environ["MPLCONFIGDIR"] = fonts.name
 WORDS = ("dog", "cat", "line", "teapot")
 

@@ -343,6 +343,24 @@ def test_a_lead_is_paired() -> None:
     assert stats.lead(units, "combine", "a", "nobody") is None
 
 
+def test_intervals_and_p_values_do_not_depend_on_the_order_of_the_units() -> None:
+    rng = np.random.default_rng(2)
+    units = [unit(row, str(i), 0, rng.uniform(), rng.uniform()) for i in range(12) for row in "ab"]
+    assert stats.lead(units, "combine", "a", "b") == stats.lead(units[::-1], "combine", "a", "b")
+    values = rng.uniform(size=9).tolist()
+    assert str(stats.estimate(values)) == str(stats.estimate(values[::-1]))
+
+
+def test_a_lead_of_one_use_counts_its_drawings_alone() -> None:
+    units = [unit(row, "x", 0, 0.5 + gap, 0.5) for row, gap in (("a", 0.2), ("b", 0.0))]
+    other = [replace(one.drawings[0], use="style LoRA", scores={"content": 0.5, "style": 0.1}) for one in units]
+    units = [replace(one, drawings=(*one.drawings, more)) for one, more in zip(units, other, strict=True)]
+    for use, expected in (("", 0.1), ("both", 0.2), ("style LoRA", 0.0)):
+        found = stats.lead(units, "combine", "a", "b", "content", use)
+        assert found and found.ahead.mean == pytest.approx(expected), use
+    assert stats.lead(units, "combine", "a", "b", "content", "nothing") is None
+
+
 def test_a_seed_that_only_one_of_two_rows_has_does_not_count() -> None:
     units = [unit("a", "x", 0, 0.5, 0.5), unit("b", "x", 0, 0.5, 0.5), unit("a", "x", 1, 0.9, 0.9)]
     found = stats.lead(units, "combine", "a", "b")
@@ -388,6 +406,35 @@ def test_a_report_compares_two_rows_on_all_problems_that_both_have(tmp_path: Pat
     assert {line.split(" | ")[0][2:]: line.split(" | ")[2] for line in leads[2:]} == {"b": "2 of 3", "c": "2 of 2"}
 
 
+def test_a_report_compares_every_row_with_a_named_one(tmp_path: Path) -> None:
+    had = {"a": {"x": 0.9, "y": 0.1}, "b": {"x": 0.5, "y": 0.9}, "c": {"x": 0.2}}
+    units = [unit(row, problem, 0, value, value) for row, some in had.items() for problem, value in some.items()]
+    html, _, leads, _ = report.write(units, len(units), tmp_path, tmp_path / "report", ["c"])
+    lines = leads.read_text().splitlines()
+    assert "| b | likeness | 0.500 | 0.200 | 0.300 | 1 of 1 | 1.000 | 1.000 |" in lines
+    assert {line.split(" | ")[0][2:] for line in lines if " | content | " in line} == {"a", "b"}
+    assert "ahead of c by" in html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--over", "direct sun"], "Did you mean 'direct sum'?"),
+        (["--task", "separate", "--over", "direct sum"], "there is no row 'direct sum'"),
+        (["--images", ".", "--over", "direct sum"], "no true answers to compare by"),
+        (["--only", "all", "--only", "direct sum"], "there is no row 'all'"),
+    ],
+)
+def test_a_row_to_compare_with_is_one_of_the_report(words: list[str], what: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", "--report", "--work", str(tmp_path), *words])
+    assert done.exit_code and what in str(done.exception), done.output
+
+
+def test_all_rows_are_chosen_with_their_ablations() -> None:
+    assert chosen(("combine",), ("all",)) == [row for row in all_rows() if row.task == "combine"]
+    assert any(row.ablation for row in chosen((), ("all",))) and not any(row.ablation for row in chosen())
+
+
 @pytest.mark.parametrize(
     ("given", "seeds"), [([], (0,)), (["--seed", "1"], (1,)), (["--seed", "1", "--seed", "0", "--seed", "1"], (1, 0))]
 )
@@ -408,17 +455,42 @@ def example(word: str) -> str:
     return next(code for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if word in code)
 
 
-def test_the_docs_compare_rows_by_the_committed_results(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(DOCS.parent.parent)
-    exec(example("lead("), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) > 15
-    for line in printed:
-        row, figures, n = re.fullmatch(r"(.+?) (-?[0-9.]+.*) on (\d+)", line).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        merge = not row.startswith("ablation") and row not in ("direct sum", CEILING, BASE, COPY)
-        assert (f"| {row}" in DOCS.read_text() and f" {figures} | {n} |" in DOCS.read_text()) or not merge, line
+def figures(text: str) -> set[str]:
+    """All means with an interval; a minus sign like a hyphen."""
+    number = r"-?\d\.\d{3}"
+    return set(re.findall(rf"(?<![\d.]){number} \[{number}, {number}\]", text.replace("−", "-")))
+
+
+def the_other_way_round(figure: str) -> str:
+    """By how much the second row is ahead of the first, if this is by how much the first is ahead of the second."""
+    mean, low, high = (one[1:] if one[0] == "-" else f"-{one}" for one in re.findall(r"-?[\d.]+", figure))
+    return f"{mean} [{high}, {low}]"
+
+
+def test_the_figures_of_the_docs_are_in_the_committed_tables() -> None:
+    tables_of = [(DOCS.parent / "benchmark" / name).read_text() for name in ("table.md", "leads.md")]
+    known = set().union(*map(figures, tables_of))
+    said = figures(DOCS.read_text().split("## Results")[1].split("## A row of your own")[0])
+    assert len(said) > 100 and not said - known - set(map(the_other_way_round, known))
+
+
+def test_the_committed_tables_are_those_of_the_committed_units() -> None:
+    folder = DOCS.parent / "benchmark"
+    units = results.read(folder / "results.jsonl")
+    names = {row.name for row in chosen()}
+    usual = results.complete([one for one in units if one.row in names])
+    means, leads = ((folder / name).read_text() for name in ("table.md", "leads.md"))
+    for task in TASKS:
+        assert tables.scores(usual, task).markdown in means, task
+    for part in re.split(r"^## ", leads, flags=re.M)[1:]:
+        heading, *lines = [line for line in part.splitlines() if line.startswith("| ")]
+        other = re.findall(r"\| ahead of (.*?) by \|", heading)[0]
+        for line in lines[:: len(lines) // 2]:
+            row, measured, *given = line.strip("| ").split(" | ")
+            use, metric = re.fullmatch(r"(?:(.*): )?(\w+)", measured).groups()  # pyright: ignore[reportOptionalMemberAccess]
+            found = stats.lead(units, part.split("\n")[0], row, other, metric, use or "")
+            assert found, line
+            assert given[:4] == [*map(str, (found.mine, found.theirs, found.ahead)), f"{found.wins} of {found.ahead.n}"]
 
 
 @pytest.fixture

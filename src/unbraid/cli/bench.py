@@ -34,7 +34,13 @@ Tasks = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="A row by its name, ablations too; repeatable. `list` prints all. Default: all but ablations."),
+    typer.Option(
+        help="A row by its name; repeatable. `list` prints all names; `all`: ablations too. Default: all but ablations."
+    ),
+]
+Over = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ROW", help="Also report how far ahead of this row each other one is; repeatable."),
 ]
 Seeds = Annotated[
     list[int] | None,
@@ -58,6 +64,7 @@ def bench(
     processes: Annotated[int, typer.Option(help="How many at once; 0: one per core, or one on an accelerator.")] = 0,
     known: Known = None,
     report: Annotated[bool, typer.Option("--report", help="Only report what is there.")] = False,
+    over: Over = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default WORK/report.")] = None,
     images: Images = None,
     protocol: Annotated[str, typer.Option(help="Whose prompts, for --images: plain or contexts.")] = "plain",
@@ -80,13 +87,13 @@ def bench(
     from unbraid.bases.loadable import check_loading
     from unbraid.bases.presets import Loading
     from unbraid.bench import grid, results
-    from unbraid.bench.registry import chosen
+    from unbraid.bench.registry import chosen, named
     from unbraid.bench.truth.tasks import FULL, MEDIUM, QUICK
     from unbraid.runs.cluster import Cluster
     from unbraid.runs.grid_worker import share
 
     models = {"clip": clip, "dino": dino, "csd": csd, "lpips": lpips}
-    _check(task or (), models, images, shared_out=bool(shard or ray), both=full and medium)
+    _check(task or (), models, images, shared_out=bool(shard or ray), both=full and medium, over=bool(over))
     check_ray(ray, gpus)
     if only == ["list"]:
         _list(task or ())
@@ -98,17 +105,22 @@ def bench(
         _field(work, out or work / "report", (base, parts), images, protocol, models, selection)
         return
     scale = replace(FULL if full else MEDIUM if medium else QUICK, seeds=seeds)
-    todos = grid.plan(work, scale, chosen(task or (), only or ()), base, parts)
+    rows = chosen(task or (), only or ())
+    others = [named(one, rows, "--over, among the rows of this report") for one in over or ()]
+    todos = grid.plan(work, scale, rows, base, parts)
     given, (i, n) = results.read(known) if known else [], share(shard)
     cluster = Cluster(ray, gpus, cpus, retries) if ray else None
     mine = [] if report else todos[i::n]
     made, failed = _run(len(mine), grid.run(mine, _processes(processes), given, cluster), quiet)
-    _report(todos, [*given, *made], work, out or work / "report")
+    _report(todos, [*given, *made], work, out or work / "report", others)
     _tell(failed, len(mine), work)
 
 
-def _check(tasks: Sequence[str], models: dict[str, str], images: Path | None, *, shared_out: bool, both: bool) -> None:
-    """Raise UsageError for a task that there is not, and for options that do not go together. `both`: whether both sizes are given."""
+def _check(
+    tasks: Sequence[str], models: dict[str, str], images: Path | None, *, shared_out: bool, both: bool, over: bool
+) -> None:
+    """Raise UsageError for a task that there is not, and for options that do not go together. `both`: whether both sizes are given; `over`:
+    whether a row to compare with is."""
     from unbraid.bench.truth.tasks import TASKS
 
     for name in tasks:
@@ -116,6 +128,8 @@ def _check(tasks: Sequence[str], models: dict[str, str], images: Path | None, *,
             raise UsageError(f"there is no task {name!r}", "--task", f"There are: {', '.join(TASKS)}.")
     if images and shared_out:
         raise UsageError("your own pictures are not shared out", "--shard, --ray", "Leave them out.")
+    if images and over:
+        raise UsageError("your own pictures have no true answers to compare by", "--over", "Leave it out.")
     if not images and any(models.values()):
         raise UsageError("nothing to measure", "--clip and the like", "They score your own pictures: --images DIR.")
     if both:
@@ -197,7 +211,7 @@ def _processes(given: int) -> int:
     return given or (1 if pick_device() != "cpu" else os.cpu_count() or 1)
 
 
-def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
+def _report(todos: list[Any], given: list[Any], work: Path, out: Path, over: Sequence[str]) -> None:
     from unbraid.bench import grid, results
     from unbraid.bench.reports import report
 
@@ -206,5 +220,5 @@ def _report(todos: list[Any], given: list[Any], work: Path, out: Path) -> None:
     if not units:
         fix = "Give the --task, --only and --seed that were run, or run it without --report first."
         raise UsageError("there is nothing to report", work, fix)
-    for file in report.write(units, len(todos), work, out):
+    for file in report.write(units, len(todos), work, out, over):
         print(file)

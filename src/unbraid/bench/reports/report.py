@@ -24,18 +24,20 @@ class Section:
     about: str
     scores: Table
     leads: Table
+    over: tuple[Table, ...]
     uses: Table | None
     failures: Table
     costs: Table
     pictures: tuple[Path, ...]
 
 
-def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Path]:
+def write(units: Sequence[Unit], planned: int, work: Path, out: Path, over: Sequence[str] = ()) -> list[Path]:
     """Write report.html, table.md, results.jsonl and a few plots per task into `out`. `planned`: the number of units of a complete run.
+    `over`: rows that all others are compared with in leads.md, a table each, in the tasks that have them.
 
     Means are over the problems that all rows of a task have; a pair of rows is compared on all that both have."""
     compared, tasks = complete(units), {unit.task for unit in units}
-    sections = [_section(units, compared, task, work, out) for task in TASKS if task in tasks]
+    sections = [_section(units, compared, task, (work, out), over) for task in TASKS if task in tasks]
     verdicts = tables.claims(claims.verdicts(units))
     about = _about(units, planned)
     page = Environment(loader=PackageLoader("unbraid.bench.reports", "."), autoescape=True).get_template(
@@ -48,11 +50,21 @@ def write(units: Sequence[Unit], planned: int, work: Path, out: Path) -> list[Pa
         part.write_text(html, "utf-8")
     with atomic(out / "table.md") as part:
         part.write_text(_markdown(about, sections, verdicts), "utf-8")
-    return [out / "report.html", out / "table.md", save(units, out / "results.jsonl")]
+    files = [out / "report.html", out / "table.md", save(units, out / "results.jsonl")]
+    if over:
+        named = [f"## {section.name}\n\n{table.markdown}" for section in sections for table in section.over]
+        with atomic(out / "leads.md") as part:
+            part.write_text("\n\n".join([about, *named]) + "\n", "utf-8")
+        files.insert(2, out / "leads.md")
+    return files
 
 
-def _section(every: Sequence[Unit], units: Sequence[Unit], task: str, work: Path, out: Path) -> Section:
-    """`every`: all units; `units`: those of the problems that all rows have."""
+def _section(
+    every: Sequence[Unit], units: Sequence[Unit], task: str, folders: tuple[Path, Path], over: Sequence[str]
+) -> Section:
+    """`every`: all units; `units`: those of the problems that all rows have; `folders`: of the pictures and of the report."""
+    work, out = folders
+    rows = tables.order(problems(units, task))
     pictures = [
         plots.scatter(units, task, out / f"{task}-scatter.png"),
         plots.sheet(units, task, work, out / f"{task}-sheet.webp"),
@@ -64,7 +76,8 @@ def _section(every: Sequence[Unit], units: Sequence[Unit], task: str, work: Path
         task,
         TASKS[task],  # type: ignore[index]
         tables.scores(units, task),
-        tables.leads(every, task, tables.order(problems(units, task))),
+        tables.leads(every, task, rows),
+        tuple(tables.over(every, task, rows, other) for other in over if other in rows),
         tables.uses(units, task) if several else None,
         tables.failures(units, task),
         tables.costs(units, task),
@@ -101,7 +114,6 @@ def _markdown(about: str, sections: Sequence[Section], verdicts: Table) -> str:
     parts = [about]
     for section in sections:
         parts += [f"## {section.name}", section.scores.markdown, section.leads.markdown]
-        parts += [section.uses.markdown] if section.uses else []
-        parts += [section.costs.markdown]
+        parts += [one.markdown for one in (section.uses, section.costs) if one]
     parts += ["## claims", verdicts.markdown] if verdicts.lines else []
     return "\n\n".join(parts) + "\n"

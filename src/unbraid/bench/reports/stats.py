@@ -6,8 +6,8 @@ because two seeds of one problem are not two independent problems.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mean
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 from scipy import stats
@@ -44,10 +44,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Lead:
-    """How far `row` is ahead of `other` in a metric: paired differences on the problems that both have. `wins`: on how many it is ahead."""
+    """How far `row` is ahead of `other` in a metric: paired differences on the problems that both have. `wins`: on how many it is ahead.
+    `mine`, `theirs`: what `row` and `other` have there."""
 
     row: str
     other: str
+    mine: Estimate
+    theirs: Estimate
     ahead: Estimate
     p: float  # two-sided sign-flip permutation test; `holm` corrects several
     wins: int
@@ -62,7 +65,7 @@ def problems(units: Iterable[Unit], task: str) -> dict[str, dict[str, Values]]:
                 found[unit.row][problem].append(_values(unit, drawings))
     return {
         row: {
-            problem: {name: mean(one[name] for one in some if name in one) for name in some[0]}
+            problem: {name: fmean(one[name] for one in some if name in one) for name in some[0]}
             for problem, some in by_problem.items()
         }
         for row, by_problem in found.items()
@@ -88,12 +91,12 @@ def _values(unit: Unit, drawings: Sequence[Drawing]) -> Values:
     out: dict[str, float] = {}
     for name in METRICS:
         means = [
-            mean(one.scores[name] for one in some if name in one.scores)
+            fmean(one.scores[name] for one in some if name in one.scores)
             for some in uses.values()
             if any(name in one.scores for one in some)
         ]
         if means:
-            out[name] = mean(means)
+            out[name] = fmean(means)
     out = {"likeness": harmonic(out["content"], out["style"]), **out}
     return out if unit.diversity is None or unit.task == "transfer" else {**out, "diversity": unit.diversity}
 
@@ -107,29 +110,35 @@ def by_use(units: Iterable[Unit], task: str) -> dict[str, dict[str, Estimate]]:
                 cell = unit.cell.removesuffix(f", seed {unit.seed}")
                 found[unit.row][f"{drawing.use}: {name}"][cell].append(drawing.scores[name])
     return {
-        row: {column: estimate([mean(some) for some in cells.values()]) for column, cells in columns.items()}
+        row: {column: estimate([fmean(some) for some in cells.values()]) for column, cells in columns.items()}
         for row, columns in found.items()
     }
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean over problems and its percentile bootstrap interval."""
+    """The mean over problems and its percentile bootstrap interval. It does not depend on the order of the values."""
     if len(values) < 2 or len(set(values)) == 1:
-        return Estimate(mean(values), None, None, len(values))
+        return Estimate(fmean(values), None, None, len(values))
     found = stats.bootstrap(
-        (np.asarray(values),),
+        (np.sort(values),),
         np.mean,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Estimate(mean(values), float(found.low), float(found.high), len(values))
+    return Estimate(fmean(values), float(found.low), float(found.high), len(values))
 
 
-def lead(units: Iterable[Unit], task: str, row: str, other: str, metric: str = "likeness") -> Lead | None:
-    """The paired comparison of two rows, on the cells (a problem at a seed) that both have; None if they share none."""
+def lead(
+    units: Iterable[Unit], task: str, row: str, other: str, metric: str = "likeness", use: str = ""
+) -> Lead | None:
+    """The paired comparison of two rows, on the cells (a problem at a seed) that both have; None if they share none. `use`: of the drawings
+    of this use alone."""
     some = [unit for unit in units if unit.task == task and unit.row in (row, other)]
+    if use:
+        apart = [(unit, tuple(one for one in unit.drawings if one.use == use)) for unit in some]
+        some = [replace(unit, drawings=drawings, diversity=None) for unit, drawings in apart if drawings]
     had = {one: {unit.cell for unit in some if unit.row == one} for one in (row, other)}
     found = problems([unit for unit in some if unit.cell in had[row] & had[other]], task)
     shared = [
@@ -137,7 +146,8 @@ def lead(units: Iterable[Unit], task: str, row: str, other: str, metric: str = "
     ]
     if not shared:
         return None
-    ahead = np.asarray([found[row][one][metric] - found[other][one][metric] for one in shared])
+    mine, theirs = ([found[each][one][metric] for one in shared] for each in (row, other))
+    ahead = np.sort(np.asarray(mine) - np.asarray(theirs))
     p = 1.0
     if len(ahead) > 1 and np.any(ahead != 0):
         p = float(
@@ -150,7 +160,7 @@ def lead(units: Iterable[Unit], task: str, row: str, other: str, metric: str = "
                 rng=np.random.default_rng(0),
             ).pvalue
         )
-    return Lead(row, other, estimate(ahead.tolist()), p, int((ahead > 0).sum()))
+    return Lead(row, other, estimate(mine), estimate(theirs), estimate(ahead.tolist()), p, int((ahead > 0).sum()))
 
 
 def holm(leads: Sequence[Lead]) -> list[Lead]:
@@ -158,5 +168,5 @@ def holm(leads: Sequence[Lead]) -> list[Lead]:
     out, largest = list(leads), 0.0
     for rank, i in enumerate(sorted(range(len(leads)), key=lambda i: leads[i].p)):
         largest = max(largest, min(1.0, leads[i].p * (len(leads) - rank)))
-        out[i] = Lead(leads[i].row, leads[i].other, leads[i].ahead, largest, leads[i].wins)
+        out[i] = replace(leads[i], p=largest)
     return out

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from statistics import mean
 
 from unbraid.bench.reports.claims import Verdict
-from unbraid.bench.reports.stats import METRICS, Values, by_use, estimate, holm, lead, problems
+from unbraid.bench.reports.stats import METRICS, Lead, Values, by_use, estimate, holm, lead, problems
 from unbraid.bench.results import Unit
 from unbraid.bench.rows.cost import Cost
 from unbraid.bench.rows.row import BASE, CEILING, COPY
 
 SANITY = (CEILING, COPY, BASE)
+COMPARED = ("likeness", "content", "style", "leak", "structure")  # by these a row is compared with a named one
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,41 @@ def leads(units: Iterable[Unit], task: str, rows: Sequence[str]) -> Table:
         return Table(("",), ())
     first, *others = compared
     known = holm([one for other in others if (one := lead(some, task, first, other))])
-    lines = [
-        (one.other, str(one.ahead), f"{one.wins} of {one.ahead.n}", f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001")
-        for one in known
-    ]
+    lines = [(one.other, str(one.ahead), f"{one.wins} of {one.ahead.n}", _p(one)) for one in known]
     return Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines))
+
+
+def over(units: Iterable[Unit], task: str, rows: Sequence[str], other: str) -> Table:
+    """Every row against `other`, on the problems that both have: by each metric, and for each use of a task with several. p-values as they are,
+    and after Holm's correction over the rows, metric by metric."""
+    some = [unit for unit in units if unit.task == task]
+    compared = [row for row in rows if row not in (other, CEILING)]
+    uses = dict.fromkeys(drawing.use for unit in some for drawing in unit.drawings)
+    measures = [(name, "") for name in COMPARED]
+    measures += [(name, use) for use in uses if len(uses) > 1 for name in ("content", "style", "leak")]
+    lines = []
+    for name, use in measures:
+        found = [one for row in compared if (one := lead(some, task, row, other, name, use))]
+        what = f"{use}: {name}" if use else name
+        for one, fair in zip(found, holm(found), strict=True):
+            figures = (one.mine, one.theirs, one.ahead, f"{one.wins} of {one.ahead.n}", _p(one), _p(fair))
+            lines.append((one.row, what, *map(str, figures)))
+    lines.sort(key=lambda line: compared.index(line[0]))
+    headings = (
+        "",
+        "measured by",
+        "mean",
+        f"mean of {other}",
+        f"ahead of {other} by",
+        "on problems",
+        "p",
+        "p, corrected",
+    )
+    return Table(headings, tuple(lines))
+
+
+def _p(one: Lead) -> str:
+    return f"{one.p:.3f}" if one.p >= 0.001 else "< 0.001"
 
 
 def costs(units: Iterable[Unit], task: str) -> Table:
@@ -127,7 +158,7 @@ def claims(verdicts: Iterable[Verdict]) -> Table:
             one.claim.metric,
             one.claim.source,
             str(one.lead.ahead),
-            f"{one.lead.p:.3f}" if one.lead.p >= 0.001 else "< 0.001",
+            _p(one.lead),
             one.word,
         )
         for one in verdicts
