@@ -1,12 +1,11 @@
 """Tiny random bases of every kind, built once from configurations, without downloads."""
 
-import copy
 import gc
 import os
 import signal
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import second_device
 import torch
 import type_checks
+from copies import copier
 from PIL import Image, ImageDraw
 from tiny_bases import Tiny, save_both, sd15, sd21, sdxl
 
@@ -49,18 +49,27 @@ def checked_anew() -> Iterator[None]:
     type_checks.calls.clear()
 
 
+@pytest.fixture
+def arranged() -> None:
+    """For tests of plots: the margins are arranged, as for users."""
+
+
 @pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw with one sampling step: random weights draw only noise, so more steps would show nothing more."""
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw with one sampling step: random weights draw only noise, so more steps would show nothing more. Plots without arranged margins,
+    which take half of their time: every training draws one."""
     monkeypatch.setattr("unbraid.runs.pace.PREVIEW_STEPS", 1)
     monkeypatch.setattr("unbraid.runs.pace.SHEET_STEPS", 1)
+    if "arranged" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *given: None)
 
 
 @cache
-def opened(state: tuple[tuple[Path, int], ...], *arguments: Any) -> Pipeline:
-    """A base as it is on the disk; `state` has its files and when they were changed."""
+def opened(state: tuple[tuple[Path, int], ...], *arguments: Any) -> Callable[[], Pipeline]:
+    """Makes copies of a base as it is on the disk; `state` has its files and when they were changed."""
     del state
-    return open_pipeline(*arguments)
+    pipe = open_pipeline(*arguments)
+    return copier(pipe, tuple(part for key, part in pipe.components.items() if key.startswith("tokenizer")))
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +80,7 @@ def bases_once(monkeypatch: pytest.MonkeyPatch) -> None:
         places = [Path(place) for place in (location(name), vae, parts) if place]
         files = [file for place in places for file in (place, *place.rglob("*"))]
         state = tuple((file, file.stat().st_mtime_ns) for file in sorted(files) if file.exists())
-        pipe = opened(state, name, dtype, vae, prediction, parts)
-        kept = {id(part): part for key, part in pipe.components.items() if key.startswith("tokenizer")}
-        return copy.deepcopy(pipe, kept)
+        return opened(state, name, dtype, vae, prediction, parts)()
 
     monkeypatch.setattr(bases, "open_pipeline", copied)
 

@@ -343,10 +343,12 @@ def test_a_lead_is_paired() -> None:
     assert stats.lead(units, "combine", "a", "nobody") is None
 
 
-def test_intervals_and_p_values_do_not_depend_on_the_order_of_the_units() -> None:
+def test_intervals_and_p_values_do_not_depend_on_the_order_of_units_or_rows() -> None:
     rng = np.random.default_rng(2)
     units = [unit(row, str(i), 0, rng.uniform(), rng.uniform()) for i in range(12) for row in "ab"]
-    assert stats.lead(units, "combine", "a", "b") == stats.lead(units[::-1], "combine", "a", "b")
+    one, other = stats.lead(units, "combine", "a", "b"), stats.lead(units, "combine", "b", "a")
+    assert one and other and one == stats.lead(units[::-1], "combine", "a", "b")
+    assert one.p == pytest.approx(other.p) and one.ahead.low == pytest.approx(-(other.ahead.high or 0))
     values = rng.uniform(size=9).tolist()
     assert str(stats.estimate(values)) == str(stats.estimate(values[::-1]))
 
@@ -409,25 +411,37 @@ def test_a_report_compares_two_rows_on_all_problems_that_both_have(tmp_path: Pat
 def test_a_report_compares_every_row_with_a_named_one(tmp_path: Path) -> None:
     had = {"a": {"x": 0.9, "y": 0.1}, "b": {"x": 0.5, "y": 0.9}, "c": {"x": 0.2}}
     units = [unit(row, problem, 0, value, value) for row, some in had.items() for problem, value in some.items()]
+    units += [unit(COPY, "x", 0, 0.9, 0.9)]
     html, _, leads, _ = report.write(units, len(units), tmp_path, tmp_path / "report", ["c"])
     lines = leads.read_text().splitlines()
     assert "| b | likeness | 0.500 | 0.200 | 0.300 | 1 of 1 | 1.000 | 1.000 |" in lines
-    assert {line.split(" | ")[0][2:] for line in lines if " | content | " in line} == {"a", "b"}
-    assert "ahead of c by" in html.read_text()
+    assert f"| {COPY} | likeness | 0.900 | 0.200 | 0.700 | 1 of 1 | 1.000 | – |" in lines, "not corrected for"
+    assert {line.split(" | ")[0][2:] for line in lines if " | content | " in line} == {"a", "b", COPY}
+    assert "Each row against c" in html.read_text()
+    report.write(units, len(units), tmp_path, tmp_path / "report")
+    assert not leads.exists(), "it would be of other units"
 
 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
         (["--over", "direct sun"], "Did you mean 'direct sum'?"),
-        (["--task", "separate", "--over", "direct sum"], "there is no row 'direct sum'"),
+        (["--task", "separate", "--over", "direct sum"], "'direct sum' is not among those chosen"),
+        (["--over", "ablation: both at 0.75"], "--only all"),
         (["--images", ".", "--over", "direct sum"], "no true answers to compare by"),
-        (["--only", "all", "--only", "direct sum"], "there is no row 'all'"),
     ],
 )
 def test_a_row_to_compare_with_is_one_of_the_report(words: list[str], what: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "--report", "--work", str(tmp_path), *words])
     assert done.exit_code and what in str(done.exception), done.output
+
+
+def test_a_row_to_compare_with_has_units(tmp_path: Path) -> None:
+    known = DOCS.parent / "benchmark" / "results.jsonl"
+    never_run = "ablation: Break-for-Make, fine-tuned by AdamW"
+    words = ["--full", "--task", "combine", "--only", BASE, "--only", never_run, "--over", never_run]
+    done = CliRunner().invoke(app, ["bench", "--report", "--work", str(tmp_path), "--results", str(known), *words])
+    assert "no unit of this row is there" in str(done.exception) and (tmp_path / "report" / "table.md").exists()
 
 
 def test_all_rows_are_chosen_with_their_ablations() -> None:
@@ -455,6 +469,10 @@ def example(word: str) -> str:
     return next(code for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if word in code)
 
 
+def committed(name: str) -> str:
+    return (DOCS.parent / "benchmark" / name).read_text()
+
+
 def figures(text: str) -> set[str]:
     """All means with an interval; a minus sign like a hyphen."""
     number = r"-?\d\.\d{3}"
@@ -468,27 +486,34 @@ def the_other_way_round(figure: str) -> str:
 
 
 def test_the_figures_of_the_docs_are_in_the_committed_tables() -> None:
-    tables_of = [(DOCS.parent / "benchmark" / name).read_text() for name in ("table.md", "leads.md")]
-    known = set().union(*map(figures, tables_of))
-    said = figures(DOCS.read_text().split("## Results")[1].split("## A row of your own")[0])
-    assert len(said) > 100 and not said - known - set(map(the_other_way_round, known))
+    known = figures(committed("table.md")) | figures(committed("leads.md"))
+    said = DOCS.read_text().split("## Results")[1].split("## A row of your own")[0]
+    assert len(figures(said)) > 100 and not figures(said) - known - set(map(the_other_way_round, known))
+    lines = [line for name in ("table.md", "leads.md") for line in committed(name).splitlines()]
+    names = {row.name for row in all_rows()}
+    for line in said.splitlines():
+        row, *cells = line.replace("*", "").replace(" (ceiling)", "").strip("| ").split(" | ")
+        if line.startswith("| ") and row in names:
+            has = [cell for cell in cells if re.search(r"\d", cell)]
+            those = [one.replace("*", "") for one in lines if one.replace("*", "").startswith(f"| {row} | ")]
+            assert any(has[0].replace("−", "-") in one for one in those), line
 
 
 def test_the_committed_tables_are_those_of_the_committed_units() -> None:
-    folder = DOCS.parent / "benchmark"
-    units = results.read(folder / "results.jsonl")
-    names = {row.name for row in chosen()}
-    usual = results.complete([one for one in units if one.row in names])
-    means, leads = ((folder / name).read_text() for name in ("table.md", "leads.md"))
+    units, names = results.read(DOCS.parent / "benchmark" / "results.jsonl"), {row.name for row in chosen()}
+    usual = [one for one in units if one.row in names]
     for task in TASKS:
-        assert tables.scores(usual, task).markdown in means, task
-    for part in re.split(r"^## ", leads, flags=re.M)[1:]:
-        heading, *lines = [line for line in part.splitlines() if line.startswith("| ")]
-        other = re.findall(r"\| ahead of (.*?) by \|", heading)[0]
+        assert tables.scores(results.complete(usual), task).markdown in committed("table.md"), task
+    assert tables.claims(claims.verdicts(usual)).markdown in committed("table.md")
+    rows = tables.order(stats.problems(results.complete(units), "transfer"))
+    assert tables.over(units, "transfer", rows, "Pair").markdown in committed("leads.md")
+    for part in re.split(r"^## ", committed("leads.md"), flags=re.M)[1:]:
+        task, other = part.split("\n")[0].split(": against ")
+        lines = [line for line in part.splitlines() if line.startswith("| ")][1:]
         for line in lines[:: len(lines) // 2]:
             row, measured, *given = line.strip("| ").split(" | ")
             use, metric = re.fullmatch(r"(?:(.*): )?(\w+)", measured).groups()  # pyright: ignore[reportOptionalMemberAccess]
-            found = stats.lead(units, part.split("\n")[0], row, other, metric, use or "")
+            found = stats.lead(units, task, row, other, metric, use or "")
             assert found, line
             assert given[:4] == [*map(str, (found.mine, found.theirs, found.ahead)), f"{found.wins} of {found.ahead.n}"]
 

@@ -150,6 +150,7 @@ def test_the_report_is_right(dtype: torch.dtype, tmp_path: Path) -> None:
     assert found.namings == ("kohya ldm",) and found.blocks[0].share == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("arranged")
 def test_interference_equals_its_dense_definition(tmp_path: Path) -> None:
     name = ATTENTION[0]
     first, second = make(1, [name], 3), make(2, [name], 2)

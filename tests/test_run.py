@@ -25,6 +25,7 @@ QUICK = {"rank": 4, "steps": 8, "window": 2, "content_lr": 1e-3, "style_lr": 1e-
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("arranged")
 def test_a_split_makes_what_it_promises(v_base: Path, picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = split_job(picture, subject="cat", style="line", out=out, base=str(v_base), previews=2, **QUICK)

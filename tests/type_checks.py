@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 import jaxtyping
@@ -19,10 +20,13 @@ calls = Counter[Callable[..., Any]]()
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     """jaxtyping's wrapper binds the arguments and remembers sizes at every call: only annotations with shapes need it, and not
-    at thousands of calls in one test. The others are checked by beartype alone. Texts may be names of shapes. Functions inside
+    at thousands of calls in one test. The others are checked by beartype alone. Dataclasses are checked when they are made. Texts may be names of shapes. Functions inside
     of functions would be wrapped, and compiled, whenever the outer one is called: they are not checked."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
+    if inspect.isclass(function) and is_dataclass(function) and "__init__" in vars(function):
+        function.__init__ = jaxtyped(function.__init__, typechecker=typechecker)
+        return function
     if not inspect.isfunction(function):
         return whole(typechecker=typechecker)(function)
     if "<locals>" in function.__qualname__:

@@ -36,7 +36,7 @@ def chosen(tasks: Sequence[str] = (), names: Sequence[str] = ()) -> list[Row]:
     """The rows of these tasks and names; without tasks those of all tasks, without names all but ablations, and for the
     name `all` those, too. Errors: an unknown name."""
     rows = [row for row in all_rows() if not tasks or row.task in tasks]
-    if list(names) == ["all"]:
+    if any(name.lower() == "all" for name in names):
         return rows
     wanted = {named(name, rows, "--only") for name in names}
     return [row for row in rows if (row.name in wanted if names else not row.ablation)]
@@ -45,6 +45,10 @@ def chosen(tasks: Sequence[str] = (), names: Sequence[str] = ()) -> list[Row]:
 def named(name: str, rows: Iterable[Row], where: str) -> str:
     """The name of one of these rows as it is written there. `where`: the option that has it. Errors: none has this name."""
     known = {row.name.lower(): row.name for row in rows}
+    if name.lower() not in known and any(name.lower() == row.name.lower() for row in all_rows()):
+        raise UsageError(
+            f"the row {name!r} is not among those chosen", where, "Give its --task, and --only all or itself."
+        )
     if name.lower() not in known:
         near = get_close_matches(name.lower(), known, 1)
         fix = f"Did you mean {known[near[0]]!r}?" if near else "`unbraid bench --only list` prints all."

@@ -35,12 +35,12 @@ Tasks = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        help="A row by its name; repeatable. `list` prints all names; `all`: ablations too. Default: all but ablations."
+        help="A row by its name; repeatable. `list` prints the names; `all`: ablations too. Default: all but ablations."
     ),
 ]
 Over = Annotated[
     list[str] | None,
-    typer.Option(metavar="ROW", help="Also report how far ahead of this row each other one is; repeatable."),
+    typer.Option(metavar="ROW", help="Also write leads.md: each row of the report against this one; repeatable."),
 ]
 Seeds = Annotated[
     list[int] | None,
@@ -106,7 +106,7 @@ def bench(
         return
     scale = replace(FULL if full else MEDIUM if medium else QUICK, seeds=seeds)
     rows = chosen(task or (), only or ())
-    others = [named(one, rows, "--over, among the rows of this report") for one in over or ()]
+    others = [named(one, rows, "--over") for one in over or ()]
     todos = grid.plan(work, scale, rows, base, parts)
     given, (i, n) = results.read(known) if known else [], share(shard)
     cluster = Cluster(ray, gpus, cpus, retries) if ray else None
@@ -222,3 +222,5 @@ def _report(todos: list[Any], given: list[Any], work: Path, out: Path, over: Seq
         raise UsageError("there is nothing to report", work, fix)
     for file in report.write(units, len(todos), work, out, over):
         print(file)
+    if missing := set(over) - {unit.row for unit in units}:
+        raise UsageError("no unit of this row is there", f"--over {min(missing)}", "Run it first, without --report.")

@@ -24,7 +24,7 @@ class Section:
     about: str
     scores: Table
     leads: Table
-    over: tuple[Table, ...]
+    over: tuple[tuple[str, Table], ...]  # the name of a row, and all others against it
     uses: Table | None
     failures: Table
     costs: Table
@@ -51,10 +51,12 @@ def write(units: Sequence[Unit], planned: int, work: Path, out: Path, over: Sequ
     with atomic(out / "table.md") as part:
         part.write_text(_markdown(about, sections, verdicts), "utf-8")
     files = [out / "report.html", out / "table.md", save(units, out / "results.jsonl")]
+    (out / "leads.md").unlink(missing_ok=True)  # it may be of other units
     if over:
-        named = [f"## {section.name}\n\n{table.markdown}" for section in sections for table in section.over]
+        named = [(section.name, *one) for section in sections for one in section.over]
+        parts = [about, *(f"## {task}: against {other}\n\n{table.markdown}" for task, other, table in named)]
         with atomic(out / "leads.md") as part:
-            part.write_text("\n\n".join([about, *named]) + "\n", "utf-8")
+            part.write_text("\n\n".join(parts) + "\n", "utf-8")
         files.insert(2, out / "leads.md")
     return files
 
@@ -77,7 +79,7 @@ def _section(
         TASKS[task],  # type: ignore[index]
         tables.scores(units, task),
         tables.leads(every, task, rows),
-        tuple(tables.over(every, task, rows, other) for other in over if other in rows),
+        tuple((other, tables.over(every, task, rows, other)) for other in over if other in rows),
         tables.uses(units, task) if several else None,
         tables.failures(units, task),
         tables.costs(units, task),

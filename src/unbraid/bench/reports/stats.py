@@ -44,8 +44,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Lead:
-    """How far `row` is ahead of `other` in a metric: paired differences on the problems that both have. `wins`: on how many it is ahead.
-    `mine`, `theirs`: what `row` and `other` have there."""
+    """How far `row` is ahead of `other` in a metric: paired differences on the problems that both have. `wins`: on how many `row` has the
+    higher value; less is better for some metrics. `mine`, `theirs`: what `row` and `other` have there."""
 
     row: str
     other: str
@@ -120,7 +120,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(values) < 2 or len(set(values)) == 1:
         return Estimate(fmean(values), None, None, len(values))
     found = stats.bootstrap(
-        (np.sort(values),),
+        (_in_order(values),),
         np.mean,
         n_resamples=RESAMPLES,
         confidence_level=LEVEL,
@@ -128,6 +128,12 @@ def estimate(values: Sequence[float]) -> Estimate:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Estimate(fmean(values), float(found.low), float(found.high), len(values))
+
+
+def _in_order(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The same resamples are drawn in every order of the units, and for `b` against `a` those of `a` against `b`."""
+    some = np.asarray(values, float)
+    return some[np.lexsort((some, np.abs(some)))]
 
 
 def lead(
@@ -147,7 +153,7 @@ def lead(
     if not shared:
         return None
     mine, theirs = ([found[each][one][metric] for one in shared] for each in (row, other))
-    ahead = np.sort(np.asarray(mine) - np.asarray(theirs))
+    ahead = _in_order(np.asarray(mine) - np.asarray(theirs))
     p = 1.0
     if len(ahead) > 1 and np.any(ahead != 0):
         p = float(

@@ -77,35 +77,26 @@ def leads(units: Iterable[Unit], task: str, rows: Sequence[str]) -> Table:
     first, *others = compared
     known = holm([one for other in others if (one := lead(some, task, first, other))])
     lines = [(one.other, str(one.ahead), f"{one.wins} of {one.ahead.n}", _p(one)) for one in known]
-    return Table((f"{first} ahead of", "by (likeness)", "on problems", "p"), tuple(lines))
+    return Table((f"{first} ahead of", "by (likeness)", "on problems", "p, corrected"), tuple(lines))
 
 
 def over(units: Iterable[Unit], task: str, rows: Sequence[str], other: str) -> Table:
-    """Every row against `other`, on the problems that both have: by each metric, and for each use of a task with several. p-values as they are,
-    and after Holm's correction over the rows, metric by metric."""
+    """Every row minus `other`, on the problems that both have, in the metrics of `COMPARED` and for each use of a task with several.
+    p-values as they are, and after Holm's correction over the rows (not the sanity rows), measure by measure."""
     some = [unit for unit in units if unit.task == task]
-    compared = [row for row in rows if row not in (other, CEILING)]
     uses = dict.fromkeys(drawing.use for unit in some for drawing in unit.drawings)
     measures = [(name, "") for name in COMPARED]
     measures += [(name, use) for use in uses if len(uses) > 1 for name in ("content", "style", "leak")]
     lines = []
     for name, use in measures:
-        found = [one for row in compared if (one := lead(some, task, row, other, name, use))]
-        what = f"{use}: {name}" if use else name
-        for one, fair in zip(found, holm(found), strict=True):
-            figures = (one.mine, one.theirs, one.ahead, f"{one.wins} of {one.ahead.n}", _p(one), _p(fair))
+        found = [one for row in rows if row != other and (one := lead(some, task, row, other, name, use))]
+        fair = {one.row: _p(one) for one in holm([one for one in found if one.row not in SANITY])}
+        for one in found:
+            what = f"{use}: {name}" if use else name
+            figures = (one.mine, one.theirs, one.ahead, f"{one.wins} of {one.ahead.n}", _p(one), fair.get(one.row, "–"))
             lines.append((one.row, what, *map(str, figures)))
-    lines.sort(key=lambda line: compared.index(line[0]))
-    headings = (
-        "",
-        "measured by",
-        "mean",
-        f"mean of {other}",
-        f"ahead of {other} by",
-        "on problems",
-        "p",
-        "p, corrected",
-    )
+    lines.sort(key=lambda line: rows.index(line[0]))
+    headings = ("", "measured by", "mean", f"{other}'s mean", "difference", "higher on", "p", "p, corrected")
     return Table(headings, tuple(lines))
 
 
@@ -163,4 +154,4 @@ def claims(verdicts: Iterable[Verdict]) -> Table:
         )
         for one in verdicts
     ]
-    return Table(("claim", "measured by", "source", "difference", "p", "here"), tuple(lines))
+    return Table(("claim", "measured by", "source", "difference", "p, corrected", "here"), tuple(lines))
