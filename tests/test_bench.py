@@ -518,7 +518,8 @@ def test_the_committed_tables_are_those_of_the_committed_units() -> None:
             use, metric = re.fullmatch(r"(?:(.*): )?(\w+)", measured).groups()  # pyright: ignore[reportOptionalMemberAccess]
             found = stats.lead(units, task, row, other, metric, use or "")
             assert found, line
-            assert given[:4] == [*map(str, (found.mine, found.theirs, found.ahead)), f"{found.wins} of {found.ahead.n}"]
+            wins = f"{found.wins} of {found.ahead.n}"
+            assert given[:5] == [*map(str, (found.mine, found.theirs, found.ahead)), wins, tables._p(found)]
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ calls = Counter[Callable[..., Any]]()
 
 def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
     """jaxtyping's wrapper binds the arguments and remembers sizes at every call: only annotations with shapes need it, and not
-    at thousands of calls in one test. The others are checked by beartype alone. Dataclasses are checked when they are made. Texts may be names of shapes. Functions inside
-    of functions would be wrapped, and compiled, whenever the outer one is called: they are not checked."""
+    at thousands of calls in one test. The others are checked by beartype alone. Texts may be names of shapes. Dataclasses are
+    checked when they are made. Functions inside of functions would be wrapped, and compiled, whenever the outer one is called:
+    they are not checked."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if inspect.isclass(function) and is_dataclass(function) and "__init__" in vars(function):
