@@ -26,6 +26,7 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # started in the background by a script: trainings would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.set_threshold(20_000)  # as the command line does
 torch.set_num_threads(1)  # two threads on busy cores are 4–15× slower on tensors this small
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so do the processes that tests start: studio, trainings, Ray's workers
 if "MPLCONFIGDIR" not in os.environ:  # the account's list of fonts may be damaged, and a test must not damage it

@@ -4,17 +4,16 @@
 killed, by two processes on all jobs, and undisturbed on Ray beside `batch`, for what a job costs there."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +35,7 @@ from unbraid.runs.lease import PREFIX
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "src" / "unbraid" / "bases" / "icons" / "example.png"
 FULL = 2000  # bytes that a file may have while the disk is "full"
-Start = Callable[..., psutil.Popen]
+Start = Callable[..., BaseProcess]
 TASK = "ray::at_work"
 
 
@@ -46,16 +45,21 @@ def jobs(out: Path, count: int, steps: int, base: str = "icons") -> list[Job]:
     return [learn_job(PICTURE, prompt="a sks fox", out=out / f"{i:02d}", seed=i, **given) for i in range(count)]
 
 
-def driver(how: str, out: Path, count: int, steps: int, base: str, log: Path, more: str = "") -> psutil.Popen:
-    """Start a process that trains the jobs: `batch`, `ray`, or `shard`. `more`: the number of workers, or the share."""
-    words = [sys.executable, "-m", "tools.chaos.grids", "--work", str(out), "--jobs", str(count), "--steps", str(steps)]
-    with log.open("a") as text:
-        words += ["--base", base, "--drive", how, "--more", more]
-        return psutil.Popen(words, stdout=text, stderr=subprocess.STDOUT, cwd=ROOT)
+def driver(how: str, todo: Sequence[Job], log: Path, more: str = "") -> BaseProcess:
+    """Start a process that trains the jobs: `batch`, `ray`, or `shard`. `more`: the number of workers, or the share.
+
+    It is a fork: a new Python would need longer to import the libraries than to train."""
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=drive, args=(how, todo, log, more), daemon=True)
+    process.start()
+    return process
 
 
-def drive(how: str, todo: Sequence[Job], more: str) -> None:
+def drive(how: str, todo: Sequence[Job], log: Path, more: str) -> None:
     """What a driver does."""
+    with log.open("a") as text:
+        os.dup2(text.fileno(), 1)
+        os.dup2(text.fileno(), 2)
     pace.TRY_AGAIN, pace.LOOK_AGAIN = 1.0, 1.0
     if how == "batch":
         batch(todo, at_once=1, resume=True, device="cpu")
@@ -85,13 +89,14 @@ def at_work(todo: Sequence[Job]) -> list[psutil.Process]:
     return found
 
 
-def end(process: psutil.Process, how: signal.Signals = signal.SIGKILL) -> None:
-    """End a driver, and what is left of its cluster after some seconds."""
+def end(process: BaseProcess) -> None:
+    """Kill a driver, and what is left of its cluster after some seconds."""
     tree = []
     with suppress(psutil.Error):
-        tree = process.children(recursive=True)
-        process.send_signal(how)
-    for one in psutil.wait_procs([process, *tree], 20)[1]:
+        tree = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    for one in psutil.wait_procs(tree, 20)[1]:
         with suppress(psutil.Error):
             one.kill()
 
@@ -121,14 +126,14 @@ def broken_cluster(todo: Sequence[Job], start: Start, every: float, drivers: int
     rng, watch, done = random.Random(1), Watch(todo), {"workers killed": 0, "drivers killed": 0, "disks full": 0}
     process, kill, begin = start(), time.monotonic(), time.monotonic()
     try:
-        while process.poll() is None or watch.look() < len(todo):
+        while process.is_alive() or watch.look() < len(todo):
             time.sleep(0.2)
             count, working = watch.look(), at_work(todo)
-            if process.poll() is not None and count < len(todo):
+            if not process.is_alive() and count < len(todo):
                 done["drivers started again"] = done.get("drivers started again", 0) + 1
                 process = start()
             elif done["drivers killed"] < drivers and count > len(todo) * (1 + done["drivers killed"]) / (drivers + 1):
-                done["drivers killed"] += process.poll() is None
+                done["drivers killed"] += process.is_alive()
                 end(process)
             elif not done["disks full"] and count > len(todo) / 6 and working:
                 done["disks full"] += _full(working, todo)
@@ -166,7 +171,7 @@ def broken_shares(todo: Sequence[Job], start: Start, shares: Sequence[str], limi
     Without shares: two processes on all jobs, as if by mistake, and none is killed."""
     watch, begin, killed = Watch(todo), time.monotonic(), set[int]()
     processes = [start(one) for one in shares or ("", "")]
-    while any(process.poll() is None for process in processes):
+    while any(process.is_alive() for process in processes):
         time.sleep(0.2)
         watch.look()
         for i, one in enumerate(shares[:-1]):
@@ -197,20 +202,15 @@ def main(
     base: str = "icons",
     limit: Annotated[float, typer.Option(help="Seconds that a part may take.")] = 1800.0,
     only: Annotated[str, typer.Option(help="ray, shards, two (on all jobs) or overhead.")] = "",
-    drive_: Annotated[str, typer.Option("--drive", hidden=True)] = "",
-    more: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Exit status 1 if a job ended twice, or has other LoRAs than a plain run."""
-    if drive_:
-        drive(drive_, jobs(work, count, steps, base), more)
-        return
     work.mkdir(parents=True, exist_ok=True)
     wrong, total = 0, Counter[str]()
 
-    def start(how: str, where: str, more: str = "", some: int = count) -> psutil.Popen:
-        return driver(how, work / where, some, steps, base, work / f"{where}.log", more)
+    def start(how: str, where: str, more: str = "", some: int = count) -> BaseProcess:
+        return driver(how, jobs(work / where, some, steps, base), work / f"{where}.log", more)
 
-    start("batch", "plain").wait()
+    start("batch", "plain").join()
     shares = {"shards": ("0/3", "1/3", "2/3"), "two": ()}
     for name in ("ray", *shares):
         if only in ("", name):
@@ -233,7 +233,7 @@ def main(
 def _overhead(start: Start, there: Sequence[Job], here: Sequence[Job]) -> None:
     """Print what a job costs on Ray and in `batch`, one worker each, and of that outside the training."""
     for how, where, todo, last in (("batch", "beside", here, "loss.png"), ("ray", "one", there, DONE)):
-        start(how, where, "1", len(todo)).wait()
+        start(how, where, "1", len(todo)).join()
         trained = sum(job_folder.figures(job.out)["seconds"] for job in todo[1:]) / (len(todo) - 1)
         took = between(todo, last)
         print(f"overhead, {how}: {took:.2f} s a job, {trained:.2f} s of it training, {took - trained:.2f} s not")

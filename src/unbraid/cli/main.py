@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import gc
 import shlex
 import shutil
 import sys
@@ -100,6 +101,7 @@ def program() -> str:
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 UsageError, 2 wrong command line, 3 done except for a picture, 130
     interrupted (can be resumed)."""
+    gc.set_threshold(20_000)  # a fifth of the start was a search for garbage among the libraries' million objects
     try:
         done = app(standalone_mode=False)
         if isinstance(done, Todo):

@@ -8,11 +8,6 @@ from typing import Any
 
 import numpy as np
 from diffusers.models.controlnets.controlnet import ControlNetModel
-from diffusers.pipelines.auto_pipeline import (
-    AutoPipelineForImage2Image,
-    AutoPipelineForInpainting,
-    AutoPipelineForText2Image,
-)
 from PIL import Image
 
 from unbraid.bases.base import Base
@@ -78,9 +73,11 @@ def prepare(base: Base, start: Start | None, control: Control | None, height: in
     sized = {"width": size[0], "height": size[1]}
     if not start and not control:
         return Canvas(base.pipe, {**given, **sized})
-    kind, more = AutoPipelineForText2Image, {}
+    from diffusers.pipelines import auto_pipeline  # imports every pipeline: most drawings need none of them
+
+    kind, more = auto_pipeline.AutoPipelineForText2Image, {}
     if start:
-        kind = AutoPipelineForInpainting if start.mask else AutoPipelineForImage2Image
+        kind = auto_pipeline.AutoPipelineForInpainting if start.mask else auto_pipeline.AutoPipelineForImage2Image
     if control and map_:
         given["control_image" if start else "image"] = map_.resize(size)
         given["controlnet_conditioning_scale"] = control.scale
