@@ -91,6 +91,8 @@ def at_work(todo: Sequence[Job]) -> list[psutil.Process]:
 
 def end(process: BaseProcess) -> None:
     """Kill a driver, and what is left of its cluster after some seconds."""
+    if not process.is_alive():
+        return  # its process id may be another process's by now
     tree = []
     with suppress(psutil.Error):
         tree = psutil.Process(process.pid).children(recursive=True)
