@@ -9,7 +9,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores; pip uses one. Some packages ship templates, which do not compile
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores; pip uses one. torch ships a file for newer Pythons, which does not compile
 	touch $@
 
 demo: $(BIN)/.installed

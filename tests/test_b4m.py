@@ -215,7 +215,7 @@ def test_fine_tuning_starts_from_the_graft_in_every_layer(
 def test_making_fine_tunes_by_default_where_there_are_pictures(
     modules: dict[str, Path], v_base: Path, tmp_path: Path
 ) -> None:
-    """Fine-tuning is better according to docs/benchmark.md; without pictures nothing is trained."""
+    """Pictures are for nothing else; without them nothing is trained."""
     config = tmp_path / "few.toml"
     config.write_text("[make]\nfine_tune = 2\n")
     images = {"content": modules["folder"] / "fox.png", "style": modules["folder"] / "ink.png"}

@@ -6,6 +6,7 @@ names, and record the new results: `RECORD=1 python -m pytest -n 0 tests/test_ve
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +43,15 @@ def of_file(file: Path) -> list[float]:
     total = squares = 0.0
     for name, lora in read(file).modules.items():
         change = delta(lora).double()
-        rng = torch.Generator().manual_seed(len(name))
+        rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         total += float((change * torch.randn(change.shape, generator=rng, dtype=torch.float64)).sum())
         squares += float(change.square().sum())
     return [squares**0.5, total / squares**0.5]
 
 
 def random_files(like: list[Path], work: Path) -> list[Path]:
-    """A few steps of Adam give many weights the same size, and a merge that drops the small ones drops others on another processor."""
+    """Random LoRAs on the layers of these files. In trained ones many weights have the same size after a few steps of Adam, so a merge that
+    drops the small ones drops others on another processor."""
     for i, file in enumerate(like):
         shapes = {name: (len(one.up), *one.down.shape[1:]) for name, one in read(file).modules.items()}
         write(work / f"{i}.safetensors", random_lora(shapes, seed=i), family="sdxl", dialect="diffusers", dtype=None)
@@ -115,10 +117,11 @@ def test_what_changes_results_raises_a_version(found: dict[str, Figures]) -> Non
     for name, figures in found.items():
         assert recorded[name]["version"] == now[name], f"{name}: record anew, see above"
         assert figures.keys() == recorded[name]["figures"].keys(), f"{name}: record anew, see above"
-        # Trained LoRAs differ by up to 2e-4 of their change's length between processors, with equal losses
-        near = 1e-5 if name in ("drawing", "filters", "scoring") else 1e-3
         for what, values in recorded[name]["figures"].items():
-            assert figures[what] == pytest.approx(values, rel=1e-3, abs=near), (
+            # Between processors the weights of a trained LoRA differ by up to 2e-4 of its change's length; losses do not
+            loose = 2 if name in METHODS else 0
+            near = [pytest.approx(one, rel=1e-3, abs=1e-3 if i < loose else 1e-5) for i, one in enumerate(values)]
+            assert figures[what] == near, (
                 f"{name} gives other results ({what}): raise its version, and record anew (see above)"
             )
 

@@ -12,7 +12,7 @@ from beartype import beartype
 
 whole = jaxtyping.jaxtyped
 # Calls of a function with shapes that are checked in a test: the first ones, and of the later ones one in so many. A prime,
-# so that it is not always the same layer's. A hundred first ones took an eighth more of a training test's time.
+# so that it is not always the same layer's. A hundred first ones took 52.0 s in place of 45.8 in a test of trainings.
 FIRST, EVERY = 20, 19
 # Emptied around each test, so that what a test checks does not depend on other tests.
 calls = Counter[Callable[..., Any]]()

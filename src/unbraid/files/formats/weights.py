@@ -54,14 +54,14 @@ def numbers(header: Header) -> Iterator[Read]:
             raw, dtype = stored(key), header.dtypes[key]
             if dtype == "BF16":
                 raw = (raw.astype(np.uint32) << 16).view(np.float32)
-            elif dtype == "F8_E5M2":
-                raw = (
-                    (raw.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
-                )  # its bits are the upper half of fp16's
             elif dtype == "F8_E4M3":
                 raw = _E4M3[raw]
             else:
-                with np.errstate(over="ignore"):
+                if dtype == "F8_E5M2":  # its bits are the upper half of fp16's
+                    raw, dtype = raw.astype(np.uint16) << 8, "F16"
+                with np.errstate(
+                    over="ignore", invalid="ignore"
+                ):  # numpy warns of too large values and of some kinds of NaN
                     raw = raw.view(_NUMBERS[dtype]).astype(np.float32, copy=False)
             return raw.reshape(header.shapes[key])
 
