@@ -59,9 +59,7 @@ def numbers(header: Header) -> Iterator[Read]:
             else:
                 if dtype == "F8_E5M2":  # its bits are the upper half of fp16's
                     raw, dtype = raw.astype(np.uint16) << 8, "F16"
-                with np.errstate(
-                    over="ignore", invalid="ignore"
-                ):  # numpy warns of too large values and of some kinds of NaN
+                with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN
                     raw = raw.view(_NUMBERS[dtype]).astype(np.float32, copy=False)
             return raw.reshape(header.shapes[key])
 
