@@ -49,13 +49,12 @@ def of_file(file: Path) -> list[float]:
     return [squares**0.5, total / squares**0.5]
 
 
-def random_files(like: list[Path], work: Path) -> list[Path]:
-    """Random LoRAs on the layers of these files. In trained ones many weights have the same size after a few steps of Adam, so a merge that
+def random_file(like: Path, file: Path, seed: int) -> Path:
+    """A random LoRA on the layers of another. In trained ones many weights have the same size after a few steps of Adam, so a merge that
     drops the small ones drops others on another processor."""
-    for i, file in enumerate(like):
-        shapes = {name: (len(one.up), *one.down.shape[1:]) for name, one in read(file).modules.items()}
-        write(work / f"{i}.safetensors", random_lora(shapes, seed=i), family="sdxl", dialect="diffusers", dtype=None)
-    return [work / f"{i}.safetensors" for i in range(len(like))]
+    shapes = {name: (len(one.up), *one.down.shape[1:]) for name, one in read(like).modules.items()}
+    write(file, random_lora(shapes, seed=seed), family="sdxl", dialect="diffusers", dtype=None)
+    return file
 
 
 def losses(folder: Path) -> list[float]:
@@ -86,7 +85,8 @@ def found(made: dict[str, list[Path]], tiny_sdxl: Tiny, work: Path) -> dict[str,
         for method, files in made.items()
     }
     content, style = sorted(made["unziplora"])
-    merged, sources = {}, [Source(file) for file in random_files([content, style], work)]
+    merged = {}
+    sources = [Source(random_file(file, work / file.name, seed)) for seed, file in enumerate((content, style))]
     for name in MERGES:
         merge_files(sources, work / f"{name}.safetensors", name, Size())
         merged[name] = of_file(work / f"{name}.safetensors")
@@ -118,7 +118,7 @@ def test_what_changes_results_raises_a_version(found: dict[str, Figures]) -> Non
         assert recorded[name]["version"] == now[name], f"{name}: record anew, see above"
         assert figures.keys() == recorded[name]["figures"].keys(), f"{name}: record anew, see above"
         for what, values in recorded[name]["figures"].items():
-            # Between processors the weights of a trained LoRA differ by up to 2e-4 of its change's length; losses do not
+            # Between processors the weights of a trained LoRA differ by up to 2.5e-4 of its change's length; losses do not
             loose = 2 if name in METHODS else 0
             near = [pytest.approx(one, rel=1e-3, abs=1e-3 if i < loose else 1e-5) for i, one in enumerate(values)]
             assert figures[what] == near, (
